@@ -1,0 +1,26 @@
+"""AlignProp: reward gradients through the sampling chain.
+
+    python -m diffexp_jax.train --config configs/alignprop.py:model=emoji,explore=true --workdir runs/alignprop
+
+Arguments (all optional): model, reward, prompts, explore; see common.py.
+"""
+
+from configs import common
+
+
+def get_config(argument: str | None = None):
+    config, chosen = common.structured(argument)
+    config.algorithm = "alignprop"
+    config.sampling.guidance = 7.5
+    config.sampling.eta = 0.0
+    config.optim.lr = 1e-3
+    config.optim.weight_decay = 0.1
+    config.optim.grad_clip = 5.0
+    if chosen["reward"].startswith("aesthetic"):
+        config.alignprop.reward_target = 10.0
+    if chosen["model"] == "emoji":
+        config.batch.samples = config.batch.samples_per_forward = 32
+        config.iterations = 60
+        config.sampling.guidance = 5.0
+        config.eval.every = config.log.images_every = config.checkpoint.every = 15
+    return config

@@ -1,0 +1,125 @@
+"""Every setting of a run, with its default, meaning and unit; the other configs start from `default()`.
+
+Plain ml_collections: nothing here imports the package. `get_config("model=sd15,reward=aesthetic,explore=false")` style
+arguments choose structure (`parse`); single numbers are overridden by flags, e.g. `--config.optim.lr=3e-4`.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+MODELS = {
+    # name: (path or hub id, sampling steps, samples an iteration, samples per forward pass and device)
+    "emoji": ("emoji", 20, 64, 32),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 64, 2),
+}
+REWARDS = ("emoji_pickscore", "emoji_aesthetic", "emoji_judge", "pickscore", "aesthetic")
+PROMPTS = ("animals", "animal_activities", "animals_unseen", "animal_activities_unseen", "unseen_activities")
+ARGUMENTS = {"model": "emoji", "reward": "emoji_pickscore", "prompts": "animal_activities", "explore": "true"}
+
+
+def default() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # of everything random: same seed, same run
+    c.algorithm = placeholder(str)  # "ddpo" or "alignprop"
+    c.iterations = 100  # optimizer iterations: a batch of samples each
+
+    c.model = m = ml_collections.ConfigDict()
+    m.path = "emoji"  # "emoji" (shipped) or a folder in the diffusers pipeline format
+    m.dtype = "auto"  # of weights and networks: "float32", "bfloat16", "auto" = bfloat16 on accelerators
+    m.image_size = placeholder(int)  # pixels of a side; None: what the model was trained at
+
+    c.prompts = "animal_activities"  # a built-in set or a file (.txt, .csv, .tsv, .json)
+    c.reward = "emoji_pickscore"  # NAME or NAME:PATH
+
+    c.batch = b = ml_collections.ConfigDict()
+    b.samples = 64  # images an iteration, over all devices
+    b.samples_per_forward = 32  # images a device handles at once; smaller needs less memory
+
+    c.sampling = s = ml_collections.ConfigDict()
+    s.steps = 50  # DDIM steps, 1..1000
+    s.guidance = 5.0  # classifier-free guidance scale w (Eq. 4); 1 is none
+    s.eta = 1.0  # DDIM noise: 0 deterministic, 1 as in DDPM
+
+    c.exploration = e = ml_collections.ConfigDict()
+    e.enabled = True  # False: plain fine-tuning, bit for bit
+    e.w_low = 1.0  # Eq. 7: guidance while t > t_thresh (ours: the paper says "extremely low")
+    e.t_thresh = 900  # Eq. 7: in training timesteps, 0..1000 (ours)
+    e.weight_range = (1.0, 1.5)  # Eq. 8: the weight is uniform in it (ours)
+    e.unit = "word"  # Eq. 8: what is weighted together: "word", "token" or "phrase"
+    e.fraction = 0.75  # of the iterations, from the first, that explore
+
+    c.lora = lo = ml_collections.ConfigDict()
+    lo.rank = 4  # of the update A B that is added to each projection of the attentions
+    lo.alpha = 4.0  # the update is scaled by alpha / rank
+
+    c.optim = o = ml_collections.ConfigDict()  # AdamW
+    o.lr = 3e-4  # constant learning rate
+    o.b1 = 0.9  # decay of the gradient's running mean
+    o.b2 = 0.999  # decay of its running square
+    o.eps = 1e-8  # added to the root of that square
+    o.weight_decay = 1e-4  # times lr, decoupled from the gradient
+    o.grad_clip = 1.0  # global norm
+
+    c.ddpo = d = ml_collections.ConfigDict()
+    d.updates = 2  # optimizer updates an iteration, each on batch.samples / updates images
+    d.inner_epochs = 1  # passes over an iteration's samples
+    d.clip = 1e-4  # of the importance ratio
+    d.advantage_clip = 5.0  # in standard deviations
+    d.stats_buffer = 32  # newest rewards kept per prompt
+    d.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
+
+    c.alignprop = a = ml_collections.ConfigDict()
+    a.truncation = "uniform"  # how many last steps carry gradient: "uniform", "per_step" or "fixed"
+    a.truncation_k = 1  # for "fixed": that many
+    a.loss_coefficient = 0.01  # factor of the loss
+    a.reward_target = placeholder(float)  # loss mean|target - r|; None: mean(-r)
+
+    c.eval = v = ml_collections.ConfigDict()
+    v.every = 10  # iterations between evaluations (without exploration); 0: never
+    v.prompts = ("animal_activities", "animal_activities_unseen", "animals")  # sets or files
+    v.rewards = ()  # further rewards to report, never optimised
+    v.samples_per_prompt = 1  # images of every prompt
+
+    c.log = log = ml_collections.ConfigDict()
+    log.images_every = 10  # iterations between image grids; 0: never
+    log.images = 12  # pictures in a grid: fixed prompts, fixed seeds
+    log.tensorboard = False  # also write TensorBoard event files to WORKDIR/tensorboard
+
+    c.compilation_cache = "~/.cache/diffexp_jax"  # compiled programs are kept there for the next run; "": nowhere
+
+    c.checkpoint = k = ml_collections.ConfigDict()
+    k.every = 10  # iterations between checkpoints (and one at the end)
+    k.keep = 2  # newest checkpoints kept
+    return c
+
+
+def parse(argument: str | None) -> dict[str, str]:
+    """ "model=emoji,explore=false" -> all of ARGUMENTS, with errors that list what is accepted."""
+    chosen = dict(ARGUMENTS)
+    for item in filter(None, (argument or "").split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or key not in ARGUMENTS:
+            raise ValueError(f"config argument {item!r}: accepted: {', '.join(f'{k}=...' for k in ARGUMENTS)}")
+        chosen[key] = value
+    for key, accepted in (("model", MODELS), ("explore", ("true", "false"))):
+        if chosen[key] not in accepted:
+            raise ValueError(f"config argument {key}={chosen[key]!r}: accepted: {', '.join(accepted)}")
+    if chosen["reward"].partition(":")[0] not in REWARDS:
+        raise ValueError(f"config argument reward={chosen['reward']!r}: accepted: {', '.join(REWARDS)} (or NAME:PATH)")
+    if chosen["prompts"] not in PROMPTS and "." not in chosen["prompts"]:
+        raise ValueError(f"config argument prompts={chosen['prompts']!r}: accepted: {', '.join(PROMPTS)} or a file")
+    return chosen
+
+
+def structured(argument: str | None) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
+    """`default()` with the parts that an argument chooses filled in, and the parsed argument."""
+    chosen = parse(argument)
+    config = default()
+    config.model.path, config.sampling.steps, config.batch.samples, config.batch.samples_per_forward = MODELS[
+        chosen["model"]
+    ]
+    config.reward, config.prompts = chosen["reward"], chosen["prompts"]
+    config.exploration.enabled = chosen["explore"] == "true"
+    if chosen["model"] == "emoji":
+        config.eval.rewards = ("emoji_judge",)
+    return config, chosen

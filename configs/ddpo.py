@@ -1,0 +1,18 @@
+"""DDPO: policy gradient with a clipped importance ratio.
+
+    python -m diffexp_jax.train --config configs/ddpo.py:model=emoji,explore=true --workdir runs/ddpo
+
+Arguments (all optional): model, reward, prompts, explore; see common.py.
+"""
+
+from configs import common
+
+
+def get_config(argument: str | None = None):
+    config, chosen = common.structured(argument)
+    config.algorithm = "ddpo"
+    config.sampling.guidance = 5.0
+    config.sampling.eta = 1.0
+    if chosen["model"] == "emoji":
+        config.iterations = 60
+    return config

@@ -1,0 +1,5 @@
+"""Reward fine-tuning of text-to-image diffusion models in JAX, with the exploration method of DiffExp."""
+
+
+class InputError(ValueError):
+    """Bad input from the user: one clear line, exit code 2."""

@@ -1,0 +1,140 @@
+"""Checkpoints of a run: everything that the next iteration depends on, written whole or not at all."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from diffexp_jax import InputError, command
+
+_FREE = ("eval", "log", "checkpoint", "iterations", "compilation_cache")  # config keys that a continued run may change
+
+
+class Checkpoints:
+    """The folder WORKDIR/checkpoints, one subfolder per kept iteration."""
+
+    def __init__(self, workdir: Path, *, keep: int):
+        self._folder = (workdir / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, iteration: int, state: Any) -> None:
+        """Writes `state` (host arrays) under a temporary name, then renames it: a kill leaves the older ones."""
+        self._manager.save(iteration, args=ocp.args.StandardSave(state))
+
+    def restore_newest(self, like: Any) -> tuple[int, Any] | None:
+        """(iteration, state) of the newest checkpoint that is whole, None where there is none yet.
+
+        Broken ones that are newer are set aside as WORKDIR/checkpoints-broken/ITERATION, and said so.
+
+        Raises:
+          InputError: there are checkpoints, and none of them is whole.
+        """
+        broken = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state = _read(self._folder / str(step), like)
+                if _shapes(state) != _shapes(like):
+                    raise InputError("its arrays have other shapes")
+            except Exception as error:  # whatever a damaged file raises, an older one may still be whole
+                broken.append(step)
+                logging.warning("checkpoint %s is broken (%s)", step, _reason(error))
+            else:
+                self._set_aside(broken)
+                return step, state
+        if broken:
+            raise InputError(f"{self._folder}: every checkpoint is broken; move the folder away to start again")
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            aside = self._folder.parent / "checkpoints-broken" / str(step)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.move(self._folder / str(step), aside)
+            logging.warning("checkpoint %s: moved to %s", step, aside)
+        self._manager.reload()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def newest_lora(workdir: Path) -> tuple[int, Any]:
+    """(iteration, LoRA) of a run's newest checkpoint that is whole.
+
+    Raises:
+      InputError: the workdir holds none.
+    """
+    folder = (workdir / "checkpoints").absolute()
+    steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
+    if not steps:
+        raise InputError(f"{workdir}: no checkpoint there; wants the workdir of a run")
+    for step in steps:
+        try:
+            return step, _read(folder / str(step))["lora"]
+        except Exception as error:  # see Checkpoints.restore_newest
+            logging.warning("checkpoint %s is broken (%s): passed over", step, _reason(error))
+    raise InputError(f"{folder}: every checkpoint is broken")
+
+
+def _read(folder: Path, like: Any = None) -> Any:
+    """One checkpoint, whatever has become of its neighbours."""
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(folder / "default", like)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what it says."""
+    return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
+
+
+def _shapes(tree: Any) -> list:
+    return [(jax.tree_util.keystr(path), np.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
+    """Checks, without writing anything, that a run of this config can be in the workdir, or go on there.
+
+    Raises:
+      InputError: not writable, or it holds a run of another config (the message lists the keys that differ).
+    """
+    command.check_writable(workdir, "workdir")
+    path = workdir / "config.json"
+    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):  # else nothing of that run is there to lose
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            raise InputError(f"{path}: not readable as json; remove it or take another --workdir") from None
+        differing = sorted(k for k in _flat(old).items() ^ _flat(config).items() if k[0].split(".")[0] not in _FREE)
+        if differing:
+            names = sorted({k for k, _ in differing})
+            said = ", ".join(f"{k} ({_flat(old).get(k)} there, {_flat(config).get(k)} here)" for k in names[:6])
+            raise InputError(f"workdir {workdir}: holds a run of another config: {said}; take another --workdir")
+
+
+def open_workdir(workdir: Path, config: dict[str, Any]) -> None:
+    """Creates the workdir and its config.json.
+
+    Raises:
+      InputError: that is not possible.
+    """
+    partial = workdir / "config.partial"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(workdir / "config.json")
+    except OSError as error:
+        raise InputError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    out = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        out |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: json.dumps(value)}
+    return out

@@ -1,0 +1,165 @@
+"""The diffusion process: noise tables, sampling steps, and the only place where a step's mean, std or log-prob is made.
+
+Latents are [B, h, w, c]; everything here is float32 whatever the network runs in. Timesteps t count 0..999, noise last.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class NoiseSchedule(NamedTuple):
+    """What a checkpoint's scheduler_config.json says, as numbers."""
+
+    alpha_bar: np.ndarray  # float64 [n_train], cumulative product of 1 - beta
+    final_alpha_bar: float  # of the step after the last: 1.0 or alpha_bar[0] (set_alpha_to_one)
+    prediction_type: str = "epsilon"  # what the network predicts: "epsilon" or "v_prediction"
+    steps_offset: int = 1
+    spacing: str = "leading"  # or "trailing"
+
+
+class Steps(NamedTuple):
+    """A sampling run, a row per step, noise first. Guidance is a column like any other."""
+
+    t: Int[Array, "T"]
+    alpha_bar_t: Float[Array, "T"]
+    alpha_bar_prev: Float[Array, "T"]
+    sigma_t: Float[Array, "T"]  # std of the noise that the step adds
+    w_t: Float[Array, "T"]  # classifier-free guidance scale
+
+
+_BETAS = {
+    "scaled_linear": lambda start, end, n: np.linspace(start**0.5, end**0.5, n) ** 2,
+    "linear": np.linspace,
+}
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+SPACINGS = ("leading", "trailing")
+
+
+def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule of a diffusers scheduler config, read as DDIM's.
+
+    Raises:
+      ValueError: a schedule, prediction type or spacing that is not known here.
+    """
+
+    for key in ("clip_sample", "thresholding"):
+        if config.get(key):
+            raise ValueError(f"scheduler_config.json: {key}=true is not supported; accepted: false")
+
+    def one_of(key, accepted, default):
+        value = config.get(key) or default
+        if value not in accepted:
+            raise ValueError(f"scheduler_config.json: {key}={value!r}; accepted: {', '.join(accepted)}")
+        return value
+
+    n = config.get("num_train_timesteps", 1000)
+    if config.get("trained_betas") is not None:
+        betas = np.asarray(config["trained_betas"], np.float64)
+    else:
+        beta = _BETAS[one_of("beta_schedule", tuple(_BETAS), "linear")]
+        betas = beta(config.get("beta_start", 1e-4), config.get("beta_end", 0.02), n)
+    alpha_bar = np.cumprod(1.0 - betas)
+    if config.get("rescale_betas_zero_snr"):
+        alpha_bar = _zero_terminal_snr(alpha_bar)
+    return NoiseSchedule(
+        alpha_bar=alpha_bar,
+        final_alpha_bar=1.0 if config.get("set_alpha_to_one", True) else float(alpha_bar[0]),
+        prediction_type=one_of("prediction_type", PREDICTION_TYPES, "epsilon"),
+        steps_offset=config.get("steps_offset", 0),
+        spacing=one_of("timestep_spacing", SPACINGS, "leading"),
+    )
+
+
+def _zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """Rescales so that the last step is pure noise (Lin et al. 2024, Algorithm 1)."""
+    root = np.sqrt(alpha_bar)
+    return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
+
+
+def timesteps(schedule: NoiseSchedule, n_steps: int) -> Int[np.ndarray, "T"]:
+    """The n_steps timesteps of a sampling run, decreasing: 981, 961, ..., 1 for 50 steps with offset 1.
+
+    Raises:
+      ValueError: more steps than the schedule has, or none.
+    """
+    n = len(schedule.alpha_bar)
+    if not 1 <= n_steps <= n:
+        raise ValueError(f"{n_steps} sampling steps; accepted: 1 to {n}, the steps of the model's noise schedule")
+    if schedule.spacing == "trailing":
+        return np.round(np.arange(n, 0, -n / n_steps)).astype(np.int32)[:n_steps] - 1
+    return (np.arange(n_steps)[::-1] * (n // n_steps) + schedule.steps_offset).clip(0, n - 1).astype(np.int32)
+
+
+def make_steps(schedule: NoiseSchedule, t: Int[np.ndarray, "T"], w_t: Float[Array, "T"], *, eta: float) -> Steps:
+    """Everything that the steps of a run need (Song et al. 2021, Eq. 16): sigma_t = eta sqrt(var)."""
+    alpha_bar_t = schedule.alpha_bar[t]
+    prev_t = t - len(schedule.alpha_bar) // len(t)
+    alpha_bar_prev = np.where(prev_t >= 0, schedule.alpha_bar[np.maximum(prev_t, 0)], schedule.final_alpha_bar)
+    sigma_t = eta * np.sqrt((1.0 - alpha_bar_prev) / (1.0 - alpha_bar_t) * (1.0 - alpha_bar_t / alpha_bar_prev))
+    columns = (jnp.asarray(c, jnp.float32) for c in (alpha_bar_t, alpha_bar_prev, sigma_t, w_t))
+    return Steps(jnp.asarray(t, jnp.int32), *columns)
+
+
+def add_noise(
+    x_0: Float[Array, "B h w c"], eps: Float[Array, "B h w c"], alpha_bar_t: Float[Array, "B"]
+) -> Float[Array, "B h w c"]:
+    """The forward process of DiffExp Eq. 1: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps."""
+    a = alpha_bar_t[:, None, None, None]
+    return jnp.sqrt(a) * x_0 + jnp.sqrt(1.0 - a) * eps
+
+
+def classifier_free_guidance(
+    cond: Float[Array, "B h w c"], uncond: Float[Array, "B h w c"], w_t: Float[Array, ""]
+) -> Float[Array, "B h w c"]:
+    """DiffExp Eq. 4: eps~ = w eps(x, t, c) + (1 - w) eps(x, t, null). 1 is no guidance, 0 unconditional."""
+    return w_t * cond + (1.0 - w_t) * uncond
+
+
+def predictions(
+    out: Float[Array, "B h w c"], x_t: Float[Array, "B h w c"], alpha_bar_t: Float[Array, ""], prediction_type: str
+) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
+    """(x_0, eps) from the network's output: eps itself, or v = sqrt(a) eps - sqrt(1-a) x_0 (Salimans & Ho 2022)."""
+    signal, noise = jnp.sqrt(alpha_bar_t), jnp.sqrt(1.0 - alpha_bar_t)
+    if prediction_type == "v_prediction":
+        return signal * x_t - noise * out, signal * out + noise * x_t
+    return (x_t - noise * out) / signal, out
+
+
+def ddim_step(
+    x_t: Float[Array, "B h w c"], out: Float[Array, "B h w c"], step: Steps, prediction_type: str = "epsilon"
+) -> tuple[Float[Array, "B h w c"], Float[Array, ""]]:
+    """Mean and std of p_theta(x_{t-1} | x_t, c), DiffExp Eq. 2-3 realised by DDIM (Song et al. 2021, Eq. 12).
+
+    mean = sqrt(a_prev) x_0 + sqrt(1 - a_prev - std^2) eps. `step` is one row of Steps (scalars), `out` the guided
+    output of the network.
+    """
+    x_0, eps = predictions(out, x_t, step.alpha_bar_t, prediction_type)
+    direction = jnp.sqrt(jnp.maximum(1.0 - step.alpha_bar_prev - jnp.square(step.sigma_t), 0.0))
+    return jnp.sqrt(step.alpha_bar_prev) * x_0 + direction * eps, step.sigma_t
+
+
+def gaussian_log_prob(
+    x: Float[Array, "B h w c"], mean: Float[Array, "B h w c"], std: Float[Array, ""]
+) -> Float[Array, "B"]:
+    """log N(x; mean, std^2 I), averaged (not summed) over h, w, c: DDPO's clip range of 1e-4 assumes the mean.
+
+    `x` and the std are given; the gradient goes through the mean.
+    """
+    log_prob = -jnp.square(x - mean) / (2.0 * jnp.square(std)) - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
+    return log_prob.mean(axis=(1, 2, 3))
+
+
+def min_snr_weight(alpha_bar_t: Float[Array, "B"], gamma: float = 5.0) -> Float[Array, "B"]:
+    """Min-SNR-gamma weight of the eps loss (Hang et al. 2023): min(SNR, gamma) / SNR."""
+    snr = alpha_bar_t / (1.0 - alpha_bar_t)
+    return jnp.minimum(snr, gamma) / snr
+
+
+def sample_noise(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
+    """Standard normal noise, one key per sample."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -1,0 +1,1 @@
+"""The emoji world: small scenes of animals and objects, and models trained on them that ship with the package."""

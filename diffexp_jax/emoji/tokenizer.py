@@ -1,0 +1,87 @@
+"""The emoji world's tokenizer: CLIP's byte-level BPE, learned from the captions, in transformers' format."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from diffexp_jax.emoji import scenes
+
+MAX_LENGTH = 32  # tokens of a prompt, start and end included
+START, END = "<|startoftext|>", "<|endoftext|>"  # END also pads, as in Stable Diffusion
+WORD_END = "</w>"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes the files that `transformers.CLIPTokenizer.from_pretrained(folder)` reads.
+
+    Every word of the captions is one token; any other text falls apart into shorter pieces, down to bytes.
+    Ids run as in CLIP: 256 bytes, 256 bytes that end a word, the merges in the order of learning, start, end.
+    """
+    words = Counter(word for caption in scenes.captions() for word in caption.split())
+    merges = learn_merges(words)
+    tokens = byte_symbols()
+    tokens += [symbol + WORD_END for symbol in tokens]
+    tokens += [*map("".join, merges), START, END]
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": MAX_LENGTH,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "vocab.json", json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    _write(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]))
+    _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
+    _write(folder / "tokenizer_config.json", json.dumps(config | special, indent=2))
+
+
+def byte_symbols() -> list[str]:
+    """The character that stands for each byte, in the order of the ids (GPT-2's table, which CLIP took over).
+
+    Printable Latin-1 bytes come first and stand for themselves; the n-th of the others is chr(256 + n).
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = 256 - len(printable)
+    return [*map(chr, printable), *(chr(256 + n) for n in range(others))]
+
+
+def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al. 2016), run until every word is one symbol.
+
+    Args:
+      words: ASCII words and how often each occurs.
+
+    Returns:
+      The pairs of symbols to join, the most frequent first; among equals the first in the alphabet.
+    """
+    spelled = {word: (*word[:-1], word[-1] + WORD_END) for word in words}
+    merges = []
+    while any(len(symbols) > 1 for symbols in spelled.values()):
+        counts = Counter()
+        for word, symbols in spelled.items():
+            for pair in zip(symbols, symbols[1:], strict=False):
+                counts[pair] += words[word]
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        spelled = {word: _join(symbols, best) for word, symbols in spelled.items()}
+    return merges
+
+
+def _join(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """Joins each occurrence of the pair, from left to right."""
+    joined, i = [], 0
+    while i < len(symbols):
+        step = 2 if symbols[i : i + 2] == pair else 1
+        joined.append("".join(symbols[i : i + step]))
+        i += step
+    return tuple(joined)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")

@@ -1,0 +1,56 @@
+"""DiffExp's exploration (Chae et al., AAAI 2025): a guidance schedule and random prompt weighting.
+
+Both change only what a sampler is fed (the guidance per step, the prompt's embedding), so any reward fine-tuning
+method takes them as they are.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def guidance_schedule(
+    t: Int[Array, "T"],
+    *,
+    w_low: float | Array,
+    w_high: float | Array,
+    t_thresh: float | Array,
+    active: bool | Bool[Array, ""] = True,
+) -> Float[Array, "T"]:
+    """DiffExp Eq. 7: w(t) = w_low if t > t_thresh else w_high.
+
+    t is in training-timestep units (0..1000) and falls during sampling, so the low scale comes first: diverse
+    layouts while there is mostly noise, then the prompt. Where not `active`, w_high throughout (plain guidance).
+    """
+    return jnp.where(active & (t > t_thresh), w_low, w_high).astype(jnp.float32)
+
+
+def sample_phrase_weights(
+    key: PRNGKeyArray, unit_ids: Int[Array, "L"], *, weight_range: tuple[float, float]
+) -> Float[Array, "L"]:
+    """One draw for one image: a random unit of the prompt gets a random weight, everything else weight 1.
+
+    `unit_ids` numbers the prompt's units (words, tokens or phrases) 1..n token by token; 0 marks the positions that are
+    never weighted (start, end, padding). The unit is uniform over 1..n, its weight uniform in `weight_range`; a prompt
+    without units ("") gets ones.
+    """
+    unit_key, weight_key = jax.random.split(key)
+    chosen = jax.random.randint(unit_key, (), 1, jnp.maximum(unit_ids.max(), 1) + 1)
+    weight = jax.random.uniform(weight_key, (), minval=weight_range[0], maxval=weight_range[1])
+    return jnp.where(unit_ids == chosen, weight, 1.0)
+
+
+def reweight_prompt(
+    cond: Float[Array, "L D"], null: Float[Array, "L D"], weights: Float[Array, "L"]
+) -> Float[Array, "L D"]:
+    """DiffExp Eq. 8: c~_i = null_i + w_i (c_i - null_i), null the text embedding of "".
+
+    Positions of weight 1 keep their c_i bit for bit.
+    """
+    w = weights[:, None]
+    return jnp.where(w == 1.0, cond, null + w * (cond - null))
+
+
+def exploration_active(iteration: int, *, n_iterations: int, fraction: float) -> bool:
+    """Explore during the first `fraction` (the paper: 3/4) of fine-tuning; iterations count from 0."""
+    return iteration < fraction * n_iterations

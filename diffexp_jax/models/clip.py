@@ -1,0 +1,268 @@
+"""CLIP (Radford et al. 2021) in transformers' layout and names: SD's text encoders, and rewards."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from diffexp_jax import InputError
+from diffexp_jax.models import convert, files
+from diffexp_jax.models.layers import ACTIVATIONS, Conv, Dense, attention, layer_norm
+
+_INIT_LOGIT_SCALE = math.log(1 / 0.07)
+_LEGACY_EOS = 2  # an `eos_token_id` that says nothing about the vocabulary: see `eot_positions`
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+def _known_fields(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json that are fields of `cls`; nulls keep the field's default."""
+    known = {k: config[k] for k in cls.__dataclass_fields__ if config.get(k) is not None}
+    if (act := known.get("hidden_act", "gelu")) not in ACTIVATIONS:
+        raise InputError(f"CLIP config: hidden_act {act!r} is not supported; accepted: {', '.join(ACTIVATIONS)}")
+    return known
+
+
+@struct.dataclass
+class CLIPTextConfig:
+    """Sizes of a text encoder; fields and defaults are those of transformers' config.json."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    eos_token_id: int = 49407
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPTextConfig":
+        """Raises InputError for an activation that is not implemented."""
+        return cls(**_known_fields(cls, config))
+
+
+@struct.dataclass
+class CLIPVisionConfig:
+    """Sizes of an image encoder (a ViT); fields and defaults are those of transformers' config.json."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224  # pixels
+    patch_size: int = 32  # pixels
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPVisionConfig":
+        """Raises InputError for an activation that is not implemented."""
+        return cls(**_known_fields(cls, config))
+
+
+@struct.dataclass
+class CLIPConfig:
+    """Sizes of a whole CLIP, as in transformers' CLIPModel."""
+
+    text: CLIPTextConfig = CLIPTextConfig()
+    vision: CLIPVisionConfig = CLIPVisionConfig()
+    projection_dim: int = 512
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPConfig":
+        """Raises InputError for an activation that is not implemented."""
+        return cls(
+            CLIPTextConfig.from_dict(config.get("text_config") or {}),
+            CLIPVisionConfig.from_dict(config.get("vision_config") or {}),
+            **_known_fields(cls, {"projection_dim": config.get("projection_dim")}),
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- towers
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer block, causal in text and not in images."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        cfg, width = self.config, x.shape[-1]
+        h = layer_norm("layer_norm1", cfg.layer_norm_eps, self.dtype)(x)
+        q, k, v = (Dense(width, dtype=self.dtype, name=f"self_attn.{c}_proj")(h) for c in "qkv")
+        h = attention(q, k, v, cfg.num_attention_heads, is_causal=self.causal)
+        x = x + Dense(width, dtype=self.dtype, name="self_attn.out_proj")(h)
+        h = layer_norm("layer_norm2", cfg.layer_norm_eps, self.dtype)(x)
+        h = Dense(cfg.intermediate_size, dtype=self.dtype, name="mlp.fc1")(h)
+        return x + Dense(width, dtype=self.dtype, name="mlp.fc2")(ACTIVATIONS[cfg.hidden_act](h))
+
+
+@struct.dataclass
+class TextOutput:
+    """What is wanted of a text encoder: SD takes the first, SDXL the second and third, rewards the third."""
+
+    last_hidden_state: Float[Array, "B L D"]  # after the final LayerNorm
+    penultimate: Float[Array, "B L D"]  # transformers' hidden_states[-2]: before the last layer, without LayerNorm
+    pooled: Float[Array, "B P"]  # last_hidden_state at the end-of-text token
+
+
+def eot_positions(ids: Int[Array, "B L"], eos_token_id: int) -> Int[Array, " B"]:
+    """Where each prompt's end-of-text token is: the first position that holds `eos_token_id`.
+
+    Configs from before transformers 4.31 carry a meaningless 2 there; they mean the highest id of the prompt.
+    """
+    return jnp.argmax(ids if eos_token_id == _LEGACY_EOS else ids == eos_token_id, axis=-1)
+
+
+class TextTransformer(nn.Module):
+    """transformers' CLIPTextModel. Attention is causal only: like SD and CLIP, it looks at padding."""
+
+    config: CLIPTextConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B L"]) -> TextOutput:
+        cfg = self.config
+
+        def embed(name, size):
+            init = nn.initializers.normal(0.02)
+            return nn.Embed(size, cfg.hidden_size, dtype=self.dtype, embedding_init=init, name=f"embeddings.{name}")
+
+        tokens = embed("token_embedding", cfg.vocab_size)(ids)
+        positions = embed("position_embedding", cfg.max_position_embeddings)(jnp.arange(ids.shape[1]))
+        hidden = [tokens + positions]
+        for i in range(cfg.num_hidden_layers):
+            layer = EncoderLayer(cfg, causal=True, dtype=self.dtype, name=f"encoder.layers.{i}")
+            hidden.append(layer(hidden[-1]))
+        x = layer_norm("final_layer_norm", cfg.layer_norm_eps, self.dtype)(hidden[-1])
+        eot = eot_positions(ids, cfg.eos_token_id)
+        pooled = jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]  # [B, D]
+        return TextOutput(last_hidden_state=x, penultimate=hidden[-2], pooled=pooled)
+
+
+class VisionTransformer(nn.Module):
+    """transformers' CLIPVisionModel: normalised pixels -> the class token after the last LayerNorm."""
+
+    config: CLIPVisionConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        cfg, width, patch = self.config, self.config.hidden_size, self.config.patch_size
+        none = ((0, 0), (0, 0))
+        x = Conv(width, patch, patch, none, False, self.dtype, name="embeddings.patch_embedding")(pixels)
+        x = x.reshape(len(x), -1, width)  # [B, N, D]
+        init = nn.initializers.normal(width**-0.5)
+        first = self.param("embeddings.class_embedding", init, (width,)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, width)), x], axis=1)  # [B, 1 + N, D]
+
+        positions, init = (cfg.image_size // patch) ** 2 + 1, nn.initializers.normal(0.02)
+        name = "embeddings.position_embedding"
+        x = x + nn.Embed(positions, width, dtype=self.dtype, embedding_init=init, name=name)(jnp.arange(positions))
+        x = layer_norm("pre_layrnorm", cfg.layer_norm_eps, self.dtype)(x)  # sic, the checkpoints' spelling
+        for i in range(cfg.num_hidden_layers):
+            x = EncoderLayer(cfg, causal=False, dtype=self.dtype, name=f"encoder.layers.{i}")(x)
+        return layer_norm("post_layernorm", cfg.layer_norm_eps, self.dtype)(x[:, 0])
+
+
+# --------------------------------------------------------------------------------------------------------- whole models
+
+
+class TextTransformerWithProjection(nn.Module):
+    """transformers' CLIPTextModelWithProjection, SDXL's second text encoder: `pooled` is projected."""
+
+    config: CLIPTextConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B L"]) -> TextOutput:
+        out = TextTransformer(self.config, self.dtype, name="text_model")(ids)
+        project = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")
+        return out.replace(pooled=project(out.pooled))
+
+
+class CLIP(nn.Module):
+    """transformers' CLIPModel: both towers, projected into one space."""
+
+    config: CLIPConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        self.text_model = TextTransformer(cfg.text, self.dtype)
+        self.vision_model = VisionTransformer(cfg.vision, self.dtype)
+        self.text_projection = Dense(cfg.projection_dim, use_bias=False, dtype=self.dtype)
+        self.visual_projection = Dense(cfg.projection_dim, use_bias=False, dtype=self.dtype)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(_INIT_LOGIT_SCALE), ())
+
+    def embed_text(self, ids: Int[Array, "B L"]) -> Float[Array, "B P"]:
+        """Text features, float32, not of unit length."""
+        return self.text_projection(self.text_model(ids).pooled).astype(jnp.float32)
+
+    def embed_image(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
+        """Image features, float32, not of unit length, of pixels already normalised by CLIP's statistics."""
+        return self.visual_projection(self.vision_model(pixels)).astype(jnp.float32)
+
+    def __call__(
+        self, ids: Int[Array, "T L"], pixels: Float[Array, "B H W 3"]
+    ) -> tuple[Float[Array, "T P"], Float[Array, "B P"], Float[Array, ""]]:
+        """Text features, image features, and the factor of their cosine; touches every parameter."""
+        return self.embed_text(ids), self.embed_image(pixels), jnp.exp(self.logit_scale)
+
+
+def unit(features: Float[Array, "B P"]) -> Float[Array, "B P"]:
+    """Features divided by their Euclidean length."""
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def canonical_text_names(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A view of CLIP tensors of any age under the names of transformers 5.
+
+    Leaves out the `position_ids` buffers that older files hold, and the prefix `text_model.` that they put
+    before every name of a bare text encoder.
+    """
+    bare = all(name.startswith("text_model.") for name in tensors)
+
+    def rename(name):
+        if name.endswith("embeddings.position_ids"):
+            return None
+        return name.removeprefix("text_model.") if bare else name
+
+    return files.Renamed(tensors, rename)
+
+
+def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[CLIP, dict[str, Any]]:
+    """Reads a CLIPModel's folder (config.json and safetensors), as transformers writes it.
+
+    Args:
+      folder: where the files are.
+      dtype: of the weights and of the arithmetic; features and `logit_scale` are float32 all the same.
+
+    Returns:
+      The network and its parameters.
+
+    Raises:
+      InputError: a file is missing or broken, or its tensors do not fit the config.
+    """
+    config = CLIPConfig.from_dict(files.read_json(folder / "config.json"))
+    module, size = CLIP(config, dtype), config.vision.image_size
+    shapes = convert.abstract_params(module, jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, size, size, 3)))
+    tensors = canonical_text_names(files.open_weights(folder))
+    params = convert.from_torch(tensors, shapes, where=str(folder), dtype=dtype)
+    return module, params | {"logit_scale": np.asarray(tensors["logit_scale"], np.float32)}

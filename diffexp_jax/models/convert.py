@@ -1,0 +1,84 @@
+"""Checkpoints in the published formats <-> parameter trees, with full accounting.
+
+The modules carry the checkpoints' own names, so a tensor's name is its parameter's path joined by dots. Only the last
+part differs (torch "weight" is our "kernel", "scale" or "embedding") and the axes of kernels (torch keeps outputs
+first). A missing, unexpected or wrongly shaped tensor is an error that names it.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from diffexp_jax import InputError
+
+# torch axis order from ours, by the rank of a kernel: Dense [in, out] -> [out, in]; Conv [H, W, I, O] -> [O, I, H, W]
+_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
+_FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
+
+_SHOWN = 8  # names printed per list of an error
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """("down_blocks.0", "conv1", "kernel") -> "down_blocks.0.conv1.weight"."""
+    *module, leaf = path
+    return ".".join([*module, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
+
+
+def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A parameter tree as {checkpoint name: contiguous array in torch's axis order}."""
+    flat = traverse_util.flatten_dict(params)
+    out = {}
+    for path, value in flat.items():
+        value = np.asarray(value)
+        out[torch_name(path)] = np.asarray(value.transpose(_axes(_TO_TORCH, path, value.ndim)), order="C")
+    return out
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], *, where: str, dtype=np.float32):
+    """Builds the parameter tree of `shapes` (as from `jax.eval_shape`) out of checkpoint tensors.
+
+    Args:
+      tensors: {checkpoint name: array in torch's axis order}; read one at a time.
+      shapes: the tree to fill; its leaves give the shapes.
+      where: the file or folder, for the errors.
+      dtype: of every leaf.
+
+    Raises:
+      InputError: tensors are missing, unexpected, or of another shape; the message lists their names.
+    """
+    wanted = {torch_name(path): (path, leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes).items()}
+    missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    if missing or unexpected:
+        lists = (("missing", missing), ("unexpected", unexpected))
+        parts = [f"{len(names)} {what} ({_listed(names)})" for what, names in lists if names]
+        raise InputError(f"{where}: the tensors do not fit the config: {'; '.join(parts)}")
+    flat, wrong = {}, []
+    for name, (path, shape) in wanted.items():
+        value = np.asarray(tensors[name])
+        shape = tuple(shape[axis] for axis in _axes(_TO_TORCH, path, len(shape)))
+        if value.shape[2:] + shape[2:] == (1, 1):  # a linear layer where a 1x1 convolution is wanted, or the reverse
+            value = value.reshape(value.shape[:2] + shape[2:])
+        if value.shape != shape:
+            wrong.append(f"{name} is {value.shape}, the config wants {shape}")
+        else:
+            flat[path] = np.asarray(value.transpose(_axes(_FROM_TORCH, path, value.ndim)).astype(dtype), order="C")
+    if wrong:
+        raise InputError(f"{where}: {len(wrong)} tensors of the wrong shape: {'; '.join(sorted(wrong)[:_SHOWN])}")
+    return traverse_util.unflatten_dict(flat)
+
+
+def _axes(table: Mapping[int, tuple[int, ...]], path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
+    return table[ndim] if path[-1] == "kernel" else tuple(range(ndim))
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def abstract_params(module, *args, **kwargs) -> dict[str, Any]:
+    """The shapes of a module's parameters, without computing anything; arguments as for `module.init`."""
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]

@@ -1,0 +1,213 @@
+"""Building blocks that the UNet, the VAE and the CLIP towers share.
+
+Every submodule carries the name that the PyTorch checkpoints use, dots included ("to_out.0"), so that the path of a
+parameter joined by dots *is* its checkpoint name (see `convert.py`).
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
+
+# ----------------------------------------------------------------------------------------------------------- functions
+
+
+def quick_gelu(x: Array) -> Array:
+    """OpenAI's approximation x * sigmoid(1.702 x), used by CLIP L/14."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": gelu, "silu": jax.nn.silu}
+
+
+def timestep_embedding(t: Num[Array, "B"], width: int) -> Float[Array, "B width"]:
+    """Sinusoids of the timestep, cosine half first (diffusers: flip_sin_to_cos=True, freq_shift=0).
+
+    `t` is in training-timestep units (0..1000); odd widths get a zero column, as in diffusers.
+    """
+    half = width // 2
+    freqs = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * freqs[None]
+    emb = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(emb, ((0, 0), (0, width - 2 * half)))
+
+
+def attention(
+    q: Float[Array, "B Lq width"], k: Float[Array, "B Lk width"], v: Float[Array, "B Lk width"], heads: int, **kwargs
+) -> Float[Array, "B Lq width"]:
+    """Multi-head scaled dot-product attention (softmax in float32); `kwargs` go to `jax.nn.dot_product_attention`."""
+
+    def split(x):
+        return x.reshape(*x.shape[:-1], heads, -1)  # [B, L, heads, width/heads]
+
+    out = jax.nn.dot_product_attention(split(q), split(k), split(v), **kwargs)
+    return out.reshape(q.shape)
+
+
+# --------------------------------------------------------------------------------------------------------- convolution
+
+
+def _conv(x, kernel, strides, padding):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@jax.custom_vjp
+def conv3x3_same(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
+    """3x3 convolution, stride 1, zero padding 1, whose gradient is fast inside loops on CPU.
+
+    XLA:CPU reaches its fast convolution inside scan/while only for channels-last *forward* convolutions (jax issue
+    12868); the transposed ones that autodiff makes are up to 100 x slower there. So the backward pass is written as
+    forward convolutions too: of the gradient with the flipped, transposed kernel, and of the input with the gradient.
+    """
+    return _conv(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
+
+def _conv3x3_fwd(x, kernel):
+    return conv3x3_same(x, kernel), (x, kernel)
+
+
+def _conv3x3_bwd(saved, g):
+    x, kernel = saved
+    same = ((1, 1), (1, 1))
+    dx = _conv(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), (1, 1), same)
+    # channels play the batch, the batch plays the channels, the gradient is the kernel
+    dkernel = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), same)  # [C, 3, 3, D]
+    return dx, dkernel.transpose(1, 2, 0, 3)
+
+
+conv3x3_same.defvjp(_conv3x3_fwd, _conv3x3_bwd)
+
+
+class Conv(nn.Module):
+    """2-D convolution, NHWC; `padding` as ((top, bottom), (left, right))."""
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w features"]:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        x = x.astype(self.dtype)
+        plain = (self.kernel_size, self.stride, self.padding) == (3, 1, ((1, 1), (1, 1)))
+        if self.kernel_size == self.stride == 1:
+            y = x @ kernel[0, 0]  # as a matrix product: four times as fast on CPU
+        elif plain and jax.default_backend() == "cpu":
+            y = conv3x3_same(x, kernel)
+        else:
+            y = _conv(x, kernel, (self.stride, self.stride), self.padding)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
+
+
+def pointwise_conv(features: int, **kwargs) -> Conv:
+    """1x1 convolution."""
+    return Conv(features, kernel_size=1, padding=((0, 0), (0, 0)), **kwargs)
+
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+
+class Dense(nn.Module):
+    """Linear layer that adds its low-rank update when the variable collection "lora" holds one for it.
+
+    y = x W + b + (x A) B with A [in, rank], B [rank, out] (LoRA, Hu et al. 2021). The factor alpha / rank is already
+    in B (`lora.scaled`). A and B are float32 whatever `dtype` is; without the collection this is the plain layer.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B features"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        if self.has_variable("lora", "A"):
+            a, b = self.get_variable("lora", "A"), self.get_variable("lora", "B")
+            y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype)
+        return y
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with statistics in float32."""
+
+    groups: int
+    epsilon: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)
+        space = tuple(range(1, x.ndim - 1))
+
+        def group_mean(per_pixel):  # reduce over space first: channels stay the minor axis of every large array
+            per_channel = per_pixel.mean(space)  # [B, C]
+            per_group = per_channel.reshape(len(x), self.groups, -1).mean(-1)
+            return jnp.expand_dims(per_group.repeat(channels // self.groups, axis=-1), space)  # [B, 1.., C]
+
+        centred = x - group_mean(x)
+        var = group_mean(jnp.square(centred))
+        return (centred * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias).astype(self.dtype)
+
+
+def layer_norm(name: str | None, epsilon: float = 1e-5, dtype: DTypeLike = jnp.float32) -> nn.LayerNorm:
+    """Layer normalisation over the last axis with torch's default epsilon, statistics in float32."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class ResnetBlock(nn.Module):
+    """diffusers' ResnetBlock2D: norm, silu, conv, (+ time embedding), norm, silu, conv, + shortcut."""
+
+    features: int
+    groups: int
+    epsilon: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"] | None = None
+    ) -> Float[Array, "B H W features"]:
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
+        if temb is not None:
+            shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
+            h = h + shift[:, None, None]
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")(h))
+        h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = pointwise_conv(self.features, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to `size` (H, W), then a 3x3 convolution."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[Array, "B H W C"]:
+        if size == (2 * x.shape[1], 2 * x.shape[2]):
+            x = x.repeat(2, axis=1).repeat(2, axis=2)
+        else:  # a skip connection of odd size: the index rule of torch's "nearest"
+            x = x[:, jnp.arange(size[0]) * x.shape[1] // size[0]][:, :, jnp.arange(size[1]) * x.shape[2] // size[1]]
+        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x)

@@ -1,0 +1,152 @@
+"""AutoencoderKL (Rombach et al. 2022): the image autoencoder of Stable Diffusion, in diffusers' layout and names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from diffexp_jax.models.layers import Conv, Dense, GroupNorm, ResnetBlock, Upsample, attention, pointwise_conv
+
+
+@struct.dataclass
+class VAEConfig:
+    """Sizes of an AutoencoderKL; the fields are those of diffusers' config.json."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
+        known = {k: config[k] for k in cls.__dataclass_fields__ if config.get(k) is not None}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel, along one axis."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class MidAttention(nn.Module):
+    """Single-head self-attention over the pixels, with a residual connection."""
+
+    groups: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        width = x.shape[-1]
+        h = GroupNorm(self.groups, 1e-6, self.dtype, name="group_norm")(x).reshape(x.shape[0], -1, width)
+        q, k, v = (Dense(width, dtype=self.dtype, name=name)(h) for name in ("to_q", "to_k", "to_v"))
+        h = Dense(width, dtype=self.dtype, name="to_out.0")(attention(q, k, v, heads=1))
+        return x + h.reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    groups: int
+    add_attention: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        x = ResnetBlock(x.shape[-1], self.groups, 1e-6, self.dtype, name="resnets.0")(x)
+        if self.add_attention:
+            x = MidAttention(self.groups, self.dtype, name="attentions.0")(x)
+        return ResnetBlock(x.shape[-1], self.groups, 1e-6, self.dtype, name="resnets.1")(x)
+
+
+class Encoder(nn.Module):
+    config: VAEConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w moments"]:
+        cfg = self.config
+        x = Conv(cfg.block_out_channels[0], dtype=self.dtype, name="conv_in")(x)
+        for i, features in enumerate(cfg.block_out_channels):
+            for j in range(cfg.layers_per_block):
+                name = f"down_blocks.{i}.resnets.{j}"
+                x = ResnetBlock(features, cfg.norm_num_groups, 1e-6, self.dtype, name=name)(x)
+            if i + 1 < len(cfg.block_out_channels):
+                # diffusers pads the encoder's downsampling on the right and bottom only
+                name = f"down_blocks.{i}.downsamplers.0.conv"
+                x = Conv(features, stride=2, padding=((0, 1), (0, 1)), dtype=self.dtype, name=name)(x)
+        x = MidBlock(cfg.norm_num_groups, cfg.mid_block_add_attention, self.dtype, name="mid_block")(x)
+        x = nn.silu(GroupNorm(cfg.norm_num_groups, 1e-6, self.dtype, name="conv_norm_out")(x))
+        return Conv(2 * cfg.latent_channels, dtype=self.dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    config: VAEConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+        cfg = self.config
+        widths = cfg.block_out_channels[::-1]
+        x = Conv(widths[0], dtype=self.dtype, name="conv_in")(z)
+        x = MidBlock(cfg.norm_num_groups, cfg.mid_block_add_attention, self.dtype, name="mid_block")(x)
+        for i, features in enumerate(widths):
+            for j in range(cfg.layers_per_block + 1):
+                name = f"up_blocks.{i}.resnets.{j}"
+                x = ResnetBlock(features, cfg.norm_num_groups, 1e-6, self.dtype, name=name)(x)
+            if i + 1 < len(widths):
+                size = (2 * x.shape[1], 2 * x.shape[2])
+                x = Upsample(self.dtype, name=f"up_blocks.{i}.upsamplers.0")(x, size)
+        x = nn.silu(GroupNorm(cfg.norm_num_groups, 1e-6, self.dtype, name="conv_norm_out")(x))
+        return Conv(cfg.out_channels, dtype=self.dtype, name="conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Images [B,H,W,3] in [0,1] <-> latents [B,H/f,W/f,c] scaled to about unit variance."""
+
+    config: VAEConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        cfg = self.config
+        self.encoder = Encoder(cfg, self.dtype)
+        self.decoder = Decoder(cfg, self.dtype)
+        if cfg.use_quant_conv:
+            self.quant_conv = pointwise_conv(2 * cfg.latent_channels, dtype=self.dtype)
+        if cfg.use_post_quant_conv:
+            self.post_quant_conv = pointwise_conv(cfg.latent_channels, dtype=self.dtype)
+
+    def moments(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
+        """Mean and log-variance of q(z | image), unscaled."""
+        h = self.encoder(2.0 * images - 1.0)
+        if self.config.use_quant_conv:
+            h = self.quant_conv(h)
+        mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
+        """The mean latent, scaled as the diffusion model expects it."""
+        return (self.moments(images)[0] - self.config.shift_factor) * self.config.scaling_factor
+
+    def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+        """Images in [0,1] up to overshoot: not clipped, so that gradients pass (callers clip what they show)."""
+        z = latents / self.config.scaling_factor + self.config.shift_factor
+        return self.decode_raw(z)
+
+    def decode_raw(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+        """`decode` of an unscaled latent."""
+        if self.config.use_post_quant_conv:
+            z = self.post_quant_conv(z)
+        return self.decoder(z).astype(jnp.float32) / 2.0 + 0.5
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        """Reconstruction from the mean latent; touches every parameter (used to initialise)."""
+        return self.decode(self.encode(images))

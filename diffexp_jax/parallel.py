@@ -1,0 +1,66 @@
+"""Devices and randomness: how one pure per-device function becomes a data-parallel program.
+
+Global sample g lives on device g mod n. So the j-th n-th of every device's share is the same set of samples on any
+number of devices, and minibatches, noise and statistics do not depend on how many there are.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+AXIS = "data"
+
+
+def pmap(function: Callable, **kwargs) -> Callable:
+    """`jax.pmap` over the axis "data"; every argument and result has a leading axis of local devices."""
+    return jax.pmap(function, axis_name=AXIS, **kwargs)
+
+
+def replicate(tree: Any) -> Any:
+    """A copy of the tree on every local device, with a leading device axis."""
+    return _copy(np.arange(jax.local_device_count()), tree)
+
+
+_copy = pmap(lambda _, tree: tree, in_axes=(0, None))  # made once: every pmap compiles for itself
+_place = pmap(lambda tree: tree)
+
+
+def first(tree: Any) -> Any:
+    """Device 0's copy, as numpy."""
+    return jax.device_get(jax.tree.map(lambda x: x[0], tree))
+
+
+def sample_index(n_samples: int) -> Int[np.ndarray, "devices samples"]:
+    """The global indices of the samples of each local device."""
+    n, n_local = jax.device_count(), jax.local_device_count()
+    device = jax.process_index() * n_local + np.arange(n_local)
+    return device[:, None] + n * np.arange(n_samples // n)
+
+
+def shard(tree: Any, n_samples: int) -> Any:
+    """Host arrays [n_samples, ...] of the whole batch -> this host's share [n_local, n_samples / n, ...].
+
+    Placed on the devices: a program is compiled once more for arguments that are still on the host.
+    """
+    index = sample_index(n_samples)
+    return _place(jax.tree.map(lambda x: x[index], tree))
+
+
+def unshard(tree: Any) -> Any:
+    """[n_local, b, ...] -> [n_local * b, ...] numpy, in the order of the global sample index."""
+    return jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.device_get(tree))
+
+
+def stream(seed: int, name: str, iteration: int = 0) -> PRNGKeyArray:
+    """The key of one kind of randomness at one iteration: nothing else has to be remembered to resume."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    return jax.random.fold_in(key, iteration)
+
+
+def sample_keys(key: PRNGKeyArray, n_samples: int) -> jax.Array:
+    """A key per sample of the whole batch, from its global index alone."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(n_samples))

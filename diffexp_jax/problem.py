@@ -1,0 +1,114 @@
+"""What a run works on, loaded and ready: model, rewards, prompts; and what every iteration draws of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from diffexp_jax import InputError, evaluation, exploration, parallel
+from diffexp_jax.algorithms import Batch
+from diffexp_jax.diffusion import NoiseSchedule, Steps, make_steps, noise_schedule, timesteps
+from diffexp_jax.models import stable_diffusion
+from diffexp_jax.prompts import PromptSet, load_prompts
+from diffexp_jax.prompts.units import unit_ids
+from diffexp_jax.rewards import Reward, load_reward
+from diffexp_jax.sampling import Context
+
+
+class Problem(NamedTuple):
+    """What a run works on; arrays are on the host, a row per prompt."""
+
+    model: stable_diffusion.StableDiffusion
+    reward: str  # the name of the trained one
+    rewards: dict[str, Reward]  # it, and those that are only reported
+    units: Int[np.ndarray, "P L"]  # of the training prompts, see prompts.units
+    train: evaluation.Task
+    evals: list[evaluation.Task]
+    uncond: Float[np.ndarray, "L D"]  # the text embedding of ""
+
+
+def load_problem(config: ConfigDict) -> Problem:
+    """Loads what the config names; prompts are encoded once, here."""
+    auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = auto if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
+    prompts = load_prompts(config.prompts)
+    eval_sets = [load_prompts(name) for name in config.eval.prompts] if config.eval.every else []
+    model = stable_diffusion.load(config.model.path, dtype=dtype, image_size=config.model.image_size)
+    specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
+    rewards = {spec.partition(":")[0]: load_reward(spec, dtype=dtype) for spec in specs}
+
+    def task(prompts: PromptSet) -> evaluation.Task:
+        cond, cut = evaluation.encode_prompts(model, prompts.texts)
+        for text in cut:
+            logging.warning("prompt cut to %d tokens: %r", model.tokenizer.model_max_length, text)
+        tokens = {name: reward.tokenize(prompts.texts) for name, reward in rewards.items()}
+        return evaluation.Task(prompts.name, prompts.texts, cond, tokens)
+
+    units = unit_ids(model.tokenizer, prompts, config.exploration.unit)
+    uncond = evaluation.encode_prompts(model, [""])[0][0]
+    name = config.reward.partition(":")[0]
+    return Problem(model, name, rewards, units, task(prompts), [task(s) for s in eval_sets], uncond)
+
+
+def load_schedule(model: stable_diffusion.StableDiffusion) -> NoiseSchedule:
+    """The model's noise schedule.
+
+    Raises:
+      InputError: its scheduler config asks for what is not implemented.
+    """
+    try:
+        return noise_schedule(model.scheduler_config)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def frozen_arrays(problem: Problem) -> Any:
+    """Every array that is not trained, on every device."""
+    model = {part: problem.model.params[part] for part in ("unet", "vae")}
+    rewards = {name: reward.params for name, reward in problem.rewards.items()}
+    return parallel.replicate({"model": model, "rewards": rewards})
+
+
+def sampling_steps(config: ConfigDict, schedule: NoiseSchedule, *, explore: bool) -> Steps:
+    """The run's sampling steps on every device; guidance follows Eq. 7 where `explore`, else it is constant."""
+    t, e = timesteps(schedule, config.sampling.steps), config.exploration
+    w_t = exploration.guidance_schedule(
+        t, w_low=e.w_low, w_high=config.sampling.guidance, t_thresh=e.t_thresh, active=explore
+    )
+    return parallel.replicate(make_steps(schedule, t, w_t, eta=config.sampling.eta))
+
+
+def make_explore(config: ConfigDict) -> Callable[..., jax.Array]:
+    """A mapped program (cond, uncond, unit ids, keys) -> the randomly reweighted embeddings, one draw per image."""
+    weight_range = tuple(config.exploration.weight_range)
+
+    def one(cond, uncond, units, key):
+        weights = exploration.sample_phrase_weights(key, units, weight_range=weight_range)
+        return exploration.reweight_prompt(cond, uncond, weights)
+
+    return parallel.pmap(jax.vmap(one))
+
+
+def draw_batch(config: ConfigDict, problem: Problem, it: int, explore: Callable[..., Array] | None) -> Batch:
+    """Random prompts of iteration `it` with all that the algorithm needs of them, split among the devices.
+
+    `explore` (see `make_explore`) reweights their embeddings; None leaves them as they are.
+    """
+    n, task = config.batch.samples, problem.train
+    ids = jax.random.randint(parallel.stream(config.seed, "prompts", it), (n,), 0, len(task.texts))
+    ids = np.asarray(ids)
+    uncond = np.broadcast_to(problem.uncond, (n, *problem.uncond.shape))
+    noise = parallel.sample_keys(parallel.stream(config.seed, "noise", it), n)
+    tokens = jax.tree.map(lambda x: x[ids], task.tokens[problem.reward])
+    cond, uncond, units, tokens, noise, ids = parallel.shard(
+        (task.cond[ids], uncond, problem.units[ids], tokens, noise, ids), n
+    )
+    if explore is not None:
+        keys = parallel.sample_keys(parallel.stream(config.seed, "weights", it), n)
+        cond = explore(cond, uncond, units, parallel.shard(keys, n))
+    return Batch(ids, Context(cond, uncond), tokens, noise)

@@ -1,0 +1,63 @@
+"""Which tokens of a prompt are weighted together (the i of Eq. 8)."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from diffexp_jax.prompts import PromptSet
+
+UNITS = ("word", "token", "phrase")
+
+_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+
+
+def unit_ids(tokenizer: Any, prompts: PromptSet, unit: str) -> Int[np.ndarray, "P L"]:
+    """Numbers the units of every prompt 1, 2, ... token by token; start, end, padding and punctuation are 0.
+
+    Args:
+      tokenizer: a fast transformers tokenizer (it says which characters each token covers).
+      unit: "word" (all tokens of a word together), "token" (each on its own), or "phrase" (the prompt set's phrases;
+        words outside every phrase are 0).
+    """
+    length = tokenizer.model_max_length
+    encoded = tokenizer(
+        list(prompts.texts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    ids = np.zeros((len(prompts.texts), length), np.int32)
+    for row, (text, phrases) in enumerate(zip(prompts.texts, prompts.phrases, strict=True)):
+        spans = list(_phrase_spans(text, phrases) if unit == "phrase" else (m.span() for m in _WORD.finditer(text)))
+        covered = zip(encoded["offset_mapping"][row], encoded["special_tokens_mask"][row], strict=True)
+        for position, ((start, end), special) in enumerate(covered):
+            hits = [n for n, (first, last) in enumerate(spans, 1) if start < last and first < end]
+            if hits and not special:
+                ids[row, position] = hits[0]
+        if unit == "token":
+            content = ids[row] > 0
+            ids[row, content] = np.arange(1, content.sum() + 1)
+    return _consecutive(ids)
+
+
+def _phrase_spans(text: str, phrases: Sequence[str]) -> Iterator[tuple[int, int]]:
+    end = 0
+    for phrase in phrases:
+        start = text.find(phrase, end)
+        if start >= 0:
+            end = start + len(phrase)
+            yield start, end
+
+
+def _consecutive(ids: Int[np.ndarray, "P L"]) -> Int[np.ndarray, "P L"]:
+    """Renumbers each row's ids 1..n without gaps (truncation can drop units)."""
+    out = np.zeros_like(ids)
+    for row in range(len(ids)):
+        used = np.unique(ids[row][ids[row] > 0])
+        out[row] = np.where(ids[row] > 0, np.searchsorted(used, ids[row]) + 1, 0)
+    return out

@@ -1,0 +1,120 @@
+"""What people look at: image grids, curves, and an HTML page of both."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+
+from diffexp_jax.metrics import read_metrics
+
+_CELL = 128  # pixels: smaller pictures are enlarged by a whole factor
+_TEXT = 30  # pixels of the caption strip
+
+
+def save_grid(
+    path: Path, images: Float[np.ndarray, "N H W 3"], captions: Sequence[str], *, columns: int | None = None
+) -> None:
+    """Writes images in [0,1] as a captioned PNG grid, row by row."""
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    scale = max(1, -(-_CELL // images.shape[1]))
+    height, width = images.shape[1] * scale, images.shape[2] * scale
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + _TEXT) + 4), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for n, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = 4 + n % columns * (width + 4), 4 + n // columns * (height + _TEXT)
+        pixels = Image.fromarray(to_uint8(image)).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(pixels, (x, y))
+        text = _wrapped(draw, caption, font, width)
+        draw.multiline_text((x, y + height + 1), text, fill="black", font=font, spacing=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """[0,1] -> 0..255, rounded; values outside are clipped."""
+    return np.round(np.clip(np.asarray(image), 0.0, 1.0) * 255).astype(np.uint8)
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
+    """At most two lines that fit, the second cut with an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines if len(lines) <= 2 else [lines[0], lines[1] + " ..."])
+
+
+def save_curves(workdir: Path) -> None:
+    """Draws curves.png from metrics.jsonl: the reward, the evaluations, and what tells whether training is healthy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_metrics(workdir)
+    names = sorted({name for row in rows for name in row})
+    groups = {
+        "reward of the training samples": [n for n in names if n == "reward/mean"],
+        "evaluation (no exploration)": [n for n in names if n.startswith("eval/")],
+        "gradient norm": [n for n in names if n == "grad_norm"],
+        "policy ratio": [n for n in names if n in ("ratio/clip_fraction", "approx_kl")],
+    }
+    groups = {title: members for title, members in groups.items() if members}
+    if not groups:
+        return
+    figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 3.8), squeeze=False)
+    for axis, (title, members) in zip(axes[0], groups.items(), strict=True):
+        for name in members:
+            points = [(row["iteration"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=name, linewidth=1.2)
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        if len(members) > 1:
+            axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(workdir / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def save_html(workdir: Path, title: str, summary: Sequence[str]) -> None:
+    """Writes report.html: the summary in words, the curves, and the image grids from first to last."""
+    grids = sorted((workdir / "images").glob("*.png"))
+    parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"]
+    parts.append("<style>body{font:15px sans-serif;margin:2em;max-width:1100px}img{max-width:100%}</style>")
+    parts += [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in summary)]
+    parts.append("<img src='curves.png' alt='curves'>")
+    for grid in grids:
+        parts.append(f"<h2>iteration {int(grid.stem)}</h2><img src='images/{grid.name}' alt='samples'>")
+    (workdir / "report.html").write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Before and after in plain words, from the first and the last evaluation of a run."""
+    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    if len(evaluated) < 2:
+        return []
+    first, last = evaluated[0], evaluated[-1]
+    lines = []
+    for name in sorted(last):
+        if not name.startswith("eval/") or name not in first:
+            continue
+        _, prompts, what = name.split("/", 2)
+        words = _WORDS.get(what)
+        before, after = (f"{100 * row[name]:.0f} %" if words else f"{row[name]:.3f}" for row in (first, last))
+        lines.append(f"{prompts}: {words or what}: {before} before, {after} after {last['iteration']} iterations")
+    return lines
+
+
+_WORDS = {
+    "emoji_judge": "all that the prompt names is there, in this share of the images",
+    "emoji_judge/animal": "the right animal is there",
+    "emoji_judge/object": "the right object (or none, where none is asked for) is there",
+}

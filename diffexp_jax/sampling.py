@@ -1,0 +1,129 @@
+"""Sampling as one `lax.scan` over the steps; the differentiable variant is the same function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from diffexp_jax.diffusion import (
+    Steps,
+    classifier_free_guidance,
+    ddim_step,
+    gaussian_log_prob,
+    sample_noise,
+)
+
+
+class Context(NamedTuple):
+    """What the network is conditioned on: embeddings of the (reweighted) prompt and of the empty one.
+
+    `added_*` are SDXL's further inputs (pooled text embedding, time ids), None elsewhere.
+    """
+
+    cond: Float[Array, "B L D"]
+    uncond: Float[Array, "B L D"]
+    added_cond: Any = None
+    added_uncond: Any = None
+
+
+# (x_t, step, context) -> the network's guided output; `step` is one row of Steps
+Denoise = Callable[[Float[Array, "B h w c"], Steps, Context], Float[Array, "B h w c"]]
+
+
+class Trajectory(NamedTuple):
+    """A sampled chain and all that produced it, so that it can be scored under the very policy that sampled."""
+
+    x_t: Float[Array, "T B h w c"]
+    x_tm1: Float[Array, "T B h w c"]
+    log_prob: Float[Array, "T B"]
+    steps: Steps
+    context: Context
+
+
+def guided(unet: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
+    """Wraps unet(x, t, embedding, added) in classifier-free guidance; both halves run as one batch."""
+
+    def denoise(x_t, step, context):
+        two = jnp.concatenate([x_t, x_t])
+        embedding = jnp.concatenate([context.cond, context.uncond])
+        added = jax.tree.map(lambda *halves: jnp.concatenate(halves), context.added_cond, context.added_uncond)
+        cond, uncond = jnp.split(unet(two, step.t, embedding, added), 2)
+        return classifier_free_guidance(cond, uncond, step.w_t)
+
+    return denoise
+
+
+def truncated(denoise: Denoise) -> Callable[..., Float[Array, "B h w c"]]:
+    """`denoise` with a further argument `live`: where it is False, the output carries no gradient.
+
+    A `lax.cond`, not a `where`: the backward pass of a step that is not live runs no network at all, so the cost
+    follows the number of live steps although that number is traced.
+    """
+
+    def detached(*args):
+        return jax.lax.stop_gradient(denoise(*args))
+
+    def step_denoise(x_t, step, context, live):
+        return jax.lax.cond(live, denoise, detached, x_t, step, context)
+
+    return step_denoise
+
+
+def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
+    """x_T for each sample's key."""
+    return sample_noise(jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys), shape)
+
+
+def step_noise(keys: jax.Array, i: Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
+    """The noise of step i (0-based) for each sample's key."""
+    return sample_noise(jax.vmap(lambda k: jax.random.fold_in(k, i + 1))(keys), shape)
+
+
+def rollout(
+    denoise: Denoise,
+    x_T: Float[Array, "B h w c"],
+    context: Context,
+    steps: Steps,
+    keys: jax.Array,
+    *,
+    prediction_type: str = "epsilon",
+    live: Bool[Array, "T"] | None = None,
+    keep_trajectory: bool = False,
+) -> tuple[Float[Array, "B h w c"], Trajectory | None]:
+    """Samples x_0 by DDIM with the steps' own noise levels (stochastic where sigma_t > 0).
+
+    Args:
+      keys: one PRNG key per sample; the noise depends on nothing else, so not on how samples are batched.
+      live: makes the chain differentiable at a memory cost of one stored latent per step (`jax.checkpoint` of the
+        scan's body). The network's output carries gradient at the live steps only; the linear recursion always does.
+      keep_trajectory: also return the chain with its log-probs (needs sigma_t > 0 at every step).
+    """
+
+    def body(x_t, xs):
+        i, step, live_i = xs
+        out = denoise(x_t, step, context) if live is None else truncated(denoise)(x_t, step, context, live_i)
+        mean, std = ddim_step(x_t, out, step, prediction_type)
+        x_tm1 = mean + std * step_noise(keys, i, x_t.shape[1:])
+        kept = (x_t, x_tm1, gaussian_log_prob(x_tm1, mean, std)) if keep_trajectory else None
+        return x_tm1, kept
+
+    if live is not None:
+        body = jax.checkpoint(body)
+    x_0, kept = jax.lax.scan(body, x_T, (jnp.arange(len(steps.t)), steps, live))
+    return x_0, Trajectory(*kept, steps, context) if keep_trajectory else None
+
+
+def step_log_prob(
+    denoise: Denoise,
+    x_t: Float[Array, "B h w c"],
+    x_tm1: Float[Array, "B h w c"],
+    step: Steps,
+    context: Context,
+    *,
+    prediction_type: str = "epsilon",
+) -> Float[Array, "B"]:
+    """log p_theta(x_{t-1} | x_t, c) of a transition that was sampled before."""
+    mean, std = ddim_step(x_t, denoise(x_t, step, context), step, prediction_type)
+    return gaussian_log_prob(x_tm1, mean, std)

@@ -1,0 +1,69 @@
+"""What training carries from one iteration to the next, and the per-prompt reward statistics of DDPO."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class PromptStats:
+    """The newest rewards of every prompt, in ring buffers (P prompts, K rewards each)."""
+
+    rewards: Float[Array, "P K"]
+    seen: Int[Array, "P"]  # rewards ever entered per prompt
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a checkpoint holds. Keys are derived from the seed and the iteration, so there is none here."""
+
+    iteration: Int[Array, ""]
+    lora: Any
+    opt_state: Any
+    stats: PromptStats | None = None
+
+
+def init_stats(n_prompts: int, buffer_size: int) -> PromptStats:
+    return PromptStats(jnp.zeros((n_prompts, buffer_size)), jnp.zeros(n_prompts, jnp.int32))
+
+
+def update_stats(stats: PromptStats, prompt_ids: Int[Array, "B"], rewards: Float[Array, "B"]) -> PromptStats:
+    """Enters a batch, in order; a full buffer forgets its oldest reward."""
+
+    def enter(stats, row):
+        prompt, reward = row
+        slot = stats.seen[prompt] % stats.rewards.shape[1]
+        return PromptStats(stats.rewards.at[prompt, slot].set(reward), stats.seen.at[prompt].add(1)), None
+
+    return jax.lax.scan(enter, stats, (prompt_ids, rewards))[0]
+
+
+def advantages(
+    stats: PromptStats,
+    prompt_ids: Int[Array, "B"],
+    rewards: Float[Array, "B"],
+    *,
+    batch_rewards: Float[Array, "N"] | None = None,
+    min_count: int,
+    clip: float,
+    epsilon: float = 1e-6,
+) -> Float[Array, "B"]:
+    """(r - mean) / std, clipped to +-clip (DDPO, Black et al. 2024, section 5).
+
+    Mean and std are those of the prompt's buffer where it holds at least `min_count` rewards, else of the whole batch.
+    `stats` already contains this batch; std is the population's. `batch_rewards` is the whole batch where `rewards`
+    is one device's share of it.
+    """
+    batch_rewards = rewards if batch_rewards is None else batch_rewards
+    buffers, seen = stats.rewards[prompt_ids], stats.seen[prompt_ids]  # [B, K], [B]
+    count = jnp.minimum(seen, buffers.shape[1])
+    filled = jnp.arange(buffers.shape[1]) < count[:, None]
+    mean = jnp.where(filled, buffers, 0.0).sum(1) / jnp.maximum(count, 1)
+    var = jnp.where(filled, jnp.square(buffers - mean[:, None]), 0.0).sum(1) / jnp.maximum(count, 1)
+    own = count >= min_count
+    mean = jnp.where(own, mean, batch_rewards.mean())
+    std = jnp.where(own, jnp.sqrt(var), batch_rewards.std())
+    return jnp.clip((rewards - mean) / (std + epsilon), -clip, clip)

@@ -1,0 +1,241 @@
+"""Reward fine-tuning from the command line.
+
+    python -m diffexp_jax.train --config configs/alignprop.py:model=emoji,explore=true --workdir runs/x
+
+`run` is the table of contents of a training run; the same command continues a run that was stopped, bit for bit.
+"""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from diffexp_jax import InputError, check, checkpoint, command, evaluation, exploration, parallel, report
+from diffexp_jax.algorithms import Algorithm, Policy
+from diffexp_jax.algorithms.alignprop import alignprop
+from diffexp_jax.algorithms.ddpo import ddpo
+from diffexp_jax.metrics import MetricsWriter, read_metrics
+from diffexp_jax.models import lora as lora_lib
+from diffexp_jax.problem import (
+    Problem,
+    draw_batch,
+    frozen_arrays,
+    load_problem,
+    load_schedule,
+    make_explore,
+    sampling_steps,
+)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Trains from `config`, or continues what `workdir` holds; everything it makes is in `workdir`."""
+    # ------------------------------------------------------------------------------------------------------- settings
+    check.check_config(config)
+    checkpoint.check_workdir(workdir, config.to_dict())
+    n_chunks, _ = check.batch_split(config)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+
+    # ------------------------------------------------------------------------------------ model, rewards, and prompts
+    problem = load_problem(config)
+    schedule = load_schedule(problem.model)
+    frozen = frozen_arrays(problem)
+    plain_steps, explored_steps = (sampling_steps(config, schedule, explore=on) for on in (False, True))
+    check.check_noise(config, plain_steps)
+
+    # ------------------------------------------------------------------------------------------------------- programs
+    algorithm = make_algorithm(config, problem, schedule.prediction_type, n_chunks)
+    explore = make_explore(config)
+    sample = parallel.pmap(algorithm.sample) if algorithm.sample else None
+    update = parallel.pmap(algorithm.update, donate_argnums=0)
+    generate = evaluation.make_generate(
+        problem.model,
+        problem.rewards,
+        prediction_type=schedule.prediction_type,
+        n_chunks=n_chunks,
+        lora_scale=config.lora.alpha / config.lora.rank,
+    )
+
+    # -------------------------------------------------------------------------------------------------- state, resume
+    lora = lora_lib.init_lora(parallel.stream(config.seed, "lora"), problem.model.params["unet"], rank=config.lora.rank)
+    state = jax.device_get(algorithm.init(lora))
+    checkpoint.open_workdir(workdir, config.to_dict())
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
+    restored = checkpoints.restore_newest(state)
+    start, state = restored or (0, state)
+    if restored:
+        print(f"continuing from iteration {start}")
+    state = parallel.replicate(state)
+    writer = MetricsWriter(workdir, start=start if restored else -1, tensorboard=config.log.tensorboard)
+
+    def look(iteration: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Adds what is due at this iteration: evaluations, image grid."""
+        last = iteration == config.iterations
+        lora = state.lora
+        if config.log.images and config.log.images_every and (last or iteration % config.log.images_every == 0):
+            images, captions = fixed_samples(config, problem, generate, frozen, lora, plain_steps)
+            report.save_grid(workdir / "images" / f"{iteration:06d}.png", images, captions)
+        if config.eval.every and (last or iteration % config.eval.every == 0):
+            values |= evaluate_all(config, problem, generate, frozen, lora, plain_steps)
+        return values
+
+    # ----------------------------------------------------------------------------------------------------------- loop
+    if not restored:
+        writer.write(0, look(0, {}))
+        checkpoints.save(0, parallel.first(state))
+    n_steps, n_samples = config.sampling.steps, config.batch.samples
+    bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, unit="it", desc="fine-tuning")
+    for it in bar:
+        clock = time.perf_counter()
+        active = config.exploration.enabled and exploration.exploration_active(
+            it, n_iterations=config.iterations, fraction=config.exploration.fraction
+        )
+        steps = explored_steps if active else plain_steps
+        batch = draw_batch(config, problem, it, explore if active else None)
+        samples = jax.block_until_ready(sample(state, frozen, batch, steps)) if sample else None
+        sampled = time.perf_counter()
+        key = parallel.replicate(parallel.stream(config.seed, "update", it))
+        state, metrics, _ = update(state, frozen, batch, steps, key, samples)
+        values = {name: float(value) for name, value in parallel.first(metrics).items()}
+        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+            raise FloatingPointError(
+                f"iteration {it + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: stopped; "
+                f"the last checkpoint is untouched in {workdir / 'checkpoints'}"
+            )
+        values |= {"reward_queries": (it + 1) * n_samples, "unet_evaluations": (it + 1) * n_samples * n_steps * 2}
+        values |= {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
+        bar.set_postfix_str(f"reward {values['reward/mean']:.3f}")
+        writer.write(it + 1, look(it + 1, values))
+        if (it + 1) % config.checkpoint.every == 0 or it + 1 == config.iterations:
+            checkpoints.save(it + 1, parallel.first(state))
+            report.save_curves(workdir)
+    checkpoints.close()
+
+    # --------------------------------------------------------------------------------------------------------- report
+    lora_lib.save_lora(
+        workdir / "pytorch_lora_weights.safetensors", parallel.first(state.lora), alpha=config.lora.alpha
+    )
+    report.save_curves(workdir)
+    lines = report.summary(read_metrics(workdir))
+    report.save_html(workdir, f"{config.algorithm} on {config.reward}", lines)
+    print("\n".join([*lines, f"look at {workdir / 'report.html'}, {workdir / 'images'}, {workdir / 'curves.png'}"]))
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def make_algorithm(config: ConfigDict, problem: Problem, prediction_type: str, n_chunks: int) -> Algorithm:
+    """The configured algorithm, on the loaded model and reward."""
+    model, scale = problem.model, config.lora.alpha / config.lora.rank
+    reward = problem.rewards[problem.reward]
+    policy = Policy(
+        denoise=lambda frozen, lora: evaluation.denoiser(model, frozen, lora, lora_scale=scale),
+        decode=lambda frozen, x_0: model.decode(frozen["model"], x_0),
+        score=lambda frozen, images, tokens: reward.score(frozen["rewards"][problem.reward], images, tokens),
+        latent_shape=model.latent_shape,
+        prediction_type=prediction_type,
+    )
+    o = config.optim
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(o.grad_clip),
+        optax.adamw(o.lr, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay),
+    )
+    if config.algorithm == "ddpo":
+        d = config.ddpo
+        return ddpo(
+            policy,
+            optimizer,
+            n_prompts=len(problem.train.texts),
+            n_updates=d.updates,
+            n_chunks=n_chunks,
+            inner_epochs=d.inner_epochs,
+            clip=d.clip,
+            advantage_clip=d.advantage_clip,
+            stats_buffer=d.stats_buffer,
+            stats_min_count=d.stats_min_count,
+        )
+    a = config.alignprop
+    return alignprop(
+        policy,
+        optimizer,
+        n_chunks=n_chunks,
+        loss_coefficient=a.loss_coefficient,
+        reward_target=a.reward_target,
+        truncation=a.truncation,
+        truncation_k=a.truncation_k,
+    )
+
+
+def evaluate_all(config: ConfigDict, problem: Problem, generate, frozen, lora, steps) -> dict[str, float]:
+    """Mean of every reward and part over every evaluation prompt set, without exploration."""
+    values = {}
+    for task in problem.evals:
+        _, scores = evaluation.evaluate(
+            generate,
+            frozen,
+            lora,
+            task,
+            problem.uncond,
+            steps,
+            seed=config.seed,
+            batch=config.batch.samples,
+            samples_per_prompt=config.eval.samples_per_prompt,
+        )
+        values |= {f"eval/{task.name}/{name}": float(score.mean()) for name, score in scores.items()}
+    return values
+
+
+def fixed_samples(config: ConfigDict, problem: Problem, generate, frozen, lora, steps):
+    """Images of evenly spaced training prompts on fixed seeds, and their prompts."""
+    count = min(config.log.images, len(problem.train.texts))
+    rows = np.linspace(0, len(problem.train.texts) - 1, count).round().astype(int)
+    texts = tuple(problem.train.texts[i] for i in rows)
+    tokens = jax.tree.map(lambda x: x[rows], problem.train.tokens)
+    task = evaluation.Task("grid", texts, problem.train.cond[rows], tokens)
+    images, _ = evaluation.evaluate(
+        generate, frozen, lora, task, problem.uncond, steps, seed=config.seed, batch=config.batch.samples
+    )
+    return images, texts
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run makes.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py:key=value,...", lock_config=True)
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise InputError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise InputError("wants --config configs/NAME.py:... and --workdir DIR")
+    run(_CONFIG.value, Path(_WORKDIR.value))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's flag parsing, with a mistake in a config reported in one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        getattr(_CONFIG.value, "algorithm", None)  # a config file that is missing is an error only once it is used
+        return rest
+    except Exception as error:
+        while "Error whilst parsing config file" in str(error):  # a traceback around what get_config said
+            error = error.__context__
+        if isinstance(error, KeyError | AttributeError):
+            found = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', str(error))
+            said = f"no such key {found[2]!r}; did you mean {found[1]!r}?" if found else error
+            error = InputError(f"config: {said}")
+        if isinstance(error, OSError):  # a line for each place where the file was looked for
+            error = InputError(f"config: {str(error).splitlines()[-1].strip()}")
+        command.fail(2, error)
+
+
+if __name__ == "__main__":
+    app.run(lambda argv: command.guarded(main, argv), flags_parser=parse_flags)

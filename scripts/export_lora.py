@@ -1,0 +1,28 @@
+"""Writes the LoRA of a run's newest checkpoint as a file that diffusers' `load_lora_weights` reads.
+
+python scripts/export_lora.py --workdir runs/x --out pytorch_lora_weights.safetensors
+"""
+
+import argparse
+from pathlib import Path
+
+from diffexp_jax import InputError, checkpoint, command
+from diffexp_jax.models.files import read_json
+from diffexp_jax.models.lora import save_lora
+
+
+def main(args: argparse.Namespace) -> None:
+    config = read_json(args.workdir / "config.json")
+    iteration, lora = checkpoint.newest_lora(args.workdir)
+    try:
+        save_lora(args.out, lora, alpha=config["lora"]["alpha"])
+    except OSError as error:
+        raise InputError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
+    print(f"the LoRA after iteration {iteration}: {args.out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    command.guarded(main, parser.parse_args())

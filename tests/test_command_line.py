@@ -1,0 +1,405 @@
+"""Bad input: one clear line, the right exit code, nothing half-written; and the scripts' good runs on a tiny model."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from conftest import ROOT, nonzero_lora
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from diffexp_jax import checkpoint, command, problem, train
+from diffexp_jax.models import stable_diffusion
+from diffexp_jax.models.lora import init_lora, save_lora
+
+CONFIG = f"--config={ROOT / 'configs' / 'alignprop.py'}"
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(code, function, *args): runs it and returns the one line of error that it ends with."""
+
+    def run(code, function, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function(*args)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == code, said
+        assert len(said) == 1 and said[0].startswith("error: "), said
+        return said[0]
+
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------- command lines
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """command_line(*arguments) does what python -m diffexp_jax.train does with them."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        with flagsaver.flagsaver():
+            command.guarded(train.main, train.parse_flags(sys.argv))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ([f"{CONFIG}:model=sd99"], ["model='sd99'", "accepted: emoji, sd15"]),
+        ([f"{CONFIG}:modle=emoji"], ["'modle=emoji'", "accepted: model=..., reward=..., prompts=..., explore=..."]),
+        ([f"{CONFIG}:emoji"], ["'emoji'", "accepted: model=..."]),
+        ([f"{CONFIG}:explore=yes"], ["explore='yes'", "accepted: true, false"]),
+        ([f"{CONFIG}:reward=beauty"], ["reward='beauty'", "pickscore, aesthetic", "NAME:PATH"]),
+        ([f"{CONFIG}:prompts=plants"], ["prompts='plants'", "animals, animal_activities", "or a file"]),
+        ([CONFIG, "--config.optim.lrr=1"], ["no such key 'lrr'", "did you mean 'lr'"]),
+        ([CONFIG, "--config.opttim.lr=1"], ["no such key 'opttim'", "did you mean 'optim'"]),
+        ([CONFIG, "--config.optim.xyzzy=1"], ["config:", "xyzzy"]),
+        ([CONFIG, "--config.sampling.steps=many"], ["--config.sampling.steps=many"]),
+        ([CONFIG, "--config.exploration.enabled=maybe"], ["--config.exploration.enabled=maybe"]),
+        (["--config=no/such.py"], ["no/such.py"]),
+        (["--config=no/such.py", "--config.seed=1"], ["no/such.py"]),
+        ([CONFIG, "--wrokdir=x"], ["wrokdir"]),
+        ([CONFIG, "runs/x"], ["unexpected argument 'runs/x'"]),
+        ([CONFIG], ["--workdir DIR"]),
+        (["--workdir=x"], ["--config configs/NAME.py"]),
+        ([CONFIG, "--workdir=x", "--config.sampling.steps=0"], ["sampling.steps=0: wants 1..1000"]),
+        ([CONFIG, "--workdir=x", "--config.exploration.weight_range=abc"], ["wants (low, high)"]),
+    ],
+)
+def test_mistakes_on_the_command_line(fails, command_line, monkeypatch, tmp_path, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    said = fails(2, command_line, *arguments)
+    assert all(part in said for part in parts), said
+    assert not list(tmp_path.iterdir())
+
+
+def run_program(*arguments, cwd):
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(cwd)}
+    line = [sys.executable, *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_the_real_program_says_one_line(tmp_path):
+    done = run_program("-m", "diffexp_jax.train", f"{CONFIG}:model=sd99", "--workdir=x", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: config argument model='sd99': accepted: emoji, sd15\n"
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_real_script_says_one_line(tmp_path):
+    done = run_program(ROOT / "scripts" / "sample.py", "--prompt=a dog", "--steps=0", "--out=x", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: --steps 0: wants 1..1000\n"
+    assert not (tmp_path / "x").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "algorithm, key, value, said",
+    [
+        ("alignprop", "algorithm", "ppo", "algorithm='ppo': accepted: alignprop, ddpo"),
+        ("alignprop", "model.dtype", "float16", "model.dtype='float16': accepted: auto, float32, bfloat16"),
+        ("alignprop", "model.image_size", 100, "model.image_size=100: wants a multiple of 8 pixels"),
+        ("alignprop", "iterations", 0, "iterations=0: wants at least 1"),
+        ("alignprop", "sampling.steps", 0, "sampling.steps=0: wants 1..1000"),
+        ("ddpo", "sampling.steps", 1001, "sampling.steps=1001: wants 1..1000"),
+        ("ddpo", "sampling.eta", 0.0, "sampling.eta=0: ddpo needs steps with noise"),
+        ("ddpo", "sampling.eta", 1.5, "sampling.eta=1.5: wants 0..1"),
+        ("ddpo", "exploration.t_thresh", -1, "exploration.t_thresh=-1: wants 0..1000"),
+        ("ddpo", "exploration.t_thresh", 1001, "exploration.t_thresh=1001: wants 0..1000"),
+        ("ddpo", "exploration.weight_range", (2.0, 1.0), "weight_range=(2.0, 1.0): wants (low, high) with low <= high"),
+        ("ddpo", "exploration.weight_range", (1.0,), "weight_range=(1.0,): wants (low, high)"),
+        ("ddpo", "exploration.weight_range", ("a", "b"), "weight_range=('a', 'b'): wants (low, high)"),
+        ("ddpo", "exploration.unit", "sentence", "exploration.unit='sentence': accepted: word, token, phrase"),
+        ("ddpo", "exploration.fraction", 1.5, "exploration.fraction=1.5: wants 0..1"),
+        ("alignprop", "alignprop.truncation", "none", "'none': accepted: uniform, per_step, fixed"),
+        ("alignprop", "alignprop.truncation_k", 5, "alignprop.truncation_k=5: wants 1..4"),
+        ("alignprop", "batch.samples", 0, "batch.samples=0: wants at least 1"),
+        ("alignprop", "batch.samples_per_forward", 3, "wants a divisor of the 8 samples"),
+        ("ddpo", "ddpo.updates", 3, "batch.samples=8: wants a multiple of devices x ddpo.updates = 1 x 3"),
+        ("ddpo", "ddpo.stats_min_count", 5, "ddpo.stats_min_count=5: wants 1..4"),
+        ("ddpo", "eval.every", -1, "eval.every=-1: wants at least 0"),
+        ("ddpo", "lora.rank", 0, "lora.rank=0: wants at least 1"),
+        ("ddpo", "prompts", "no/such.txt", "no/such.txt: cannot read the prompt file: No such file or directory"),
+        ("ddpo", "prompts", "plants", "unknown prompt set 'plants'; accepted: animals,"),
+        ("ddpo", "model.path", "no/such", "model 'no/such': no such folder; accepted: emoji, or a folder"),
+        ("ddpo", "reward", "beauty", "unknown reward 'beauty'; accepted: pickscore, aesthetic"),
+    ],
+)
+def test_bad_settings(fails, make_config, tmp_path, algorithm, key, value, said):
+    line = fails(2, command.guarded, train.run, make_config(algorithm, {key: value}), tmp_path / "run")
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_batch_is_not_divisible_by_the_devices(fails, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    line = fails(2, command.guarded, train.run, make_config("alignprop"), tmp_path / "run")
+    assert line == "error: batch.samples=8: wants a multiple of the 3 devices"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "p.txt: no prompts in the file; it needs at least one"),
+        (b"\n  \n", "p.txt: no prompts in the file"),
+        (b"a dog\na caf\xe9\n", "p.txt: line 2 (byte 11) is not UTF-8"),
+    ],
+)
+def test_bad_prompt_files(fails, make_config, tmp_path, content, said):
+    (tmp_path / "p.txt").write_bytes(content)
+    config = make_config("alignprop", {"prompts": str(tmp_path / "p.txt")})
+    assert said in fails(2, command.guarded, train.run, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_named(make_config, tmp_path, caplog):
+    long = "a dog " + "washing the dishes " * 20
+    (tmp_path / "p.txt").write_text(f"a cat\n{long}\n")
+    loaded = problem.load_problem(make_config("alignprop", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0}))
+    assert f"prompt cut to 32 tokens: {long.strip()!r}" in caplog.text
+    assert caplog.text.count("prompt cut") == 1
+    assert loaded.train.cond.shape == (2, 32, 16) and np.isfinite(loaded.train.cond).all()
+
+
+# -------------------------------------------------------------------------------------------------------- broken models
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path) -> Path:
+    """A copy of the tiny pipeline that a test may break."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", UNET, "tokenizer/vocab.json"])
+def test_a_missing_file_of_the_model(fails, make_config, model, tmp_path, file):
+    (model / file).unlink()
+    said = fails(2, command.guarded, train.run, make_config("ddpo", {"model.path": str(model)}), tmp_path / "run")
+    assert str(model / file) in said or f"{model / 'unet'}: no weights" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tensor_of_the_wrong_shape(fails, make_config, model, tmp_path):
+    tensors = load_file(model / UNET)
+    save_file(tensors | {"conv_in.weight": tensors["conv_in.weight"][:, :3]}, model / UNET)
+    said = fails(2, command.guarded, train.run, make_config("ddpo", {"model.path": str(model)}), tmp_path / "run")
+    assert "conv_in.weight is (16, 3, 3, 3), the config wants (16, 4, 3, 3)" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule='squaredcos_cap_v2'; accepted: scaled_linear, linear"),
+        ({"set_alpha_to_one": True}, "a step adds no noise, and ddpo needs some at every step"),
+        ({"steps_offset": 0}, "a step adds no noise, and ddpo needs some at every step"),
+    ],
+)
+def test_a_noise_schedule_that_cannot_work(fails, make_config, model, tmp_path, changes, said):
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = make_config("ddpo", {"model.path": str(model), "eval.every": 0})
+    assert said in fails(2, command.guarded, train.run, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- workdirs
+
+
+def test_unwritable_workdirs(fails, make_config, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below" / "run"):
+        said = fails(2, command.guarded, train.run, make_config("alignprop"), workdir)
+        assert f"workdir {workdir}: cannot be written ({tmp_path / 'file'} is not a folder)" in said
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_model):
+    shapes = stable_diffusion.load(tiny_model).params["unet"]
+    return nonzero_lora(init_lora(jax.random.key(0), shapes, rank=4), size=0.3)
+
+
+@pytest.fixture
+def workdir(make_config, lora, tmp_path) -> Path:
+    """What a run that was stopped after its seventh iteration left."""
+    folder = tmp_path / "run"
+    checkpoint.open_workdir(folder, make_config("alignprop", {"lora.alpha": 8.0}).to_dict())
+    checkpoints = checkpoint.Checkpoints(folder, keep=1)
+    checkpoints.save(7, {"lora": lora, "iteration": np.array(7)})
+    checkpoints.close()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_workdir_of_another_config(fails, make_config, workdir):
+    before = contents(workdir)
+    config = make_config("alignprop", {"lora.alpha": 8.0, "optim.lr": 0.5, "sampling.steps": 3})
+    said = fails(2, command.guarded, train.run, config, workdir)
+    assert "holds a run of another config: optim.lr (0.01 there, 0.5 here), sampling.steps (4 there, 3 here);" in said
+    assert contents(workdir) == before
+
+
+def test_a_continued_run_may_change_what_does_not_matter(make_config, workdir):
+    changes = {"lora.alpha": 8.0, "iterations": 9, "eval.every": 5, "log.images": 2, "checkpoint.every": 3}
+    checkpoint.check_workdir(workdir, make_config("alignprop", changes).to_dict())
+
+
+def test_a_workdir_whose_config_is_broken(fails, make_config, workdir):
+    (workdir / "config.json").write_text('{"seed":')
+    said = fails(2, command.guarded, train.run, make_config("alignprop"), workdir)
+    assert "config.json: not readable as json" in said
+
+
+def test_a_workdir_without_a_checkpoint_is_free(make_config, workdir):
+    """A run that failed before its first checkpoint leaves nothing that could be lost."""
+    shutil.rmtree(workdir / "checkpoints")
+    checkpoint.check_workdir(workdir, make_config("ddpo").to_dict())
+
+
+# -------------------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(name, *arguments) does what python scripts/NAME.py does with them."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--prompt=a dog", "--steps=1001"], "--steps 1001: wants 1..1000"),
+        (["--prompt=a dog", "--eta=2"], "--eta 2.0: wants 0..1"),
+        (["--prompt=a dog", "--batch=0"], "--batch 0: wants at least 1"),
+        (["--prompt=a dog", "--image_size=12"], "--image_size 12: wants a multiple of 8 pixels"),
+        ([], "nothing to sample: give --prompt or --prompts"),
+        (["--prompts=plants"], "unknown prompt set 'plants'; accepted: animals,"),
+        (["--prompt=a dog", "--model=no/such"], "model 'no/such': no such folder"),
+        (["--prompt=a dog", "--lora=no/such"], "no/such: not a readable LoRA file"),
+        (["--prompt=a dog", "--lora=other.safetensors"], "has shape (4, 16), the model's layer"),
+        (["--prompt=a dog", "--latents=no.npy"], "--latents no.npy: not a readable .npy file"),
+        (["--prompt=a dog", "--latents=text.npy"], "--latents text.npy: not a readable .npy file"),
+        (["--prompt=a dog", "--latents=two.npz"], "--latents two.npz: wants one array of float32"),
+        (["--prompt=a dog", "--latents=int.npy"], "--latents int.npy: wants one array of float32"),
+        (["--prompt=a dog", "--latents=x.npy"], "shape (2, 8, 8, 4); wants (1, 8, 8, 4): one per prompt"),
+    ],
+)
+def test_bad_input_of_sample(fails, script, tiny_model, lora, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    x = np.zeros((2, 8, 8, 4), np.float32)
+    np.save("x.npy", x)
+    np.save("int.npy", x.astype(np.int32))
+    np.savez("two.npz", x=x, y=x)
+    Path("text.npy").write_text("no array")
+    other = {"mid_block.attentions.0": {"transformer_blocks.0": {"attn1": {"to_q": {}}}}}
+    other["mid_block.attentions.0"]["transformer_blocks.0"]["attn1"]["to_q"] = {
+        "A": np.zeros((16, 4), np.float32),
+        "B": np.zeros((4, 16), np.float32),
+    }
+    save_lora("other.safetensors", other, alpha=4.0)
+    model = [] if any(argument.startswith("--model") for argument in arguments) else [f"--model={tiny_model}"]
+    assert said in fails(2, script, "sample", *model, *arguments, "--out=out")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, arguments, said",
+    [
+        (
+            "sample",
+            ["--model={model}", "--prompt=a dog", "--out=run/config.json/x"],
+            "--out run/config.json/x: cannot be",
+        ),
+        ("evaluate", ["--workdir=no/such", "--out=e.json"], "no/such/config.json: the file is missing"),
+        ("evaluate", ["--workdir=run", "--prompts=plants", "--out=e.json"], "unknown prompt set 'plants'; accepted:"),
+        ("evaluate", ["--workdir=run", "--rewards=beauty", "--out=e.json"], "unknown reward 'beauty'; accepted:"),
+        ("evaluate", ["--workdir=run", "--batch=0", "--out=e.json"], "--batch 0: wants at least 1"),
+        ("evaluate", ["--workdir=run", "--out=run/config.json/e.json"], "--out run/config.json: cannot be written"),
+        ("export_lora", ["--workdir=no/such", "--out=l.safetensors"], "no/such/config.json: the file is missing"),
+        ("export_lora", ["--workdir=empty", "--out=l.safetensors"], "empty: no checkpoint there"),
+        ("export_lora", ["--workdir=run", "--out=run/config.json/l"], "--out run/config.json/l: cannot be written"),
+        ("export_lora", ["--workdir=run", "--out=run"], "--out run: cannot be written"),
+    ],
+)
+def test_bad_input_of_the_scripts(fails, script, workdir, tiny_model, monkeypatch, name, arguments, said):
+    monkeypatch.chdir(workdir.parent)
+    Path("empty").mkdir()
+    shutil.copy(workdir / "config.json", "empty")
+    before = contents(Path("."))
+    assert said in fails(2, script, name, *(argument.format(model=tiny_model) for argument in arguments))
+    assert contents(Path(".")) == before
+
+
+def test_sample_is_diffusers_with_and_without_lora(script, workdir, tiny_model, tmp_path, capsys):
+    """20 steps, guidance 7.5, the same latents; the LoRA exported here and loaded by load_lora_weights."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    prompts = ["a dog riding a bike", "an ant", "a zebra"]
+    latents = np.random.default_rng(3).standard_normal((3, 8, 8, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", latents)
+    (tmp_path / "p.txt").write_text("\n".join(prompts[1:]))
+    file = tmp_path / "exported" / "pytorch_lora_weights.safetensors"
+    script("export_lora", f"--workdir={workdir}", f"--out={file}")
+    assert "the LoRA after iteration 7" in capsys.readouterr().out
+
+    arguments = [f"--model={tiny_model}", f"--prompt={prompts[0]}", f"--prompts={tmp_path / 'p.txt'}", "--steps=20"]
+    arguments += ["--guidance=7.5", "--batch=2", f"--latents={tmp_path / 'x.npy'}", "--save_npy"]
+    ours = {}
+    for name, more in (("plain", []), ("lora", [f"--lora={file}"])):
+        script("sample", *arguments, f"--out={tmp_path / name}", *more)
+        ours[name] = np.load(tmp_path / name / "images.npy")
+        assert ours[name].shape == (3, 16, 16, 3) and ours[name].dtype == np.float32
+        files = {path.name for path in (tmp_path / name).iterdir()}
+        assert files == {"0000.png", "0001.png", "0002.png", "grid.png", "images.npy"}
+        with Image.open(tmp_path / name / "0002.png") as image:
+            np.testing.assert_allclose(np.asarray(image) / 255, ours[name][2], atol=0.5 / 255 + 1e-6)
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.tensor(latents.transpose(0, 3, 1, 2))
+    kwargs = dict(num_inference_steps=20, guidance_scale=7.5, output_type="np")
+    theirs = {"plain": pipe(prompts, latents=noise, **kwargs).images}
+    pipe.load_lora_weights(str(file.parent))
+    theirs["lora"] = pipe(prompts, latents=noise, **kwargs).images
+    for name in ours:
+        assert np.abs(ours[name] - theirs[name]).max() <= 2e-3, name
+    assert np.abs(ours["lora"] - ours["plain"]).max() > 0.02  # it is not a no-op
+
+
+def test_evaluate(script, workdir, tmp_path, tiny_settings):
+    script("evaluate", f"--workdir={workdir}", "--samples_per_prompt=3", "--batch=4", f"--out={tmp_path / 'e.json'}")
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["iteration"] == 7 and found["samples_per_prompt"] == 3
+    base, tuned = found["unseen"]["base"]["pickscore"], found["unseen"]["tuned"]["pickscore"]
+    assert np.isfinite([base["mean"], tuned["mean"]]).all() and base["standard_error"] > 0
+    assert abs(base["mean"] - tuned["mean"]) > 1e-3
+    for name in ("base", "tuned"):
+        with Image.open(tmp_path / f"e-unseen-{name}.png") as grid:
+            assert grid.size[0] > 6 * 128  # six pictures (two prompts, three each) side by side

@@ -1,0 +1,256 @@
+"""DDPO: its loss in closed form, its updates against a plain loop, its ratio, and whether it learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import nonzero_lora, policy_of
+
+from diffexp_jax import parallel
+from diffexp_jax.algorithms import Batch, Policy
+from diffexp_jax.algorithms.ddpo import clipped_ratio_loss, ddpo
+from diffexp_jax.diffusion import make_steps, noise_schedule, timesteps
+from diffexp_jax.models.lora import init_lora
+from diffexp_jax.problem import draw_batch, frozen_arrays, load_problem, make_explore, sampling_steps
+from diffexp_jax.sampling import Context, step_log_prob
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+LITERAL = [  # ratio, advantage, loss, d loss / d log_prob; clip 0.1
+    (1.25, 2.0, -2.2, 0.0),  # already more likely than the clip allows: no gradient
+    (1.25, -2.0, 2.5, 2.5),
+    (0.8, 2.0, -1.6, -1.6),
+    (0.8, -2.0, 1.8, 0.0),  # already less likely than the clip allows
+    (1.05, 2.0, -2.1, -2.1),
+    (0.95, -2.0, 1.9, 1.9),
+    (1.0, 3.0, -3.0, -3.0),  # before the first update: the plain policy gradient
+]
+
+
+@pytest.mark.parametrize("ratio, adv, loss, gradient", LITERAL)
+def test_clipped_ratio_loss_literal(ratio, adv, loss, gradient):
+    old = jnp.array([-1.3])
+    new = old + jnp.log(jnp.array([ratio]))
+    value, slope = jax.value_and_grad(clipped_ratio_loss)(new, old, jnp.array([adv]), clip=0.1)
+    assert float(value) == pytest.approx(loss, rel=1e-6)
+    assert float(slope[0]) == pytest.approx(gradient, rel=1e-6)
+
+
+def test_clipped_ratio_loss_is_a_mean_over_the_batch():
+    ratio, adv, loss, gradient = (jnp.array(column) for column in zip(*LITERAL, strict=True))
+    value, slope = jax.value_and_grad(clipped_ratio_loss)(jnp.log(ratio), jnp.zeros(7), adv, clip=0.1)
+    assert float(value) == pytest.approx(float(loss.mean()), rel=1e-5)
+    np.testing.assert_allclose(slope, gradient / 7, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------- the updates, on a network of three numbers
+
+SHAPE, N, T = (2, 2, 3), 8, 3
+SCHEDULE = noise_schedule({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
+STEPS = make_steps(SCHEDULE, timesteps(SCHEDULE, T), np.full(T, 2.0, np.float32), eta=1.0)
+
+
+def linear(frozen, lora):
+    def denoise(x_t, step, context):
+        cond = context.cond.mean((1, 2))[:, None, None, None]
+        return lora["a"] * x_t + lora["b"] * step.t / 1000 + lora["c"] * step.w_t * cond
+
+    return denoise
+
+
+LINEAR = Policy(
+    denoise=linear,
+    decode=lambda frozen, x_0: jax.nn.sigmoid(x_0),
+    score=lambda frozen, images, tokens: (images.mean((1, 2, 3)), {"part": tokens.astype(jnp.float32)}),
+    latent_shape=SHAPE,
+    prediction_type="epsilon",
+)
+LORA = {"a": jnp.float32(0.7), "b": jnp.float32(-0.2), "c": jnp.float32(0.3)}
+SETTINGS = dict(n_prompts=5, inner_epochs=1, n_updates=1, n_chunks=1, clip=1e-4, advantage_clip=5.0)
+SETTINGS |= dict(stats_buffer=32, stats_min_count=16)
+RATE = 0.02
+
+
+def linear_batch():
+    rng = np.random.default_rng(0)
+    cond, uncond = (rng.standard_normal((N, 4, 3), np.float32) for _ in range(2))
+    ids, keys = np.arange(N, dtype=np.int32) % 5, parallel.sample_keys(jax.random.key(3), N)
+    return parallel.shard(Batch(ids, Context(cond, uncond), np.arange(N, dtype=np.int32), keys), N)
+
+
+def iterate(**changes):
+    """One iteration by the algorithm with plain gradient descent: (samples, LoRA after it, metrics, images)."""
+    algorithm = ddpo(LINEAR, optax.sgd(RATE), **SETTINGS | changes)
+    state, batch, steps = parallel.replicate(algorithm.init(LORA)), linear_batch(), parallel.replicate(STEPS)
+    samples = parallel.pmap(algorithm.sample)(state, parallel.replicate({}), batch, steps)
+    key = parallel.replicate(jax.random.key(0))
+    state, metrics, images = parallel.pmap(algorithm.update)(state, parallel.replicate({}), batch, steps, key, samples)
+    assert int(state.iteration[0]) == 1
+    return parallel.first(samples), parallel.first(state.lora), parallel.first(metrics), parallel.first(images)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """An iteration as one chunk and one update."""
+    return iterate()
+
+
+def by_hand(samples, *, n_updates, inner_epochs, clip):
+    """The same iteration as loops over epochs, updates and steps; adv of the whole batch, all samples in one chunk."""
+    rewards = np.asarray(samples.rewards, np.float64)
+    adv = jnp.asarray((rewards - rewards.mean()) / (rewards.std() + 1e-6), jnp.float32)
+    tr = jax.tree.map(lambda x: jnp.asarray(x[0]), samples.trajectory)
+
+    @jax.jit
+    def gradient(lora, rows):
+        def loss(lora):
+            total, log_ratios = 0.0, []
+            for i in range(T):
+                step = jax.tree.map(lambda column, i=i: column[i], tr.steps)
+                context = jax.tree.map(lambda x: x[rows], tr.context)
+                log_prob = step_log_prob(linear({}, lora), tr.x_t[i][rows], tr.x_tm1[i][rows], step, context)
+                log_ratios.append(log_prob - tr.log_prob[i][rows])
+                ratio = jnp.exp(log_ratios[-1])
+                bounded = jnp.minimum(jnp.maximum(ratio, 1 - clip), 1 + clip)
+                total += -jnp.minimum(adv[rows] * ratio, adv[rows] * bounded).mean() / T
+            return total, jnp.stack(log_ratios)
+
+        return jax.value_and_grad(loss, has_aux=True)(lora)
+
+    lora, losses, norms, log_ratios = LORA, [], [], []
+    for _ in range(inner_epochs):
+        for rows in np.split(np.arange(N), n_updates):
+            (loss, log_ratio), grads = gradient(lora, rows)
+            lora = jax.tree.map(lambda x, g: x - RATE * g, lora, grads)
+            losses.append(float(loss))
+            norms.append(float(optax.tree.norm(grads)))
+            log_ratios.append(np.asarray(log_ratio, np.float64))
+    log_ratios = np.array(log_ratios)
+    ratios = np.exp(log_ratios)
+    return lora, {
+        "loss": np.mean(losses),
+        "grad_norm": np.mean(norms),
+        "ratio/mean": ratios.mean(),
+        "ratio/clip_fraction": (np.abs(ratios - 1) > clip).mean(),
+        "approx_kl": 0.5 * np.square(log_ratios).mean(),
+    }
+
+
+def assert_same_lora(ours, theirs, rtol=1e-4):
+    """The *changes* agree, not only the weights."""
+    for name, start in LORA.items():
+        want = float(theirs[name] - start)
+        assert abs(want) > 1e-5
+        assert float(ours[name] - start) == pytest.approx(want, rel=rtol, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "n_updates, inner_epochs, n_chunks, clip",
+    [(1, 1, 1, 1e-4), (2, 1, 2, 1e-4), (2, 3, 4, 1e-4), (4, 2, 4, 0.05)],
+)
+def test_an_iteration_is_the_plain_loops(whole, n_updates, inner_epochs, n_chunks, clip):
+    samples = whole[0]
+    kwargs = dict(n_updates=n_updates, inner_epochs=inner_epochs, clip=clip)
+    _, lora, metrics, _ = iterate(n_chunks=n_chunks, **kwargs)
+    expected_lora, expected = by_hand(samples, **kwargs)
+    later_updates = n_updates * inner_epochs > 1  # rounding decides there what is just inside the clip
+    assert_same_lora(lora, expected_lora, rtol=5e-3 if later_updates else 1e-4)
+    for name, value in expected.items():
+        assert float(metrics[name]) == pytest.approx(value, rel=5e-3, abs=1e-6), name
+    if later_updates:
+        assert expected["ratio/clip_fraction"] > 0.05  # the clip is at work in what was compared
+
+
+def test_accumulated_gradient_is_that_of_one_chunk(whole):
+    samples, lora, metrics, images = whole
+    small_samples, small_lora, small_metrics, small_images = iterate(n_chunks=4)
+    np.testing.assert_allclose(small_images, images, atol=1e-6)
+    np.testing.assert_allclose(small_samples.rewards, samples.rewards, atol=1e-6)
+    assert small_samples.trajectory.x_t.shape == (4, T, 2, *SHAPE)
+    assert_same_lora(small_lora, lora)
+    for name in ("loss", "grad_norm", "reward/mean", "reward/std", "reward/part"):
+        assert float(small_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-4, abs=1e-6), name
+
+
+def test_reward_metrics(whole):
+    samples, _, metrics, images = whole
+    np.testing.assert_allclose(samples.rewards, images.mean((1, 2, 3)), rtol=1e-5)
+    assert float(metrics["reward/mean"]) == pytest.approx(float(samples.rewards.mean()), rel=1e-5)
+    assert float(metrics["reward/std"]) == pytest.approx(float(samples.rewards.std()), rel=1e-4)
+    assert float(metrics["reward/part"]) == pytest.approx(3.5)  # the mean of the tokens 0..7
+    assert float(metrics["advantage/own_statistics"]) == 0.0
+
+
+def test_own_statistics_are_used_once_there_are_enough(whole):
+    """Five prompts, eight samples: the prompts 0, 1 and 2 come twice, and two rewards are enough here."""
+    _, lora, metrics, _ = iterate(stats_min_count=2)
+    assert float(metrics["advantage/own_statistics"]) == pytest.approx(6 / 8)
+    assert abs(float(lora["a"] - whole[1]["a"])) > 1e-5
+
+
+# --------------------------------------------------------------------------------------------------- a real, tiny model
+
+
+class Tiny:
+    """The tiny pipeline with brightness as its reward, and its compiled programs."""
+
+    def __init__(self, config):
+        self.config, self.problem = config, load_problem(config)
+        self.model, self.explore = self.problem.model, make_explore(config)
+        self.policy = policy_of(self.model, lambda frozen, images: frozen["sign"] * images.mean((1, 2, 3)))
+        self.algorithm = ddpo(self.policy, optax.adam(2e-2), **SETTINGS | {"n_chunks": 2, "n_updates": 1})
+        self.sample, self.update = parallel.pmap(self.algorithm.sample), parallel.pmap(self.algorithm.update)
+        self.frozen = {"model": frozen_arrays(self.problem)["model"]}
+        lora = init_lora(jax.random.key(0), self.model.params["unet"], rank=2)
+        self.state = parallel.replicate(self.algorithm.init(nonzero_lora(lora)))
+        schedule = noise_schedule(self.model.scheduler_config)
+        self.plain, self.explored = (sampling_steps(config, schedule, explore=on) for on in (False, True))
+        self.key = parallel.replicate(jax.random.key(0))
+
+    def batch(self, it, explore=True):
+        return draw_batch(self.config, self.problem, it, self.explore if explore else None)
+
+    def frozen_with(self, sign):
+        return self.frozen | {"sign": np.full(len(self.key), sign, np.float32)}
+
+
+@pytest.fixture(scope="module")
+def tiny(make_config):
+    return Tiny(make_config("ddpo", {"eval.every": 0, "batch.samples": 32}))
+
+
+def test_ratio_is_1_before_the_first_update(tiny):
+    """With exploration on, at every timestep: the update scores under the very policy that sampled."""
+    batch, frozen = tiny.batch(0), tiny.frozen_with(1.0)
+    assert np.ptp(tiny.explored.w_t) > 1 and np.ptp(tiny.plain.w_t) == 0
+    assert np.abs(batch.context.cond - tiny.batch(0, explore=False).context.cond).max() > 0.01
+    samples = tiny.sample(tiny.state, frozen, batch, tiny.explored)
+    _, metrics, _ = tiny.update(tiny.state, frozen, batch, tiny.explored, tiny.key, samples)
+    n_steps, n_chunks = 4, 2  # the metric is the mean of that many maxima: none of them is larger than the sum
+    assert float(metrics["ratio/max_abs_log"][0]) * n_steps * n_chunks < 1e-5
+    assert float(metrics["approx_kl"][0]) < 1e-10
+    assert float(metrics["ratio/clip_fraction"][0]) == 0.0
+    assert float(metrics["ratio/mean"][0]) == pytest.approx(1.0, abs=1e-5)
+
+    # the same samples scored without the schedule: another policy
+    trajectory = samples.trajectory
+    w_t = np.full(trajectory.steps.w_t.shape, tiny.config.sampling.guidance, np.float32)
+    samples = samples._replace(trajectory=trajectory._replace(steps=trajectory.steps._replace(w_t=w_t)))
+    _, metrics, _ = tiny.update(tiny.state, frozen, batch, tiny.explored, tiny.key, samples)
+    assert float(metrics["ratio/max_abs_log"][0]) > 1e-4
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_learns_brightness(tiny, sign):
+    """The reward sign x brightness rises, on samples that training never sees."""
+    frozen, test_batch = tiny.frozen_with(sign), tiny.batch(1000)
+    before = tiny.sample(tiny.state, frozen, test_batch, tiny.explored).rewards.mean()
+    state, rewards = tiny.state, []
+    for it in range(12):
+        batch = tiny.batch(it)
+        samples = tiny.sample(state, frozen, batch, tiny.explored)
+        state, metrics, _ = tiny.update(state, frozen, batch, tiny.explored, tiny.key, samples)
+        rewards.append(float(metrics["reward/mean"][0]))
+    after = tiny.sample(state, frozen, test_batch, tiny.explored).rewards.mean()
+    assert after > before + 0.0015

@@ -1,0 +1,247 @@
+"""The building blocks against torch's own, and the hand-written gradient of the 3x3 convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffexp_jax.models import layers
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def torched(x):
+    import torch
+
+    return torch.from_numpy(np.array(x))
+
+
+def chw(x):
+    """Channels-last array as torch's channels-first tensor."""
+    return torched(jnp.moveaxis(x, -1, 1))
+
+
+def hwc(x):
+    return np.moveaxis(x.numpy(), 1, -1)
+
+
+def native(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+# ---- convolution
+
+
+@pytest.mark.parametrize(
+    "shape, features", [((2, 8, 8, 4), 4), ((3, 5, 7, 2), 6), ((1, 1, 3, 3), 1), ((2, 2, 1, 1), 5)]
+)
+def test_conv3x3_same_and_its_gradients(shape, features):
+    x, kernel, g = normal(0, *shape), normal(1, 3, 3, shape[-1], features), normal(2, *shape[:-1], features)
+    ours, ours_vjp = jax.vjp(layers.conv3x3_same, x, kernel)
+    theirs, their_vjp = jax.vjp(native, x, kernel)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    for name, a, b in zip(("input", "kernel"), ours_vjp(g), their_vjp(g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_conv3x3_same_in_a_scan():
+    x, kernels = normal(0, 2, 6, 5, 3), normal(1, 4, 3, 3, 3, 3) / 5
+
+    def loss(conv, x, kernels):
+        def body(x, kernel):
+            return jnp.tanh(conv(x, kernel)), None
+
+        return jnp.sum(jnp.sin(3 * jax.lax.scan(body, x, kernels)[0]))
+
+    grad = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), static_argnums=0)
+    ours, theirs = grad(layers.conv3x3_same, x, kernels), grad(native, x, kernels)
+    assert np.abs(theirs[1][1]).max() > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), ours, theirs)
+
+
+def test_conv3x3_same_is_what_the_layer_uses_on_cpu():
+    x = normal(0, 1, 4, 4, 2)
+    conv = layers.Conv(3)
+    params = conv.init(jax.random.key(0), x)
+    jaxpr = str(jax.make_jaxpr(conv.apply)(params, x))
+    assert ("custom_vjp_call" in jaxpr) == (jax.default_backend() == "cpu")
+
+
+@pytest.mark.parametrize(
+    "size, stride, padding",
+    [
+        (3, 1, ((1, 1), (1, 1))),
+        (3, 2, ((1, 1), (1, 1))),  # the UNet's downsampling
+        (3, 2, ((0, 1), (0, 1))),  # the VAE encoder's
+        (1, 1, ((0, 0), (0, 0))),
+    ],
+)
+def test_conv_is_torchs(size, stride, padding):
+    torch = pytest.importorskip("torch")
+    x, kernel, bias = normal(0, 2, 7, 10, 3), normal(1, size, size, 3, 5), normal(2, 5)
+    ours = layers.Conv(5, size, stride, padding).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    (top, bottom), (left, right) = padding
+    padded = torch.nn.functional.pad(chw(x), (left, right, top, bottom))
+    weight = torched(kernel.transpose(3, 2, 0, 1))
+    theirs = torch.nn.functional.conv2d(padded, weight, torched(bias), stride)
+    np.testing.assert_allclose(ours, hwc(theirs), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 10), (7, 9), (8, 9), (7, 10)])
+def test_upsample_is_torchs_nearest(size):
+    torch = pytest.importorskip("torch")
+    x, kernel, bias = normal(0, 2, 4, 5, 3), normal(1, 3, 3, 3, 3), normal(2, 3)
+    ours = layers.Upsample().apply({"params": {"conv": {"kernel": kernel, "bias": bias}}}, x, size)
+    weight = torched(kernel.transpose(3, 2, 0, 1))
+    large = torch.nn.functional.interpolate(chw(x), size=size, mode="nearest")
+    theirs = torch.nn.functional.conv2d(large, weight, torched(bias), padding=1)
+    np.testing.assert_allclose(ours, hwc(theirs), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9, 33, 97])
+def test_upsample_indices_for_every_odd_skip(n):
+    """Enlarging n to 2n - 1 picks the pixels that torch's float arithmetic picks."""
+    torch = pytest.importorskip("torch")
+    x = jnp.arange(1.0, n + 1)[None, :, None, None]  # no pixel is like another
+    copy = {"kernel": jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0), "bias": jnp.zeros(1)}
+    ours = layers.Upsample().apply({"params": {"conv": copy}}, x, (2 * n - 1, 1))
+    theirs = torch.nn.functional.interpolate(chw(x), size=(2 * n - 1, 1), mode="nearest")
+    np.testing.assert_array_equal(ours, hwc(theirs))
+
+
+# ---- normalisation
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 12), (2, 5, 12)])
+@pytest.mark.parametrize("groups, epsilon", [(1, 1e-5), (4, 1e-6), (12, 0.1)])
+def test_group_norm_is_torchs(shape, groups, epsilon):
+    torch = pytest.importorskip("torch")
+    x, scale, bias = 3 * normal(0, *shape) + 1, normal(1, 12), normal(2, 12)
+    ours = layers.GroupNorm(groups, epsilon).apply({"params": {"scale": scale, "bias": bias}}, x)
+    weight, shift = torched(scale), torched(bias)
+    theirs = torch.nn.functional.group_norm(chw(x), groups, weight, shift, epsilon)
+    np.testing.assert_allclose(ours, hwc(theirs), rtol=0, atol=1e-5)
+
+
+def test_group_norm_of_values_far_from_zero():
+    """The variance is taken around the mean: E[x^2] - E[x]^2 would lose it here."""
+    x = normal(0, 1, 8, 8, 4)
+    norm = layers.GroupNorm(2, 1e-6)
+    params = norm.init(jax.random.key(0), x)
+    np.testing.assert_allclose(norm.apply(params, x + 1000), norm.apply(params, x), rtol=0, atol=2e-3)
+
+
+def test_group_norm_in_bfloat16_keeps_float32_statistics():
+    x = (normal(0, 1, 8, 8, 4) + 30).astype(jnp.bfloat16)
+    params = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
+    low = layers.GroupNorm(2, 1e-6, jnp.bfloat16).apply(params, x)
+    high = layers.GroupNorm(2, 1e-6).apply(params, x.astype(jnp.float32))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-12, 0.1])
+def test_layer_norm_is_torchs(epsilon):
+    torch = pytest.importorskip("torch")
+    x, scale, bias = normal(0, 2, 3, 8), normal(1, 8), normal(2, 8)
+    ours = layers.layer_norm(None, epsilon).apply({"params": {"scale": scale, "bias": bias}}, x)
+    theirs = torch.nn.functional.layer_norm(torched(x), (8,), torched(scale), torched(bias), epsilon)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
+
+
+# ---- functions
+
+
+@pytest.mark.parametrize("width", [2, 8, 9, 15, 320])
+def test_timestep_embedding_is_diffusers(width):
+    pytest.importorskip("torch")
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    t = jnp.array([0, 1, 21, 501, 999])
+    ours = layers.timestep_embedding(t, width)
+    theirs = get_timestep_embedding(torched(t), width, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert ours.shape == (5, width)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=2e-4)  # float32 angles of up to 999 radians
+
+
+def test_timestep_embedding_literal():
+    """Frequencies 1 and 1/100 of t = 3: cosines, sines, and a zero for the odd width."""
+    want = [np.cos(3.0), np.cos(0.03), np.sin(3.0), np.sin(0.03), 0.0]
+    np.testing.assert_allclose(layers.timestep_embedding(jnp.array([3]), 5)[0], want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, at_one, at_minus_two",
+    [
+        ("gelu", 0.8413447460685429, -0.04550026389635842),
+        ("quick_gelu", 0.8457957659328212, -0.06434138521014847),
+        ("silu", 0.7310585786300049, -0.2384058440442351),
+    ],
+)
+def test_activation_literals(name, at_one, at_minus_two):
+    np.testing.assert_allclose(layers.ACTIVATIONS[name](jnp.array([1.0, -2.0])), [at_one, at_minus_two], atol=1e-6)
+
+
+def test_gelu_is_torchs_and_not_the_tanh_one():
+    torch = pytest.importorskip("torch")
+    x = jnp.linspace(-6, 6, 1001)
+    ours = np.asarray(layers.gelu(x))
+    np.testing.assert_allclose(ours, torch.nn.functional.gelu(torched(x)).numpy(), atol=2e-6)
+    assert np.abs(ours - jax.nn.gelu(x, approximate=True)).max() > 1e-4
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_attention_is_torchs(heads):
+    torch = pytest.importorskip("torch")
+    q, k, v = normal(0, 2, 5, 16), normal(1, 2, 7, 16), normal(2, 2, 7, 16)
+    split = [torched(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    np.testing.assert_allclose(layers.attention(q, k, v, heads), theirs.numpy(), rtol=0, atol=1e-5)
+
+
+# ---- Dense and its LoRA
+
+
+def dense(use_bias=True, **lora):
+    params = {"kernel": normal(0, 6, 4)} | ({"bias": normal(1, 4)} if use_bias else {})
+    return {"params": params} | ({"lora": lora} if lora else {})
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("leading", [(3,), (2, 5)])
+def test_dense_adds_the_low_rank_update(use_bias, leading):
+    layer, x = layers.Dense(4, use_bias=use_bias), normal(2, *leading, 6)
+    a, b = normal(3, 6, 2), normal(4, 2, 4)
+    plain = x @ normal(0, 6, 4) + (normal(1, 4) if use_bias else 0)
+    np.testing.assert_allclose(layer.apply(dense(use_bias), x), plain, atol=1e-5)
+    np.testing.assert_allclose(layer.apply(dense(use_bias, A=a, B=b), x), plain + x @ a @ b, atol=1e-5)
+
+
+def test_dense_with_zero_b_is_the_plain_layer_bit_for_bit():
+    layer, x, a = layers.Dense(4), normal(2, 3, 6), normal(3, 6, 2)
+    with_lora = layer.apply(dense(A=a, B=jnp.zeros((2, 4))), x)
+    np.testing.assert_array_equal(with_lora, layer.apply(dense(), x))
+
+
+def test_dense_gradient_of_the_update():
+    """With B = 0 only B learns at first: d sum(y) / dB = (sum_n x A)^T 1."""
+    layer, x, a, b = layers.Dense(4), normal(2, 3, 6), normal(3, 6, 2), jnp.zeros((2, 4))
+    grads = jax.grad(lambda lora: layer.apply(dense(**lora), x).sum())({"A": a, "B": b})
+    np.testing.assert_array_equal(grads["A"], 0.0)
+    np.testing.assert_allclose(grads["B"], jnp.tile((x @ a).sum(0)[:, None], 4), atol=1e-5)
+
+
+def test_dense_in_bfloat16_with_float32_update():
+    layer, x, a, b = layers.Dense(4, dtype=jnp.bfloat16), normal(2, 3, 6), normal(3, 6, 2), normal(4, 2, 4)
+    y, grads = jax.value_and_grad(lambda lora: layer.apply(dense(**lora), x).astype(jnp.float32).sum())(
+        {"A": a, "B": b}
+    )
+    assert layer.apply(dense(A=a, B=b), x).dtype == jnp.bfloat16
+    assert grads["A"].dtype == grads["B"].dtype == jnp.float32
+    np.testing.assert_allclose(y, layers.Dense(4).apply(dense(A=a, B=b), x).sum(), rtol=0.05)
+
+
+def test_initialising_makes_no_lora_collection():
+    assert set(layers.Dense(4).init(jax.random.key(0), normal(0, 1, 6))) == {"params"}

@@ -1,0 +1,345 @@
+"""LoRA: the collection, its files, and diffusers reading ours and we theirs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from diffexp_jax import InputError
+from diffexp_jax.models import convert, lora
+from diffexp_jax.models.unet import UNet, UNetConfig
+
+CONFIG = dict(
+    block_out_channels=(8, 16),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=2,
+    norm_num_groups=4,
+    cross_attention_dim=12,
+)
+ATTENTIONS = 4 * 2  # one down, one in the middle, two up; each self and cross
+RANK = 3
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.standard_normal((2, 4, 4, 4)), jnp.float32)
+T = jnp.array([981, 21])
+CONTEXT = jnp.asarray(RNG.standard_normal((2, 5, 12)), jnp.float32)
+
+unet = UNet(UNetConfig.from_dict(CONFIG))
+apply = jax.jit(unet.apply)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(1)
+    shapes = convert.abstract_params(unet, X, T, CONTEXT)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) / 5, shapes)
+
+
+def random_lora(params, rank=RANK, **kwargs):
+    """A collection that does something."""
+    collection = lora.init_lora(jax.random.key(0), params, rank=rank, **kwargs)
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: np.asarray(x) + rng.standard_normal(x.shape).astype(np.float32) / 5, collection)
+
+
+def run(params, collection=None, scale=1.0):
+    variables = {"params": params}
+    if collection is not None:
+        variables["lora"] = lora.scaled(collection, scale)
+    return apply(variables, X, T, CONTEXT)
+
+
+def assert_equal_trees(a, b):
+    a, b = traverse_util.flatten_dict(a), traverse_util.flatten_dict(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=str(key))
+
+
+# ---- the collection
+
+
+def test_init_is_a_no_op_on_every_attention(params):
+    collection = lora.init_lora(jax.random.key(0), params, rank=RANK)
+    flat = traverse_util.flatten_dict(collection)
+    assert len(flat) == 4 * ATTENTIONS * 2 and {x.dtype for x in flat.values()} == {np.dtype(np.float32)}
+    kernels = traverse_util.flatten_dict(params)
+    for (*path, leaf), value in flat.items():
+        fan_in, fan_out = kernels[*path, "kernel"].shape
+        assert path[-1] in lora.TARGETS
+        assert value.shape == ((fan_in, RANK) if leaf == "A" else (RANK, fan_out))
+        assert (np.abs(value).max() == 0) == (leaf == "B")
+    np.testing.assert_array_equal(run(params, collection), run(params))
+
+
+def test_init_is_normal_with_variance_1_over_rank_and_different_everywhere(params):
+    flat = traverse_util.flatten_dict(lora.init_lora(jax.random.key(0), params, rank=16))
+    first = [np.asarray(value).ravel() for path, value in flat.items() if path[-1] == "A"]
+    assert np.concatenate(first).std() == pytest.approx(0.25, rel=0.05)
+    assert len({tuple(values[:4]) for values in first}) == len(first) == 4 * ATTENTIONS
+    again = traverse_util.flatten_dict(lora.init_lora(jax.random.key(1), params, rank=16))
+    assert all(np.any(again[path] != value) for path, value in flat.items() if path[-1] == "A")
+
+
+def test_targets(params):
+    flat = traverse_util.flatten_dict(lora.init_lora(jax.random.key(0), params, rank=2, targets=("to_k",)))
+    assert {path[-2] for path in flat} == {"to_k"} and len(flat) == 2 * ATTENTIONS
+    with pytest.raises(InputError, match="no layer named to_x, to_y"):
+        lora.init_lora(jax.random.key(0), params, rank=2, targets=("to_x", "to_y"))
+
+
+def test_scaled_multiplies_b_only(params):
+    collection = random_lora(params)
+    assert lora.scaled(collection, 1.0) is collection
+    for path, value in traverse_util.flatten_dict(lora.scaled(collection, 0.5)).items():
+        factor = 0.5 if path[-1] == "B" else 1.0
+        np.testing.assert_array_equal(value, factor * traverse_util.flatten_dict(collection)[path])
+
+
+def test_update_equals_changed_weights(params):
+    """The collection at scale s is W + s A B in every target."""
+    collection = random_lora(params)
+    flat, pairs = traverse_util.flatten_dict(params), traverse_util.flatten_dict(collection)
+    for path in list(flat):
+        if (*path[:-1], "A") in pairs and path[-1] == "kernel":
+            flat[path] = flat[path] + 0.5 * pairs[*path[:-1], "A"] @ pairs[*path[:-1], "B"]
+    merged, base = run(traverse_util.unflatten_dict(flat)), run(params)
+    ours = run(params, collection, scale=0.5)
+    assert np.abs(ours - merged).max() < 1e-5 * np.abs(merged).max()
+    assert np.abs(ours - base).max() > 1e-2 * np.abs(base).max()
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("alpha", [float(RANK), 1.5])
+def test_round_trip(params, tmp_path, alpha):
+    collection, path = random_lora(params), tmp_path / "new" / "pytorch_lora_weights.safetensors"
+    lora.save_lora(path, collection, alpha=alpha)
+    for where in (path, str(path.parent)):
+        loaded, loaded_alpha = lora.load_lora(where, params)
+        assert loaded_alpha == alpha
+        assert_equal_trees(loaded, collection)
+
+
+def test_a_file_without_header_has_alpha_equal_to_the_rank(params, tmp_path):
+    collection, path = random_lora(params), tmp_path / "lora.safetensors"
+    lora.save_lora(path, collection, alpha=1.5)
+    save_file(load_file(path), path)
+    loaded, alpha = lora.load_lora(path, params)
+    assert alpha == RANK
+    assert_equal_trees(loaded, collection)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_files_are_read_as_float32(params, tmp_path, dtype):
+    collection, path = random_lora(params), tmp_path / "lora.safetensors"
+    lora.save_lora(path, collection, alpha=3.0)
+    save_file({name: value.astype(dtype) for name, value in load_file(path).items()}, path)
+    loaded, _ = lora.load_lora(path, params)
+    assert_equal_trees(loaded, jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), collection))
+    assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
+
+
+def wrong_file(tmp_path, params, change, header=None):
+    """The message of the error for a file whose tensors went through `change`."""
+    path = tmp_path / "lora.safetensors"
+    lora.save_lora(path, random_lora(params), alpha=3.0)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, header)
+    with pytest.raises(InputError) as error:
+        lora.load_lora(path, params)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    return str(error.value)
+
+
+NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet.mid_block.attentions.7.transformer_blocks.0.attn2.to_k.lora_A.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_magnitude_vector",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.bias",
+        "unet.conv_in.lora_A.weight",
+        "lora_unet_mid_block_attentions_0_to_k.lora_down.weight",
+    ],
+)
+def test_unknown_tensors_are_named(params, tmp_path, name):
+    message = wrong_file(tmp_path, params, lambda t: t.update({name: np.zeros((RANK, 12), np.float32)}))
+    assert f"tensor {name} belongs to no linear layer" in message
+
+
+@pytest.mark.parametrize("leaf, shape", [("A", (RANK, 768)), ("B", (320, RANK))])
+def test_a_lora_of_another_model(params, tmp_path, leaf, shape):
+    name = NAME.format(leaf)
+    message = wrong_file(tmp_path, params, lambda t: t.update({name: np.zeros(shape, np.float32)}))
+    assert f"tensor {name} has shape {shape}, the model's layer 12 -> 16" in message
+
+
+@pytest.mark.parametrize("shape", [(), (RANK,), (RANK, 12, 1, 1)])
+def test_a_tensor_that_is_no_matrix(params, tmp_path, shape):
+    name = NAME.format("A")
+    message = wrong_file(tmp_path, params, lambda t: t.update({name: np.zeros(shape, np.float32)}))
+    assert f"tensor {name} has shape {shape}" in message
+
+
+@pytest.mark.parametrize("leaf, shape", [("A", (2, 12)), ("B", (16, 2))])
+def test_one_rank_only(params, tmp_path, leaf, shape):
+    message = wrong_file(tmp_path, params, lambda t: t.update({NAME.format(leaf): np.zeros(shape, np.float32)}))
+    assert "found ranks [2, 3]" in message
+
+
+def test_half_a_pair(params, tmp_path):
+    def drop_one_a_and_another_b(tensors):
+        del tensors[NAME.format("A")], tensors[NAME.format("B").replace("to_k", "to_v")]
+
+    assert "a pair (lora_A, lora_B) per layer" in wrong_file(tmp_path, params, drop_one_a_and_another_b)
+
+
+def test_no_tensors(params, tmp_path):
+    assert "found ranks []" in wrong_file(tmp_path, params, dict.clear)
+
+
+@pytest.mark.parametrize("key, value", [("alpha_pattern", {"to_k": 8}), ("use_rslora", True)])
+@pytest.mark.parametrize("prefix", ["unet.", ""])
+def test_other_scalings_are_refused(params, tmp_path, prefix, key, value):
+    header = {"lora_adapter_metadata": json.dumps({f"{prefix}r": 3, f"{prefix}{key}": value})}
+    assert f"{key}={value} is not supported" in wrong_file(tmp_path, params, lambda t: None, header)
+
+
+def test_unreadable_files(params, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    lora.save_lora(path, random_lora(params), alpha=3.0)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:5], b"", b"not a safetensors file at all"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="lora.safetensors: not a readable LoRA file") as error:
+            lora.load_lora(path, params)
+        assert "\n" not in str(error.value)
+    for missing in (tmp_path / "missing.safetensors", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match="not a readable LoRA file"):
+            lora.load_lora(missing, params)
+
+
+# ---- diffusers
+
+
+def their_unet(params):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    from diffusers import UNet2DConditionModel
+
+    theirs = UNet2DConditionModel(**CONFIG).eval()
+    theirs.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in convert.to_torch(params).items()})
+    return theirs
+
+
+def their_output(theirs):
+    import torch
+
+    x, t, context = (torch.from_numpy(np.array(value)) for value in (X, T, CONTEXT))
+    with torch.no_grad():
+        return theirs(x.permute(0, 3, 1, 2), t, context).sample.permute(0, 2, 3, 1).numpy()
+
+
+def pipeline(theirs):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=theirs,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def assert_close_and_not_a_no_op(ours, theirs, base):
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+    assert np.abs(theirs - base).max() > 1e-2 * np.abs(base).max()
+
+
+@pytest.mark.parametrize("alpha", [float(RANK), 1.5])
+@pytest.mark.parametrize("way", ["pipeline", "adapter"])
+def test_diffusers_loads_ours(params, tmp_path, alpha, way):
+    theirs, collection = their_unet(params), random_lora(params)
+    lora.save_lora(tmp_path / "pytorch_lora_weights.safetensors", collection, alpha=alpha)
+    if way == "pipeline":
+        pipeline(theirs).load_lora_weights(tmp_path)
+    else:
+        theirs.load_lora_adapter(tmp_path, prefix="unet", use_safetensors=True)
+    ours = run(params, collection, scale=alpha / RANK)
+    assert_close_and_not_a_no_op(ours, their_output(theirs), run(params))
+
+
+@pytest.mark.parametrize(
+    "way, alpha",
+    [
+        ("pipeline", RANK),
+        ("pipeline", 12),
+        ("pipeline_without_header", RANK),  # such a file does not say alpha: it is the rank
+        ("pipeline_old_names", RANK),
+        ("adapter", 12),
+    ],
+)
+def test_we_load_diffusers(params, tmp_path, way, alpha):
+    theirs = their_unet(params)
+    import torch
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    theirs.add_adapter(LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.3)
+    tensors = get_peft_model_state_dict(theirs)
+    if way == "adapter":
+        theirs.save_lora_adapter(tmp_path)
+    elif way == "pipeline":
+        config = theirs.peft_config["default"].to_dict()
+        pipeline(theirs).save_lora_weights(tmp_path, tensors, unet_lora_adapter_metadata=config)
+    else:
+        tensors = convert_state_dict_to_diffusers(tensors) if way == "pipeline_old_names" else tensors
+        pipeline(theirs).save_lora_weights(tmp_path, tensors)
+
+    collection, loaded_alpha = lora.load_lora(tmp_path, params)
+    assert loaded_alpha == alpha
+    ours = run(params, collection, scale=loaded_alpha / RANK)
+    assert_close_and_not_a_no_op(ours, their_output(theirs), run(params))
+
+
+def test_our_names_are_those_that_diffusers_writes(params, tmp_path):
+    theirs = their_unet(params)
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    config = LoraConfig(r=RANK, lora_alpha=6, target_modules=list(lora.TARGETS))
+    theirs.add_adapter(config)
+    metadata = theirs.peft_config["default"].to_dict()
+    tensors = get_peft_model_state_dict(theirs)
+    pipeline(theirs).save_lora_weights(tmp_path / "theirs", tensors, unet_lora_adapter_metadata=metadata)
+    lora.save_lora(tmp_path / "ours" / lora._FILE, random_lora(params), alpha=6.0)
+
+    shapes, headers = {}, {}
+    for who in ("ours", "theirs"):
+        with safe_open(tmp_path / who / lora._FILE, framework="numpy") as file:
+            shapes[who] = {name: file.get_tensor(name).shape for name in file.keys()}
+            headers[who] = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert shapes["ours"] == shapes["theirs"]
+    for key in ("unet.r", "unet.lora_alpha"):
+        assert headers["ours"][key] == headers["theirs"][key]

@@ -1,0 +1,78 @@
+"""Devices and randomness: who gets which sample, and which key."""
+
+import jax
+import numpy as np
+import pytest
+
+from diffexp_jax import parallel
+
+
+def test_sample_index_of_the_second_of_two_hosts(monkeypatch):
+    """Four devices, two a host: global sample g lives on device g mod 4."""
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    np.testing.assert_array_equal(parallel.sample_index(12), [[2, 6, 10], [3, 7, 11]])
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_minibatch_is_the_same_set_on_any_number_of_devices(monkeypatch, share):
+    """The j-th half of every device's samples, over all devices."""
+    for n in (1, 2, 4):
+        monkeypatch.setattr(jax, "device_count", lambda n=n: n)
+        monkeypatch.setattr(jax, "local_device_count", lambda n=n: n)
+        half = np.split(parallel.sample_index(8), 2, axis=1)[share]
+        assert set(half.ravel().tolist()) == set(range(4 * share, 4 * share + 4))
+
+
+def test_unshard_restores_the_global_order():
+    tree = {"a": np.array([[0, 2, 4], [1, 3, 5]]), "b": np.arange(12).reshape(2, 3, 2)}
+    out = parallel.unshard(tree)
+    np.testing.assert_array_equal(out["a"], [0, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(out["b"], [[0, 1], [6, 7], [2, 3], [8, 9], [4, 5], [10, 11]])
+
+
+def test_shard_and_unshard():
+    keys = jax.random.split(jax.random.key(0), 6)
+    tree = {"x": np.arange(12.0).reshape(6, 2), "k": jax.random.key_data(keys), "none": None}
+    share = parallel.shard(tree, 6)
+    n = jax.local_device_count()
+    assert share["x"].shape == (n, 6 // n, 2) and isinstance(share["x"], jax.Array) and share["none"] is None
+    out = parallel.unshard(share)
+    np.testing.assert_array_equal(out["x"], tree["x"])
+    np.testing.assert_array_equal(out["k"], tree["k"])
+    assert jax.random.key_data(parallel.shard(keys, 6)).shape[:2] == (n, 6 // n)
+
+
+def test_replicate_and_first(compiles):
+    tree = {"x": np.arange(3.0), "n": np.int32(2)}
+    copies = parallel.replicate(tree)
+    assert copies["x"].shape == (jax.local_device_count(), 3)
+    back = parallel.first(copies)
+    assert isinstance(back["x"], np.ndarray) and back["x"].tolist() == [0, 1, 2] and back["n"] == 2
+    compiled = compiles.count
+    parallel.replicate({"x": np.ones(3), "n": np.int32(5)})
+    assert compiles.count == compiled  # another tree of the same shapes is no other program
+
+
+def test_streams_are_independent_of_each_other():
+    names = ("prompts", "noise", "weights", "update", "lora", "eval/animals", "eval/dogs")
+    keys = {(s, n, i): parallel.stream(s, n, i) for s in (0, 1) for n in names for i in (0, 1, 2)}
+    data = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys.values()}
+    assert len(data) == len(keys)
+    draws = np.stack([jax.random.normal(key, (400,)) for key in keys.values()])
+    correlation = np.corrcoef(draws) - np.eye(len(keys))
+    assert np.abs(correlation).max() < 0.25  # 5 standard errors of 1 / sqrt(400)
+
+
+def test_a_stream_is_what_it_was_when_a_run_was_stopped():
+    """Fixed for good: a run that is continued with other keys would not be the same run."""
+    key = jax.random.key_data(parallel.stream(3, "noise", 7))
+    assert np.asarray(key).tolist() == [5863931, 88286164]
+
+
+def test_sample_keys_depend_on_the_sample_alone():
+    key = jax.random.key(5)
+    few, many = (jax.random.key_data(parallel.sample_keys(key, n)) for n in (3, 8))
+    np.testing.assert_array_equal(few, many[:3])
+    assert len(np.unique(many, axis=0)) == 8

@@ -1,0 +1,137 @@
+"""What people look at: grids, curves, the page, the summary; and the metrics that they are made of."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffexp_jax import report
+from diffexp_jax.metrics import MetricsWriter, read_metrics
+
+ROWS = [
+    {"iteration": 0, "eval/animals/emoji_judge": 0.25, "eval/animals/pickscore": 20.0},
+    {"iteration": 1, "reward/mean": 0.5, "loss": -0.5, "grad_norm": 1.0, "approx_kl": 0.0, "ratio/clip_fraction": 0.1},
+    {"iteration": 2, "reward/mean": 0.7, "loss": -0.7, "grad_norm": 2.0, "eval/animals/emoji_judge": 0.5}
+    | {"eval/animals/pickscore": 20.5, "eval/new/pickscore": 1.0},
+]
+
+
+def write_rows(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_to_uint8():
+    values = np.array([-0.5, 0.0, 0.4999 / 255, 0.5001 / 255, 0.5, 1.0, 1.7, 254.4 / 255])
+    assert report.to_uint8(values).tolist() == [0, 0, 0, 1, 128, 255, 255, 254]
+    assert report.to_uint8(values).dtype == np.uint8
+
+
+def test_grid(tmp_path):
+    """Five pictures of one colour each: three columns, two rows, every picture enlarged where it belongs."""
+    colours = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.4, 0.6], [0, 0, 0]], np.float32)
+    images = np.broadcast_to(colours[:, None, None], (5, 16, 16, 3))
+    path = tmp_path / "new" / "grid.png"
+    report.save_grid(path, images, ["red", "green", "blue", "a word " * 40, ""])
+    with Image.open(path) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    size = 16 * 8
+    assert pixels.shape == (4 + 2 * (size + 30), 4 + 3 * (size + 4), 3)
+    for n, colour in enumerate(colours):
+        x, y = 4 + n % 3 * (size + 4), 4 + n // 3 * (size + 30)
+        cell = pixels[y : y + size, x : x + size]
+        np.testing.assert_array_equal(cell, np.broadcast_to(report.to_uint8(colour), cell.shape))
+        strip = pixels[y + size : y + size + 30, x : x + size]
+        assert (strip < 128).any() == (n < 4)  # a caption is written, and none where it is empty
+    x, y = 4 + 2 * (size + 4), 4 + (size + 30)
+    assert (pixels[y : y + size, x : x + size] == 255).all()  # the sixth place is free
+
+
+def test_grid_keeps_the_pixels_of_large_pictures(tmp_path):
+    images = np.random.default_rng(0).uniform(size=(2, 160, 130, 3)).astype(np.float32)
+    report.save_grid(tmp_path / "g.png", images, ["a", "b"], columns=1)
+    with Image.open(tmp_path / "g.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert pixels.shape == (4 + 2 * 190, 4 + 134, 3)
+    np.testing.assert_array_equal(pixels[4 + 190 : 4 + 350, 4:134], report.to_uint8(images[1]))
+
+
+def test_grid_wants_a_caption_each(tmp_path):
+    with pytest.raises(ValueError):
+        report.save_grid(tmp_path / "g.png", np.zeros((2, 8, 8, 3), np.float32), ["one"])
+
+
+def test_curves(tmp_path):
+    report.save_curves(tmp_path)
+    assert not list(tmp_path.iterdir())  # nothing to draw
+    sizes = []
+    for rows in (ROWS[:1], ROWS):
+        write_rows(tmp_path, rows)
+        report.save_curves(tmp_path)
+        with Image.open(tmp_path / "curves.png") as image:
+            image.load()
+            sizes.append(image.size)
+            assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    assert sizes[1][0] == pytest.approx(4 * sizes[0][0], rel=0.01)  # evaluation; and reward, gradient, ratio beside it
+
+
+def test_html(tmp_path):
+    (tmp_path / "images").mkdir()
+    for n in (10, 0, 5):
+        (tmp_path / "images" / f"{n:06d}.png").write_bytes(b"")
+    report.save_html(tmp_path, "ddpo on <reward>", ["a & b: 1 before"])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h1>ddpo on &lt;reward&gt;</h1>" in page and "<p>a &amp; b: 1 before</p>" in page
+    order = [page.index(f"iteration {n}<") for n in (0, 5, 10)]
+    assert order == sorted(order) and "src='images/000005.png'" in page and "src='curves.png'" in page
+
+
+def test_summary():
+    judge, score = report.summary(ROWS)
+    assert judge.startswith("animals: all that the prompt names is there")
+    assert judge.endswith(": 25 % before, 50 % after 2 iterations")
+    assert score == "animals: pickscore: 20.000 before, 20.500 after 2 iterations"
+    assert report.summary(ROWS[:2]) == [] and report.summary([]) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_written_as_they_come(tmp_path):
+    writer = MetricsWriter(tmp_path, start=-1)
+    writer.write(0, {})
+    writer.write(1, {"reward/mean": np.float32(0.5), "reward_queries": 64})
+    assert read_metrics(tmp_path) == [{"iteration": 0}, {"iteration": 1, "reward/mean": 0.5, "reward_queries": 64}]
+    assert '"reward_queries": 64}' in (tmp_path / "metrics.jsonl").read_text()  # counts stay integers
+
+
+def test_a_continued_run_drops_what_came_after(tmp_path):
+    write_rows(tmp_path, ROWS)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 3, "rew')  # a kill cut it short
+    assert read_metrics(tmp_path) == ROWS
+    MetricsWriter(tmp_path, start=1).write(2, {"loss": 1.0})
+    assert read_metrics(tmp_path) == [*ROWS[:2], {"iteration": 2, "loss": 1.0}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    write_rows(tmp_path, ROWS)
+    MetricsWriter(tmp_path, start=-1)
+    assert read_metrics(tmp_path) == []
+    assert read_metrics(tmp_path / "elsewhere") == []
+
+
+def test_tensorboard_is_written_on_top(tmp_path):
+    pytest.importorskip("tensorboardX")
+    writer = MetricsWriter(tmp_path, start=-1, tensorboard=True)
+    writer.write(1, {"loss": 0.5, "grad_norm": math.inf})  # what is not finite has no place in a curve
+    writer._tensorboard.close()  # else at the program's end: another thread writes
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"loss" in content and b"grad_norm" not in content
+    assert read_metrics(tmp_path)[0]["loss"] == 0.5

@@ -1,0 +1,296 @@
+"""The rewards: scores and gradients against torch, preprocessing, and what is said about bad input."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from diffexp_jax import InputError
+from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
+from diffexp_jax.emoji.tokenizer import write_tokenizer
+from diffexp_jax.models import convert
+from diffexp_jax.models.classifier import Classifier, ClassifierConfig
+from diffexp_jax.rewards import REWARDS, aesthetic, check_images, judge, load_reward, preprocess
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SIZE, WIDTH = 24, 12  # pixels of the tower's side, width of its embedding
+TEXTS = ["a dog riding a bike", "an ant", "A red car!"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).uniform(size=(3, SIZE, SIZE, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A small random CLIPModel with the emoji world's tokenizer, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("clip")
+    write_tokenizer(folder)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    sizes = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2)
+    sizes["projection_dim"] = WIDTH
+    ids = dict(eos_token_id=len(vocab) - 1, vocab_size=len(vocab), max_position_embeddings=32)
+    config = transformers.CLIPConfig(
+        text_config=sizes | ids,
+        vision_config=sizes | dict(image_size=SIZE, patch_size=8),
+        projection_dim=WIDTH,
+    )
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head():
+    """The published layout at other widths, in torch's axis order."""
+    widths, rng = (WIDTH, 10, 7, 6, 3, 1), np.random.default_rng(1)
+    tensors = {}
+    for i, before, after in zip((0, 2, 4, 6, 7), widths[:-1], widths[1:], strict=True):
+        tensors[f"layers.{i}.weight"] = rng.normal(size=(after, before)).astype(np.float32)
+        tensors[f"layers.{i}.bias"] = rng.normal(size=after).astype(np.float32)
+    return tensors
+
+
+@pytest.fixture
+def aesthetic_folder(tmp_path, clip_folder, head):
+    save_file(head, tmp_path / "model.safetensors")
+    (tmp_path / "clip").symlink_to(clip_folder)
+    return tmp_path
+
+
+def torch_pixels(images):
+    """[N,3,H,W], normalised, with a gradient with respect to what is returned first."""
+    raw = torch.tensor(images.transpose(0, 3, 1, 2)).requires_grad_()
+    mean, std = (torch.tensor(x)[:, None, None] for x in (preprocess.CLIP_MEAN, preprocess.CLIP_STD))
+    return raw, (raw - mean) / std
+
+
+def assert_same_score_and_gradient(reward, images, texts, raw, expected):
+    """Scores within 1e-4 of the largest, gradients with respect to the images within 1e-3."""
+    tokens = reward.tokenize(texts)
+    score = jax.jit(reward.score)
+    scores, parts = score(reward.params, images, tokens)
+    np.testing.assert_allclose(scores, expected.detach(), atol=1e-4 * expected.abs().max().item(), rtol=0)
+    assert parts == {}
+    (theirs,) = torch.autograd.grad(expected.sum(), raw)
+    theirs = theirs.numpy().transpose(0, 2, 3, 1)
+    ours = jax.grad(lambda x: score(reward.params, x, tokens)[0].sum())(images)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "emoji_pickscore"])
+def test_pickscore(clip_folder, images, name):
+    reference = transformers.CLIPModel.from_pretrained(clip_folder)
+    tokens = transformers.CLIPTokenizer.from_pretrained(clip_folder)(TEXTS, padding=True, return_tensors="pt")
+    raw, pixels = torch_pixels(images)
+    logits = reference(pixel_values=pixels, **tokens).logits_per_image
+    reward = load_reward(f"{name}:{clip_folder}")
+    assert_same_score_and_gradient(reward, images, TEXTS, raw, logits.diagonal())
+
+
+def test_pickscore_tells_prompts_apart(clip_folder, images):
+    reward = load_reward(f"pickscore:{clip_folder}")
+    first = np.repeat(images[:1], 3, axis=0)
+    scores, _ = jax.jit(reward.score)(reward.params, first, reward.tokenize(TEXTS))
+    assert len(set(np.asarray(scores).round(4).tolist())) == 3
+
+
+def test_bfloat16_is_near_float32(clip_folder, images):
+    exact, coarse = (load_reward(f"pickscore:{clip_folder}", dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    tokens = exact.tokenize(TEXTS)
+    scores, near = (jax.jit(r.score)(r.params, images, tokens)[0] for r in (exact, coarse))
+    assert near.dtype == jnp.float32
+    np.testing.assert_allclose(near, scores, atol=0.03 * float(np.exp(exact.params["logit_scale"])))
+
+
+def test_aesthetic(aesthetic_folder, clip_folder, head, images):
+    reference = transformers.CLIPModel.from_pretrained(clip_folder)
+    raw, pixels = torch_pixels(images)
+    x = torch.nn.functional.normalize(reference.get_image_features(pixels).pooler_output, dim=-1)
+    for i in (0, 2, 4, 6, 7):
+        x = x @ torch.tensor(head[f"layers.{i}.weight"]).T + torch.tensor(head[f"layers.{i}.bias"])
+    reward = load_reward(f"aesthetic:{aesthetic_folder}")
+    assert "text_model" not in reward.params["clip"]
+    assert_same_score_and_gradient(reward, images, TEXTS, raw, x[:, 0])
+
+
+def test_head_layout():
+    """Each layer's place in the chain, by known numbers: (3/5, 4/5) -> 5 -> 5, 0 -> 15 -> 16 -> 32."""
+    kernels = ([[3.0], [5.25]], [[1.0, 0.0]], [[3.0], [1.0]], [[1.0]], [[2.0]])
+    biases = ([-1.0], [0.0, 0.0], [0.0], [1.0], [0.0])
+    params = {
+        name: {"kernel": jnp.array(kernel), "bias": jnp.array(bias)}
+        for name, kernel, bias in zip(aesthetic.LAYERS, kernels, biases, strict=True)
+    }
+    np.testing.assert_allclose(aesthetic.rate(params, jnp.array([[3.0, 4.0], [0.3, 0.4]])), [32, 32], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layers.4.bias": None}, "1 missing (layers.4.bias)"),
+        ({"layers.1.bias": np.zeros(3, np.float32)}, "1 unexpected (layers.1.bias)"),
+        (
+            {"layers.2.weight": np.zeros((7, 9), np.float32)},
+            "layers.2.weight is (7, 9), the config wants (7, 10)",
+        ),
+    ],
+)
+def test_heads_that_do_not_fit(aesthetic_folder, head, change, message):
+    tensors = {name: value for name, value in (head | change).items() if value is not None}
+    save_file(tensors, aesthetic_folder / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        load_reward(f"aesthetic:{aesthetic_folder}")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- preprocessing
+
+
+@pytest.mark.parametrize("height, width", [(24, 24), (50, 37), (37, 50), (24, 31), (17, 20), (96, 96)])
+def test_resize_is_torchs_antialiased_bicubic(height, width):
+    images = np.random.default_rng(2).uniform(size=(2, height, width, 3)).astype(np.float32)
+    shortest = min(height, width)
+    size = (SIZE * height // shortest, SIZE * width // shortest)
+    resized = torch.nn.functional.interpolate(
+        torch.tensor(images.transpose(0, 3, 1, 2)), size=size, mode="bicubic", antialias=True
+    ).numpy()
+    top, left = (size[0] - SIZE) // 2, (size[1] - SIZE) // 2
+    expected = resized[:, :, top : top + SIZE, left : left + SIZE].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(preprocess.resize_and_crop(jnp.array(images), SIZE), expected, atol=3e-6)
+
+
+def test_right_size_is_left_alone(images):
+    np.testing.assert_array_equal(preprocess.resize_and_crop(jnp.array(images), SIZE), images)
+
+
+def test_crop_is_the_centre():
+    images = jnp.broadcast_to(jnp.arange(10.0)[None, None, :, None] / 10, (1, 4, 10, 3))
+    np.testing.assert_allclose(preprocess.resize_and_crop(images, 4)[0, 0, :, 0], [0.3, 0.4, 0.5, 0.6], atol=1e-6)
+
+
+def test_normalise():
+    """Black and white by OpenAI's statistics, and clip_pixels as the same after a resize."""
+    grey = jnp.array([0.0, 1.0])[:, None, None, None] * jnp.ones((2, 30, 30, 3))
+    expected = [[-1.79226253, -1.75209713, -1.48021977], [1.93033625, 2.07488384, 2.14589670]]
+    pixels = preprocess.clip_pixels(grey, SIZE)
+    np.testing.assert_allclose(pixels, np.broadcast_to(np.array(expected)[:, None, None], pixels.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.zeros((2, 8, 8, 3), np.uint8), "images as floats [N,H,W,3] in [0,1], found uint8 [2, 8, 8, 3]"),
+        (np.zeros((8, 8, 3)), "images as floats [N,H,W,3] in [0,1], found float64 [8, 8, 3]"),
+        (np.full((1, 8, 8, 3), 255.0), "pixels in [0,1], found 255 to 255"),
+        (np.linspace(-1, 1, 192).reshape(1, 8, 8, 3), "pixels in [0,1], found -1 to 1"),
+        (np.full((1, 8, 8, 3), np.nan), "pixels in [0,1], found nan to nan"),
+    ],
+)
+def test_bad_images(images, message):
+    with pytest.raises(InputError) as error:
+        check_images(images, "a.npy")
+    assert str(error.value) == f"a.npy: wants {message}"
+
+
+def test_good_images(images):
+    check_images(images, "a.npy")
+    check_images(images * np.float16(1), "a.npy")
+    check_images(images[:0], "a.npy")
+
+
+# ---------------------------------------------------------------------------------------------------------------- judge
+
+
+@pytest.mark.parametrize(
+    "text, animal, obj",
+    [
+        ("a cat", "cat", 0),
+        ("A photo of a Dog.", "dog", 0),
+        ("an ant washing the dishes", "ant", 1),
+        ("a kangaroo riding a bike", "kangaroo", 2),
+        ("an octopus playing soccer", "octopus", 6),
+        ("a bat driving a car at night", "bat", 5),
+        ("a rat flying a kite", "rat", -1),  # nothing to look for
+        ("a rat playing chess and riding a bike", "rat", -1),
+        ("a cat and a dog", None, -1),
+        ("bats", None, -1),  # a whole word only
+        ("a robot riding a bike", None, -1),
+        ("", None, -1),
+    ],
+)
+def test_judge_reads_prompts(text, animal, obj):
+    assert judge.parse(text) == (-1 if animal is None else ANIMALS.index(animal), obj)
+
+
+@pytest.mark.parametrize("k, activity", list(enumerate(ACTIVITIES, start=1)))
+def test_judge_knows_every_caption(k, activity):
+    for i, animal in enumerate(ANIMALS):
+        assert judge.parse(f"a {animal} {activity}") == (i, k)
+        assert judge.parse(f"a {animal}") == (i, 0)
+
+
+def test_judge_scores(tmp_path):
+    """Heads with fixed biases see a dog on a bicycle in everything."""
+    config = {"widths": [8, 8], "norm_num_groups": 2, "animals": 52, "objects": 7}
+    model = Classifier(ClassifierConfig.from_dict(config))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    params["animal"]["bias"] = 1e3 * jax.nn.one_hot(ANIMALS.index("dog"), 52)
+    params["object"]["bias"] = 1e3 * jax.nn.one_hot(2, 7)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(convert.to_torch(params), tmp_path / "model.safetensors")
+    reward = load_reward(f"emoji_judge:{tmp_path}")
+    texts = ["a dog riding a bike", "a dog", "a cat riding a bike", "a dog flying a kite", "the moon"]
+    tokens = reward.tokenize(texts)
+    scores, parts = jax.jit(reward.score)(reward.params, np.zeros((5, 80, 64, 3), np.float32), tokens)
+    np.testing.assert_array_equal(scores, [1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(parts["animal"], [1, 1, 0, 1, 0])
+    np.testing.assert_array_equal(parts["object"], [1, 0, 1, 0, 0])
+
+
+def test_classifier_is_small():
+    model = Classifier(ClassifierConfig())
+    image = jnp.zeros((1, 64, 64, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), image)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 600_000
+    assert [head.shape for head in jax.eval_shape(model.apply, params, image)] == [(1, 52), (1, 7)]
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("clip", f"unknown reward 'clip'; accepted: {', '.join(REWARDS)}, each also as NAME:FOLDER"),
+        ("", f"unknown reward ''; accepted: {', '.join(REWARDS)}, each also as NAME:FOLDER"),
+        ("pickscore", "reward 'pickscore' needs the folder of its weights: pickscore:FOLDER"),
+        ("aesthetic:", "reward 'aesthetic' needs the folder of its weights: aesthetic:FOLDER"),
+        ("pickscore:no/such", "reward 'pickscore': no/such: the folder is missing"),
+    ],
+)
+def test_bad_specs(spec, message):
+    with pytest.raises(InputError) as error:
+        load_reward(spec)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "vocab.json"])
+def test_missing_files(tmp_path, clip_folder, file):
+    for path in clip_folder.iterdir():
+        if path.name != file:
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(InputError) as error:
+        load_reward(f"pickscore:{tmp_path}")
+    assert str(tmp_path) in str(error.value) and file in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,304 @@
+"""Whole training runs on a tiny model: what they write, that they resume and repeat bit for bit, and how they stop."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, CompileCounter, as_flags
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from diffexp_jax import InputError, checkpoint, command, report, train
+from diffexp_jax.metrics import read_metrics
+from diffexp_jax.models.lora import load_lora
+from diffexp_jax.models.stable_diffusion import load
+
+ALGORITHMS = ("alignprop", "ddpo")
+LORA = "pytorch_lora_weights.safetensors"
+PLAIN = {"eval.every": 0, "log.images": 0}  # nothing but the training itself
+
+
+class Run(NamedTuple):
+    algorithm: str
+    config: object
+    workdir: Path
+    compiled: list[int]  # programs compiled before each iteration, and in all
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def finished(request, make_config, tmp_path_factory) -> Run:
+    """A whole run of four iterations: three that explore, one that does not; evaluations after 0, 3 and 4."""
+    config, workdir, compiled = make_config(request.param), tmp_path_factory.mktemp(request.param) / "run", []
+    with CompileCounter() as counter, pytest.MonkeyPatch.context() as patch:
+
+        def draw_batch(*args, original=train.draw_batch):
+            compiled.append(counter.count)
+            return original(*args)
+
+        patch.setattr(train, "draw_batch", draw_batch)
+        keep_images(patch, workdir)
+        train.run(config, workdir)
+        compiled.append(counter.count)
+    return Run(request.param, config, workdir, compiled)
+
+
+def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
+    """Makes a run keep the numbers of its image grids too, in WORKDIR/../images-ITERATION.npy."""
+
+    def save_grid(path, images, captions, original=report.save_grid, **kwargs):
+        np.save(workdir.parent / f"images-{path.stem}.npy", images)
+        original(path, images, captions, **kwargs)
+
+    patch.setattr(report, "save_grid", save_grid)
+
+
+def rows_of(workdir: Path) -> list[dict]:
+    """The metrics without the clock's."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(workdir)]
+
+
+def assert_same_run(workdir: Path, expected: Path) -> None:
+    """The same LoRA and the same metrics, bit for bit."""
+    ours, theirs = load_file(workdir / LORA), load_file(expected / LORA)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert rows_of(workdir) == rows_of(expected)
+
+
+# ---------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_metrics(finished):
+    rows = read_metrics(finished.workdir)
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
+    names = {"iteration", "reward_queries", "unet_evaluations", "reward/mean", "reward/std", "loss", "grad_norm"}
+    names |= {"time/sample", "time/train"}
+    if finished.algorithm == "ddpo":
+        names |= {"ratio/mean", "ratio/clip_fraction", "approx_kl"}
+    for n, row in enumerate(rows[1:], 1):
+        assert names <= row.keys()
+        assert row["reward_queries"] == 8 * n  # images
+        assert row["unet_evaluations"] == 8 * n * 4 * 2  # images, steps, both halves of the guidance
+        assert all(np.isfinite(value) for value in row.values())
+        assert row["grad_norm"] > 0 and row["reward/std"] > 0
+    evaluated = [row["iteration"] for row in rows if "eval/unseen/pickscore" in row]
+    assert evaluated == [0, 3, 4]
+    assert rows[0].keys() == {"iteration", "eval/unseen/pickscore"}
+    assert rows[0]["eval/unseen/pickscore"] != rows[4]["eval/unseen/pickscore"]
+
+
+def test_files(finished, tiny_settings):
+    workdir = finished.workdir
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["algorithm"] == finished.algorithm and saved["prompts"] == tiny_settings["prompts"]
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "4"}
+    assert {path.name for path in (workdir / "images").iterdir()} == {"000000.png", "000003.png", "000004.png"}
+    with Image.open(workdir / "curves.png") as curves:
+        assert min(curves.size) > 200
+    page = (workdir / "report.html").read_text()
+    assert "unseen: pickscore:" in page and "after 4 iterations" in page
+    for name in ("curves.png", "images/000000.png", "images/000004.png"):
+        assert f"'{name}'" in page
+
+
+def test_lora_file_is_the_newest_checkpoint(finished, tiny_model):
+    lora, alpha = load_lora(finished.workdir, load(tiny_model).params["unet"])
+    iteration, saved = checkpoint.newest_lora(finished.workdir)
+    assert (iteration, alpha) == (4, 4.0)
+    jax.tree.map(np.testing.assert_array_equal, lora, saved)
+    values = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(lora)}
+    assert all(np.abs(x).max() > 1e-3 for x in values.values())  # every B has left zero
+
+
+def test_images_change_only_as_the_lora_does(finished):
+    first, third, last = (np.load(finished.workdir.parent / f"images-{i:06d}.npy") for i in (0, 3, 4))
+    assert first.shape == (3, 16, 16, 3)
+    assert 1e-4 < np.abs(last - third).max()
+    assert np.abs(third - first).max() < 0.5  # the same prompts, the same noise
+
+
+def test_nothing_is_compiled_after_the_second_iteration(finished):
+    """Evaluations, image grids, checkpoints and the end of exploration come later, and bring nothing new."""
+    assert len(finished.compiled) == 5 and finished.compiled[0] > 0
+    assert finished.compiled[2:] == [finished.compiled[2]] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------- exploration
+
+
+def test_exploration_off_is_plain_bit_for_bit(finished, make_config, tmp_path):
+    """Off equals a schedule without a step and weights of 1; the run with exploration is another one."""
+    changes = PLAIN | {"iterations": 2}
+    neutral = {"exploration.w_low": 3.0, "exploration.weight_range": (1.0, 1.0)}
+    train.run(make_config(finished.algorithm, changes | {"exploration.enabled": False}), tmp_path / "off")
+    train.run(make_config(finished.algorithm, changes | neutral), tmp_path / "neutral")
+    assert_same_run(tmp_path / "off", tmp_path / "neutral")
+    explored, plain = (rows_of(path)[1]["reward/mean"] for path in (finished.workdir, tmp_path / "off"))
+    assert abs(explored - plain) > 1e-4
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+def program(algorithm: str, workdir: Path, settings: dict) -> list[str]:
+    config = f"--config=configs/{algorithm}.py"
+    return [sys.executable, "-m", "diffexp_jax.train", config, f"--workdir={workdir}", *as_flags(settings)]
+
+
+def test_a_killed_run_continues_bit_for_bit(finished, tiny_settings, tmp_path):
+    """Killed by SIGKILL at a random moment, and started again by the same command."""
+    workdir, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
+    line = program(finished.algorithm, workdir, tiny_settings)
+    rows, delay = random.randint(1, 3), random.uniform(0.0, 0.3)
+    print(f"killed {delay:.3f} s after row {rows}")
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        while process.poll() is None and len(read_metrics(workdir)) < rows:
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, (tmp_path / "output").read_text()
+    assert not (workdir / LORA).exists()
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(workdir, finished.workdir)
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(
+        (finished.workdir / "config.json").read_text()
+    )
+
+
+def test_a_broken_checkpoint_is_set_aside(finished, tmp_path, caplog):
+    """The last whole one is used, it is said so, and the run ends as if nothing had happened."""
+    if finished.algorithm == "alignprop":
+        pytest.skip("one algorithm is enough, and ddpo's state holds more")
+    workdir = shutil.copytree(finished.workdir, tmp_path / "run")
+    (workdir / LORA).unlink()
+    for path in (workdir / "checkpoints" / "4").rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+    train.run(finished.config, workdir)
+    assert "checkpoint 4 is broken" in caplog.text and "checkpoints-broken/4" in caplog.text
+    assert (workdir / "checkpoints-broken" / "4").is_dir()
+    assert_same_run(workdir, finished.workdir)
+
+
+def state(n: int) -> dict:
+    return {"lora": {"to_q": {"A": np.full((3, 2), n, np.float32)}}, "iteration": np.array(n, np.int32)}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's reader, when it fails
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "without its arrays", "an empty folder"])
+def test_damaged_checkpoints(damage, tmp_path, caplog):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    for n in (1, 2, 3):
+        checkpoints.save(n, state(n))
+    checkpoints.close()
+    newest = tmp_path / "checkpoints" / "3"
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    if damage == "an empty folder":
+        shutil.rmtree(newest)
+        newest.mkdir()
+    for path in files if damage in ("truncated", "emptied") else ():
+        os.truncate(path, path.stat().st_size // 2 if damage == "truncated" else 0)
+    if damage == "without its arrays":
+        for path in files:
+            if path.parent.name == "d":
+                path.unlink()
+    assert checkpoint.newest_lora(tmp_path)[0] == 2  # the scripts pass over it, and leave it where it is
+    assert newest.is_dir()
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    iteration, restored = checkpoints.restore_newest(state(0))
+    assert iteration == 2
+    jax.tree.map(np.testing.assert_array_equal, restored, state(2))
+    assert "checkpoint 3 is broken" in caplog.text
+    checkpoints.save(3, state(30))  # the run goes on and gets there again
+    checkpoints.close()
+    assert checkpoint.newest_lora(tmp_path)[0] == 3
+
+
+def test_checkpoints_that_do_not_fit_are_not_started_over(tmp_path, caplog):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    checkpoints.save(1, state(1))
+    with pytest.raises(InputError, match="every checkpoint is broken; move the folder away"):
+        checkpoints.restore_newest(state(0) | {"lora": {"to_q": {"A": np.zeros((3, 4), np.float32)}}})
+    checkpoints.close()
+    assert "checkpoint 1 is broken (its arrays have other shapes)" in caplog.text
+    assert checkpoint.newest_lora(tmp_path)[0] == 1  # nothing is lost
+
+
+# ------------------------------------------------------------------------------------------------------------------ NaN
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nan_stops_the_run(make_config, tiny_clip, tmp_path, capsys):
+    """The reward turns NaN in the third iteration: it is named, the exit code is 1, the checkpoints are left alone."""
+    reward, workdir = shutil.copytree(tiny_clip, tmp_path / "clip"), tmp_path / "run"
+    settings = PLAIN | {"reward": f"pickscore:{reward}"}
+    train.run(make_config("alignprop", settings | {"iterations": 2}), workdir)
+    before, rows = contents(workdir / "checkpoints"), rows_of(workdir)
+    tensors = load_file(reward / "model.safetensors")
+    save_file(tensors | {"logit_scale": np.array(np.nan, np.float32)}, reward / "model.safetensors")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command.guarded(train.run, make_config("alignprop", settings), workdir)
+    said = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "error: iteration 3: loss nan" in said and "Traceback" not in said
+    assert contents(workdir / "checkpoints") == before and rows_of(workdir) == rows
+
+
+# -------------------------------------------------------------------------------------------------------------- devices
+
+
+def run_with_images(algorithm: str, workdir: str, settings: str) -> None:
+    """What the subprocess below does, with as many devices as XLA_FLAGS gives it."""
+    from configs import alignprop, ddpo
+
+    config = {"alignprop": alignprop, "ddpo": ddpo}[algorithm].get_config()
+    values = json.loads(settings)
+    config.update_from_flattened_dict({key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        keep_images(patch, Path(workdir))
+        train.run(config, Path(workdir))
+    print(f"{jax.device_count()} devices")
+
+
+def test_four_devices_give_what_one_gives(finished, tiny_settings, tmp_path):
+    """Images, rewards and LoRA within 1e-5 relative."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
+    code = "import sys, test_train; test_train.run_with_images(*sys.argv[1:])"
+    line = [sys.executable, "-c", code, finished.algorithm, str(tmp_path / "run"), json.dumps(tiny_settings)]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "4 devices" in done.stdout
+
+    def relative(ours, theirs):
+        return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+    loras = [load_file(folder / LORA) for folder in (tmp_path / "run", finished.workdir)]
+    errors = {"lora": relative(*(np.concatenate([lora[name].ravel() for name in sorted(lora)]) for lora in loras))}
+    for iteration in (0, 3, 4):
+        name = f"images-{iteration:06d}.npy"
+        errors[name] = relative(np.load(tmp_path / name), np.load(finished.workdir.parent / name))
+    for row, expected in zip(rows_of(tmp_path / "run"), rows_of(finished.workdir), strict=True):
+        assert row.keys() == expected.keys()
+        for name in ("reward/mean", "reward/std", "loss", "eval/unseen/pickscore"):
+            if name in row:
+                errors[f"{name} {row['iteration']}"] = abs(row[name] - expected[name]) / abs(expected[name])
+    print(errors)
+    assert max(errors.values()) <= 1e-5

@@ -1,0 +1,93 @@
+"""Which tokens of a prompt are weighted together."""
+
+import numpy as np
+import pytest
+
+from diffexp_jax.emoji.tokenizer import write_tokenizer
+from diffexp_jax.models.stable_diffusion import load_tokenizer
+from diffexp_jax.prompts import PROMPTS, PromptSet
+from diffexp_jax.prompts.units import UNITS, unit_ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+def ids_of(tokenizer, text, unit, phrases=("",)):
+    """[(token, unit id)] of the prompt's tokens, without start, end and padding, which must be 0."""
+    (row,) = unit_ids(tokenizer, PromptSet("test", (text,), (tuple(phrases),)), unit)
+    assert row.shape == (32,)
+    tokens = tokenizer.tokenize(text)[:30]
+    assert row[0] == 0 and not row[1 + len(tokens) :].any()
+    return [(token.removesuffix("</w>"), int(i)) for token, i in zip(tokens, row[1:], strict=False)]
+
+
+@pytest.mark.parametrize(
+    "unit, expected",
+    [
+        ("word", [("a", 1), ("dog", 2), (",", 0), ("riding", 3), ("a", 4), ("bike", 5), ("!", 0)]),
+        ("token", [("a", 1), ("dog", 2), (",", 0), ("riding", 3), ("a", 4), ("bike", 5), ("!", 0)]),
+        ("phrase", [("a", 0), ("dog", 1), (",", 0), ("riding", 2), ("a", 2), ("bike", 2), ("!", 0)]),
+    ],
+)
+def test_literal(tokenizer, unit, expected):
+    assert ids_of(tokenizer, "a dog, riding a bike!", unit, ("dog", "riding a bike")) == expected
+
+
+def test_a_word_of_several_tokens_is_one_unit(tokenizer):
+    words = ids_of(tokenizer, "a xylophone plays", "word")
+    assert len(words) > 3 and words[0] == ("a", 1)
+    pieces = [i for _, i in words[1:]]
+    first = pieces.index(3)
+    assert first > 1 and pieces[:first] == [2] * first and set(pieces[first:]) == {3}
+    tokens = ids_of(tokenizer, "a xylophone plays", "token")
+    assert [i for _, i in tokens] == list(range(1, len(tokens) + 1))
+
+
+@pytest.mark.parametrize(
+    "text, n_words",
+    [
+        ("don't", 1),
+        ("the dog’s ball", 3),
+        ("a well-known cat", 3),
+        ("cat - dog", 2),
+        ("3,000 km", 3),  # two numbers to the pattern; the comma is none
+        ("snake_case", 2),
+        ("CAPITALS too", 2),
+        ("café au lait", 3),
+        ("...", 0),
+        ("", 0),
+        ("🐶 dog", 1),
+    ],
+)
+def test_what_a_word_is(tokenizer, text, n_words):
+    ids = [i for _, i in ids_of(tokenizer, text, "word")]
+    assert max(ids, default=0) == n_words
+    assert set(ids) - {0} == set(range(1, n_words + 1))
+    assert ids == sorted(ids) or 0 in ids
+
+
+def test_phrases_are_found_in_their_order(tokenizer):
+    found = ids_of(tokenizer, "dog bike dog bike dog", "phrase", ("dog", "dog"))
+    assert [i for _, i in found] == [1, 0, 2, 0, 0]
+    assert [i for _, i in ids_of(tokenizer, "a dog", "phrase", ("cat", "dog"))] == [0, 1]  # one is not in the text
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_cut_prompt_has_the_units_that_are_left(tokenizer, unit):
+    text = " ".join(["dog", "bike"] * 20)  # 40 tokens, 30 of which fit
+    ids = ids_of(tokenizer, text, unit, text.split())
+    assert [i for _, i in ids] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_every_built_in_prompt_has_its_units(tokenizer, name):
+    prompts = PROMPTS[name]
+    words, tokens, phrases = (unit_ids(tokenizer, prompts, unit) for unit in UNITS)
+    np.testing.assert_array_equal(words.max(1), [len(text.split()) for text in prompts.texts])
+    np.testing.assert_array_equal(words > 0, tokens > 0)
+    np.testing.assert_array_equal(tokens.max(1), (tokens > 0).sum(1))
+    np.testing.assert_array_equal(phrases.max(1), [len(found) for found in prompts.phrases])
