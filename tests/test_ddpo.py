@@ -199,7 +199,7 @@ class Tiny:
         self.config, self.problem = config, load_problem(config)
         self.model, self.explore = self.problem.model, make_explore(config)
         self.policy = policy_of(self.model, lambda frozen, images: frozen["sign"] * images.mean((1, 2, 3)))
-        self.algorithm = ddpo(self.policy, optax.adam(2e-2), **SETTINGS | {"n_chunks": 2, "n_updates": 1})
+        self.algorithm = ddpo(self.policy, optax.adam(5e-3), **SETTINGS | {"n_chunks": 2, "n_updates": 1})
         self.sample, self.update = parallel.pmap(self.algorithm.sample), parallel.pmap(self.algorithm.update)
         self.frozen = {"model": frozen_arrays(self.problem)["model"]}
         lora = init_lora(jax.random.key(0), self.model.params["unet"], rank=2)
@@ -241,16 +241,15 @@ def test_ratio_is_1_before_the_first_update(tiny):
     assert float(metrics["ratio/max_abs_log"][0]) > 1e-4
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_learns_brightness(tiny, sign):
-    """The reward sign x brightness rises, on samples that training never sees."""
-    frozen, test_batch = tiny.frozen_with(sign), tiny.batch(1000)
-    before = tiny.sample(tiny.state, frozen, test_batch, tiny.explored).rewards.mean()
-    state, rewards = tiny.state, []
-    for it in range(12):
-        batch = tiny.batch(it)
-        samples = tiny.sample(state, frozen, batch, tiny.explored)
-        state, metrics, _ = tiny.update(state, frozen, batch, tiny.explored, tiny.key, samples)
-        rewards.append(float(metrics["reward/mean"][0]))
-    after = tiny.sample(state, frozen, test_batch, tiny.explored).rewards.mean()
-    assert after > before + 0.0015
+def test_learns_brightness(tiny):
+    """Brightness rises with brightness as the reward and falls with its negative, on samples never trained on."""
+    test_batch, plus = tiny.batch(1000), tiny.frozen_with(1.0)
+    brightness = {0.0: float(tiny.sample(tiny.state, plus, test_batch, tiny.explored).rewards.mean())}
+    for sign in (1.0, -1.0):
+        state, frozen = tiny.state, tiny.frozen_with(sign)
+        for it in range(20):
+            batch = tiny.batch(it)
+            samples = tiny.sample(state, frozen, batch, tiny.explored)
+            state, _, _ = tiny.update(state, frozen, batch, tiny.explored, tiny.key, samples)
+        brightness[sign] = float(tiny.sample(state, plus, test_batch, tiny.explored).rewards.mean())
+    assert brightness[-1.0] + 5e-4 < brightness[0.0] < brightness[1.0] - 5e-4, brightness
