@@ -18,7 +18,7 @@ from diffexp_jax.problem import frozen_arrays, load_problem, load_schedule, samp
 
 
 def main(args: argparse.Namespace) -> None:
-    for flag in ("samples_per_prompt", "batch"):
+    for flag in ("samples_per_prompt", "batch", "columns", "rows"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)}: wants at least 1")
     command.check_writable(args.out.parent, "--out")
@@ -36,6 +36,11 @@ def main(args: argparse.Namespace) -> None:
     steps, frozen = sampling_steps(config, schedule, explore=False), frozen_arrays(problem)
     results: dict[str, dict] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
     for task in problem.evals:
+        captions = [text for text in task.texts for _ in range(args.samples_per_prompt)]
+        columns = min(args.columns, len(captions))
+        count = columns * min(args.rows, len(captions) // columns)
+        shown = np.linspace(0, len(captions) - 1, count).round().astype(int)
+        pictures = {}
         for name, scale in (("base", 0.0), ("tuned", config.lora.alpha / config.lora.rank)):
             images, scores = evaluation.evaluate(
                 generate,
@@ -48,21 +53,31 @@ def main(args: argparse.Namespace) -> None:
                 batch=batch,
                 samples_per_prompt=args.samples_per_prompt,
             )
-            captions = [text for text in task.texts for _ in range(args.samples_per_prompt)]
-            shown = np.linspace(0, len(images) - 1, min(24, len(images))).round().astype(int)
-            grid = args.out.with_name(f"{args.out.stem}-{task.name}-{name}.png")
-            report.save_grid(grid, images[shown], [captions[i] for i in shown], columns=6)
+            pictures[name] = images[shown]
             summary = {
                 key: {"mean": float(x.mean()), "standard_error": float(x.std() / len(x) ** 0.5)}
                 for key, x in scores.items()
             }
             results.setdefault(task.name, {})[name] = summary
             print(f"{task.name}, {name}: " + ", ".join(f"{key} {v['mean']:.3f}" for key, v in summary.items()))
+        grid = args.out.with_name(f"{args.out.stem}-{task.name}.png")
+        save_pairs(grid, pictures["base"], pictures["tuned"], [captions[i] for i in shown], columns=columns)
     try:
         args.out.write_text(json.dumps(results, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
     print(f"written: {args.out} and image grids beside it")
+
+
+def save_pairs(path: Path, before: np.ndarray, after: np.ndarray, captions: list[str], *, columns: int) -> None:
+    """A grid whose rows alternate: images of the base model, and below them the tuned one's from the same noise."""
+    images, texts = [], []
+    for start in range(0, len(captions), columns):
+        here = slice(start, start + columns)
+        for words, part in (("before", before), ("after", after)):
+            images.append(part[here])
+            texts += [f"{words}: {caption}" for caption in captions[here]]
+    report.save_grid(path, np.concatenate(images), texts, columns=columns)
 
 
 if __name__ == "__main__":
@@ -73,6 +88,8 @@ if __name__ == "__main__":
     add("--rewards", help="rewards to report, separated by commas (default: the run's own)")
     add("--samples_per_prompt", type=int, default=4)
     add("--batch", type=int, default=64, help="images at once, over all devices")
+    add("--columns", type=int, default=6, help="of the image grids")
+    add("--rows", type=int, default=4, help="of pairs in the image grids; the prompts are evenly spaced in their set")
     add("--seed", type=int, default=1, help="of the evaluation's noise")
     add("--out", type=Path, required=True, help="the .json file to write")
     command.guarded(main, parser.parse_args())

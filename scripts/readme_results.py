@@ -1,10 +1,12 @@
-"""Measures the emoji world with the judge and writes the README's results and picture.
+r"""Measures the emoji world with the judge and writes the README's results and picture.
 
 python scripts/evaluate.py --workdir runs/quickstart --out runs/quickstart/eval.json
-python scripts/readme_results.py --eval "quickstart=runs/quickstart/eval.json" --machine "2 CPU cores"
+python scripts/readme_results.py --eval "quickstart=runs/quickstart/eval.json" --machine "2 CPU cores" \
+    --picture runs/quickstart/eval-animal_activities.png
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 from diffexp_jax import InputError, command
@@ -43,6 +45,10 @@ def main(args: argparse.Namespace) -> None:
         for label, key in [*models, (f"{name}, {results['iteration']} iterations", "tuned")]:
             cells = [_cell(results.get(prompts, {}).get(key, {}).get(what)) for prompts, what in COLUMNS]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    if args.picture:
+        picture = args.readme.parent / "docs" / "before_after.png"
+        picture.parent.mkdir(exist_ok=True)
+        shutil.copyfile(args.picture, picture)
     before, rest = readme.split(START, 1)
     after = rest.split(END, 1)[1]
     args.readme.write_text(before + "\n".join([START, *lines, END]) + after, encoding="utf-8")
@@ -67,6 +73,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--eval", action="append", required=True, help="NAME=eval.json, of scripts/evaluate.py (repeat for several)")
+    add("--picture", type=Path, help="an image grid of scripts/evaluate.py, for docs/before_after.png")
     add("--machine", required=True, help="what the figures were measured on, in words")
     add("--scenes", type=int, default=2048, help="held-out scenes for the judge's own accuracy")
     add("--readme", type=Path, default=Path("README.md"))
