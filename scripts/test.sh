@@ -15,4 +15,4 @@ if ! cat requirements.txt requirements-test.txt | cmp -s - "$stamp"; then
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest -q "$@"
+exec "$python" -m pytest -q -n auto --dist loadfile "$@"
