@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from test_unet import SD15 as SD15_UNET
 from test_unet import SDXL as SDXL_UNET
 
-from diffexp_jax import InputError, evaluation, exploration, parallel
+from diffexp_jax import InputError, evaluation, exploration, parallel, train
 from diffexp_jax.diffusion import make_steps, timesteps
 from diffexp_jax.emoji.tokenizer import write_tokenizer
+from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models import families, lora, stable_diffusion
 from diffexp_jax.problem import load_schedule
 from diffexp_jax.sampling import rollout
@@ -376,3 +378,16 @@ def test_zeros_only_where_the_folder_says_so(sdxl):
     model = stable_diffusion.load(sdxl)
     _, empty, uncond = embeddings(model)
     jax.tree.map(np.testing.assert_array_equal, uncond, empty)
+
+
+def test_a_run_on_sdxl(make, make_config, tmp_path):
+    """One iteration of DDPO with exploration: it re-scores under the very conditioning that sampled, and learns."""
+    settings = {"model.path": str(make("sdxl").folder), "iterations": 1, "sampling.steps": 2, "ddpo.updates": 1}
+    settings |= {"batch.samples": 4, "batch.samples_per_forward": 4, "eval.every": 0, "log.images": 0}
+    train.run(make_config("ddpo", settings), tmp_path / "run")
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["iteration"] == 1 and abs(last["ratio/mean"] - 1) < 1e-5 and last["grad_norm"] > 0
+    tuned, scale = lora.load_lora(tmp_path / "run", make("sdxl").ours.params["unet"])
+    flat = traverse_util.flatten_dict(tuned)
+    assert scale == 1.0 and len(flat) == 2 * 4 * 2 * 8  # A and B of 4 projections, 2 attentions, 8 transformer blocks
+    assert all(np.abs(x).max() > 0 for x in flat.values())
