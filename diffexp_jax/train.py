@@ -64,7 +64,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     )
 
     # -------------------------------------------------------------------------------------------------- state, resume
-    lora = lora_lib.init_lora(parallel.stream(config.seed, "lora"), problem.model.params["unet"], rank=config.lora.rank)
+    key = parallel.stream(config.seed, "lora")
+    lora = lora_lib.initial_lora(
+        key, problem.model.params["unet"], rank=config.lora.rank, alpha=config.lora.alpha, path=config.lora.path
+    )
     state = jax.device_get(algorithm.init(lora))
     checkpoint.open_workdir(workdir, config.to_dict())
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
@@ -197,8 +200,8 @@ def fixed_samples(config: ConfigDict, problem: Problem, generate, frozen, lora, 
     count = min(config.log.images, len(problem.train.texts))
     rows = np.linspace(0, len(problem.train.texts) - 1, count).round().astype(int)
     texts = tuple(problem.train.texts[i] for i in rows)
-    tokens = jax.tree.map(lambda x: x[rows], problem.train.tokens)
-    task = evaluation.Task("grid", texts, problem.train.cond[rows], tokens)
+    cond, tokens = jax.tree.map(lambda x: x[rows], (problem.train.cond, problem.train.tokens))
+    task = evaluation.Task("grid", texts, cond, tokens)
     images, _ = evaluation.evaluate(
         generate, frozen, lora, task, problem.uncond, steps, seed=config.seed, batch=config.batch.samples
     )
