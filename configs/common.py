@@ -27,6 +27,10 @@ def default() -> ml_collections.ConfigDict:
     m.path = "emoji"  # "emoji" (shipped) or a folder in the diffusers pipeline format
     m.dtype = "auto"  # of weights and networks: "float32", "bfloat16", "auto" = bfloat16 on accelerators
     m.image_size = placeholder(int)  # pixels of a side; None: what the model was trained at
+    # What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
+    # latent a step is kept); also each "block" of the UNet. DDPO's gradient is of one step at a time: "none" is "step".
+    m.remat = "step"  # "none", "step" or "block"
+    m.vae_slice = 32  # images that the VAE decodes at once, at most
 
     c.prompts = "animal_activities"  # a built-in set or a file (.txt, .csv, .tsv, .json)
     c.reward = "emoji_pickscore"  # NAME or NAME:PATH
@@ -66,6 +70,9 @@ def default() -> ml_collections.ConfigDict:
     d.clip = 1e-4  # of the importance ratio
     d.advantage_clip = 5.0  # in standard deviations
     d.stats_buffer = 32  # newest rewards kept per prompt
+    # Old log-probs from the update program (one more forward pass, none if an iteration is one update) instead of the
+    # sampling program: "auto" = "always" but in float32 on CPU, where the two programs agree to 1e-5.
+    d.recompute_log_prob = "auto"  # "auto", "always" or "never"
     d.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
 
     c.alignprop = a = ml_collections.ConfigDict()

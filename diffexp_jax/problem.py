@@ -38,7 +38,10 @@ def load_problem(config: ConfigDict) -> Problem:
     dtype = auto if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
     prompts = load_prompts(config.prompts)
     eval_sets = [load_prompts(name) for name in config.eval.prompts] if config.eval.every else []
-    model = stable_diffusion.load(config.model.path, dtype=dtype, image_size=config.model.image_size)
+    m = config.model
+    model = stable_diffusion.load(
+        m.path, dtype=dtype, image_size=m.image_size, remat_blocks=m.remat == "block", vae_slice=m.vae_slice
+    )
     specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
     rewards = {spec.partition(":")[0]: load_reward(spec, dtype=dtype) for spec in specs}
 

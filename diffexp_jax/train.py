@@ -170,6 +170,7 @@ def make_algorithm(config: ConfigDict, problem: Problem, prediction_type: str, n
         reward_target=a.reward_target,
         truncation=a.truncation,
         truncation_k=a.truncation_k,
+        remat=config.model.remat != "none",
     )
 
 

@@ -76,16 +76,20 @@ def zeros_like_output(function: Callable, *args) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *args))
 
 
-def mean_over(function: Callable[[Any], Any], xs: Any) -> Any:
-    """Mean of function(x) over the leading axis of xs, by a scan that holds one x's work at a time."""
+def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any) -> tuple[Any, Any]:
+    """(mean of the first, stack of the second) result of function(x) over the leading axis of xs.
+
+    A scan that holds one x's work at a time.
+    """
     length = len(jax.tree.leaves(xs)[0])
 
     def add(total, x):
-        return jax.tree.map(jnp.add, total, function(x)), None
+        to_add, to_keep = function(x)
+        return jax.tree.map(jnp.add, total, to_add), to_keep
 
-    start = zeros_like_output(function, jax.tree.map(lambda x: x[0], xs))
-    total, _ = jax.lax.scan(add, start, xs)
-    return jax.tree.map(lambda x: x / length, total)
+    start, _ = zeros_like_output(function, jax.tree.map(lambda x: x[0], xs))
+    total, kept = jax.lax.scan(add, start, xs)
+    return jax.tree.map(lambda x: x / length, total), kept
 
 
 def across_devices(x: Num[Array, "B"]) -> Num[Array, "N"]:

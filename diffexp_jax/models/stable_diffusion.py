@@ -15,7 +15,7 @@ from diffexp_jax import InputError
 from diffexp_jax.models import convert, files
 from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer, canonical_text_names
 from diffexp_jax.models.unet import UNet, UNetConfig
-from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
+from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
 
 EMOJI = Path(__file__).parents[1] / "emoji" / "assets" / "model"  # the model that the package ships
 
@@ -34,12 +34,15 @@ class StableDiffusion(NamedTuple):
     latent_shape: tuple[int, int, int]  # (h, w, c)
 
 
-def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, image_size: int | None = None) -> StableDiffusion:
+def load(
+    path: str | Path, *, dtype: DTypeLike = jnp.float32, image_size: int | None = None, **kwargs
+) -> StableDiffusion:
     """Loads a pipeline folder, or the shipped model for "emoji".
 
     Args:
       dtype: of the weights and the networks' arithmetic; timestep embeddings, norms and softmax stay float32.
       image_size: pixels of a square image's side; default: the size that the UNet was trained at.
+      **kwargs: for `build`.
 
     Raises:
       InputError: a file is missing or broken, its tensors do not fit, or a config asks for what is not implemented.
@@ -56,7 +59,7 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, image_size: int | 
     unet_cfg, vae_cfg = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
     text_cfg = CLIPTextConfig.from_dict(configs["text_encoder"])
     size = unet_cfg.sample_size if image_size is None else image_size // vae_cfg.downsampling
-    bundle = build(unet_cfg, vae_cfg, text_cfg, dtype=dtype, scheduler_config=scheduler, latent_size=size)
+    bundle = build(unet_cfg, vae_cfg, text_cfg, dtype=dtype, scheduler_config=scheduler, latent_size=size, **kwargs)
     rename = {"vae": modern_attention_names, "text_encoder": canonical_text_names}
     params = {}
     for part, shapes in abstract_params(unet_cfg, vae_cfg, text_cfg).items():
@@ -74,9 +77,15 @@ def build(
     dtype: DTypeLike = jnp.float32,
     scheduler_config: Mapping[str, Any],
     latent_size: int,
+    remat_blocks: bool = False,
+    vae_slice: int = 32,
 ) -> StableDiffusion:
-    """The functions of a model of these sizes, without weights or tokenizer."""
-    unet, vae, text = UNet(unet_cfg, dtype), AutoencoderKL(vae_cfg, dtype), TextTransformer(text_cfg, dtype)
+    """The functions of a model of these sizes, without weights or tokenizer.
+
+    `remat_blocks` is the UNet's `remat`; `vae_slice` is how many images are decoded at once.
+    """
+    unet, vae = UNet(unet_cfg, dtype, remat_blocks), AutoencoderKL(vae_cfg, dtype)
+    text = TextTransformer(text_cfg, dtype)
 
     def encode(params, ids):
         return text.apply({"params": params["text_encoder"]}, ids).last_hidden_state.astype(jnp.float32)
@@ -86,7 +95,7 @@ def build(
         return unet.apply(variables, x_t, t, embedding, added)
 
     def decode(params, latents):
-        return vae.apply({"params": params["vae"]}, latents, method="decode")
+        return in_slices(lambda z: vae.apply({"params": params["vae"]}, z, method="decode"), latents, vae_slice)
 
     shape = (latent_size, latent_size, unet_cfg.in_channels)
     return StableDiffusion({}, None, encode, apply_unet, decode, scheduler_config, shape)
