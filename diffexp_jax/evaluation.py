@@ -11,17 +11,17 @@ from diffexp_jax import parallel
 from diffexp_jax.algorithms import chunked, unchunked
 from diffexp_jax.diffusion import Steps
 from diffexp_jax.models.lora import scaled
-from diffexp_jax.models.stable_diffusion import StableDiffusion, token_ids
+from diffexp_jax.models.stable_diffusion import StableDiffusion, TextEmbedding, token_ids
 from diffexp_jax.rewards import Reward
 from diffexp_jax.sampling import Context, Denoise, guided, initial_latents, rollout
 
 
 class Task(NamedTuple):
-    """A prompt set ready to sample: arrays on the host, a row per prompt."""
+    """A prompt set ready to sample: arrays on the host, a row per prompt (also in the parts of `cond`)."""
 
     name: str
     texts: tuple[str, ...]
-    cond: Float[np.ndarray, "P L D"]
+    cond: TextEmbedding
     tokens: Mapping[str, Any]  # per reward
 
 
@@ -31,16 +31,33 @@ def denoiser(model: StableDiffusion, frozen: Any, lora: Any, *, lora_scale: floa
     return guided(lambda x, t, embedding, added: model.unet(frozen["model"], lora, x, t, embedding, added))
 
 
-def encode_prompts(
-    model: StableDiffusion, texts: Sequence[str], *, chunk: int = 64
-) -> tuple[Float[np.ndarray, "P L D"], list[str]]:
+def encode_prompts(model: StableDiffusion, texts: Sequence[str], *, chunk: int = 64) -> tuple[TextEmbedding, list[str]]:
     """Embeddings of many prompts (host arrays, one compile), and the prompts that were too long and cut."""
-    ids, cut = token_ids(model.tokenizer, texts)
+    ids, cuts = zip(*(token_ids(tokenizer, texts) for tokenizer in model.tokenizers), strict=True)
+    ids = np.stack(ids)  # [E, P, L]
     encode = jax.jit(model.encode)
-    params = {"text_encoder": model.params["text_encoder"]}
-    padded = np.concatenate([ids, np.repeat(ids[:1], -len(ids) % chunk, axis=0)])
-    rows = [jax.device_get(encode(params, padded[i : i + chunk])) for i in range(0, len(padded), chunk)]
-    return np.concatenate(rows)[: len(ids)], cut
+    params = {part: tree for part, tree in model.params.items() if part.startswith("text_encoder")}
+    padded = np.concatenate([ids, np.repeat(ids[:, :1], -len(texts) % chunk, axis=1)], axis=1)
+    rows = [jax.device_get(encode(params, padded[:, i : i + chunk])) for i in range(0, padded.shape[1], chunk)]
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(texts)], *rows), cuts[0]
+
+
+def unconditional(model: StableDiffusion, empty: TextEmbedding) -> TextEmbedding:
+    """What guidance leads away from: `empty`, the embedding of "", or zeros where the model was trained so (SDXL).
+
+    Eq. 8's null embedding is `empty` in any case.
+    """
+    if not model.zero_uncond:
+        return empty
+    pooled, time_ids = empty.added
+    return TextEmbedding(np.zeros_like(empty.embedding), (np.zeros_like(pooled), time_ids))
+
+
+def make_context(cond: TextEmbedding, uncond: TextEmbedding) -> Context:
+    """The conditioning of a batch: `cond` has a row per image, `uncond` is the same for all. Host arrays."""
+    n = len(cond.embedding)
+    uncond = jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), uncond)
+    return Context(cond.embedding, uncond.embedding, cond.added, uncond.added)
 
 
 def make_generate(
@@ -69,7 +86,7 @@ def evaluate(
     frozen: Any,
     lora: Any,
     task: Task,
-    uncond: Float[np.ndarray, "L D"],
+    uncond: TextEmbedding,
     steps: Steps,
     *,
     seed: int,
@@ -87,8 +104,8 @@ def evaluate(
     images, scores = [], []
     for start in range(0, len(padded), batch):
         part = padded[start : start + batch]
-        context = Context(task.cond[part], np.broadcast_to(uncond, (batch, *uncond.shape)))
-        tokens = jax.tree.map(lambda x, part=part: x[part], task.tokens)
+        cond, tokens = jax.tree.map(lambda x, part=part: x[part], (task.cond, task.tokens))
+        context = make_context(cond, uncond)
         inputs = parallel.shard((context, tokens, keys[start : start + batch]), batch)
         images_n, scores_n = parallel.unshard(generate(frozen, lora, *inputs, steps))
         images.append(images_n)

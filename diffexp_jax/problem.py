@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from diffexp_jax import InputError, evaluation, exploration, parallel
 from diffexp_jax.algorithms import Batch
 from diffexp_jax.diffusion import NoiseSchedule, Steps, make_steps, noise_schedule, timesteps
 from diffexp_jax.models import stable_diffusion
+from diffexp_jax.models.stable_diffusion import TextEmbedding
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.units import unit_ids
 from diffexp_jax.rewards import Reward, load_reward
-from diffexp_jax.sampling import Context
 
 
 class Problem(NamedTuple):
@@ -29,7 +29,8 @@ class Problem(NamedTuple):
     units: Int[np.ndarray, "P L"]  # of the training prompts, see prompts.units
     train: evaluation.Task
     evals: list[evaluation.Task]
-    uncond: Float[np.ndarray, "L D"]  # the text embedding of ""
+    empty: TextEmbedding  # of "": the null of Eq. 8
+    uncond: TextEmbedding  # of guidance (Eq. 4): the same, or zeros (SDXL)
 
 
 def load_problem(config: ConfigDict) -> Problem:
@@ -38,9 +39,14 @@ def load_problem(config: ConfigDict) -> Problem:
     dtype = auto if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
     prompts = load_prompts(config.prompts)
     eval_sets = [load_prompts(name) for name in config.eval.prompts] if config.eval.every else []
-    m = config.model
     model = stable_diffusion.load(
-        m.path, dtype=dtype, image_size=m.image_size, remat_blocks=m.remat == "block", vae_slice=m.vae_slice
+        config.model.path,
+        dtype=dtype,
+        image_size=config.model.image_size,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        remat_blocks=config.model.remat == "block",
+        vae_slice=config.model.vae_slice,
     )
     specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
     rewards = {spec.partition(":")[0]: load_reward(spec, dtype=dtype) for spec in specs}
@@ -53,9 +59,10 @@ def load_problem(config: ConfigDict) -> Problem:
         return evaluation.Task(prompts.name, prompts.texts, cond, tokens)
 
     units = unit_ids(model.tokenizer, prompts, config.exploration.unit)
-    uncond = evaluation.encode_prompts(model, [""])[0][0]
+    empty = jax.tree.map(lambda x: x[0], evaluation.encode_prompts(model, [""])[0])
+    uncond = evaluation.unconditional(model, empty)
     name = config.reward.partition(":")[0]
-    return Problem(model, name, rewards, units, task(prompts), [task(s) for s in eval_sets], uncond)
+    return Problem(model, name, rewards, units, task(prompts), [task(s) for s in eval_sets], empty, uncond)
 
 
 def load_schedule(model: stable_diffusion.StableDiffusion) -> NoiseSchedule:
@@ -87,12 +94,12 @@ def sampling_steps(config: ConfigDict, schedule: NoiseSchedule, *, explore: bool
 
 
 def make_explore(config: ConfigDict) -> Callable[..., jax.Array]:
-    """A mapped program (cond, uncond, unit ids, keys) -> the randomly reweighted embeddings, one draw per image."""
+    """A mapped program (cond, null, unit ids, keys) -> the randomly reweighted embeddings, one draw per image."""
     weight_range = tuple(config.exploration.weight_range)
 
-    def one(cond, uncond, units, key):
+    def one(cond, null, units, key):
         weights = exploration.sample_phrase_weights(key, units, weight_range=weight_range)
-        return exploration.reweight_prompt(cond, uncond, weights)
+        return exploration.reweight_prompt(cond, null, weights)
 
     return parallel.pmap(jax.vmap(one))
 
@@ -105,13 +112,13 @@ def draw_batch(config: ConfigDict, problem: Problem, it: int, explore: Callable[
     n, task = config.batch.samples, problem.train
     ids = jax.random.randint(parallel.stream(config.seed, "prompts", it), (n,), 0, len(task.texts))
     ids = np.asarray(ids)
-    uncond = np.broadcast_to(problem.uncond, (n, *problem.uncond.shape))
     noise = parallel.sample_keys(parallel.stream(config.seed, "noise", it), n)
-    tokens = jax.tree.map(lambda x: x[ids], task.tokens[problem.reward])
-    cond, uncond, units, tokens, noise, ids = parallel.shard(
-        (task.cond[ids], uncond, problem.units[ids], tokens, noise, ids), n
-    )
+    cond, tokens = jax.tree.map(lambda x: x[ids], (task.cond, task.tokens[problem.reward]))
+    batch = Batch(ids, evaluation.make_context(cond, problem.uncond), tokens, noise)
+    batch = parallel.shard(batch, n)
     if explore is not None:
         keys = parallel.sample_keys(parallel.stream(config.seed, "weights", it), n)
-        cond = explore(cond, uncond, units, parallel.shard(keys, n))
-    return Batch(ids, Context(cond, uncond), tokens, noise)
+        null = np.broadcast_to(problem.empty.embedding, (n, *problem.empty.embedding.shape))
+        null, units, keys = parallel.shard((null, problem.units[ids], keys), n)
+        batch = batch._replace(context=batch.context._replace(cond=explore(batch.context.cond, null, units, keys)))
+    return batch

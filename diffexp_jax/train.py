@@ -198,8 +198,8 @@ def fixed_samples(config: ConfigDict, problem: Problem, generate, frozen, lora, 
     count = min(config.log.images, len(problem.train.texts))
     rows = np.linspace(0, len(problem.train.texts) - 1, count).round().astype(int)
     texts = tuple(problem.train.texts[i] for i in rows)
-    tokens = jax.tree.map(lambda x: x[rows], problem.train.tokens)
-    task = evaluation.Task("grid", texts, problem.train.cond[rows], tokens)
+    cond, tokens = jax.tree.map(lambda x: x[rows], (problem.train.cond, problem.train.tokens))
+    task = evaluation.Task("grid", texts, cond, tokens)
     images, _ = evaluation.evaluate(
         generate, frozen, lora, task, problem.uncond, steps, seed=config.seed, batch=config.batch.samples
     )

@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -18,13 +17,16 @@ from diffexp_jax.models import stable_diffusion
 from diffexp_jax.models.lora import load_lora, rank, scaled
 from diffexp_jax.problem import load_schedule
 from diffexp_jax.prompts import load_prompts
-from diffexp_jax.sampling import Context, initial_latents, rollout
+from diffexp_jax.sampling import initial_latents, rollout
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="emoji", help="emoji, or a folder in the diffusers pipeline format")
+    add("--model", default="emoji", help="emoji, a folder in the diffusers pipeline format, or a hub id")
+    add("--revision", help="of the hub's repository: a branch, tag or commit")
+    add("--variant", help="fp16: take the half-precision weight files")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights and networks")
     add("--prompt", action="append", default=[], help="a prompt (repeat for several)")
     add("--prompts", help="a built-in prompt set or a file, after the --prompt ones")
     add("--lora", help="a LoRA file, or the workdir of a run")
@@ -53,7 +55,9 @@ def main(args: argparse.Namespace) -> None:
     texts = [*args.prompt, *(load_prompts(args.prompts).texts if args.prompts else ())]
     if not texts:
         raise InputError("nothing to sample: give --prompt or --prompts")
-    model = stable_diffusion.load(args.model, image_size=args.image_size)
+    model = stable_diffusion.load(
+        args.model, dtype=args.dtype, image_size=args.image_size, revision=args.revision, variant=args.variant
+    )
     x_T = read_latents(args.latents, len(texts), model.latent_shape) if args.latents else None
     lora = None
     if args.lora:
@@ -66,13 +70,13 @@ def main(args: argparse.Namespace) -> None:
     cond, cut = evaluation.encode_prompts(model, texts)
     for text in cut:
         print(f"warning: prompt cut to {model.tokenizer.model_max_length} tokens: {text!r}")
-    uncond = evaluation.encode_prompts(model, [""])[0]
+    empty = jax.tree.map(lambda x: x[0], evaluation.encode_prompts(model, [""])[0])
+    context = evaluation.make_context(cond, evaluation.unconditional(model, empty))
     keys = parallel.sample_keys(parallel.stream(args.seed, "sample"), len(texts))
     frozen = {"model": {part: model.params[part] for part in ("unet", "vae")}}
 
     @jax.jit
-    def sample(frozen, lora, x_T, cond, uncond, keys):
-        context = Context(cond, jnp.broadcast_to(uncond, cond.shape))
+    def sample(frozen, lora, x_T, context, keys):
         denoise = evaluation.denoiser(model, frozen, lora)
         x_0, _ = rollout(denoise, x_T, context, steps, keys, prediction_type=schedule.prediction_type)
         return model.decode(frozen["model"], x_0).clip(0.0, 1.0)
@@ -81,7 +85,8 @@ def main(args: argparse.Namespace) -> None:
     x_T = initial_latents(keys, model.latent_shape) if x_T is None else x_T
     for start in tqdm(range(0, len(texts), size), desc="sampling", unit="batch"):
         rows = np.arange(start, start + size).clip(max=len(texts) - 1)  # the last batch is filled up: one compile
-        images.append(np.asarray(sample(frozen, lora, x_T[rows], cond[rows], uncond, keys[rows])))
+        here = jax.tree.map(lambda x, rows=rows: x[rows], context)
+        images.append(np.asarray(sample(frozen, lora, x_T[rows], here, keys[rows])))
     images = np.concatenate(images)[: len(texts)]
     write(Path(args.out), images, texts, save_npy=args.save_npy)
 

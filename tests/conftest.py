@@ -28,7 +28,7 @@ jaxtyping.install_import_hook(modules, f"{__name__}.checked")
 from diffexp_jax import evaluation  # noqa: E402
 from diffexp_jax.algorithms import Policy  # noqa: E402
 from diffexp_jax.emoji.tokenizer import write_tokenizer  # noqa: E402
-from diffexp_jax.models import clip, convert, stable_diffusion, unet, vae  # noqa: E402
+from diffexp_jax.models import clip, convert, families, stable_diffusion  # noqa: E402
 
 
 def pytest_configure(config):
@@ -125,12 +125,10 @@ def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_model")
     write_tokenizer(folder / "tokenizer")
     text = text_config(folder / "tokenizer")
-    shapes = stable_diffusion.abstract_params(
-        unet.UNetConfig.from_dict(UNET), vae.VAEConfig.from_dict(VAE), clip.CLIPTextConfig.from_dict(text)
-    )
-    params = random_weights(shapes, seed=0)
-    params["vae"]["decoder"]["conv_out"]["kernel"] *= 0.3  # few pixels outside [0,1], where there is no gradient
     parts = {"unet": UNET, "vae": VAE, "text_encoder": text | {"architectures": ["CLIPTextModel"]}}
+    config = families.model_config(INDEX, parts | {"scheduler": SCHEDULER})
+    params = random_weights(stable_diffusion.abstract_params(config), seed=0)
+    params["vae"]["decoder"]["conv_out"]["kernel"] *= 0.3  # few pixels outside [0,1], where there is no gradient
     for part, config in parts.items():
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         write_part(folder / part, config, convert.to_torch(params[part]), stem=stem)

@@ -62,7 +62,8 @@ def test_rematerialisation_of_steps():
     (plain, most), (again, least) = (
         compiled_gradient(lambda w, remat=remat: loss(w, remat), weights) for remat in (False, True)
     )
-    print("ratio", most / least); assert_close(again, plain)
+    print("ratio", most / least)
+    assert_close(again, plain)
     assert most > 1.5 * least
 
 
@@ -80,7 +81,8 @@ def test_rematerialisation_of_blocks():
         compiled_gradient(lambda lora, p, remat=remat: loss(lora, p, remat), lora, params) for remat in (False, True)
     )
     assert max(np.abs(x).max() for x in jax.tree.leaves(plain)) > 0.1
-    print("ratio", most / least); assert_close(again, plain)
+    print("ratio", most / least)
+    assert_close(again, plain)
     assert most > 1.5 * least
 
 

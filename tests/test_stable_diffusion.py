@@ -125,7 +125,7 @@ def test_unsupported_unet(folder, key, value):
 
 
 def test_unknown_folder():
-    with pytest.raises(InputError, match="no such folder; accepted: emoji, or a folder"):
+    with pytest.raises(InputError, match="no such folder; accepted: emoji, a folder in diffusers' format, or a hub id"):
         stable_diffusion.load("nowhere/at/all")
 
 

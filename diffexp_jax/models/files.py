@@ -1,7 +1,8 @@
 """Model folders in the published formats: config.json beside single or sharded safetensors, full or fp16."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,20 @@ class Weights(Mapping[str, np.ndarray]):
         self._where, self._open = {}, {}
         for path in files:
             try:
-                self._open[path] = safe_open(path, framework="numpy")
+                # read, not mapped: the pages of a mapped file stay with the process, a second copy of the weights
+                self._open[path] = safe_open(path, framework="numpy", backend="pread")
             except FileNotFoundError:
                 raise InputError(f"{path}: the file is missing") from None
             except (OSError, SafetensorError) as error:
-                raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+                raise InputError(f"{path}: not a whole safetensors file ({_one_line(error)})") from None
             self._where |= {name: path for name in self._open[path].keys()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._open[self._where[name]].get_tensor(name)
+        path = self._where[name]
+        try:
+            return self._open[path].get_tensor(name)
+        except Exception as error:  # of many types: cut short since it was opened, a type of numbers without numpy's
+            raise InputError(f"{path}: tensor {name} is not readable ({_one_line(error)})") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -68,21 +74,22 @@ class Renamed(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
-def open_weights(folder: Path) -> Weights:
-    """Finds the weights of a model folder: whole before fp16, single file or shards listed in an index.
+def open_weights(folder: Path, *, variant: str | None = None) -> Weights:
+    """Finds the weights of a model folder, in a single file or in shards listed in an index.
+
+    Where there are both whole and half-precision files, the whole ones are taken, unless `variant` is "fp16".
 
     Raises:
       InputError: there are none, a shard is missing, a file is cut short, or there are only pickles (.bin).
     """
-    for stem in STEMS:
-        for variant in ("", ".fp16"):
-            if (single := folder / f"{stem}{variant}.safetensors").is_file():
+    for mark in ("", ".fp16") if variant is None else (f".{variant}", ""):
+        for stem in STEMS:
+            if (single := folder / f"{stem}{mark}.safetensors").is_file():
                 return Weights([single])
             # diffusers puts the variant of an index before ".json", transformers before ".index"
-            for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
+            for index in (f"{stem}.safetensors.index{mark}.json", f"{stem}{mark}.safetensors.index.json"):
                 if (path := folder / index).is_file():
-                    shards = read_json(path).get("weight_map", {}).values()
-                    return Weights([folder / shard for shard in sorted(set(shards))])
+                    return Weights([folder / shard for shard in _shards(path)])
     if not folder.is_dir():
         raise InputError(f"{folder}: the folder is missing")
     if list(folder.glob("*.bin")):
@@ -91,3 +98,58 @@ def open_weights(folder: Path) -> Weights:
             "diffusers or transformers: model.save_pretrained(folder, safe_serialization=True)"
         )
     raise InputError(f"{folder}: no weights; wants {STEMS[0]}.safetensors or {STEMS[1]}.safetensors, or shards")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{index}: wants weight_map, an object that gives each tensor's file")
+    return sorted(set(names.values()))
+
+
+# ------------------------------------------------------------------------------------------------------------------ hub
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of a pipeline: `path` itself, or a copy of the hub's repository of this name, downloaded once.
+
+    Args:
+      path: a local folder, or a hub id "organisation/name".
+      parts: the subfolders that are wanted of the repository; of each the json files, the tokenizer's files, and the
+        weights in safetensors format.
+      revision: a branch, tag or commit of the repository.
+      variant: of the weight files to download: None for the whole ones, "fp16" for those.
+
+    Raises:
+      InputError: no such folder, and the repository (or the network) is not there and nor is a copy of it.
+    """
+    if (folder := Path(path).expanduser()).is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(path):
+        raise InputError(f"model {path!r}: no such folder; accepted: emoji, a folder in diffusers' format, or a hub id")
+    from huggingface_hub import errors, snapshot_download  # a second to import: only where it is used
+
+    mark = f".{variant}" if variant else ""
+    names = ["*.json", "merges.txt"]
+    names += [f"{stem}{end}.safetensors" for stem in STEMS for end in (mark, f"{mark}-*-of-*", f"-*-of-*{mark}")]
+    wanted = ["model_index.json", *(f"{part}/{name}" for part in parts for name in names)]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except errors.IncompleteSnapshotError as error:  # offline; another program may have left out what is not needed
+        return Path(error.snapshot_path)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        reason = "wants a login or a licence accepted" if isinstance(error, errors.GatedRepoError) else "not on the hub"
+        at = f" at revision {revision!r}" if revision else ""
+        raise InputError(f"model {path!r}: no such folder, and {reason}{at}") from None
+    except Exception as error:  # of many libraries: no network, offline by HF_HUB_OFFLINE, a full disk
+        raise InputError(
+            f"model {path!r}: no such folder, no copy in the hub's cache, and it could not be downloaded "
+            f"({_one_line(error)}); give the path of a folder, or run once with a network"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__

@@ -13,82 +13,111 @@ from jaxtyping import Array, Float, Int
 
 from diffexp_jax import InputError
 from diffexp_jax.models import convert, files
-from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer, canonical_text_names
-from diffexp_jax.models.unet import UNet, UNetConfig
-from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
+from diffexp_jax.models.clip import CLIPTextConfig, canonical_text_names
+from diffexp_jax.models.families import PARTS, ModelConfig, read_config
+from diffexp_jax.models.unet import UNet
+from diffexp_jax.models.vae import AutoencoderKL, in_slices
 
 EMOJI = Path(__file__).parents[1] / "emoji" / "assets" / "model"  # the model that the package ships
 
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+class TextEmbedding(NamedTuple):
+    """What the UNet is told of a prompt (or of a batch of prompts: B first)."""
+
+    embedding: Float[Array, "*B L D"]  # a vector per token
+    # SDXL, else None: a vector of the whole prompt; original size, crop corner and target size in pixels (y, x each)
+    added: tuple[Float[Array, "*B P"], Float[Array, "*B 6"]] | None = None
 
 
 class StableDiffusion(NamedTuple):
-    """Functions of (params, ...); `params` = {"unet", "vae", "text_encoder"} is an argument, never closed over."""
+    """Functions of (params, ...); `params` = {"unet", "vae", "text_encoder", ...} is an argument, never closed over."""
 
     params: dict[str, Any]
-    tokenizer: Any  # transformers' CLIPTokenizer
-    encode: Callable[[Any, Int[Array, "B L"]], Float[Array, "B L D"]]  # (params, token ids)
+    tokenizers: tuple[Any, ...]  # transformers' CLIPTokenizers: they differ only in how they pad
+    encode: Callable[[Any, Int[Array, "E B L"]], TextEmbedding]  # (params, token ids of each tokenizer)
     unet: Callable[..., Float[Array, "B h w c"]]  # (params, lora or None, x_t, t, embedding, added)
     decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]  # images in [0,1], not clipped
     scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, int, int]  # (h, w, c)
+    zero_uncond: bool  # see evaluation.unconditional
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first, for all that does not depend on padding."""
+        return self.tokenizers[0]
 
 
 def load(
-    path: str | Path, *, dtype: DTypeLike = jnp.float32, image_size: int | None = None, **kwargs
+    path: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    image_size: int | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    **kwargs,
 ) -> StableDiffusion:
-    """Loads a pipeline folder, or the shipped model for "emoji".
+    """Loads a pipeline from a folder or from the Hugging Face hub, or the shipped model for "emoji".
 
     Args:
       dtype: of the weights and the networks' arithmetic; timestep embeddings, norms and softmax stay float32.
       image_size: pixels of a square image's side; default: the size that the UNet was trained at.
+      revision: of the hub's repository: a branch, tag or commit.
+      variant: "fp16" prefers the half-precision weight files where there are both.
       **kwargs: for `build`.
 
     Raises:
       InputError: a file is missing or broken, its tensors do not fit, or a config asks for what is not implemented.
     """
-    folder = EMOJI if str(path) == "emoji" else Path(path)
-    if not folder.is_dir():
-        raise InputError(f"model {str(path)!r}: no such folder; accepted: emoji, or a folder in diffusers' format")
-    files.read_json(folder / "model_index.json")
-    for part in _PARTS:
-        if not (folder / part).is_dir():
-            raise InputError(f"{folder}: the subfolder {part}/ is missing; a pipeline has {', '.join(_PARTS)}")
-    configs = {part: files.read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")}
-    scheduler = files.read_json(folder / "scheduler" / "scheduler_config.json")
-    unet_cfg, vae_cfg = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
-    text_cfg = CLIPTextConfig.from_dict(configs["text_encoder"])
-    size = unet_cfg.sample_size if image_size is None else image_size // vae_cfg.downsampling
-    bundle = build(unet_cfg, vae_cfg, text_cfg, dtype=dtype, scheduler_config=scheduler, latent_size=size, **kwargs)
-    rename = {"vae": modern_attention_names, "text_encoder": canonical_text_names}
+    folder = EMOJI if str(path) == "emoji" else files.model_folder(str(path), PARTS, revision=revision, variant=variant)
+    config = read_config(folder)
+    bundle = build(config, dtype=dtype, image_size=image_size, **kwargs)
+    tokenizers = tuple(load_tokenizer(folder / name) for name in config.family.tokenizers)
+    check_tokenizers(tokenizers, config.text, str(folder))
     params = {}
-    for part, shapes in abstract_params(unet_cfg, vae_cfg, text_cfg).items():
-        tensors = files.open_weights(folder / part)
-        tensors = rename.get(part, lambda t: t)(tensors)
-        params[part] = convert.from_torch(tensors, shapes, where=str(folder / part), dtype=dtype)
-    return bundle._replace(params=params, tokenizer=load_tokenizer(folder / "tokenizer"))
+    for part, shapes in abstract_params(config).items():
+        tensors = files.open_weights(folder / part, variant=variant)
+        if part == "vae":
+            tensors = modern_attention_names(tensors)
+        elif part in config.family.text_encoders:
+            tensors = canonical_text_names(tensors)
+        kept = config.vae_dtype(dtype) if part == "vae" else dtype
+        params[part] = convert.from_torch(tensors, shapes, where=str(folder / part), dtype=kept)
+    return bundle._replace(params=params, tokenizers=tokenizers)
 
 
 def build(
-    unet_cfg: UNetConfig,
-    vae_cfg: VAEConfig,
-    text_cfg: CLIPTextConfig,
+    config: ModelConfig,
     *,
     dtype: DTypeLike = jnp.float32,
-    scheduler_config: Mapping[str, Any],
-    latent_size: int,
+    image_size: int | None = None,
     remat_blocks: bool = False,
     vae_slice: int = 32,
 ) -> StableDiffusion:
-    """The functions of a model of these sizes, without weights or tokenizer.
+    """The functions of such a model, without weights or tokenizers.
 
     `remat_blocks` is the UNet's `remat`; `vae_slice` is how many images are decoded at once.
     """
-    unet, vae = UNet(unet_cfg, dtype, remat_blocks), AutoencoderKL(vae_cfg, dtype)
-    text = TextTransformer(text_cfg, dtype)
+    family, scale = config.family, config.vae.downsampling
+    if image_size is not None and (image_size < scale or image_size % scale):
+        raise InputError(f"image_size {image_size}: wants a multiple of {scale} pixels")
+    side = config.unet.sample_size if image_size is None else image_size // scale
+    pixels = side * scale
+    unet, vae = UNet(config.unet, dtype, remat_blocks), AutoencoderKL(config.vae, config.vae_dtype(dtype))
+    encoders = {
+        part: network(cfg, dtype)
+        for (part, network), cfg in zip(family.text_encoders.items(), config.text, strict=True)
+    }
 
     def encode(params, ids):
-        return text.apply({"params": params["text_encoder"]}, ids).last_hidden_state.astype(jnp.float32)
+        outputs = [net.apply({"params": params[part]}, x) for (part, net), x in zip(encoders.items(), ids, strict=True)]
+        embedding = jnp.concatenate([getattr(out, family.hidden) for out in outputs], axis=-1)  # [B, L, D]
+        embedding = embedding.astype(jnp.float32)
+        if not family.added:
+            return TextEmbedding(embedding)
+        sizes = jnp.array([pixels, pixels, 0, 0, pixels, pixels], jnp.float32)  # uncropped, of the size that is wanted
+        return TextEmbedding(
+            embedding, (outputs[-1].pooled.astype(jnp.float32), jnp.broadcast_to(sizes, (len(embedding), 6)))
+        )
 
     def apply_unet(params, lora, x_t, t, embedding, added=None):
         variables = {"params": params["unet"]} | ({"lora": lora} if lora is not None else {})
@@ -97,22 +126,39 @@ def build(
     def decode(params, latents):
         return in_slices(lambda z: vae.apply({"params": params["vae"]}, z, method="decode"), latents, vae_slice)
 
-    shape = (latent_size, latent_size, unet_cfg.in_channels)
-    return StableDiffusion({}, None, encode, apply_unet, decode, scheduler_config, shape)
+    return StableDiffusion(
+        params={},
+        tokenizers=(),
+        encode=encode,
+        unet=apply_unet,
+        decode=decode,
+        scheduler_config=config.scheduler,
+        latent_shape=(side, side, config.unet.in_channels),
+        zero_uncond=config.zero_uncond,
+    )
 
 
-def abstract_params(unet_cfg: UNetConfig, vae_cfg: VAEConfig, text_cfg: CLIPTextConfig) -> dict[str, Any]:
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
     """The shapes of every parameter, without computing anything."""
+    unet, vae = config.unet, config.vae
     ids = jnp.zeros((1, 4), jnp.int32)
-    side = 2 ** (len(unet_cfg.block_out_channels) - 1)
-    latents = jnp.zeros((1, side, side, unet_cfg.in_channels))
-    embedding = jnp.zeros((1, 4, unet_cfg.cross_attention_dim))
-    image = jnp.zeros((1, vae_cfg.downsampling, vae_cfg.downsampling, vae_cfg.in_channels))
-    return {
-        "unet": convert.abstract_params(UNet(unet_cfg), latents, jnp.zeros((), jnp.int32), embedding),
-        "vae": convert.abstract_params(AutoencoderKL(vae_cfg), image),
-        "text_encoder": convert.abstract_params(TextTransformer(text_cfg), ids),
+    side = 2 ** (len(unet.block_out_channels) - 1)
+    latents = jnp.zeros((1, side, side, unet.in_channels))
+    embedding = jnp.zeros((1, 4, unet.cross_attention_dim))
+    added = (jnp.zeros((1, config.text[-1].projection_dim)), jnp.zeros((1, 6))) if config.family.added else None
+    image = jnp.zeros((1, vae.downsampling, vae.downsampling, vae.in_channels))
+    shapes = {
+        "unet": convert.abstract_params(UNet(unet), latents, jnp.zeros((), jnp.int32), embedding, added),
+        "vae": convert.abstract_params(AutoencoderKL(vae), image),
     }
+    for (part, network), cfg in zip(config.family.text_encoders.items(), config.text, strict=True):
+        shapes[part] = convert.abstract_params(network(cfg), ids)
+    return shapes
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
+
+_PROBE = "A dolphin, riding (bikes) at 12:30 o'clock - déjà-vu!"
 
 
 def load_tokenizer(folder: Path):
@@ -125,6 +171,27 @@ def load_tokenizer(folder: Path):
     return CLIPTokenizer.from_pretrained(str(folder))
 
 
+def check_tokenizers(tokenizers: Sequence[Any], text: Sequence[CLIPTextConfig], where: str) -> None:
+    """Raises InputError where a tokenizer's ids, length or end token are not those of its text encoder.
+
+    Nothing would fail later: an id outside of the embedding table is silently read as its last row.
+    """
+    first = tokenizers[0]
+    for i, (tokenizer, cfg) in enumerate(zip(tokenizers, text, strict=True), 1):
+        name = f"{where}: tokenizer{f'_{i}' if i > 1 else ''} does not fit"
+        if len(tokenizer) != cfg.vocab_size:
+            raise InputError(f"{name} its text encoder: {len(tokenizer)} tokens, the encoder has {cfg.vocab_size}")
+        if tokenizer.model_max_length > cfg.max_position_embeddings:
+            length = tokenizer.model_max_length
+            raise InputError(f"{name} its text encoder: length {length}, accepted: to {cfg.max_position_embeddings}")
+        if cfg.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: older configs, which say nothing by it
+            ends = f"{tokenizer.eos_token_id}, the encoder's config says {cfg.eos_token_id}"
+            raise InputError(f"{name} its text encoder: the end token's id is {ends}")
+        same = tokenizer.model_max_length == first.model_max_length and tokenizer.get_vocab() == first.get_vocab()
+        if not (same and tokenizer(_PROBE).input_ids == first(_PROBE).input_ids):
+            raise InputError(f"{name} the first tokenizer: wants the same tokens and length; only padding may differ")
+
+
 def token_ids(tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], list[str]]:
     """Token ids padded to the tokenizer's length, and those of the texts that had to be cut."""
     length = tokenizer.model_max_length
@@ -133,6 +200,8 @@ def token_ids(tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], 
     ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids
     return np.asarray(ids, np.int32), cut
 
+
+# ---------------------------------------------------------------------------------------------------------------- names
 
 # Attention layers of VAEs saved before diffusers 0.18.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

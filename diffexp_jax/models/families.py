@@ -1,0 +1,119 @@
+"""What the json files of a pipeline folder say, and which families of pipelines there are.
+
+Nothing outside of this file asks for a family's name: what differs between Stable Diffusion 1.x, 2.x and XL is in
+`Family` and in the configs.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from diffexp_jax import InputError
+from diffexp_jax.models import files
+from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer, TextTransformerWithProjection
+from diffexp_jax.models.unet import UNetConfig
+from diffexp_jax.models.vae import VAEConfig
+
+
+class Family(NamedTuple):
+    """How the pipelines of one class are put together; everything else is in their configs."""
+
+    text_encoders: Mapping[str, type]  # subfolder -> network; the last one gives the pooled embedding
+    tokenizers: tuple[str, ...]  # subfolders, one per text encoder
+    hidden: str  # field of clip.TextOutput that conditions the UNet, of all encoders side by side
+    added: bool  # the UNet also takes the pooled embedding and the time ids
+    zero_uncond: bool  # default of model_index.json's force_zeros_for_empty_prompt
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return "unet", "vae", *self.text_encoders, *self.tokenizers, "scheduler"
+
+
+# by the `_class_name` of model_index.json; SD 2.x is the first, with another text encoder and prediction type
+FAMILIES = {
+    "StableDiffusionPipeline": Family(
+        {"text_encoder": TextTransformer}, ("tokenizer",), "last_hidden_state", added=False, zero_uncond=False
+    ),
+    "StableDiffusionXLPipeline": Family(
+        {"text_encoder": TextTransformer, "text_encoder_2": TextTransformerWithProjection},
+        ("tokenizer", "tokenizer_2"),
+        "penultimate",
+        added=True,
+        zero_uncond=True,
+    ),
+}
+PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))  # of any of them
+
+
+class ModelConfig(NamedTuple):
+    """What the json files of a pipeline folder say."""
+
+    family: Family
+    unet: UNetConfig
+    vae: VAEConfig
+    text: tuple[CLIPTextConfig, ...]  # one per text encoder
+    scheduler: Mapping[str, Any]
+    zero_uncond: bool  # the unconditional embedding is zeros, not the encoders' of ""
+    vae_overflows: bool  # in float16
+
+    def vae_dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """Of a VAE in a model of this dtype: SDXL's overflows in float16; bfloat16 has float32's range."""
+        return jnp.float32 if self.vae_overflows and jnp.dtype(dtype) == jnp.float16 else dtype
+
+
+def model_config(index: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], where: str = "model") -> ModelConfig:
+    """The config of a pipeline.
+
+    Args:
+      index: model_index.json.
+      parts: the config.json of "unet", "vae", "text_encoder", ..., and scheduler_config.json as "scheduler".
+      where: the folder, for the errors.
+
+    Raises:
+      InputError: another family of pipelines, a variant that is not implemented, or parts that do not fit together.
+    """
+    family = _family(index, where)
+    unet, vae = UNetConfig.from_dict(parts["unet"]), VAEConfig.from_dict(parts["vae"])
+    text = tuple(CLIPTextConfig.from_dict(parts[part]) for part in family.text_encoders)
+    width = sum(cfg.hidden_size for cfg in text)
+    if unet.cross_attention_dim != width:
+        raise InputError(
+            f"{where}: the UNet wants text embeddings of width {unet.cross_attention_dim}, "
+            f"{' + '.join(family.text_encoders)} give {width}"
+        )
+    if bool(unet.addition_time_embed_dim) != family.added:
+        wanted = "wants" if family.added else "cannot have"
+        raise InputError(f"{where}: a {index['_class_name']} {wanted} addition_time_embed_dim in unet/config.json")
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise InputError(
+            f"{where}: the UNet has {unet.in_channels} input and {unet.out_channels} output channels, the VAE's "
+            f"latents {vae.latent_channels}; wants the same (inpainting models are not supported)"
+        )
+    zero = index.get("force_zeros_for_empty_prompt", family.zero_uncond) and family.zero_uncond
+    return ModelConfig(family, unet, vae, text, parts["scheduler"], zero, parts["vae"].get("force_upcast", True))
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """`model_config` of a folder.
+
+    Raises:
+      InputError: see there; or a file or subfolder is missing or broken.
+    """
+    index = files.read_json(folder / "model_index.json")
+    family = _family(index, folder / "model_index.json")
+    for part in family.parts:
+        if not (folder / part).is_dir():
+            raise InputError(f"{folder}: the subfolder {part}/ is missing; the pipeline has {', '.join(family.parts)}")
+    parts = {part: files.read_json(folder / part / "config.json") for part in ("unet", "vae", *family.text_encoders)}
+    parts["scheduler"] = files.read_json(folder / "scheduler" / "scheduler_config.json")
+    return model_config(index, parts, str(folder))
+
+
+def _family(index: Mapping[str, Any], where: str | Path) -> Family:
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise InputError(f"{where}: _class_name={name!r} is not supported; accepted: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
