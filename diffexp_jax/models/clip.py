@@ -261,8 +261,19 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[CLIP, dict[st
       InputError: a file is missing or broken, or its tensors do not fit the config.
     """
     config = CLIPConfig.from_dict(files.read_json(folder / "config.json"))
+    tensors = canonical_text_names(files.open_weights(folder))
+    return from_tensors(config, tensors, where=str(folder), dtype=dtype)
+
+
+def from_tensors(
+    config: CLIPConfig, tensors: Mapping[str, np.ndarray], *, where: str, dtype: DTypeLike = jnp.float32
+) -> tuple[CLIP, dict[str, Any]]:
+    """The network of these sizes and its parameters out of tensors under transformers' names; `where` is for errors.
+
+    Raises:
+      InputError: the tensors do not fit the sizes.
+    """
     module, size = CLIP(config, dtype), config.vision.image_size
     shapes = convert.abstract_params(module, jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, size, size, 3)))
-    tensors = canonical_text_names(files.open_weights(folder))
-    params = convert.from_torch(tensors, shapes, where=str(folder), dtype=dtype)
+    params = convert.from_torch(tensors, shapes, where=where, dtype=dtype)
     return module, params | {"logit_scale": np.asarray(tensors["logit_scale"], np.float32)}
