@@ -16,7 +16,7 @@ from diffexp_jax.diffusion import NoiseSchedule, Steps, make_steps, noise_schedu
 from diffexp_jax.models import stable_diffusion
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.units import unit_ids
-from diffexp_jax.rewards import Reward, load_reward
+from diffexp_jax.rewards import Reward, load_reward, reward_name
 from diffexp_jax.sampling import Context
 
 
@@ -40,7 +40,17 @@ def load_problem(config: ConfigDict) -> Problem:
     eval_sets = [load_prompts(name) for name in config.eval.prompts] if config.eval.every else []
     model = stable_diffusion.load(config.model.path, dtype=dtype, image_size=config.model.image_size)
     specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
-    rewards = {spec.partition(":")[0]: load_reward(spec, dtype=dtype) for spec in specs}
+    norm = config.textnorm
+    rewards = {
+        reward_name(spec): load_reward(
+            spec,
+            dtype=dtype,
+            weights=tuple(config.reward_weights) if spec == config.reward else (),
+            temperature=norm.temperature,
+            contrast=norm.contrast,
+        )
+        for spec in specs
+    }
 
     def task(prompts: PromptSet) -> evaluation.Task:
         cond, cut = evaluation.encode_prompts(model, prompts.texts)
@@ -51,7 +61,7 @@ def load_problem(config: ConfigDict) -> Problem:
 
     units = unit_ids(model.tokenizer, prompts, config.exploration.unit)
     uncond = evaluation.encode_prompts(model, [""])[0][0]
-    name = config.reward.partition(":")[0]
+    name = reward_name(config.reward)
     return Problem(model, name, rewards, units, task(prompts), [task(s) for s in eval_sets], uncond)
 
 

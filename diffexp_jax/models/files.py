@@ -1,7 +1,7 @@
 """Model folders in the published formats: config.json beside single or sharded safetensors, full or fp16."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +91,16 @@ def open_weights(folder: Path) -> Weights:
             "diffusers or transformers: model.save_pretrained(folder, safe_serialization=True)"
         )
     raise InputError(f"{folder}: no weights; wants {STEMS[0]}.safetensors or {STEMS[1]}.safetensors, or shards")
+
+
+def only_file(folder: Path, suffixes: Sequence[str]) -> Path:
+    """The one file of a folder that ends in one of the suffixes.
+
+    Raises:
+      InputError: there is none, or there are several.
+    """
+    found = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise InputError(f"{folder}: wants one file ending in {', '.join(suffixes)}; found {names}")
+    return found[0]
