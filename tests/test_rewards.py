@@ -18,6 +18,7 @@ from diffexp_jax.rewards import REWARDS, aesthetic, check_images, judge, load_re
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+ACCEPTED = f"accepted: {', '.join(REWARDS)}, each also as NAME:PATH or textnorm(NAME:PATH), several joined by +"
 SIZE, WIDTH = 24, 12  # pixels of the tower's side, width of its embedding
 TEXTS = ["a dog riding a bike", "an ant", "A red car!"]
 
@@ -273,11 +274,14 @@ def test_classifier_is_small():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("clip", f"unknown reward 'clip'; accepted: {', '.join(REWARDS)}, each also as NAME:FOLDER"),
-        ("", f"unknown reward ''; accepted: {', '.join(REWARDS)}, each also as NAME:FOLDER"),
-        ("pickscore", "reward 'pickscore' needs the folder of its weights: pickscore:FOLDER"),
-        ("aesthetic:", "reward 'aesthetic' needs the folder of its weights: aesthetic:FOLDER"),
-        ("pickscore:no/such", "reward 'pickscore': no/such: the folder is missing"),
+        ("clip", f"unknown reward 'clip'; {ACCEPTED}"),
+        ("", f"unknown reward ''; {ACCEPTED}"),
+        ("textnorm(clip)", f"unknown reward 'clip'; {ACCEPTED}"),
+        ("textnorm(pickscore:x", f"unknown reward 'textnorm(pickscore'; {ACCEPTED}"),
+        ("pickscore", "reward 'pickscore' needs its weights: pickscore:PATH"),
+        ("aesthetic:", "reward 'aesthetic' needs its weights: aesthetic:PATH"),
+        ("pickscore:no/such", "reward 'pickscore': no/such: no such file or folder"),
+        ("emoji_judge+emoji_judge", "reward 'emoji_judge+emoji_judge': names a reward twice"),
     ],
 )
 def test_bad_specs(spec, message):
