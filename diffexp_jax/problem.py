@@ -33,33 +33,35 @@ class Problem(NamedTuple):
     uncond: TextEmbedding  # of guidance (Eq. 4): the same, or zeros (SDXL)
 
 
+def model_dtype(config: ConfigDict) -> np.dtype:
+    """What model.dtype comes to on this machine."""
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
+
+
+def model_options(config: ConfigDict) -> dict[str, Any]:
+    """The settings that `stable_diffusion.build` takes."""
+    m = config.model
+    options = {"image_size": m.image_size, "remat_blocks": m.remat == "block", "vae_slice": m.vae_slice}
+    return {"dtype": model_dtype(config)} | options
+
+
+def load_rewards(config: ConfigDict, *, shapes_only: bool = False) -> dict[str, Reward]:
+    """The trained reward and those that are only reported, by name; `shapes_only` as in `load_reward`."""
+    specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
+    norm, options = config.textnorm, {"dtype": model_dtype(config), "shapes_only": shapes_only}
+    options |= {"temperature": norm.temperature, "contrast": norm.contrast}
+    weights = tuple(config.reward_weights)
+    return {reward_name(s): load_reward(s, weights=weights if s == config.reward else (), **options) for s in specs}
+
+
 def load_problem(config: ConfigDict) -> Problem:
     """Loads what the config names; prompts are encoded once, here."""
-    auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtype = auto if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
     prompts = load_prompts(config.prompts)
     eval_sets = [load_prompts(name) for name in config.eval.prompts] if config.eval.every else []
-    model = stable_diffusion.load(
-        config.model.path,
-        dtype=dtype,
-        image_size=config.model.image_size,
-        revision=config.model.revision,
-        variant=config.model.variant,
-        remat_blocks=config.model.remat == "block",
-        vae_slice=config.model.vae_slice,
-    )
-    specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
-    norm = config.textnorm
-    rewards = {
-        reward_name(spec): load_reward(
-            spec,
-            dtype=dtype,
-            weights=tuple(config.reward_weights) if spec == config.reward else (),
-            temperature=norm.temperature,
-            contrast=norm.contrast,
-        )
-        for spec in specs
-    }
+    m = config.model
+    model = stable_diffusion.load(m.path, revision=m.revision, variant=m.variant, **model_options(config))
+    rewards = load_rewards(config)
 
     def task(prompts: PromptSet) -> evaluation.Task:
         cond, cut = evaluation.encode_prompts(model, prompts.texts)

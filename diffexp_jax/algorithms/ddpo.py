@@ -135,36 +135,28 @@ def ddpo(
             clip=advantage_clip,
         )
         trajectory, adv = chunked((samples.trajectory, chunked(adv, n_chunks)), n_updates)  # [updates, chunks, T, m, .]
-        recorded, on_policy = None, recompute_log_prob and n_updates * inner_epochs == 1
-        if not on_policy:
-            recorded = trajectory.log_prob
+        record = recompute_log_prob and n_updates * inner_epochs > 1
+        old = trajectory.log_prob if record or not recompute_log_prob else None  # None: the policy itself
 
         def one_update(carry, minibatch):
-            lora, opt_state, recording = carry
+            (lora, opt_state), recording = carry
             (grads, metrics), log_prob = minibatch_gradient(lora, frozen, *minibatch, recording)
             updates, new_opt_state = optimizer.update(grads, opt_state, lora)
             metrics["grad_norm"] = optax.tree.norm(grads)
             new = optax.apply_updates(lora, updates), new_opt_state
-            if recording is not None:
+            if record:
                 new = jax.tree.map(lambda kept, new: jnp.where(recording, kept, new), (lora, opt_state), new)
-            return (*new, recording), (metrics, log_prob)
+            return (new, recording), (metrics, log_prob)
 
         def one_epoch(carry, recording):
-            lora, opt_state, old = carry
-            carry = lora, opt_state, recording
-            (lora, opt_state, _), (metrics, log_prob) = jax.lax.scan(one_update, carry, (trajectory, adv, old))
-            if recording is not None:
-                old = jnp.where(recording, log_prob, old)
-            return (lora, opt_state, old), metrics
+            weights, old = carry
+            (weights, _), (metrics, log_prob) = jax.lax.scan(one_update, (weights, recording), (trajectory, adv, old))
+            return (weights, jnp.where(recording, log_prob, old) if record else old), metrics
 
-        carry, recording_first = (state.lora, state.opt_state, recorded), recompute_log_prob and not on_policy
-        if recording_first:
-            recording = jnp.arange(1 + inner_epochs) == 0
-            (lora, opt_state, _), metrics = jax.lax.scan(one_epoch, carry, recording)
-            metrics = jax.tree.map(lambda x: x[1:], metrics)
-        else:
-            (lora, opt_state, _), metrics = jax.lax.scan(one_epoch, carry, length=inner_epochs)
-        metrics = {name: value.mean() for name, value in metrics.items()}
+        recording = jnp.arange(1 + inner_epochs) == 0 if record else None  # the first pass only records
+        carry = (state.lora, state.opt_state), old
+        ((lora, opt_state), _), metrics = jax.lax.scan(one_epoch, carry, recording, length=inner_epochs + record)
+        metrics = {name: value[int(record) :].mean() for name, value in metrics.items()}
         metrics |= reward_metrics(samples.rewards, samples.parts)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return TrainState(state.iteration + 1, lora, opt_state, stats), metrics, samples.images

@@ -18,6 +18,7 @@ from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.official import make_official_scorer
 from diffexp_jax.rewards.preprocess import check_images
 from diffexp_jax.rewards.reward import Reward
+from diffexp_jax.rewards.shapes import SHAPES
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 
 __all__ = ["REWARDS", "Reward", "check_images", "load_reward", "make_official_scorer", "reward_name"]
@@ -60,6 +61,7 @@ def load_reward(
     weights: Sequence[float] = (),
     temperature: float = 1.0,
     contrast: str | Path | None = None,
+    shapes_only: bool = False,
 ) -> Reward:
     """Loads a reward by "name", "name:path", "textnorm(name:path)", or several of these joined by "+".
 
@@ -69,6 +71,7 @@ def load_reward(
       weights: of the parts of an ensemble, in its order; none: `ensemble.WEIGHTS`.
       temperature: of textnorm, in the wrapped reward's units.
       contrast: a json file of textnorm's contrastive prompts; None: made by swapping animals and activities.
+      shapes_only: where the weights are not there, shapes of the published ones do (`shapes.py`): for a dry run.
 
     Raises:
       InputError: an unknown name, no path where one is needed, or files that are missing or do not fit.
@@ -83,8 +86,8 @@ def load_reward(
     def load(part: str) -> Reward:
         if match := _WRAPPED.fullmatch(part):
             others = swapped if contrast is None else from_file(Path(contrast))
-            return textnorm(_load_one(match[1], dtype=dtype), others, temperature=temperature)
-        return _load_one(part, dtype=dtype)
+            return textnorm(_load_one(match[1], dtype=dtype, shapes_only=shapes_only), others, temperature=temperature)
+        return _load_one(part, dtype=dtype, shapes_only=shapes_only)
 
     rewards = {name: load(part) for name, part in zip(names, specs, strict=True)}
     return rewards[names[0]] if len(specs) == 1 else ensemble(rewards, weights)
@@ -100,7 +103,7 @@ def reward_name(spec: str) -> str:
     return "+".join(prefix + bare for bare, prefix in map(name, _BETWEEN.split(spec)))
 
 
-def _load_one(spec: str, *, dtype: DTypeLike) -> Reward:
+def _load_one(spec: str, *, dtype: DTypeLike, shapes_only: bool) -> Reward:
     """The reward of "name" or "name:path"."""
     name, _, place = spec.partition(":")
     if name not in REWARDS:
@@ -108,6 +111,8 @@ def _load_one(spec: str, *, dtype: DTypeLike) -> Reward:
             f"unknown reward {name!r}; accepted: {', '.join(REWARDS)}, each also as NAME:PATH or textnorm(NAME:PATH), "
             "several joined by +"
         )
+    if shapes_only and name in SHAPES and not (place and Path(place).exists()):
+        return SHAPES[name](dtype)
     if not place and name not in _SHIPPED:
         raise InputError(f"reward {name!r} needs its weights: {name}:PATH")
     path = Path(place) if place else _SHIPPED[name]

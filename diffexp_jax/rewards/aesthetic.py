@@ -1,6 +1,6 @@
 """LAION's aesthetic predictor (Schuhmann 2022, v2): a small head on CLIP's image embedding; no prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,13 @@ def load(path: Path, *, clip_folder: Path | None = None, dtype: DTypeLike = jnp.
         tensors = files.Renamed(tensors, lambda name: name if name.startswith("layers.") else None)
     shapes = head_shapes(_widths(tensors, model.config.projection_dim))
     head = convert.from_torch(tensors, shapes, where=str(path))
-    size, start = model.config.vision.image_size, floor_half if whole else round_half  # whose processor it is used with
+    start = floor_half if whole else round_half  # whose processor it is used with
+    return build(model, {"clip": clip_params, "head": head}, start=start)
+
+
+def build(model: clip.CLIP, params: Any, *, start: Callable = round_half) -> Reward:
+    """The reward of such an image tower and head; `params` may be shapes."""
+    size = model.config.vision.image_size
 
     def rate_pixels(
         params, pixels: Float[Array, "B H W 3"], tokens: Int[Array, "B 0"]
@@ -53,7 +59,7 @@ def load(path: Path, *, clip_folder: Path | None = None, dtype: DTypeLike = jnp.
         return np.zeros((len(texts), 0), np.int32)
 
     return of_pixels(
-        {"clip": clip_params, "head": head},
+        params,
         tokenize=tokenize,
         pixels=partial(clip_pixels, size=size, start=start),
         prepare=partial(official_crop, size=size, start=start),

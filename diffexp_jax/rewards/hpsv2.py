@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -11,7 +12,7 @@ from diffexp_jax.models import clip, open_clip, tokenizers
 from diffexp_jax.models.files import only_file
 from diffexp_jax.models.pickles import SUFFIXES
 from diffexp_jax.rewards.preprocess import normalise, official_pad, resize_and_pad
-from diffexp_jax.rewards.reward import Reward, of_pixels
+from diffexp_jax.rewards.reward import Reward, Tokenize, of_pixels
 
 
 def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
@@ -34,6 +35,11 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     else:
         file = only_file(path, (*SUFFIXES, ".safetensors")) if path.is_dir() else path
         model, params = open_clip.load(file, dtype=dtype)
+    return build(model, params, tokenizers.open_clip(folder, length=model.config.text.max_position_embeddings))
+
+
+def build(model: clip.CLIP, params: Any, tokenize: Tokenize) -> Reward:
+    """The reward of such a CLIP; `params` may be shapes."""
     size = model.config.vision.image_size
 
     def rate(
@@ -44,7 +50,7 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
 
     return of_pixels(
         params,
-        tokenize=tokenizers.open_clip(folder, length=model.config.text.max_position_embeddings),
+        tokenize=tokenize,
         pixels=lambda images: normalise(resize_and_pad(images, size)),
         prepare=partial(official_pad, size=size),
         rate=rate,

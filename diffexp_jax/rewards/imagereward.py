@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -11,12 +12,12 @@ from diffexp_jax.models import blip, tokenizers
 from diffexp_jax.models.files import only_file
 from diffexp_jax.models.pickles import SUFFIXES
 from diffexp_jax.rewards.preprocess import clip_pixels, official_crop, round_half
-from diffexp_jax.rewards.reward import Reward, of_pixels
+from diffexp_jax.rewards.reward import Reward, Tokenize, of_pixels
 
 # Mean and deviation of the network's output on the training set: published scores are normalised by them.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 
-_LENGTH = 35  # tokens of a prompt
+LENGTH = 35  # tokens of a prompt
 
 
 def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
@@ -31,7 +32,12 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     """
     file = only_file(path, (*SUFFIXES, ".safetensors")) if path.is_dir() else path
     model, params = blip.load(file, dtype=dtype)
-    size, length = model.config.image_size, min(_LENGTH, model.config.max_position_embeddings)
+    return build(model, params, tokenizers.bert(file.parent, length=min(LENGTH, model.config.max_position_embeddings)))
+
+
+def build(model: blip.ImageReward, params: Any, tokenize: Tokenize) -> Reward:
+    """The reward of such a BLIP; `params` may be shapes."""
+    size = model.config.image_size
 
     def rate(
         params, pixels: Float[Array, "B H W 3"], ids: Int[Array, "B L"]
@@ -40,7 +46,7 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
 
     return of_pixels(
         params,
-        tokenize=tokenizers.bert(file.parent, length=length),
+        tokenize=tokenize,
         pixels=partial(clip_pixels, size=size, start=round_half),
         prepare=partial(official_crop, size=size, start=round_half),
         rate=rate,

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from diffexp_jax.models import clip
 from diffexp_jax.models.stable_diffusion import load_tokenizer, token_ids
 from diffexp_jax.rewards.preprocess import clip_pixels, floor_half, official_crop
-from diffexp_jax.rewards.reward import Reward, of_pixels
+from diffexp_jax.rewards.reward import Reward, Tokenize, of_pixels
 
 # What the cosine is multiplied by, of CLIP's own factor exp(logit_scale).
 SCALES = {"logit": lambda factor: factor, "logit/26": lambda factor: factor / 26, "cosine": jnp.ones_like}
@@ -30,6 +31,11 @@ def load(folder: Path, *, scale: str = "logit", dtype: DTypeLike = jnp.float32) 
     model, params = clip.load(folder, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.text.max_position_embeddings)
+    return build(model, params, lambda texts: token_ids(tokenizer, texts)[0], scale=scale)
+
+
+def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "logit") -> Reward:
+    """The reward of such a CLIP; `params` may be shapes."""
     size = model.config.vision.image_size
 
     def rate(
@@ -41,7 +47,7 @@ def load(folder: Path, *, scale: str = "logit", dtype: DTypeLike = jnp.float32) 
 
     return of_pixels(
         params,
-        tokenize=lambda texts: token_ids(tokenizer, texts)[0],
+        tokenize=tokenize,
         pixels=partial(clip_pixels, size=size),
         prepare=partial(official_crop, size=size, start=floor_half),
         rate=rate,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, UInt8
 
 Tokens = Any  # integers [B, ...], or a tree of them
 Pixels = Any  # float arrays [B, ...], or a tree of them
+Tokenize = Callable[[Sequence[str]], Tokens]
 Scores = tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]
 
 
