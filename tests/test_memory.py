@@ -8,7 +8,7 @@ import pytest
 from conftest import UNET, nonzero_lora, random_weights
 
 from diffexp_jax import evaluation, parallel
-from diffexp_jax.algorithms import Batch, Policy
+from diffexp_jax.algorithms import Batch, Policy, chunked, unchunked
 from diffexp_jax.algorithms.alignprop import alignprop
 from diffexp_jax.algorithms.ddpo import ddpo
 from diffexp_jax.diffusion import make_steps, noise_schedule, timesteps
@@ -123,6 +123,14 @@ def test_decoding_in_slices():
 
 
 # --------------------------------------------------------------------------------------------------------- microbatches
+
+
+def test_chunks_of_nothing():
+    """Tokens of a reward that reads no prompts."""
+    tree = {"tokens": jnp.zeros((6, 0), jnp.int32), "x": jnp.arange(12).reshape(6, 2)}
+    parts = chunked(tree, 3)
+    assert parts["tokens"].shape == (3, 2, 0) and parts["x"][1].tolist() == [[4, 5], [6, 7]]
+    assert unchunked(parts)["tokens"].shape == (6, 0)
 
 
 def linear(frozen, lora):

@@ -63,12 +63,13 @@ class Algorithm(NamedTuple):
 
 def chunked(tree: Any, n_chunks: int) -> Any:
     """[B, ...] -> [n_chunks, B / n_chunks, ...], in order."""
-    return jax.tree.map(lambda x: x.reshape(n_chunks, -1, *x.shape[1:]), tree)
+    # no -1 in the shape: a reward that reads no prompts has tokens of width 0
+    return jax.tree.map(lambda x: x.reshape(n_chunks, len(x) // n_chunks, *x.shape[1:]), tree)
 
 
 def unchunked(tree: Any) -> Any:
     """[chunks, m, ...] -> [chunks * m, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
 def zeros_like_output(function: Callable, *args) -> Any:
