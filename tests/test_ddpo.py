@@ -277,33 +277,24 @@ def test_learns_brightness(tiny):
     assert brightness[-1.0] + 5e-4 < brightness[0.0] < brightness[1.0] - 5e-4, brightness
 
 
-class TinyBfloat16:
-    """The tiny pipeline in bfloat16: two updates an iteration that change nothing, so every ratio should be 1."""
-
-    def __init__(self, config):
-        problem = load_problem(config)
-        self.policy = policy_of(problem.model, lambda frozen, images: images.mean((1, 2, 3)))
-        self.frozen = {"model": frozen_arrays(problem)["model"]}
-        self.lora = nonzero_lora(init_lora(jax.random.key(0), problem.model.params["unet"], rank=2))
-        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(self.frozen))
-        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(self.lora))
-        self.batch = draw_batch(config, problem, 0, make_explore(config))
-        self.steps = sampling_steps(config, noise_schedule(problem.model.scheduler_config), explore=True)
-
-    def max_abs_log_ratio(self, recompute):
-        settings = SETTINGS | {"n_chunks": 2, "n_updates": 2, "recompute_log_prob": recompute}
-        algorithm = ddpo(self.policy, optax.sgd(0.0), **settings)
-        args = (parallel.replicate(algorithm.init(self.lora)), self.frozen, self.batch, self.steps)
-        samples = parallel.pmap(algorithm.sample)(*args)
-        key = parallel.replicate(jax.random.key(0))
-        _, metrics, _ = parallel.pmap(algorithm.update)(*args, key, samples)
-        assert float(metrics["grad_norm"][0]) > 0
-        n_steps, n_chunks = 4, 2  # the metric is the mean of that many maxima: none of them is larger than the sum
-        return float(metrics["ratio/max_abs_log"][0]) * n_steps * n_chunks
-
-
 def test_ratio_is_1_in_bfloat16(make_config):
-    """With exploration on, at every timestep; with the sampling program's log-probs it would not be."""
-    tiny = TinyBfloat16(make_config("ddpo", {"eval.every": 0, "batch.samples": 8, "model.dtype": "bfloat16"}))
-    assert tiny.max_abs_log_ratio(recompute=True) < 1e-5
-    print("without", tiny.max_abs_log_ratio(recompute=False))
+    """With exploration on, at every timestep, for two updates that change nothing (sgd at rate 0).
+
+    With the sampling program's log-probs the same number is 0.016 (on this CPU), far outside of the clip.
+    """
+    config = make_config("ddpo", {"eval.every": 0, "batch.samples": 8, "model.dtype": "bfloat16"})
+    problem = load_problem(config)
+    frozen = {"model": frozen_arrays(problem)["model"]}
+    lora = nonzero_lora(init_lora(jax.random.key(0), problem.model.params["unet"], rank=2))
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(frozen))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(lora))
+    policy = policy_of(problem.model, lambda frozen, images: images.mean((1, 2, 3)))
+    settings = SETTINGS | {"n_chunks": 2, "n_updates": 2, "recompute_log_prob": True}
+    algorithm = ddpo(policy, optax.sgd(0.0), **settings)
+    steps = sampling_steps(config, noise_schedule(problem.model.scheduler_config), explore=True)
+    args = parallel.replicate(algorithm.init(lora)), frozen, draw_batch(config, problem, 0, make_explore(config)), steps
+    samples = parallel.pmap(algorithm.sample)(*args)
+    _, metrics, _ = parallel.pmap(algorithm.update)(*args, parallel.replicate(jax.random.key(0)), samples)
+    assert float(metrics["grad_norm"][0]) > 0
+    n_steps, n_chunks = 4, 2  # the metric is the mean of that many maxima: none of them is larger than the sum
+    assert float(metrics["ratio/max_abs_log"][0]) * n_steps * n_chunks < 1e-5

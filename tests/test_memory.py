@@ -17,8 +17,8 @@ from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.stable_diffusion import StableDiffusion
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
-from diffexp_jax.rewards import Reward
 from diffexp_jax.problem import load_problem, load_schedule, sampling_steps
+from diffexp_jax.rewards import Reward
 from diffexp_jax.sampling import Context, initial_latents, rollout
 
 SCHEDULE = noise_schedule({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
