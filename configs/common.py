@@ -71,6 +71,7 @@ def default() -> ml_collections.ConfigDict:
     c.lora = lo = ml_collections.ConfigDict()
     lo.rank = 4  # of the update A B that is added to each projection of the attentions
     lo.alpha = 4.0  # the update is scaled by alpha / rank
+    lo.path = placeholder(str)  # a LoRA file to start from (diffusers, peft or kohya); None: from nothing
 
     c.optim = o = ml_collections.ConfigDict()  # AdamW
     o.lr = 3e-4  # constant learning rate

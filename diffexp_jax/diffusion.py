@@ -19,7 +19,7 @@ class NoiseSchedule(NamedTuple):
     final_alpha_bar: float  # of the step after the last: 1.0 or alpha_bar[0] (set_alpha_to_one)
     prediction_type: str = "epsilon"  # what the network predicts: "epsilon" or "v_prediction"
     steps_offset: int = 1
-    spacing: str = "leading"  # or "trailing"
+    spacing: str = "leading"  # or "trailing", "linspace"
 
 
 class Steps(NamedTuple):
@@ -37,17 +37,28 @@ _BETAS = {
     "linear": np.linspace,
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-SPACINGS = ("leading", "trailing")
+SPACINGS = ("leading", "trailing", "linspace")
+# Whose noise schedule is DDIM's, so that DDIM can sample what was trained for them. Flow matching's, EDM's and those of
+# distilled models (LCM, TCD) are others.
+_SAMPLERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete")
+_SAMPLERS += ("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep")
+_SAMPLERS += ("KDPM2Discrete", "KDPM2AncestralDiscrete")
+SCHEDULERS = tuple(f"{name}Scheduler" for name in _SAMPLERS)
 
 
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The noise schedule of a diffusers scheduler config, read as DDIM's.
+    """The noise schedule of a diffusers scheduler config, read as DDIM's, whose defaults fill what it leaves out.
+
+    All that says what the network was trained for is honoured or refused. What only shapes another sampler's own steps
+    (Karras sigmas, solver orders, interpolation) has no meaning here: sampling is always by DDIM.
 
     Raises:
-      ValueError: a schedule, prediction type or spacing that is not known here.
+      ValueError: a scheduler, schedule, prediction type or spacing that is not known here.
     """
 
-    for key in ("clip_sample", "thresholding"):
+    if (name := config.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
+        raise ValueError(f"scheduler_config.json: _class_name={name!r}; accepted: {', '.join(SCHEDULERS)}")
+    for key in ("clip_sample", "thresholding", "use_flow_sigmas"):
         if config.get(key):
             raise ValueError(f"scheduler_config.json: {key}=true is not supported; accepted: false")
 
@@ -64,12 +75,15 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
         beta = _BETAS[one_of("beta_schedule", tuple(_BETAS), "linear")]
         betas = beta(config.get("beta_start", 1e-4), config.get("beta_end", 0.02), n)
     alpha_bar = np.cumprod(1.0 - betas)
+    prediction_type = one_of("prediction_type", PREDICTION_TYPES, "epsilon")
     if config.get("rescale_betas_zero_snr"):
+        if prediction_type == "epsilon":  # x_0 = (x_t - eps) / 0 at the first step
+            raise ValueError("scheduler_config.json: rescale_betas_zero_snr=true wants prediction_type='v_prediction'")
         alpha_bar = _zero_terminal_snr(alpha_bar)
     return NoiseSchedule(
         alpha_bar=alpha_bar,
         final_alpha_bar=1.0 if config.get("set_alpha_to_one", True) else float(alpha_bar[0]),
-        prediction_type=one_of("prediction_type", PREDICTION_TYPES, "epsilon"),
+        prediction_type=prediction_type,
         steps_offset=config.get("steps_offset", 0),
         spacing=one_of("timestep_spacing", SPACINGS, "leading"),
     )
@@ -90,6 +104,8 @@ def timesteps(schedule: NoiseSchedule, n_steps: int) -> Int[np.ndarray, "T"]:
     n = len(schedule.alpha_bar)
     if not 1 <= n_steps <= n:
         raise ValueError(f"{n_steps} sampling steps; accepted: 1 to {n}, the steps of the model's noise schedule")
+    if schedule.spacing == "linspace":
+        return np.round(np.linspace(0, n - 1, n_steps))[::-1].astype(np.int32)
     if schedule.spacing == "trailing":
         return np.round(np.arange(n, 0, -n / n_steps)).astype(np.int32)[:n_steps] - 1
     return (np.arange(n_steps)[::-1] * (n // n_steps) + schedule.steps_offset).clip(0, n - 1).astype(np.int32)

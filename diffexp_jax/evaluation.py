@@ -32,11 +32,12 @@ def denoiser(model: StableDiffusion, frozen: Any, lora: Any, *, lora_scale: floa
 
 
 def encode_prompts(model: StableDiffusion, texts: Sequence[str], *, chunk: int = 64) -> tuple[TextEmbedding, list[str]]:
-    """Embeddings of many prompts (host arrays, one compile), and the prompts that were too long and cut."""
+    """Embeddings of many prompts (host arrays), `chunk` at once, and the prompts that were too long and cut."""
     ids, cuts = zip(*(token_ids(tokenizer, texts) for tokenizer in model.tokenizers), strict=True)
     ids = np.stack(ids)  # [E, P, L]
     encode = jax.jit(model.encode)
-    params = {part: tree for part, tree in model.params.items() if part.startswith("text_encoder")}
+    params = jax.device_put({part: x for part, x in model.params.items() if part.startswith("text_encoder")})
+    chunk = min(chunk, len(texts))
     padded = np.concatenate([ids, np.repeat(ids[:, :1], -len(texts) % chunk, axis=1)], axis=1)
     rows = [jax.device_get(encode(params, padded[:, i : i + chunk])) for i in range(0, padded.shape[1], chunk)]
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(texts)], *rows), cuts[0]

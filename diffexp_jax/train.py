@@ -52,7 +52,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     explore = make_explore(config)
 
     # -------------------------------------------------------------------------------------------------- state, resume
-    lora = lora_lib.init_lora(parallel.stream(config.seed, "lora"), problem.model.params["unet"], rank=config.lora.rank)
+    key = parallel.stream(config.seed, "lora")
+    lora = lora_lib.initial_lora(
+        key, problem.model.params["unet"], rank=config.lora.rank, alpha=config.lora.alpha, path=config.lora.path
+    )
     state = jax.device_get(algorithm.init(lora))
     checkpoint.open_workdir(workdir, config.to_dict())
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from diffexp_jax import InputError, command, evaluation, parallel, report
 from diffexp_jax.diffusion import make_steps, timesteps
 from diffexp_jax.models import stable_diffusion
-from diffexp_jax.models.lora import load_lora, rank, scaled
+from diffexp_jax.models.lora import load_lora, scaled
 from diffexp_jax.problem import load_schedule
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.sampling import initial_latents, rollout
@@ -61,8 +61,7 @@ def main(args: argparse.Namespace) -> None:
     x_T = read_latents(args.latents, len(texts), model.latent_shape) if args.latents else None
     lora = None
     if args.lora:
-        lora, alpha = load_lora(args.lora, model.params["unet"])
-        lora = scaled(lora, alpha / rank(lora))
+        lora = scaled(*load_lora(args.lora, model.params["unet"]))
 
     schedule = load_schedule(model)
     t = timesteps(schedule, args.steps)

@@ -56,7 +56,7 @@ def command_line(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        ([f"{CONFIG}:model=sd99"], ["model='sd99'", "accepted: emoji, sd15"]),
+        ([f"{CONFIG}:model=sd99"], ["model='sd99'", "accepted: emoji, sd15, sd21, sdxl"]),
         ([f"{CONFIG}:modle=emoji"], ["'modle=emoji'", "accepted: model=..., reward=..., prompts=..., explore=..."]),
         ([f"{CONFIG}:emoji"], ["'emoji'", "accepted: model=..."]),
         ([f"{CONFIG}:explore=yes"], ["explore='yes'", "accepted: true, false"]),
@@ -96,7 +96,7 @@ def run_program(*arguments, cwd):
 def test_the_real_program_says_one_line(tmp_path):
     done = run_program("-m", "diffexp_jax.train", f"{CONFIG}:model=sd99", "--workdir=x", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: config argument model='sd99': accepted: emoji, sd15\n"
+    assert done.stderr == "error: config argument model='sd99': accepted: emoji, sd15, sd21, sdxl\n"
     assert not (tmp_path / "x").exists()
 
 
@@ -141,7 +141,7 @@ def test_a_real_script_says_one_line(tmp_path):
         ("ddpo", "lora.rank", 0, "lora.rank=0: wants at least 1"),
         ("ddpo", "prompts", "no/such.txt", "no/such.txt: cannot read the prompt file: No such file or directory"),
         ("ddpo", "prompts", "plants", "unknown prompt set 'plants'; accepted: animals,"),
-        ("ddpo", "model.path", "no/such", "model 'no/such': no such folder; accepted: emoji, or a folder"),
+        ("ddpo", "model.path", "no/such", "model 'no/such': no such folder, no copy in the hub's cache"),
         ("ddpo", "reward", "beauty", "unknown reward 'beauty'; accepted: pickscore, aesthetic"),
     ],
 )

@@ -1,13 +1,18 @@
 """Checkpoint tensors <-> parameter trees: axes, names, and the errors that a user sees."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT, UNET, random_weights, write_part
 
 from diffexp_jax import InputError
-from diffexp_jax.models import convert, layers
+from diffexp_jax.models import convert, layers, unet
 
 
 class Net(nn.Module):
@@ -149,3 +154,47 @@ def test_abstract_params_computes_nothing():
     """A kernel of 4 TB has a shape."""
     tree = convert.abstract_params(layers.Dense(10**6, use_bias=False), jnp.zeros((1, 10**6)))
     assert tree["kernel"].shape == (10**6, 10**6)
+
+
+MEASURE = """
+import os, re, sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+import numpy as np
+from diffexp_jax.models import convert, files, unet
+
+def status(key):
+    return 1024 * int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+folder, dtype = Path(sys.argv[1]), sys.argv[2]
+config = unet.UNetConfig.from_dict(files.read_json(folder / "config.json"))
+inputs = np.zeros((1, 4, 4, 4), np.float32), np.int32(0), np.zeros((1, 4, 768), np.float32)
+shapes = convert.abstract_params(unet.UNet(config), *inputs)
+Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+before = status("VmRSS")
+params = convert.from_torch(files.open_weights(folder), shapes, where="", dtype=dtype)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak memory of a process")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path, dtype):
+    """All memory that a process holds at once, files' pages and copies included, while 107 MB become parameters.
+
+    The bound is for parameters of the file's own type. Wider ones need their own size, of course.
+    """
+    config = UNET | {"block_out_channels": [128, 256], "cross_attention_dim": 768, "layers_per_block": 4}
+    module = unet.UNet(unet.UNetConfig.from_dict(config))
+    inputs = np.zeros((1, 4, 4, 4), np.float32), np.int32(0), np.zeros((1, 4, 768), np.float32)
+    shapes = convert.abstract_params(module, *inputs)
+    tensors = {k: v.astype(dtype) for k, v in convert.to_torch(random_weights(shapes, 0)).items()}
+    write_part(tmp_path, config, tensors, stem="model")
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert max(x.nbytes for x in tensors.values()) < 0.06 * size  # as in SD 1.5: no tensor is most of it
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), dtype], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    peak = int(done.stdout)
+    assert 0.9 * size < peak < 1.3 * size, f"{peak / size:.2f} x {size / 1e6:.0f} MB"

@@ -98,12 +98,39 @@ def test_trained_betas():
 
 @pytest.mark.parametrize(
     "key, value",
-    [("beta_schedule", "cosine"), ("prediction_type", "sample"), ("timestep_spacing", "linspace")],
+    [
+        ("beta_schedule", "cosine"),
+        ("prediction_type", "sample"),
+        ("timestep_spacing", "karras"),
+        ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+        ("_class_name", "LCMScheduler"),
+    ],
 )
 def test_unknown_settings_are_refused(key, value):
     with pytest.raises(ValueError, match=f"{key}='{value}'; accepted: ") as error:
         diffusion.noise_schedule(SD15 | {key: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["clip_sample", "thresholding", "use_flow_sigmas"])
+def test_what_would_change_every_step_is_refused(key):
+    with pytest.raises(ValueError, match=f"{key}=true is not supported"):
+        diffusion.noise_schedule(SD15 | {key: True})
+
+
+def test_zero_snr_wants_v_prediction():
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr=true wants prediction_type='v_prediction'"):
+        diffusion.noise_schedule(ZERO_SNR | {"prediction_type": "epsilon"})
+
+
+def test_sdxl_base_is_read_as_ddim():
+    """The published scheduler_config.json: another sampler's, with settings that only that sampler has."""
+    euler = {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": True}
+    euler |= {"clip_sample": False, "sample_max_value": 1.0, "skip_prk_steps": True, "trained_betas": None}
+    euler |= {"prediction_type": "epsilon", "timestep_spacing": "leading", "num_train_timesteps": 1000}
+    ours, sd15 = diffusion.noise_schedule(SD15 | euler), diffusion.noise_schedule(SD15)
+    np.testing.assert_array_equal(ours.alpha_bar, sd15.alpha_bar)
+    assert ours._replace(alpha_bar=0) == sd15._replace(alpha_bar=0)
 
 
 @pytest.mark.parametrize("n_steps", [0, -1, 1001])
@@ -131,7 +158,7 @@ def scheduler(config, n):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 20, 27, 50, 64, 93, 300, 999])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_timesteps_are_diffusers(n, spacing, offset):
     config = SD15 | {"timestep_spacing": spacing, "steps_offset": offset}

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffexp_jax import InputError
-from diffexp_jax.models import files, stable_diffusion
+from diffexp_jax.models import families, files, stable_diffusion
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -102,6 +104,142 @@ def test_truncated_weights(folder, size):
     with pytest.raises(InputError, match="not a whole safetensors file") as error:
         stable_diffusion.load(folder)
     assert "\n" not in str(error.value)
+
+
+def rewritten_header(path, change):
+    """The same data under a header that `change` was applied to."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    new = json.dumps(header).encode()
+    path.write_bytes(len(new).to_bytes(8, "little") + new + content[8 + size :])
+
+
+@pytest.mark.parametrize(
+    "lie, said",
+    [
+        ({"shape": [16, 4, 3, 4]}, "not a whole safetensors file"),  # more numbers than there are bytes
+        ({"data_offsets": [0, 10**9]}, "not a whole safetensors file"),
+        ({"dtype": "I32"}, "conv_in.weight holds int32"),  # other numbers of the same size
+        ({"dtype": "F99"}, "not a whole safetensors file"),
+        ({"shape": [4, 16, 3, 3]}, "conv_in.weight is (4, 16, 3, 3), the config wants (16, 4, 3, 3)"),
+    ],
+)
+def test_a_lying_header(folder, lie, said):
+    rewritten_header(folder / UNET_FILE, lambda header: header["conv_in.weight"].update(lie))
+    with pytest.raises(InputError) as error:
+        stable_diffusion.load(folder)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_type_without_numbers_of_numpy(folder):
+    tensors = load_file(folder / UNET_FILE)
+    n = tensors["conv_in.weight"].nbytes
+
+    def half_as_wide(header):  # 8-bit numbers: four times as many in the same bytes
+        header["conv_in.weight"].update({"dtype": "F8_E4M3", "shape": [n]})
+
+    rewritten_header(folder / UNET_FILE, half_as_wide)
+    with pytest.raises(InputError, match="conv_in.weight"):
+        stable_diffusion.load(folder)
+
+
+def test_a_file_cut_short_after_it_was_opened(folder):
+    weights = files.open_weights(folder / "unet")
+    path = folder / UNET_FILE
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(InputError, match="is not readable") as error:
+        for name in weights:
+            weights[name]
+    assert "\n" not in str(error.value)
+
+
+def test_bfloat16_files(folder):
+    tensors = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / UNET_FILE).items()}
+    save_file(tensors, folder / UNET_FILE)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        kernel = stable_diffusion.load(folder, dtype=dtype).params["unet"]["conv_in"]["kernel"]
+        assert kernel.dtype == dtype
+        np.testing.assert_array_equal(kernel, tensors["conv_in.weight"].astype(dtype).transpose(2, 3, 1, 0))
+
+
+@pytest.mark.parametrize("variant, value", [(None, 1.0), ("fp16", 2.0)])
+def test_variant_chooses_between_files(folder, variant, value):
+    tensors = load_file(folder / UNET_FILE)
+    for end, number in (("", 1.0), (".fp16", 2.0)):
+        changed = tensors | {"conv_out.bias": np.full(4, number, np.float32)}
+        save_file(changed, folder / f"unet/diffusion_pytorch_model{end}.safetensors")
+    params = stable_diffusion.load(folder, variant=variant).params
+    np.testing.assert_array_equal(params["unet"]["conv_out"]["bias"], value)
+
+
+# ---- the hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, tiny_model):
+    """A cache of the hub that holds org/tiny at one commit, and no network."""
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(tiny_model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return repository / "snapshots" / commit
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_cached_model_needs_no_network(hub, monkeypatch, tiny_model, offline):
+    no_network(monkeypatch, offline)
+    assert files.model_folder("org/tiny", ["unet"]) == hub
+    assert trees_equal(stable_diffusion.load("org/tiny").params, stable_diffusion.load(tiny_model).params)
+
+
+def no_network(monkeypatch, offline):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("path, revision", [("org/unknown", None), ("org/tiny", "another")])
+def test_a_hub_id_without_network(hub, monkeypatch, path, revision, offline):
+    no_network(monkeypatch, offline)
+    with pytest.raises(InputError) as error:
+        stable_diffusion.load(path, revision=revision)
+    said = f"model '{path}': no such folder, no copy in the hub's cache, and it could not be downloaded ("
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
+    """Of the published repositories' files, by huggingface_hub's own filter."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["README.md", "model_index.json", "unet/config.json", "tokenizer_2/merges.txt", "tokenizer/vocab.json"]
+    plain = ["unet/diffusion_pytorch_model.safetensors", "text_encoder_2/model.safetensors"]
+    fp16 = ["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors"]
+    other = ["vae_1_0/diffusion_pytorch_model.safetensors", "safety_checker/model.safetensors", "unet/model.onnx"]
+    fp16 += ["vae/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "vae/model-00001-of-00002.fp16.safetensors"]
+    other += ["sd_xl_base_1.0.safetensors", "text_encoder/pytorch_model.bin", "unet/x.non_ema.safetensors"]
+    shard = ["unet/diffusion_pytorch_model-00001-of-00002.safetensors"]
+    asked = {}
+
+    def download(path, *, revision, allow_patterns):
+        asked["files"] = set(
+            filter_repo_objects([*there, *plain, *fp16, *other, *shard], allow_patterns=allow_patterns)
+        )
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for variant, weights in ((None, [*plain, *shard]), ("fp16", fp16)):
+        assert files.model_folder("org/name", families.PARTS, variant=variant) == tmp_path
+        assert asked["files"] - {"README.md"} == {*there[1:], *weights} and "README.md" not in asked["files"]
 
 
 def test_broken_json(folder):

@@ -113,9 +113,9 @@ def test_files(finished, tiny_settings):
 
 
 def test_lora_file_is_the_newest_checkpoint(finished, tiny_model):
-    lora, alpha = load_lora(finished.workdir, load(tiny_model).params["unet"])
+    lora, scale = load_lora(finished.workdir, load(tiny_model).params["unet"])
     iteration, saved = checkpoint.newest_lora(finished.workdir)
-    assert (iteration, alpha) == (4, 4.0)
+    assert (iteration, scale) == (4, 1.0)
     jax.tree.map(np.testing.assert_array_equal, lora, saved)
     values = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(lora)}
     assert all(np.abs(x).max() > 1e-3 for x in values.values())  # every B has left zero

@@ -58,13 +58,16 @@ def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], *, 
     flat, wrong = {}, []
     for name, (path, shape) in wanted.items():
         value = np.asarray(tensors[name])
+        if not jax.dtypes.issubdtype(value.dtype, np.floating):
+            raise InputError(f"{where}: {name} holds {value.dtype} numbers; wants floating-point ones")
         shape = tuple(shape[axis] for axis in _axes(_TO_TORCH, path, len(shape)))
         if value.shape[2:] + shape[2:] == (1, 1):  # a linear layer where a 1x1 convolution is wanted, or the reverse
             value = value.reshape(value.shape[:2] + shape[2:])
         if value.shape != shape:
             wrong.append(f"{name} is {value.shape}, the config wants {shape}")
         else:
-            flat[path] = np.asarray(value.transpose(_axes(_FROM_TORCH, path, value.ndim)).astype(dtype), order="C")
+            # one copy at most: neither cast before it is transposed, nor transposed before it is cast
+            flat[path] = np.asarray(value.transpose(_axes(_FROM_TORCH, path, value.ndim)), dtype, order="C")
     if wrong:
         raise InputError(f"{where}: {len(wrong)} tensors of the wrong shape: {'; '.join(sorted(wrong)[:_SHOWN])}")
     return traverse_util.unflatten_dict(flat)

@@ -134,7 +134,8 @@ def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None
 
     mark = f".{variant}" if variant else ""
     names = ["*.json", "merges.txt"]
-    names += [f"{stem}{end}.safetensors" for stem in STEMS for end in (mark, f"{mark}-*-of-*", f"-*-of-*{mark}")]
+    shard = "-?????-of-?????"
+    names += [f"{stem}{end}.safetensors" for stem in STEMS for end in (mark, f"{mark}{shard}", f"{shard}{mark}")]
     wanted = ["model_index.json", *(f"{part}/{name}" for part in parts for name in names)]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))

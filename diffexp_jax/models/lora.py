@@ -1,10 +1,12 @@
 """LoRA (Hu et al. 2021) as the linen variable collection "lora", and its files in diffusers' and peft's format.
 
-The collection mirrors the parameter tree: {..., "to_q": {"A": [in, rank], "B": [rank, out]}}. `layers.Dense` adds
-(x A) B where it finds a pair; base weights are never touched.
+The collection mirrors the parameter tree: {..., "to_q": {"A": [in, rank], "B": [rank, out]}}, with [1, 1, in, rank]
+and [1, 1, rank, out] for a 1x1 convolution. `layers.Dense` and `layers.Conv` add (x A) B where they find a pair; base
+weights are never touched.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import traverse_util
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from diffexp_jax import InputError
+from diffexp_jax.models import lora_names
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention
 _FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
-_ENDINGS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora.down.weight": "A", ".lora.up.weight": "B"}
+_SHOWN = 3  # names printed in an error
 
 
 def init_lora(
@@ -40,9 +44,32 @@ def init_lora(
     return traverse_util.unflatten_dict(lora)
 
 
-def rank(lora: Mapping[str, Any]) -> int:
-    """The rank of a collection: every pair of it has the same."""
-    return next(value.shape[1] for path, value in traverse_util.flatten_dict(lora).items() if path[-1] == "A")
+def initial_lora(
+    key: PRNGKeyArray, params: Mapping[str, Any], *, rank: int, alpha: float, path: str | Path | None = None
+) -> dict[str, Any]:
+    """Where fine-tuning starts: `init_lora`, or a collection that under alpha / rank does what the file at `path` does.
+
+    A file of a smaller rank is filled up with columns of A as `init_lora` draws them and zero rows of B; so are targets
+    that the file leaves out. Further layers of the file are trained too.
+
+    Raises:
+      InputError: as `load_lora`; or the file's rank is larger.
+    """
+    fresh = init_lora(key, params, rank=rank)
+    if path is None:
+        return fresh
+    loaded, scale = load_lora(path, params)
+    factor, flat = scale * rank / alpha, traverse_util.flatten_dict(fresh)
+    pairs = traverse_util.flatten_dict(loaded)
+    for i, layer in enumerate(sorted({name[:-1] for name in pairs})):
+        a, b = pairs[*layer, "A"], pairs[*layer, "B"]
+        spare = rank - a.shape[-1]
+        if spare < 0:
+            raise InputError(f"lora.rank={rank}: {path} has rank {a.shape[-1]}; wants that or more")
+        more = jax.random.normal(jax.random.fold_in(key, i), (*a.shape[:-1], spare)) / jnp.sqrt(rank)
+        flat[*layer, "A"] = jnp.concatenate([a, more], axis=-1)
+        flat[*layer, "B"] = jnp.concatenate([b * factor, jnp.zeros((*b.shape[:-2], spare, b.shape[-1]))], axis=-2)
+    return traverse_util.unflatten_dict(flat)
 
 
 def scaled(lora: Mapping[str, Any] | None, scale: float) -> Mapping[str, Any] | None:
@@ -61,7 +88,9 @@ def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float) -> Non
     tensors, modules = {}, []
     for (*path_to, leaf), value in sorted(traverse_util.flatten_dict(lora).items()):
         modules.append(".".join(path_to))
-        tensors[f"unet.{modules[-1]}.lora_{leaf}.weight"] = np.ascontiguousarray(np.asarray(value, np.float32).T)
+        value = np.asarray(value, np.float32)
+        axes = (1, 0) if value.ndim == 2 else (3, 2, 0, 1)  # torch keeps outputs first
+        tensors[f"unet.{modules[-1]}.lora_{leaf}.weight"] = np.ascontiguousarray(value.transpose(axes))
     rank = next(len(value) for name, value in tensors.items() if ".lora_A." in name)
     adapter = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": sorted(set(modules))}
     path = Path(path)
@@ -71,50 +100,103 @@ def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float) -> Non
 
 
 def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """Reads a LoRA file (or a folder that holds pytorch_lora_weights.safetensors) for the network `params`.
+    """Reads a LoRA file (or a folder that holds pytorch_lora_weights.safetensors) for the UNet `params`.
+
+    Known are the names of peft, of diffusers since 0.15 and of kohya's scripts, for all linear layers and 1x1
+    convolutions, with a rank and an alpha per layer. Tensors for the text encoders are left out, with a warning.
 
     Returns:
-      The collection and alpha (the file's own; the rank where it does not say).
+      The collection and its scale, alpha / rank. Where layers differ in that, their own is in B and the scale is 1.
 
     Raises:
       InputError: not a safetensors file, or its tensors do not fit the network.
     """
     path = Path(path)
     path = path / _FILE if path.is_dir() else path
+    tensors, header = _read(path)
+    layers = {
+        ".".join(names[:-1]): (names[:-1], kernel.shape)
+        for names, kernel in traverse_util.flatten_dict(params).items()
+        if names[-1] == "kernel" and (len(kernel.shape) == 2 or kernel.shape[:2] == (1, 1))
+    }
+    found = _by_layer(path, tensors, lora_names.spellings(layers))
+    flat, scales = {}, {}
+    for layer, parts in found.items():
+        if not {"A", "B"} <= parts.keys():
+            raise InputError(f"{path}: wants a pair (lora_A, lora_B) per layer; {layer} has only one of them")
+        names, shape = layers[layer]
+        a, b = _pair(path, parts, shape)
+        rank = a.shape[-1]
+        flat[*names, "A"], flat[*names, "B"] = a, b
+        scales[names] = float(parts["alpha"][1].item() if "alpha" in parts else _alpha(header, layer, rank)) / rank
+    if len(set(scales.values())) == 1:
+        return traverse_util.unflatten_dict(flat), next(iter(scales.values()))
+    for names, scale in scales.items():
+        flat[*names, "B"] = flat[*names, "B"] * scale
+    return traverse_util.unflatten_dict(flat), 1.0
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The file's tensors, and peft's settings for the UNet from its header."""
     try:
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{path}: not a readable LoRA file in safetensors format ({error})") from None
-    config = {key.removeprefix("unet."): value for key, value in header.items()}
-    for key in ("alpha_pattern", "use_rslora"):
-        if config.get(key):
-            raise InputError(f"{path}: {key}={config[key]} is not supported; wants one alpha / rank for all layers")
-    layers = {
-        ".".join(path[:-1]): (path[:-1], kernel.shape)
-        for path, kernel in traverse_util.flatten_dict(params).items()
-        if path[-1] == "kernel" and len(kernel.shape) == 2
-    }
-    flat, ranks = {}, set()
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        said = f"{error}".partition("\n")[0]
+        raise InputError(f"{path}: not a readable LoRA file in safetensors format ({said})") from None
+    header = {key.removeprefix("unet."): value for key, value in header.items()}
+    for key in ("use_rslora", "use_dora"):
+        if header.get(key):
+            raise InputError(f"{path}: {key}={header[key]} is not supported; wants plain LoRA, scaled by alpha / rank")
+    return tensors, header
+
+
+def _by_layer(
+    path: Path, tensors: Mapping[str, np.ndarray], known: Mapping[str, str]
+) -> dict[str, dict[str, tuple[str, np.ndarray]]]:
+    """{layer: {"A", "B", "alpha": (the tensor's name, the tensor)}} by our names of layers."""
+    found, text, unknown = {}, 0, []
     for name, value in tensors.items():
-        module, leaf = _parse(name)
-        if leaf is None or module not in layers:
-            raise InputError(f"{path}: tensor {name} belongs to no linear layer of this model's UNet")
-        layer, (fan_in, fan_out) = layers[module]
-        rank = value.shape[0 if leaf == "A" else -1] if value.ndim else 0
-        if value.shape != ((rank, fan_in) if leaf == "A" else (fan_out, rank)):
-            raise InputError(f"{path}: tensor {name} has shape {value.shape}, the model's layer {fan_in} -> {fan_out}")
-        flat[(*layer, leaf)] = jnp.asarray(value.T, jnp.float32)
-        ranks.add(rank)
-    if len(ranks) != 1 or len(flat) != 2 * len({key[:-1] for key in flat}):
-        raise InputError(f"{path}: wants one rank and a pair (lora_A, lora_B) per layer; found ranks {sorted(ranks)}")
-    return traverse_util.unflatten_dict(flat), float(config.get("lora_alpha", ranks.pop()))
+        tensor = lora_names.parse(name)
+        if tensor.text:
+            text += 1
+        elif tensor.layer in known:
+            found.setdefault(known[tensor.layer], {})[tensor.kind] = (name, value)
+        else:
+            unknown.append(name)
+    if unknown:
+        names = ", ".join(sorted(unknown)[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+        raise InputError(
+            f"{path}: {len(unknown)} of {len(tensors)} tensors belong to no linear layer or 1x1 convolution of this "
+            f"model's UNet ({names}): a LoRA of another model, or of a kind that is not supported"
+        )
+    if not found:
+        raise InputError(f"{path}: holds no LoRA of a UNet" + (f", only {text} text encoder tensors" if text else ""))
+    if text:
+        logging.warning("%s: %d tensors for the text encoders are left out: only the UNet takes LoRA here", path, text)
+    return found
 
 
-def _parse(name: str) -> tuple[str, str | None]:
-    """(module, "A" or "B") of a tensor's name, in peft's spelling or in diffusers' own."""
-    for ending, leaf in _ENDINGS.items():
-        if name.endswith(ending):
-            return name.removeprefix("unet.").removesuffix(ending), leaf
-    return name, None
+def _pair(path: Path, parts: Mapping[str, tuple[str, np.ndarray]], shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """(A, B) of a layer with a kernel of this shape, in its axis order."""
+    (name_a, a), (name_b, b) = parts["A"], parts["B"]
+    fan_in, fan_out = shape[-2:]
+    rank = a.shape[0] if a.ndim else 0
+    for name, value, wanted in ((name_a, a, (rank, fan_in)), (name_b, b, (fan_out, rank))):
+        if not rank or value.shape not in (wanted, (*wanted, 1, 1)):
+            raise InputError(
+                f"{path}: tensor {name} has shape {value.shape}, the model's layer {fan_in} -> {fan_out}, "
+                f"the pair's rank {rank}: a LoRA of another model?"
+            )
+    lead = shape[:-2]  # () or, of a 1x1 convolution, (1, 1)
+    a = jnp.asarray(a.reshape(rank, fan_in).T, jnp.float32).reshape(*lead, fan_in, rank)
+    return a, jnp.asarray(b.reshape(fan_out, rank).T, jnp.float32).reshape(*lead, rank, fan_out)
+
+
+def _alpha(header: Mapping[str, Any], layer: str, rank: int) -> float:
+    """alpha of a layer by peft's settings: of the first pattern that fits its name; where nothing is said, the rank."""
+    for pattern, alpha in (header.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            return alpha
+    return header.get("lora_alpha", rank)

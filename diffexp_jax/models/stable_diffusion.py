@@ -158,7 +158,8 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
 
-_PROBE = "A dolphin, riding (bikes) at 12:30 o'clock - déjà-vu!"
+# without "!": SDXL's second tokenizer pads with it, and so takes it for the padding token in a prompt too
+_PROBE = "A dolphin, riding (bikes) at 12:30 o'clock - déjà-vu?"
 
 
 def load_tokenizer(folder: Path):

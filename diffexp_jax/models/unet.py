@@ -86,7 +86,9 @@ class UNetConfig:
         for key, accepted in (("down_block_types", _DOWN), ("up_block_types", _UP)):
             if unknown := set(config.get(key, ())) - set(accepted):
                 raise InputError(f"unet/config.json: {key} has {sorted(unknown)}; accepted: {accepted}")
-        n = len(config["block_out_channels"])
+        if not isinstance(config.get("layers_per_block", 2), int):
+            raise InputError("unet/config.json: layers_per_block is a list; accepted: one number for all blocks")
+        n = len(config.get("block_out_channels", cls.block_out_channels))
 
         def per_block(value):
             return tuple(value) if isinstance(value, list | tuple) else (value,) * n
