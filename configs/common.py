@@ -20,7 +20,7 @@ MODELS = {
 }
 REWARDS = (
     *("emoji_pickscore", "emoji_aesthetic", "emoji_judge"),
-    *("pickscore", "pickscore_26", "pickscore_cosine", "hpsv2", "aesthetic", "imagereward"),
+    *("pickscore", "aesthetic", "hpsv2", "imagereward", "pickscore_26", "pickscore_cosine"),
 )
 PROMPTS = ("animals", "animal_activities", "animals_unseen", "animal_activities_unseen", "unseen_activities")
 ARGUMENTS = {"model": "emoji", "reward": "emoji_pickscore", "prompts": "animal_activities", "explore": "true"}

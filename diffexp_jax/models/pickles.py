@@ -9,13 +9,14 @@ be trusted more than these lines. Everything else is an error that names what wa
 Tensors are views of the memory-mapped file, read when they are asked for; their sizes are checked against the file.
 """
 
+import io
 import math
 import pickle
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +104,7 @@ _NAMES = {
 class _Unpickler(pickle.Unpickler):
     """Knows `_NAMES` and storages; `dtypes` collects those of the storages that it met."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: io.BufferedIOBase):
         super().__init__(file)
         self.dtypes: dict[str, str] = {}
 
@@ -179,8 +180,7 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         root = pickled.removesuffix("data.pkl")
         if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
             raise pickle.UnpicklingError("big-endian")
-        with archive.open(pickled) as stream:
-            content = _Unpickler(stream).load()
+        content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
         places = {}
         for name, info in entries.items():
             if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED:
