@@ -140,7 +140,7 @@ def parse(argument: str | None) -> dict[str, str]:
 
 def reward_names(spec: str) -> list[str]:
     """The names in a reward: "hpsv2:a.pt+textnorm(pickscore:b)" -> ["hpsv2", "pickscore"]; a path may hold a "+"."""
-    between = rf"\+(?=(?:textnorm\()?(?:{'|'.join(REWARDS)})(?:[:+)]|$))"
+    between = rf"\+(?=textnorm\(|(?:{'|'.join(REWARDS)})(?:[:+]|$))"
     parts = [re.sub(r"^textnorm\((.*)\)$", r"\1", part) for part in re.split(between, spec)]
     return [part.partition(":")[0] for part in parts]
 

@@ -24,6 +24,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def main(args: argparse.Namespace) -> None:
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: wants at least 1")
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out}: is a folder; wants the .csv file to write")
     command.check_writable(args.out.parent, "--out")
     names = [reward_name(spec) for spec in args.reward]
     if len(set(names)) < len(names):
@@ -108,6 +110,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def write(path: Path, rows: list[dict]) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

@@ -179,7 +179,7 @@ def test_contrast_from_a_file(tmp_path):
         from_file(tmp_path / "c.json")
 
 
-# ------------------------------------------------------------------------------------------------------ scripts/score.py
+# ----------------------------------------------------------------------------------------------------- scripts/score.py
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +204,28 @@ def arguments(folder: Path, **changes) -> Namespace:
     return Namespace(**usual | dict(out=folder / "scores.csv", temperature=1.0, contrast=None) | changes)
 
 
-@pytest.mark.parametrize("kind", ["txt", "json", "csv"])
-def test_score(score, pictures, kind, capsys):
-    prompts = {"a.jpg": "a dog", "b.png": "an ant, red", "c.PNG": "a cat"}
-    file = pictures / f"p.{kind}"
-    if kind == "txt":
-        file.write_text("\n".join(prompts.values()) + "\n")
-    elif kind == "json":
-        file.write_text(json.dumps(prompts))
-    else:
-        file.write_text("image,prompt\n" + "\n".join(f'{name},"{text}"' for name, text in prompts.items()))
-    score.main(arguments(pictures, prompts=file))
+PROMPTS = {"a.jpg": "a dog", "b.png": "an ant, red", "c.PNG": "a cat"}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("p.txt", "\n".join(PROMPTS.values()) + "\n"),
+        ("p.json", json.dumps(PROMPTS)),
+        ("p.csv", "image,prompt\n" + "\n".join(f'{name},"{text}"' for name, text in PROMPTS.items())),
+    ],
+)
+def test_prompt_files(score, pictures, name, content):
+    (pictures / name).write_text(content)
+    images = score.find_images([pictures])
+    assert [path.name for path in images] == list(PROMPTS)
+    assert score.find_prompts(pictures / name, images) == list(PROMPTS.values())
+
+
+def test_score(score, pictures, capsys):
+    prompts = PROMPTS
+    (pictures / "p.txt").write_text("\n".join(prompts.values()))
+    score.main(arguments(pictures))
     with open(pictures / "scores.csv", newline="") as table:
         rows = list(csv.DictReader(table))
     assert list(rows[0]) == ["image", "prompt", "emoji_pickscore", "emoji_aesthetic"]
@@ -241,7 +252,8 @@ def test_score_without_prompts(score, pictures):
         ({"reward": ["beauty"]}, "a\nb\nc", "unknown reward 'beauty'"),
         ({"reward": ["emoji_judge", "emoji_judge"]}, "a\nb\nc", "names a reward twice"),
         ({"images": [Path("no")]}, "a\nb\nc", "--images no: no such file or folder"),
-        ({"out": Path("/proc/x/y.csv")}, "a\nb\nc", "--out /proc/x: cannot be written"),
+        ({"out": Path(__file__) / "y.csv"}, "a\nb\nc", "test_ensemble.py: cannot be written"),
+        ({"out": ROOT}, "a\nb\nc", "is a folder; wants the .csv file to write"),
     ],
 )
 def test_score_mistakes(score, pictures, changes, prompts, message):

@@ -58,7 +58,7 @@ def test_safetensors_too(tmp_path):
     np.testing.assert_array_equal(open_checkpoint(tmp_path / "a.safetensors")["a"], np.arange(3))
 
 
-# --------------------------------------------------------------------------------------------------------- hostile files
+# -------------------------------------------------------------------------------------------------------- hostile files
 
 
 class Call:

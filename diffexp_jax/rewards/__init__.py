@@ -51,7 +51,7 @@ _SHIPPED = {
 
 _WRAPPED = re.compile(r"textnorm\((.*)\)")
 # between two parts: a "+" may belong to a path (LAION's file is called sac+logos+ava1-l14-linearMSE.pth)
-_BETWEEN = re.compile(rf"\+(?=(?:textnorm\()?(?:{'|'.join(REWARDS)})(?:[:+)]|$))")
+_BETWEEN = re.compile(rf"\+(?=textnorm\(|(?:{'|'.join(REWARDS)})(?:[:+]|$))")
 
 
 def load_reward(
