@@ -380,6 +380,7 @@ def test_zeros_only_where_the_folder_says_so(sdxl):
     jax.tree.map(np.testing.assert_array_equal, uncond, empty)
 
 
+@pytest.mark.slow
 def test_a_run_on_sdxl(make, make_config, tmp_path):
     """One iteration of DDPO with exploration: it re-scores under the very conditioning that sampled, and learns."""
     settings = {"model.path": str(make("sdxl").folder), "iterations": 1, "sampling.steps": 2, "ddpo.updates": 1}
