@@ -16,7 +16,7 @@ def get_config(argument: str | None = None):
     config.optim.lr = 1e-3
     config.optim.weight_decay = 0.1
     config.optim.grad_clip = 5.0
-    if chosen["reward"].startswith("aesthetic"):
+    if common.reward_names(chosen["reward"]) == ["aesthetic"]:
         config.alignprop.reward_target = 10.0
     if chosen["model"] == "emoji":
         config.batch.samples = config.batch.samples_per_forward = 32

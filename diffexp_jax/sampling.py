@@ -90,14 +90,17 @@ def rollout(
     *,
     prediction_type: str = "epsilon",
     live: Bool[Array, "T"] | None = None,
+    remat: bool = True,
     keep_trajectory: bool = False,
 ) -> tuple[Float[Array, "B h w c"], Trajectory | None]:
     """Samples x_0 by DDIM with the steps' own noise levels (stochastic where sigma_t > 0).
 
     Args:
       keys: one PRNG key per sample; the noise depends on nothing else, so not on how samples are batched.
-      live: makes the chain differentiable at a memory cost of one stored latent per step (`jax.checkpoint` of the
-        scan's body). The network's output carries gradient at the live steps only; the linear recursion always does.
+      live: makes the chain differentiable. The network's output carries gradient at the live steps only; the linear
+        recursion always does.
+      remat: with `live`: the backward pass computes each step's activations again, so that one latent per step is
+        all that the chain keeps (`jax.checkpoint` of the scan's body); False keeps every activation of every step.
       keep_trajectory: also return the chain with its log-probs (needs sigma_t > 0 at every step).
     """
 
@@ -109,7 +112,7 @@ def rollout(
         kept = (x_t, x_tm1, gaussian_log_prob(x_tm1, mean, std)) if keep_trajectory else None
         return x_tm1, kept
 
-    if live is not None:
+    if live is not None and remat:
         body = jax.checkpoint(body)
     x_0, kept = jax.lax.scan(body, x_T, (jnp.arange(len(steps.t)), steps, live))
     return x_0, Trajectory(*kept, steps, context) if keep_trajectory else None

@@ -12,15 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from diffexp_jax import InputError, check, checkpoint, command, evaluation, exploration, parallel, report
-from diffexp_jax.algorithms import Algorithm, Policy
-from diffexp_jax.algorithms.alignprop import alignprop
-from diffexp_jax.algorithms.ddpo import ddpo
+from diffexp_jax.dry_run import dry_run
 from diffexp_jax.metrics import MetricsWriter, read_metrics
 from diffexp_jax.models import lora as lora_lib
 from diffexp_jax.problem import (
@@ -32,6 +29,7 @@ from diffexp_jax.problem import (
     make_explore,
     sampling_steps,
 )
+from diffexp_jax.programs import make_programs
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -39,7 +37,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
     # ------------------------------------------------------------------------------------------------------- settings
     check.check_config(config)
     checkpoint.check_workdir(workdir, config.to_dict())
-    n_chunks, _ = check.batch_split(config)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
 
@@ -51,17 +48,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check.check_noise(config, plain_steps)
 
     # ------------------------------------------------------------------------------------------------------- programs
-    algorithm = make_algorithm(config, problem, schedule.prediction_type, n_chunks)
+    algorithm, sample, update, generate = make_programs(config, problem, schedule.prediction_type)
     explore = make_explore(config)
-    sample = parallel.pmap(algorithm.sample) if algorithm.sample else None
-    update = parallel.pmap(algorithm.update, donate_argnums=0)
-    generate = evaluation.make_generate(
-        problem.model,
-        problem.rewards,
-        prediction_type=schedule.prediction_type,
-        n_chunks=n_chunks,
-        lora_scale=config.lora.alpha / config.lora.rank,
-    )
 
     # -------------------------------------------------------------------------------------------------- state, resume
     key = parallel.stream(config.seed, "lora")
@@ -134,48 +122,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def make_algorithm(config: ConfigDict, problem: Problem, prediction_type: str, n_chunks: int) -> Algorithm:
-    """The configured algorithm, on the loaded model and reward."""
-    model, scale = problem.model, config.lora.alpha / config.lora.rank
-    reward = problem.rewards[problem.reward]
-    policy = Policy(
-        denoise=lambda frozen, lora: evaluation.denoiser(model, frozen, lora, lora_scale=scale),
-        decode=lambda frozen, x_0: model.decode(frozen["model"], x_0),
-        score=lambda frozen, images, tokens: reward.score(frozen["rewards"][problem.reward], images, tokens),
-        latent_shape=model.latent_shape,
-        prediction_type=prediction_type,
-    )
-    o = config.optim
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(o.grad_clip),
-        optax.adamw(o.lr, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay),
-    )
-    if config.algorithm == "ddpo":
-        d = config.ddpo
-        return ddpo(
-            policy,
-            optimizer,
-            n_prompts=len(problem.train.texts),
-            n_updates=d.updates,
-            n_chunks=n_chunks,
-            inner_epochs=d.inner_epochs,
-            clip=d.clip,
-            advantage_clip=d.advantage_clip,
-            stats_buffer=d.stats_buffer,
-            stats_min_count=d.stats_min_count,
-        )
-    a = config.alignprop
-    return alignprop(
-        policy,
-        optimizer,
-        n_chunks=n_chunks,
-        loss_coefficient=a.loss_coefficient,
-        reward_target=a.reward_target,
-        truncation=a.truncation,
-        truncation_k=a.truncation_k,
-    )
-
-
 def evaluate_all(config: ConfigDict, problem: Problem, generate, frozen, lora, steps) -> dict[str, float]:
     """Mean of every reward and part over every evaluation prompt set, without exploration."""
     values = {}
@@ -211,15 +157,19 @@ def fixed_samples(config: ConfigDict, problem: Problem, generate, frozen, lora, 
 # -------------------------------------------------------------------------------------------------------- command line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run makes.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the run's programs without weights, print their size, exit.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py:key=value,...", lock_config=True)
 
 
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise InputError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
-    if _CONFIG.value is None or _WORKDIR.value is None:
-        raise InputError("wants --config configs/NAME.py:... and --workdir DIR")
-    run(_CONFIG.value, Path(_WORKDIR.value))
+    if _CONFIG.value is None or (_WORKDIR.value is None and not _DRY_RUN.value):
+        raise InputError("wants --config configs/NAME.py:... and --workdir DIR (or --dry_run)")
+    if _DRY_RUN.value:
+        dry_run(_CONFIG.value)
+    else:
+        run(_CONFIG.value, Path(_WORKDIR.value))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -9,7 +9,9 @@ stamp=.venv/requirements-test.installed
 if ! cat requirements.txt requirements-test.txt | cmp -s - "$stamp"; then
   # torch first and alone: a later package would otherwise pull another build of it
   "$python" -m pip install --disable-pip-version-check "$(grep '^torch==' requirements-test.txt)"
-  "$python" -m pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+  alone="^open_clip_torch=="  # and this without its dependencies: torchvision pulls another torch too
+  "$python" -m pip install --disable-pip-version-check -r requirements.txt -r <(grep -v "$alone" requirements-test.txt)
+  "$python" -m pip install --disable-pip-version-check --no-deps "$(grep -o "$alone[0-9.]*" requirements-test.txt)"
   "$python" -m pip install --disable-pip-version-check --no-deps -e .
   cat requirements.txt requirements-test.txt > "$stamp"
 fi

@@ -162,6 +162,28 @@ def test_an_iteration_is_the_plain_loops(whole, n_updates, inner_epochs, n_chunk
         assert expected["ratio/clip_fraction"] > 0.05  # the clip is at work in what was compared
 
 
+@pytest.mark.parametrize("n_updates, inner_epochs", [(1, 1), (2, 1), (2, 2)])
+def test_recomputed_log_probs_change_nothing_where_numerics_agree(n_updates, inner_epochs):
+    """One more pass, or none for one update: the same updates, and metrics of the updates alone."""
+    settings = dict(n_updates=n_updates, inner_epochs=inner_epochs, n_chunks=2, clip=0.05)
+    _, plain_lora, plain, _ = iterate(**settings)
+    _, lora, metrics, _ = iterate(**settings, recompute_log_prob=True)
+    assert_same_lora(lora, plain_lora)
+    for name, value in plain.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+
+
+def test_the_sampling_programs_log_probs_are_not_looked_at():
+    """However wrong they are: the ratio is of the update program's own."""
+    algorithm = ddpo(LINEAR, optax.sgd(0.0), **SETTINGS | {"n_updates": 2, "n_chunks": 2}, recompute_log_prob=True)
+    state, batch, steps = parallel.replicate(algorithm.init(LORA)), linear_batch(), parallel.replicate(STEPS)
+    samples = parallel.pmap(algorithm.sample)(state, parallel.replicate({}), batch, steps)
+    samples = samples._replace(trajectory=samples.trajectory._replace(log_prob=samples.trajectory.log_prob + 1.0))
+    key = parallel.replicate(jax.random.key(0))
+    _, metrics, _ = parallel.pmap(algorithm.update)(state, parallel.replicate({}), batch, steps, key, samples)
+    assert float(metrics["ratio/max_abs_log"][0]) == 0.0
+
+
 def test_accumulated_gradient_is_that_of_one_chunk(whole):
     samples, lora, metrics, images = whole
     small_samples, small_lora, small_metrics, small_images = iterate(n_chunks=4)
@@ -253,3 +275,26 @@ def test_learns_brightness(tiny):
             state, _, _ = tiny.update(state, frozen, batch, tiny.explored, tiny.key, samples)
         brightness[sign] = float(tiny.sample(state, plus, test_batch, tiny.explored).rewards.mean())
     assert brightness[-1.0] + 5e-4 < brightness[0.0] < brightness[1.0] - 5e-4, brightness
+
+
+def test_ratio_is_1_in_bfloat16(make_config):
+    """With exploration on, at every timestep, for two updates that change nothing (sgd at rate 0).
+
+    With the sampling program's log-probs the same number is 0.016 (on this CPU), far outside of the clip.
+    """
+    config = make_config("ddpo", {"eval.every": 0, "batch.samples": 8, "model.dtype": "bfloat16"})
+    problem = load_problem(config)
+    frozen = {"model": frozen_arrays(problem)["model"]}
+    lora = nonzero_lora(init_lora(jax.random.key(0), problem.model.params["unet"], rank=2))
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(frozen))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(lora))
+    policy = policy_of(problem.model, lambda frozen, images: images.mean((1, 2, 3)))
+    settings = SETTINGS | {"n_chunks": 2, "n_updates": 2, "recompute_log_prob": True}
+    algorithm = ddpo(policy, optax.sgd(0.0), **settings)
+    steps = sampling_steps(config, noise_schedule(problem.model.scheduler_config), explore=True)
+    args = parallel.replicate(algorithm.init(lora)), frozen, draw_batch(config, problem, 0, make_explore(config)), steps
+    samples = parallel.pmap(algorithm.sample)(*args)
+    _, metrics, _ = parallel.pmap(algorithm.update)(*args, parallel.replicate(jax.random.key(0)), samples)
+    assert float(metrics["grad_norm"][0]) > 0
+    n_steps, n_chunks = 4, 2  # the metric is the mean of that many maxima: none of them is larger than the sum
+    assert float(metrics["ratio/max_abs_log"][0]) * n_steps * n_chunks < 1e-5

@@ -201,6 +201,79 @@ def test_attention_is_torchs(heads):
     np.testing.assert_allclose(layers.attention(q, k, v, heads), theirs.numpy(), rtol=0, atol=1e-5)
 
 
+def qkv(lq, lk, width=12):
+    return normal(0, 2, lq, width), normal(1, 2, lk, width), normal(2, 2, lk, width)
+
+
+@pytest.mark.parametrize("lq, lk", [(36, 36), (37, 37), (101, 3)])
+def test_attention_in_blocks_is_exact(monkeypatch, lq, lk):
+    """Forward and gradient, lengths that the blocks do not divide."""
+
+    def value_and_grads(*args):
+        def loss(*args):
+            out = layers.attention(*args, 3)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*args)
+
+    plain = value_and_grads(*qkv(lq, lk))
+    monkeypatch.setattr(layers, "MAX_LOGITS", 39)  # blocks of a query or a few
+    text = str(jax.make_jaxpr(lambda *args: layers.attention(*args, 3))(*qkv(lq, lk)))
+    assert "scan" in text and f"[2,3,{lq},{lk}]" not in text
+    blocks = value_and_grads(*qkv(lq, lk))
+    for a, b in zip(jax.tree.leaves(blocks), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+
+
+def test_causal_and_masked_attention_are_never_in_blocks(monkeypatch):
+    monkeypatch.setattr(layers, "MAX_LOGITS", 1)
+    for kwargs in ({"is_causal": True}, {"mask": jnp.ones((1, 1, 1, 9), bool)}):
+        assert "scan" not in str(jax.make_jaxpr(lambda *args, kw=kwargs: layers.attention(*args, 3, **kw))(*qkv(9, 9)))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_of_4096_tokens_never_holds_its_matrix(backward):
+    """A head's 4096 x 4096 logits in float32 take 64 MiB; the compiled program works in less than half."""
+
+    def f(*args):
+        return jnp.sum(jnp.square(layers.attention(*args, 1)))
+
+    x = jax.ShapeDtypeStruct((1, 4096, 8), jnp.float32)
+    program = jax.jit(jax.grad(f, argnums=(0, 1, 2)) if backward else f).lower(x, x, x).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 32 * 2**20
+    plain = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v).sum())
+    x = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
+    assert plain.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes >= 64 * 2**20  # what is avoided
+
+
+class Hopper:
+    """A device as jax describes one."""
+
+    platform, compute_capability = "gpu", "9.0"
+
+    class client:
+        platform_version = "PJRT C API\ncuda 13000"
+
+
+def test_fused_attention_is_asked_for_where_it_is(monkeypatch):
+    """The shapes and types that cuDNN takes; which of them it is asked for (the kernel itself needs a GPU)."""
+    assert not layers.has_fused_attention(jnp.bfloat16, 64)  # the tests run on CPU
+    monkeypatch.setattr(jax, "local_devices", lambda: [Hopper])
+    for width in (8, 40, 64, 80, 128):
+        assert layers.has_fused_attention(jnp.bfloat16, width) and layers.has_fused_attention(jnp.float16, width)
+    assert not layers.has_fused_attention(jnp.float32, 64)
+    assert not any(layers.has_fused_attention(jnp.bfloat16, width) for width in (4, 36, 160, 512))
+    asked = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **kwargs: asked.append(kwargs) or q)
+    q = jnp.zeros((1, 5, 32), jnp.bfloat16)
+    layers.attention(q, q, q, 2)
+    layers.attention(q, q, q, 2, is_causal=True)
+    layers.attention(q.astype(jnp.float32), *[q.astype(jnp.float32)] * 2, 2)
+    assert asked == [{"implementation": "cudnn"}, {"is_causal": True}, {}]
+    monkeypatch.setattr(Hopper, "compute_capability", "7.5")
+    assert not layers.has_fused_attention(jnp.bfloat16, 64)
+
+
 # ---- Dense and its LoRA
 
 

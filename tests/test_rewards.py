@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.cbook import get_sample_data
+from PIL import Image
+from reward_checks import assert_same_score_and_gradient, perturbed, torch_pixels
 from safetensors.numpy import save_file
 
 from diffexp_jax import InputError
@@ -13,11 +16,12 @@ from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
 from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.models import convert
 from diffexp_jax.models.classifier import Classifier, ClassifierConfig
-from diffexp_jax.rewards import REWARDS, aesthetic, check_images, judge, load_reward, preprocess
+from diffexp_jax.rewards import REWARDS, aesthetic, check_images, judge, load_reward, make_official_scorer, preprocess
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+ACCEPTED = f"accepted: {', '.join(REWARDS)}, each also as NAME:PATH or textnorm(NAME:PATH), several joined by +"
 SIZE, WIDTH = 24, 12  # pixels of the tower's side, width of its embedding
 TEXTS = ["a dog riding a bike", "an ant", "A red car!"]
 
@@ -68,26 +72,6 @@ def aesthetic_folder(tmp_path, clip_folder, head):
     return tmp_path
 
 
-def torch_pixels(images):
-    """[N,3,H,W], normalised, with a gradient with respect to what is returned first."""
-    raw = torch.tensor(images.transpose(0, 3, 1, 2)).requires_grad_()
-    mean, std = (torch.tensor(x)[:, None, None] for x in (preprocess.CLIP_MEAN, preprocess.CLIP_STD))
-    return raw, (raw - mean) / std
-
-
-def assert_same_score_and_gradient(reward, images, texts, raw, expected):
-    """Scores within 1e-4 of the largest, gradients with respect to the images within 1e-3."""
-    tokens = reward.tokenize(texts)
-    score = jax.jit(reward.score)
-    scores, parts = score(reward.params, images, tokens)
-    np.testing.assert_allclose(scores, expected.detach(), atol=1e-4 * expected.abs().max().item(), rtol=0)
-    assert parts == {}
-    (theirs,) = torch.autograd.grad(expected.sum(), raw)
-    theirs = theirs.numpy().transpose(0, 2, 3, 1)
-    ours = jax.grad(lambda x: score(reward.params, x, tokens)[0].sum())(images)
-    np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(theirs).max(), rtol=0)
-
-
 @pytest.mark.parametrize("name", ["pickscore", "emoji_pickscore"])
 def test_pickscore(clip_folder, images, name):
     reference = transformers.CLIPModel.from_pretrained(clip_folder)
@@ -96,6 +80,14 @@ def test_pickscore(clip_folder, images, name):
     logits = reference(pixel_values=pixels, **tokens).logits_per_image
     reward = load_reward(f"{name}:{clip_folder}")
     assert_same_score_and_gradient(reward, images, TEXTS, raw, logits.diagonal())
+
+
+@pytest.mark.parametrize("name, factor", [("pickscore_26", 1 / 26), ("pickscore_cosine", None)])
+def test_pickscore_as_others_report_it(clip_folder, images, name, factor):
+    logit, other = load_reward(f"pickscore:{clip_folder}"), load_reward(f"{name}:{clip_folder}")
+    scale = np.exp(logit.params["logit_scale"])
+    scores = [jax.jit(r.score)(r.params, images, r.tokenize(TEXTS))[0] for r in (logit, other)]
+    np.testing.assert_allclose(scores[1], scores[0] * (factor or 1 / scale), rtol=1e-5)
 
 
 def test_pickscore_tells_prompts_apart(clip_folder, images):
@@ -155,7 +147,125 @@ def test_heads_that_do_not_fit(aesthetic_folder, head, change, message):
     assert "\n" not in str(error.value)
 
 
+def as_torch(head):
+    return {name: torch.tensor(value) for name, value in head.items()}
+
+
+@pytest.mark.parametrize("where", ["beside clip/", "in CLIP's folder", "the file"])
+def test_aesthetic_head_as_published(tmp_path, clip_folder, head, images, where):
+    """LAION's .pth, a pickle, gives what the same tensors as safetensors give."""
+    save_file(head, tmp_path / "model.safetensors")
+    plain = aesthetic.load(tmp_path, clip_folder=clip_folder)
+    folder = tmp_path / "sac+logos"  # a path with a "+"
+    folder.mkdir()
+    if where == "in CLIP's folder":
+        for path in clip_folder.iterdir():
+            (folder / path.name).symlink_to(path)
+    else:
+        (folder / "clip").symlink_to(clip_folder)
+    torch.save(as_torch(head), folder / "sac+logos+ava1-l14-linearMSE.pth")
+    path = folder / "sac+logos+ava1-l14-linearMSE.pth" if where == "the file" else folder
+    reward = load_reward(f"aesthetic:{path}")
+    tokens = reward.tokenize(TEXTS)
+    scores = [jax.jit(r.score)(r.params, images, tokens)[0] for r in (plain, reward)]
+    np.testing.assert_array_equal(*scores)
+
+
+class Predictor(transformers.CLIPVisionModelWithProjection):
+    """The layout of the aesthetic predictors in transformers' format: a CLIP image tower and a head in one."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        linear = [torch.nn.Linear(a, b) for a, b in zip((WIDTH, 10, 7, 6, 3), (10, 7, 6, 3, 1), strict=True)]
+        drop = torch.nn.Dropout(0.2)
+        self.layers = torch.nn.Sequential(*linear[:1], drop, *linear[1:2], drop, *linear[2:3], drop, *linear[3:])
+        self.post_init()
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_aesthetic_predictor_in_transformers_format(tmp_path, images, pickled):
+    sizes = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.CLIPVisionConfig(**sizes, image_size=SIZE, patch_size=8, projection_dim=WIDTH)
+    torch.manual_seed(0)
+    reference = perturbed(Predictor(config))
+    reference.save_pretrained(tmp_path)
+    if pickled:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(reference.state_dict(), tmp_path / "pytorch_model.bin")
+    raw, pixels = torch_pixels(images)
+    features = reference.get_submodule("")(pixel_values=pixels).image_embeds
+    expected = reference.layers(features / features.norm(dim=-1, keepdim=True))[:, 0]
+    assert_same_score_and_gradient(load_reward(f"aesthetic:{tmp_path}"), images, TEXTS, raw, expected)
+
+
 # -------------------------------------------------------------------------------------------------------- preprocessing
+
+BOXES = [(600, 512), (512, 512), (224, 224), (300, 451), (227, 500), (97, 130), (64, 64)]  # height, width
+
+
+def photograph(height, width):
+    """A piece of a real photograph, at a size of its own."""
+    with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
+        w, h = image.size
+        scale = min(w / width, h / height)
+        box = image.crop((0, 0, int(width * scale), int(height * scale)))
+        return np.asarray(box.resize((width, height), Image.Resampling.LANCZOS).convert("RGB"))
+
+
+def bytes_of(pixels):
+    return (pixels * np.array(preprocess.CLIP_STD) + np.array(preprocess.CLIP_MEAN)) * 255
+
+
+@pytest.mark.parametrize("height, width", BOXES)
+def test_the_two_paths_are_near(height, width):
+    """On a photograph: mean difference at most 1/255 of the range; that of HPSv2 is only rounding."""
+    image = photograph(height, width)
+    floats = jnp.array(image[None] / np.float32(255))
+    for start in (preprocess.floor_half, preprocess.round_half):
+        ours = preprocess.clip_pixels(floats, 224, start)[0]
+        theirs = preprocess.official_crop(image, 224, start)
+        assert np.abs(bytes_of(ours) - bytes_of(theirs)).mean() <= 1
+    ours = preprocess.normalise(preprocess.resize_and_pad(floats, 224))[0]
+    np.testing.assert_allclose(ours, preprocess.official_pad(image, 224), atol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", BOXES)
+def test_official_crop_is_transformers(height, width):
+    image = photograph(height, width)
+    reference = transformers.CLIPImageProcessorPil(do_convert_rgb=True)
+    theirs = reference(Image.fromarray(image), return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(preprocess.official_crop(image, 224, preprocess.floor_half), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("height, width", BOXES)
+def test_official_pad_is_torchs(height, width):
+    """The float tensor's antialiased bicubic, black around it before the normalisation."""
+    image = photograph(height, width)
+    h, w = (round(side * 224 / max(height, width)) for side in (height, width))
+    tensor = torch.tensor(image).permute(2, 0, 1)[None] / 255
+    resized = torch.nn.functional.interpolate(tensor, size=(h, w), mode="bicubic", antialias=True)
+    before = ((224 - w) // 2, (224 - h) // 2)
+    padded = torch.nn.functional.pad(resized, (before[0], 224 - w - before[0], before[1], 224 - h - before[1]))
+    theirs = preprocess.normalise(padded[0].permute(1, 2, 0).numpy())
+    np.testing.assert_allclose(preprocess.official_pad(image, 224), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("spare, floor, nearest", [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 1, 2), (5, 2, 2), (7, 3, 4)])
+def test_where_a_crop_begins(spare, floor, nearest):
+    assert (preprocess.floor_half(spare), preprocess.round_half(spare)) == (floor, nearest)
+
+
+def test_official_scores(clip_folder, aesthetic_folder):
+    """In batches, of pictures of different sizes, one by one the same; near the differentiable path's."""
+    images = [photograph(*box) for box in ((60, 51), (24, 24), (30, 45))]
+    reward = load_reward(f"pickscore:{clip_folder}+aesthetic:{aesthetic_folder}")
+    scorer = make_official_scorer(reward, batch=2)
+    scores = scorer(images, TEXTS)
+    assert scores.keys() == {"", "pickscore", "aesthetic"}
+    np.testing.assert_allclose(scorer(images[2:], TEXTS[2:])[""], scores[""][2:], rtol=1e-5)
+    total, parts = jax.jit(reward.score)(reward.params, images[0][None] / np.float32(255), reward.tokenize(TEXTS[:1]))
+    np.testing.assert_allclose(scores[""][0], total[0], rtol=0.05)
+    np.testing.assert_allclose(scores["aesthetic"][0], parts["aesthetic"][0], rtol=0.05)
 
 
 @pytest.mark.parametrize("height, width", [(24, 24), (50, 37), (37, 50), (24, 31), (17, 20), (96, 96)])
@@ -273,11 +383,14 @@ def test_classifier_is_small():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("clip", f"unknown reward 'clip'; accepted: {', '.join(REWARDS)}, each also as NAME:FOLDER"),
-        ("", f"unknown reward ''; accepted: {', '.join(REWARDS)}, each also as NAME:FOLDER"),
-        ("pickscore", "reward 'pickscore' needs the folder of its weights: pickscore:FOLDER"),
-        ("aesthetic:", "reward 'aesthetic' needs the folder of its weights: aesthetic:FOLDER"),
-        ("pickscore:no/such", "reward 'pickscore': no/such: the folder is missing"),
+        ("clip", f"unknown reward 'clip'; {ACCEPTED}"),
+        ("", f"unknown reward ''; {ACCEPTED}"),
+        ("textnorm(clip)", f"unknown reward 'clip'; {ACCEPTED}"),
+        ("textnorm(pickscore:x", f"unknown reward 'textnorm(pickscore'; {ACCEPTED}"),
+        ("pickscore", "reward 'pickscore' needs its weights: pickscore:PATH"),
+        ("aesthetic:", "reward 'aesthetic' needs its weights: aesthetic:PATH"),
+        ("pickscore:no/such", "reward 'pickscore': no/such: no such file or folder"),
+        ("emoji_judge+emoji_judge", "reward 'emoji_judge+emoji_judge': names a reward twice"),
     ],
 )
 def test_bad_specs(spec, message):

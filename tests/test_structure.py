@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from configs import alignprop, common, ddpo
+from configs import alignprop, common, ddpo, paper
+from diffexp_jax import check
 
 PACKAGE = ROOT / "diffexp_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -29,10 +30,24 @@ BELOW = {
     "report": {"metrics"},
     "checkpoint": {"command", "InputError"},
     "check": {"algorithms", "prompts", "diffusion", "InputError"},
+    "flops": set(),
+    "programs": {"problem", "evaluation", "algorithms", "parallel", "check"},
+    "dry_run": {"programs", "problem", "evaluation", "flops", "models", "rewards", "prompts", "parallel", "check"}
+    | {"InputError"},
     "evaluation": {"algorithms", "sampling", "diffusion", "models", "rewards", "parallel"},
     "problem": {"evaluation", "algorithms", "sampling", "diffusion", "exploration", "models", "rewards", "prompts"}
     | {"parallel", "InputError"},
-    "train": {"problem", "evaluation", "algorithms", "exploration", "models", "parallel", "check", "checkpoint"}
+    "train": {
+        "programs",
+        "dry_run",
+        "problem",
+        "evaluation",
+        "exploration",
+        "models",
+        "parallel",
+        "check",
+        "checkpoint",
+    }
     | {"command", "metrics", "report", "InputError"},
     "__init__": set(),
 }
@@ -74,7 +89,12 @@ def of(library: str) -> set[str]:
 
 def test_where_libraries_are_used():
     assert of("flax.linen") == {"models"}  # a port to another network library touches one folder
-    assert of("ml_collections") == {"train", "problem"}  # library functions take keyword arguments
+    assert of("ml_collections") == {
+        "train",
+        "problem",
+        "programs",
+        "dry_run",
+    }  # library functions take keyword arguments
     assert of("orbax") == {"checkpoint"}
     for library in ("torch", "random", "diffusers"):
         assert of(library) == set(), library
@@ -83,7 +103,7 @@ def test_where_libraries_are_used():
 
 def test_configs_import_nothing_of_the_package():
     for path in (ROOT / "configs").glob("*.py"):
-        assert {name.split(".")[0] for name in imported(path)} <= {"ml_collections", "configs"}, path
+        assert {name.split(".")[0] for name in imported(path)} <= {"ml_collections", "configs", "re"}, path
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -152,6 +172,24 @@ def test_every_setting_has_a_comment():
 def test_the_configs_change_only_what_there_is(config, argument):
     assert leaves(config.get_config(argument)) == KEYS
     assert config.get_config(argument).exploration.enabled == (argument == "")
+
+
+@pytest.mark.parametrize("name", paper.EXPERIMENTS)
+def test_the_papers_configs(name):
+    """Every one can run, explores, and its baseline differs in nothing else."""
+    config, plain = paper.get_config(name), paper.get_config(f"{name},explore=false")
+    check.check_config(config)
+    assert leaves(config) == KEYS and config.batch.samples == 64 and config.sampling.steps == 50
+    assert config.sampling.guidance == {"ddpo": 5.0, "alignprop": 7.5}[config.algorithm]
+    assert config.exploration.enabled and not plain.exploration.enabled
+    plain.exploration.enabled = True
+    assert plain.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("argument", [None, "", "fig99", "fig1,explore=maybe", "fig1,"])
+def test_unknown_experiments(argument):
+    with pytest.raises(ValueError, match="accepted: fig1, fig4_ddpo_aesthetic, .*explore=false"):
+        paper.get_config(argument)
 
 
 # ------------------------------------------------------------------------------------------------------------ equations

@@ -63,12 +63,13 @@ class Algorithm(NamedTuple):
 
 def chunked(tree: Any, n_chunks: int) -> Any:
     """[B, ...] -> [n_chunks, B / n_chunks, ...], in order."""
-    return jax.tree.map(lambda x: x.reshape(n_chunks, -1, *x.shape[1:]), tree)
+    # no -1 in the shape: a reward that reads no prompts has tokens of width 0
+    return jax.tree.map(lambda x: x.reshape(n_chunks, len(x) // n_chunks, *x.shape[1:]), tree)
 
 
 def unchunked(tree: Any) -> Any:
     """[chunks, m, ...] -> [chunks * m, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
 def zeros_like_output(function: Callable, *args) -> Any:
@@ -76,16 +77,20 @@ def zeros_like_output(function: Callable, *args) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *args))
 
 
-def mean_over(function: Callable[[Any], Any], xs: Any) -> Any:
-    """Mean of function(x) over the leading axis of xs, by a scan that holds one x's work at a time."""
+def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any) -> tuple[Any, Any]:
+    """(mean of the first, stack of the second) result of function(x) over the leading axis of xs.
+
+    A scan that holds one x's work at a time.
+    """
     length = len(jax.tree.leaves(xs)[0])
 
     def add(total, x):
-        return jax.tree.map(jnp.add, total, function(x)), None
+        to_add, to_keep = function(x)
+        return jax.tree.map(jnp.add, total, to_add), to_keep
 
-    start = zeros_like_output(function, jax.tree.map(lambda x: x[0], xs))
-    total, _ = jax.lax.scan(add, start, xs)
-    return jax.tree.map(lambda x: x / length, total)
+    start, _ = zeros_like_output(function, jax.tree.map(lambda x: x[0], xs))
+    total, kept = jax.lax.scan(add, start, xs)
+    return jax.tree.map(lambda x: x / length, total), kept
 
 
 def across_devices(x: Num[Array, "B"]) -> Num[Array, "N"]:

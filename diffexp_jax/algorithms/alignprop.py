@@ -38,6 +38,7 @@ def alignprop(
     reward_target: float | None,
     truncation: str,
     truncation_k: int,
+    remat: bool = True,
 ) -> Algorithm:
     """Makes the algorithm.
 
@@ -45,6 +46,7 @@ def alignprop(
       n_chunks: forward passes that a device's samples are split into; their gradients are averaged.
       loss_coefficient: the loss is this times mean |reward_target - r|, or times mean(-r) without a target.
       truncation: "uniform", "per_step" or "fixed" (then the last `truncation_k` steps), see `live_steps`.
+      remat: see `rollout`.
     """
 
     def init(lora) -> TrainState:
@@ -60,6 +62,7 @@ def alignprop(
             chunk.key,
             prediction_type=policy.prediction_type,
             live=live,
+            remat=remat,
         )
         images = policy.decode(frozen, x_0).clip(0.0, 1.0)
         rewards, parts = policy.score(frozen, images, chunk.tokens)

@@ -28,6 +28,17 @@ def clipped_ratio_loss(
     return jnp.maximum(-adv * ratio, -adv * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)).mean()
 
 
+def ratio_metrics(log_ratio: Float[Array, "B"], clip: float) -> dict[str, Float[Array, ""]]:
+    """What one step and chunk's importance ratios look like; reported as means over steps, chunks and updates."""
+    ratio = jnp.exp(log_ratio)
+    return {
+        "ratio/mean": ratio.mean(),
+        "ratio/max_abs_log": jnp.abs(log_ratio).max(),
+        "ratio/clip_fraction": (jnp.abs(ratio - 1.0) > clip).mean(),
+        "approx_kl": 0.5 * jnp.square(log_ratio).mean(),
+    }
+
+
 def ddpo(
     policy: Policy,
     optimizer: optax.GradientTransformation,
@@ -40,6 +51,7 @@ def ddpo(
     advantage_clip: float,
     stats_buffer: int,
     stats_min_count: int,
+    recompute_log_prob: bool = False,
 ) -> Algorithm:
     """Makes the algorithm.
 
@@ -50,6 +62,12 @@ def ddpo(
       inner_epochs: passes over an iteration's samples.
       clip: of the importance ratio (1e-4: log-probs are means over a latent's entries).
       advantage_clip, stats_buffer, stats_min_count: see `state.advantages`.
+      recompute_log_prob: take the sampling policy's log-probs from the update program instead of the sampling program.
+        XLA fuses the two differently, and in bfloat16 that alone moves log-probs by more than the clip. So a pass over
+        the samples before the first update records them: the very loop that trains, its backward pass skipped, hence
+        the same machine code and, while the weights are still the same, a ratio of exactly 1 on any backend. It costs
+        a forward pass per sample and step, or nothing where an iteration is one update: the policy then is the
+        sampling policy, and old = stop_gradient(new).
     """
     kind = policy.prediction_type
 
@@ -72,32 +90,37 @@ def ddpo(
         flat = unchunked((samples.rewards, samples.parts, samples.images))
         return Samples(samples.trajectory, *flat)
 
-    def minibatch_gradient(lora, frozen, trajectory, adv):
-        """Mean over chunks and steps of the loss' gradient; trajectory leaves [chunks, T, m, ...]."""
+    def minibatch_gradient(lora, frozen, trajectory, adv, old, recording):
+        """Mean over chunks and steps of the loss' gradient, and each step's log-prob under `lora`.
+
+        Trajectory leaves are [chunks, T, m, ...]. `old` are the log-probs of the sampling policy, None where that
+        policy is `lora` itself. While `recording` (None: never), only the log-probs are of use and made.
+        """
 
         def over_steps(chunk):
-            tr, adv = chunk
-
-            def loss(lora, xs):
-                x_t, x_tm1, old, step = xs
-                denoise = policy.denoise(frozen, lora)
-                log_prob = step_log_prob(denoise, x_t, x_tm1, step, tr.context, prediction_type=kind)
-                log_ratio = log_prob - old
-                aux = {
-                    "ratio/mean": jnp.exp(log_ratio).mean(),
-                    "ratio/max_abs_log": jnp.abs(log_ratio).max(),  # of each step and chunk; then averaged as the rest
-                    "ratio/clip_fraction": (jnp.abs(jnp.exp(log_ratio) - 1.0) > clip).mean(),
-                    "approx_kl": 0.5 * jnp.square(log_ratio).mean(),
-                }
-                return clipped_ratio_loss(log_prob, old, adv, clip=clip), aux
+            tr, adv, old = chunk
 
             def step_gradient(xs):
-                (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(lora, xs)
-                return grads, {"loss": value} | aux
+                x_t, x_tm1, old, step = xs
 
-            return mean_over(step_gradient, (tr.x_t, tr.x_tm1, tr.log_prob, tr.steps))
+                def log_prob_of(lora):
+                    denoise = policy.denoise(frozen, lora)
+                    return step_log_prob(denoise, x_t, x_tm1, step, tr.context, prediction_type=kind)
 
-        return jax.lax.pmean(mean_over(over_steps, (trajectory, adv)), AXIS)
+                log_prob, pull_back = jax.vjp(log_prob_of, lora)
+                old = log_prob if old is None else old
+                value, slope = jax.value_and_grad(clipped_ratio_loss)(log_prob, old, adv, clip=clip)
+                if recording is None:
+                    (grads,) = pull_back(slope)
+                else:
+                    nothing = jax.tree.map(jnp.zeros_like, lora)
+                    grads = jax.lax.cond(recording, lambda: nothing, lambda: pull_back(slope)[0])
+                return (grads, {"loss": value} | ratio_metrics(log_prob - old, clip)), log_prob
+
+            return mean_over(step_gradient, (tr.x_t, tr.x_tm1, old, tr.steps))
+
+        means, log_prob = mean_over(over_steps, (trajectory, adv, old))
+        return jax.lax.pmean(means, AXIS), log_prob
 
     def update(state, frozen, batch, steps, key, samples):
         del steps, key  # the trajectory keeps its own steps; nothing here is random
@@ -111,21 +134,29 @@ def ddpo(
             min_count=stats_min_count,
             clip=advantage_clip,
         )
-        minibatches = chunked((samples.trajectory, chunked(adv, n_chunks)), n_updates)  # [updates, chunks, T, m, ...]
+        trajectory, adv = chunked((samples.trajectory, chunked(adv, n_chunks)), n_updates)  # [updates, chunks, T, m, .]
+        record = recompute_log_prob and n_updates * inner_epochs > 1
+        old = trajectory.log_prob if record or not recompute_log_prob else None  # None: the policy itself
 
         def one_update(carry, minibatch):
-            lora, opt_state = carry
-            grads, metrics = minibatch_gradient(lora, frozen, *minibatch)
-            updates, opt_state = optimizer.update(grads, opt_state, lora)
+            (lora, opt_state), recording = carry
+            (grads, metrics), log_prob = minibatch_gradient(lora, frozen, *minibatch, recording)
+            updates, new_opt_state = optimizer.update(grads, opt_state, lora)
             metrics["grad_norm"] = optax.tree.norm(grads)
-            return (optax.apply_updates(lora, updates), opt_state), metrics
+            new = optax.apply_updates(lora, updates), new_opt_state
+            if record:
+                new = jax.tree.map(lambda kept, new: jnp.where(recording, kept, new), (lora, opt_state), new)
+            return (new, recording), (metrics, log_prob)
 
-        def one_epoch(carry, _):
-            return jax.lax.scan(one_update, carry, minibatches)
+        def one_epoch(carry, recording):
+            weights, old = carry
+            (weights, _), (metrics, log_prob) = jax.lax.scan(one_update, (weights, recording), (trajectory, adv, old))
+            return (weights, jnp.where(recording, log_prob, old) if record else old), metrics
 
-        carry = (state.lora, state.opt_state)
-        (lora, opt_state), metrics = jax.lax.scan(one_epoch, carry, length=inner_epochs)
-        metrics = {name: value.mean() for name, value in metrics.items()}
+        recording = jnp.arange(1 + inner_epochs) == 0 if record else None  # the first pass only records
+        carry = (state.lora, state.opt_state), old
+        ((lora, opt_state), _), metrics = jax.lax.scan(one_epoch, carry, recording, length=inner_epochs + record)
+        metrics = {name: value[int(record) :].mean() for name, value in metrics.items()}
         metrics |= reward_metrics(samples.rewards, samples.parts)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return TrainState(state.iteration + 1, lora, opt_state, stats), metrics, samples.images

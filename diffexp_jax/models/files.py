@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +154,16 @@ def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None
 
 def _one_line(error: Exception) -> str:
     return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
+
+
+def only_file(folder: Path, suffixes: Sequence[str]) -> Path:
+    """The one file of a folder that ends in one of the suffixes.
+
+    Raises:
+      InputError: there is none, or there are several.
+    """
+    found = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise InputError(f"{folder}: wants one file ending in {', '.join(suffixes)}; found {names}")
+    return found[0]

@@ -40,16 +40,71 @@ def timestep_embedding(t: Num[Array, "B"], width: int) -> Float[Array, "B width"
     return jnp.pad(emb, ((0, 0), (0, width - 2 * half)))
 
 
+MAX_LOGITS = 2**20  # per image and head that `attention` may hold at once without a fused kernel: 4 MB in float32
+
+
 def attention(
-    q: Float[Array, "B Lq width"], k: Float[Array, "B Lk width"], v: Float[Array, "B Lk width"], heads: int, **kwargs
+    q: Float[Array, "B Lq width"],
+    k: Float[Array, "B Lk width"],
+    v: Float[Array, "B Lk width"],
+    heads: int,
+    *,
+    is_causal: bool = False,
+    **kwargs,
 ) -> Float[Array, "B Lq width"]:
-    """Multi-head scaled dot-product attention (softmax in float32); `kwargs` go to `jax.nn.dot_product_attention`."""
+    """Multi-head scaled dot-product attention (softmax in float32); `kwargs` go to `jax.nn.dot_product_attention`.
+
+    Exact in three ways: cuDNN's fused kernel, which never holds the logits; blocks of queries one after another
+    where there are more than MAX_LOGITS logits; else all at once. Causal or masked attention (prompts: some
+    77 tokens) is always the last.
+    """
 
     def split(x):
         return x.reshape(*x.shape[:-1], heads, -1)  # [B, L, heads, width/heads]
 
-    out = jax.nn.dot_product_attention(split(q), split(k), split(v), **kwargs)
-    return out.reshape(q.shape)
+    q, k, v = split(q), split(k), split(v)
+    if is_causal or kwargs:
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, **kwargs)
+    elif has_fused_attention(q.dtype, q.shape[-1]):
+        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    elif q.shape[1] * k.shape[1] > MAX_LOGITS:
+        out = _attention_in_blocks(q, k, v)
+    else:
+        out = jax.nn.dot_product_attention(q, k, v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def has_fused_attention(dtype: DTypeLike, width: int) -> bool:
+    """Whether cuDNN's attention serves this machine's devices, with this type and width of a head.
+
+    Its limits, which jax checks too: 16 bits, a multiple of 8 up to 128 (wider on newer devices, not used). So SDXL's
+    heads (64) and SD 1.5's of 40 and 80 are fused; SD 1.5's of 160 see 256 tokens or fewer and need it not.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
+        return False
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    return int(device.compute_capability.partition(".")[0]) >= 8  # Ampere or newer
+
+
+def _attention_in_blocks(
+    q: Float[Array, "B Lq heads d"], k: Float[Array, "B Lk heads d"], v: Float[Array, "B Lk heads d"]
+) -> Float[Array, "B Lq heads d"]:
+    """Exact attention that holds at most MAX_LOGITS logits per image and head, in the backward pass too."""
+    n_blocks = min(-(-q.shape[1] * k.shape[1] // MAX_LOGITS), q.shape[1])
+    size = -(-q.shape[1] // n_blocks)
+    padded = jnp.pad(q, ((0, 0), (0, n_blocks * size - q.shape[1]), (0, 0), (0, 0)))
+    blocks = padded.reshape(len(q), n_blocks, size, *q.shape[2:]).swapaxes(0, 1)  # [blocks, B, size, heads, d]
+    # the gradients of keys and values are sums over the blocks: taken in float32, whatever the type is
+    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    @jax.checkpoint  # or the scan would keep every block's weights for the backward pass: the whole matrix again
+    def one(block):
+        return jax.nn.dot_product_attention(block, k32.astype(k.dtype), v32.astype(v.dtype))
+
+    out = jax.lax.map(one, blocks).swapaxes(0, 1)
+    return out.reshape(padded.shape)[:, : q.shape[1]]
 
 
 # --------------------------------------------------------------------------------------------------------- convolution

@@ -16,7 +16,7 @@ from diffexp_jax.models import convert, files
 from diffexp_jax.models.clip import CLIPTextConfig, canonical_text_names
 from diffexp_jax.models.families import PARTS, ModelConfig, read_config
 from diffexp_jax.models.unet import UNet
-from diffexp_jax.models.vae import AutoencoderKL
+from diffexp_jax.models.vae import AutoencoderKL, in_slices
 
 EMOJI = Path(__file__).parents[1] / "emoji" / "assets" / "model"  # the model that the package ships
 
@@ -54,6 +54,7 @@ def load(
     image_size: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    **kwargs,
 ) -> StableDiffusion:
     """Loads a pipeline from a folder or from the Hugging Face hub, or the shipped model for "emoji".
 
@@ -62,13 +63,14 @@ def load(
       image_size: pixels of a square image's side; default: the size that the UNet was trained at.
       revision: of the hub's repository: a branch, tag or commit.
       variant: "fp16" prefers the half-precision weight files where there are both.
+      **kwargs: for `build`.
 
     Raises:
       InputError: a file is missing or broken, its tensors do not fit, or a config asks for what is not implemented.
     """
     folder = EMOJI if str(path) == "emoji" else files.model_folder(str(path), PARTS, revision=revision, variant=variant)
     config = read_config(folder)
-    bundle = build(config, dtype=dtype, image_size=image_size)
+    bundle = build(config, dtype=dtype, image_size=image_size, **kwargs)
     tokenizers = tuple(load_tokenizer(folder / name) for name in config.family.tokenizers)
     check_tokenizers(tokenizers, config.text, str(folder))
     params = {}
@@ -83,14 +85,24 @@ def load(
     return bundle._replace(params=params, tokenizers=tokenizers)
 
 
-def build(config: ModelConfig, *, dtype: DTypeLike = jnp.float32, image_size: int | None = None) -> StableDiffusion:
-    """The functions of such a model, without weights or tokenizers."""
+def build(
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    image_size: int | None = None,
+    remat_blocks: bool = False,
+    vae_slice: int = 32,
+) -> StableDiffusion:
+    """The functions of such a model, without weights or tokenizers.
+
+    `remat_blocks` is the UNet's `remat`; `vae_slice` is how many images are decoded at once.
+    """
     family, scale = config.family, config.vae.downsampling
     if image_size is not None and (image_size < scale or image_size % scale):
         raise InputError(f"image_size {image_size}: wants a multiple of {scale} pixels")
     side = config.unet.sample_size if image_size is None else image_size // scale
     pixels = side * scale
-    unet, vae = UNet(config.unet, dtype), AutoencoderKL(config.vae, config.vae_dtype(dtype))
+    unet, vae = UNet(config.unet, dtype, remat_blocks), AutoencoderKL(config.vae, config.vae_dtype(dtype))
     encoders = {
         part: network(cfg, dtype)
         for (part, network), cfg in zip(family.text_encoders.items(), config.text, strict=True)
@@ -112,7 +124,7 @@ def build(config: ModelConfig, *, dtype: DTypeLike = jnp.float32, image_size: in
         return unet.apply(variables, x_t, t, embedding, added)
 
     def decode(params, latents):
-        return vae.apply({"params": params["vae"]}, latents, method="decode")
+        return in_slices(lambda z: vae.apply({"params": params["vae"]}, z, method="decode"), latents, vae_slice)
 
     return StableDiffusion(
         params={},

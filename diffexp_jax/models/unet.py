@@ -144,6 +144,7 @@ class Transformer2D(nn.Module):
     linear: bool
     groups: int
     dtype: DTypeLike
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], context: Float[Array, "B L D"]) -> Float[Array, "B H W C"]:
@@ -153,15 +154,25 @@ class Transformer2D(nn.Module):
         h = project(width, dtype=self.dtype, name="proj_in")(h)
         h = h.reshape(x.shape[0], -1, width)
         for i in range(self.depth):
-            h = TransformerBlock(self.heads, self.dtype, name=f"transformer_blocks.{i}")(h, context)
+            block = _rematerialised(TransformerBlock, self.remat)
+            h = block(self.heads, self.dtype, name=f"transformer_blocks.{i}")(h, context)
         return x + project(width, dtype=self.dtype, name="proj_out")(h.reshape(x.shape))
 
 
+def _rematerialised(module: type[nn.Module], on: bool) -> type[nn.Module]:
+    return nn.remat(module) if on else module
+
+
 class UNet(nn.Module):
-    """Predicts the noise (or v) in latents x_t at timesteps t, given the prompt's embedding."""
+    """Predicts the noise (or v) in latents x_t at timesteps t, given the prompt's embedding.
+
+    `remat`: the backward pass computes each residual and transformer block's activations again, so that it holds the
+    blocks' inputs and one block's activations at a time.
+    """
 
     config: UNetConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def _time_embedding(self, t, added, batch: int) -> Float[Array, "B E"]:
         cfg, width = self.config, 4 * self.config.block_out_channels[0]
@@ -179,7 +190,8 @@ class UNet(nn.Module):
         return temb
 
     def _resnet(self, features: int, name: str) -> ResnetBlock:
-        return ResnetBlock(features, self.config.norm_num_groups, self.config.norm_eps, self.dtype, name=name)
+        block = _rematerialised(ResnetBlock, self.remat)
+        return block(features, self.config.norm_num_groups, self.config.norm_eps, self.dtype, name=name)
 
     def _transformer(self, level: int, name: str) -> Transformer2D:
         cfg = self.config
@@ -189,6 +201,7 @@ class UNet(nn.Module):
             cfg.use_linear_projection,
             cfg.norm_num_groups,
             self.dtype,
+            self.remat,
             name=name,
         )
 

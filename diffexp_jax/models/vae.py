@@ -1,9 +1,10 @@
 """AutoencoderKL (Rombach et al. 2022): the image autoencoder of Stable Diffusion, in diffusers' layout and names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
@@ -150,3 +151,17 @@ class AutoencoderKL(nn.Module):
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """Reconstruction from the mean latent; touches every parameter (used to initialise)."""
         return self.decode(self.encode(images))
+
+
+def in_slices(
+    function: Callable[[Float[Array, "b ..."]], Float[Array, "b ..."]], x: Float[Array, "B ..."], size: int
+) -> Float[Array, "B ..."]:
+    """function(x) of a batch, in equal slices of at most `size` images, one after another.
+
+    The backward pass computes a slice's activations again, so that it holds those of one slice at a time.
+    """
+    size = next(n for n in range(min(size, len(x)), 0, -1) if len(x) % n == 0)
+    if size == len(x):
+        return function(x)
+    out = jax.lax.map(jax.checkpoint(function), x.reshape(-1, size, *x.shape[1:]))
+    return out.reshape(-1, *out.shape[2:])

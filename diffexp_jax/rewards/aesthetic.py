@@ -1,6 +1,7 @@
 """LAION's aesthetic predictor (Schuhmann 2022, v2): a small head on CLIP's image embedding; no prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +11,60 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.models import clip, convert, files
-from diffexp_jax.rewards.preprocess import clip_pixels
-from diffexp_jax.rewards.reward import Reward
+from diffexp_jax.models import clip, convert, files, pickles
+from diffexp_jax.rewards.preprocess import clip_pixels, floor_half, official_crop, round_half
+from diffexp_jax.rewards.reward import Reward, of_pixels
 
 # The linear layers among the entries of LAION's nn.Sequential; the entries between them are dropout.
 LAYERS = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
 
-_IMAGE_PARTS = (
-    "vision_model",
-    "visual_projection",
-    "logit_scale",
-)  # of CLIP: the text tower need not be kept
 
-
-def load(folder: Path, *, clip_folder: Path | None = None, dtype: DTypeLike = jnp.float32) -> Reward:
+def load(path: Path, *, clip_folder: Path | None = None, dtype: DTypeLike = jnp.float32) -> Reward:
     """The predicted rating of a picture, from 1 to 10.
 
     Args:
-      folder: holds the head as model.safetensors, under the published names ("layers.0.weight", ...).
-      clip_folder: the CLIPModel whose embeddings the head was trained on; default: `clip/` in `folder`.
+      path: the head: LAION's .pth or the same as safetensors, under the published names ("layers.0.weight", ...); or
+        a folder with one such file; or the folder of a predictor in transformers' format, head and CLIP in one.
+      clip_folder: the CLIPModel whose embeddings the head was trained on; default: `clip/` beside the head, or the
+        head's own folder if it holds a config.json.
       dtype: of CLIP's weights and arithmetic; the head is float32.
 
     Raises:
-      InputError: a file is missing or broken, or the tensors do not fit.
+      InputError: a file is missing, broken or refused, or the tensors do not fit.
     """
-    model, params = clip.load(clip_folder or folder / "clip", dtype=dtype)
-    tensors = files.open_weights(folder)
+    folder, tensors = _open_head(path)
+    whole = any(name.startswith("vision_model.") for name in tensors)  # transformers' format
+    if clip_folder is None:
+        clip_folder = folder if (folder / "config.json").is_file() else folder / "clip"
+    model, clip_params = clip.load_image_tower(clip_folder, tensors if whole else None, dtype=dtype)
+    if whole:
+        tensors = files.Renamed(tensors, lambda name: name if name.startswith("layers.") else None)
     shapes = head_shapes(_widths(tensors, model.config.projection_dim))
-    head = convert.from_torch(tensors, shapes, where=str(folder))
+    head = convert.from_torch(tensors, shapes, where=str(path))
+    start = floor_half if whole else round_half  # whose processor it is used with
+    return build(model, {"clip": clip_params, "head": head}, start=start)
 
-    def score(
-        params, images: Float[Array, "B H W 3"], tokens: Int[Array, "B 0"]
+
+def build(model: clip.CLIP, params: Any, *, start: Callable = round_half) -> Reward:
+    """The reward of such an image tower and head; `params` may be shapes."""
+    size = model.config.vision.image_size
+
+    def rate_pixels(
+        params, pixels: Float[Array, "B H W 3"], tokens: Int[Array, "B 0"]
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
-        pixels = clip_pixels(images, model.config.vision.image_size)
         features = model.apply({"params": params["clip"]}, pixels, method="embed_image")
         return rate(params["head"], features), {}
 
     def tokenize(texts: Sequence[str]) -> Int[np.ndarray, "B 0"]:
         return np.zeros((len(texts), 0), np.int32)
 
-    return Reward({"clip": {part: params[part] for part in _IMAGE_PARTS}, "head": head}, tokenize, score)
+    return of_pixels(
+        params,
+        tokenize=tokenize,
+        pixels=partial(clip_pixels, size=size, start=start),
+        prepare=partial(official_crop, size=size, start=start),
+        rate=rate_pixels,
+    )
 
 
 def rate(head: Mapping[str, Any], features: Float[Array, "B P"]) -> Float[Array, " B"]:
@@ -69,6 +83,18 @@ def head_shapes(widths: Sequence[int]) -> dict[str, Any]:
 
     pairs = zip(LAYERS, widths[:-1], widths[1:], strict=True)
     return {name: {"kernel": shape(before, after), "bias": shape(after)} for name, before, after in pairs}
+
+
+def _open_head(path: Path) -> tuple[Path, Mapping[str, np.ndarray]]:
+    """The folder where the head is, and its tensors. A pickle comes before safetensors: beside it, these are CLIP's."""
+    if not path.is_dir():
+        return path.parent, pickles.open_checkpoint(path)
+    heads = sorted(file for file in path.iterdir() if file.suffix in (".pth", ".pt"))
+    if heads:
+        return path, pickles.open_checkpoint(files.only_file(path, (".pth", ".pt")))
+    if (pickled := path / "pytorch_model.bin").is_file() and not list(path.glob("*.safetensors*")):
+        return path, pickles.open_checkpoint(pickled)
+    return path, files.open_weights(path)
 
 
 def _widths(tensors: Mapping[str, np.ndarray], embedding: int) -> list[int]:

@@ -7,13 +7,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
 from diffexp_jax.models import convert, files
 from diffexp_jax.models.classifier import Classifier, ClassifierConfig
-from diffexp_jax.rewards.preprocess import resize_and_crop
-from diffexp_jax.rewards.reward import Reward
+from diffexp_jax.rewards.preprocess import as_floats, resize_and_crop
+from diffexp_jax.rewards.reward import Reward, of_pixels
 
 SIZE = 64  # pixels: the pictures that the judge was trained on
 
@@ -37,10 +37,10 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     shapes = convert.abstract_params(model, jnp.zeros((1, SIZE, SIZE, 3)))
     params = convert.from_torch(files.open_weights(folder), shapes, where=str(folder), dtype=dtype)
 
-    def score(
-        params, images: Float[Array, "B H W 3"], wanted: Int[Array, "B 2"]
+    def rate(
+        params, pixels: Float[Array, "B H W 3"], wanted: Int[Array, "B 2"]
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
-        logits = model.apply({"params": params}, resize_and_crop(images, SIZE))
+        logits = model.apply({"params": params}, pixels)
         seen = jnp.stack([head.argmax(-1) for head in logits], axis=1)  # [B, 2]
         right = (seen == wanted).astype(jnp.float32)
         return right.prod(1), {"animal": right[:, 0], "object": right[:, 1]}
@@ -48,7 +48,13 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     def tokenize(texts: Sequence[str]) -> Int[np.ndarray, "B 2"]:
         return np.array([parse(text) for text in texts], np.int32).reshape(-1, 2)
 
-    return Reward(params, tokenize, score)
+    def pixels(images: Float[Array, "B H W 3"]) -> Float[Array, "B 64 64 3"]:
+        return resize_and_crop(images, SIZE)
+
+    def prepare(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "64 64 3"]:
+        return np.asarray(pixels(as_floats(image)[None])[0])
+
+    return of_pixels(params, tokenize=tokenize, pixels=pixels, prepare=prepare, rate=rate)
 
 
 def parse(text: str) -> tuple[int, int]:

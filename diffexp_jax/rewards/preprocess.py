@@ -1,42 +1,118 @@
-"""Images in [0,1] -> what a CLIP tower reads, differentiably."""
+"""Images -> what the reward models read, twice: differentiably on the device, and on the host as published.
+
+The published way works on bytes: PIL resizes and rounds to 0..255 (only HPSv2 resizes after the change to floats).
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
 
 from diffexp_jax import InputError
 
-# OpenAI's statistics of red, green and blue, which every published CLIP kept.
+# OpenAI's statistics of red, green and blue, which every published CLIP kept, and BLIP took over.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _SLACK = 1e-3  # how far outside [0,1] rounding may bring a pixel
 
 
-def normalise(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+def normalise(images: Float[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
     """Pixels in [0,1] to zero mean and unit deviation, by CLIP's statistics."""
-    return (images - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+    return (images - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
 
 
-def resize_and_crop(images: Float[Array, "B H W 3"], size: int) -> Float[Array, "B size size 3"]:
-    """The shortest side to `size` pixels (bicubic, antialiased), then the square in the centre.
+# ------------------------------------------------------------------------------------------------------------- geometry
 
-    Sizes are rounded as CLIPImageProcessor does it. Values may overshoot [0,1] a little, as bicubic ones do
-    that are not rounded to bytes. Images that have the size already are left alone.
+
+def shortest_to(size: int, h: int, w: int) -> tuple[int, int]:
+    """Height and width with the shortest side at `size`, the other cut to whole pixels, as everybody does it."""
+    shortest = min(h, w)
+    return int(size * h / shortest), int(size * w / shortest)
+
+
+def longest_to(size: int, h: int, w: int) -> tuple[int, int]:
+    """Height and width with the longest side at `size`, the other rounded (and at least 1), as open_clip does it."""
+    scale = size / max(h, w)
+    return max(round(h * scale), 1), max(round(w * scale), 1)
+
+
+def floor_half(spare: int) -> int:
+    """Where a centre crop begins if `spare` pixels are too many: transformers' rule."""
+    return spare // 2
+
+
+def round_half(spare: int) -> int:
+    """The same: torchvision's rule, which differs by a pixel for 3, 7, 11, ..."""
+    return round(spare / 2)
+
+
+# --------------------------------------------------------------------------------------------------- on the device
+
+
+def resize(images: Float[Array, "B H W 3"], h: int, w: int) -> Float[Array, "B h w 3"]:
+    """Bicubic and antialiased; what has the size already is left alone.
+
+    Values may overshoot [0,1] a little, as bicubic ones do that are not rounded to bytes.
     """
-    b, h, w, c = images.shape
-    if h != w or h != size:
-        shortest = min(h, w)
-        h, w = int(size * h / shortest), int(size * w / shortest)
-        images = jax.image.resize(images, (b, h, w, c), "bicubic", antialias=True)
-    top, left = (h - size) // 2, (w - size) // 2
-    return images[:, top : top + size, left : left + size]
+    if images.shape[1:3] == (h, w):
+        return images
+    return jax.image.resize(images, (images.shape[0], h, w, images.shape[3]), "bicubic", antialias=True)
 
 
-def clip_pixels(images: Float[Array, "B H W 3"], size: int) -> Float[Array, "B size size 3"]:
-    """Both of the above: the pixels that `CLIP.embed_image` wants."""
-    return normalise(resize_and_crop(images, size))
+def resize_and_crop(
+    images: Float[Array, "B H W 3"], size: int, start: Callable[[int], int] = floor_half
+) -> Float[Array, "B size size 3"]:
+    """The shortest side to `size` pixels, then the square in the centre, which `start` says the beginning of."""
+    h, w = shortest_to(size, *images.shape[1:3])
+    top, left = start(h - size), start(w - size)
+    return resize(images, h, w)[:, top : top + size, left : left + size]
+
+
+def resize_and_pad(images: Float[Array, "B H W 3"], size: int) -> Float[Array, "B size size 3"]:
+    """The longest side to `size` pixels, then black around it to a square (the odd pixel below or at the right)."""
+    h, w = longest_to(size, *images.shape[1:3])
+    top, left = (size - h) // 2, (size - w) // 2
+    return jnp.pad(resize(images, h, w), ((0, 0), (top, size - h - top), (left, size - w - left), (0, 0)))
+
+
+def clip_pixels(
+    images: Float[Array, "B H W 3"], size: int, start: Callable[[int], int] = floor_half
+) -> Float[Array, "B size size 3"]:
+    """Resized, cropped and normalised: the pixels that `CLIP.embed_image` wants."""
+    return normalise(resize_and_crop(images, size, start))
+
+
+# ----------------------------------------------------------------------------------------------------- on the host
+
+
+def official_crop(
+    image: UInt8[np.ndarray, "H W 3"], size: int, start: Callable[[int], int]
+) -> Float[np.ndarray, "size size 3"]:
+    """`clip_pixels` as published: bicubic by PIL on bytes, which it rounds to."""
+    h, w = shortest_to(size, *image.shape[:2])
+    top, left = start(h - size), start(w - size)
+    resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
+    return normalise(resized[top : top + size, left : left + size].astype(np.float32) / 255)
+
+
+def official_pad(image: UInt8[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "size size 3"]:
+    """`resize_and_pad`, normalised, as HPSv2 does it: bicubic on floats, here channel by channel by PIL."""
+    h, w = longest_to(size, *image.shape[:2])
+    top, left = (size - h) // 2, (size - w) // 2
+    out = np.zeros((size, size, 3), np.float32)
+    for c in range(3):
+        channel = Image.fromarray(image[:, :, c].astype(np.float32) / 255)
+        out[top : top + h, left : left + w, c] = np.asarray(channel.resize((w, h), Image.Resampling.BICUBIC))
+    return normalise(out)
+
+
+def as_floats(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
+    """Bytes to [0,1], of a reward that has no published path of its own."""
+    return image.astype(np.float32) / 255
 
 
 def check_images(images: np.ndarray, where: str) -> None:

@@ -1,0 +1,137 @@
+"""CLIP checkpoints in open_clip's format, read as the `clip.CLIP` that they are under other names (HPSv2's, say)."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from diffexp_jax import InputError
+from diffexp_jax.models import clip, files, pickles
+
+# What a checkpoint without open_clip_config.json is taken for: ViT-H-14, as HPSv2's own code does.
+VIT_H_14 = {
+    "embed_dim": 1024,
+    "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+}
+
+_ARGMAX = 2  # the legacy `eos_token_id`: open_clip pools the text where the id is highest
+
+_NAMES = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+# stored as [in, out], which transformers keeps as the [out, in] of a linear layer
+_TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.?(weight|bias)")
+_BLOCK_NAMES = {
+    "ln_1.": "layer_norm1.",
+    "ln_2.": "layer_norm2.",
+    "attn.out_proj.": "self_attn.out_proj.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
+
+
+class Derived(Mapping[str, np.ndarray]):
+    """Tensors that are computed when asked for, by name."""
+
+    def __init__(self, make: Mapping[str, Callable[[], np.ndarray]]):
+        self._make = make
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._make[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
+
+
+def as_transformers(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """A view of an open_clip state dict under the names and in the shapes of transformers' CLIPModel.
+
+    The fused q, k, v are split and the projections transposed; names that are not known are kept as they are.
+    """
+    make = {}
+    for name in tensors:
+        if match := _BLOCK.fullmatch(name):
+            tower, i, middle, kind = match.groups()
+            prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{i}."
+            if middle == "attn.in_proj_":
+                for part, letter in enumerate("qkv"):
+                    make[f"{prefix}self_attn.{letter}_proj.{kind}"] = lambda name=name, part=part: np.split(
+                        tensors[name], 3
+                    )[part]
+                continue
+            new = prefix + _BLOCK_NAMES[middle] + kind if middle in _BLOCK_NAMES else name
+        else:
+            new = _NAMES.get(name, name)
+        if name in _TRANSPOSED:
+            make[_TRANSPOSED[name]] = lambda name=name: np.asarray(tensors[name]).T
+        else:
+            make[new] = lambda name=name: tensors[name]
+    return Derived(make)
+
+
+def config_of(model_cfg: Mapping[str, Any]) -> clip.CLIPConfig:
+    """The sizes in open_clip's words ("model_cfg" of its open_clip_config.json) as ours."""
+    act = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    return clip.CLIPConfig(
+        clip.CLIPTextConfig(
+            vocab_size=text.get("vocab_size", 49408),
+            hidden_size=text["width"],
+            intermediate_size=int(text["width"] * text.get("mlp_ratio", 4.0)),
+            num_hidden_layers=text["layers"],
+            num_attention_heads=text["heads"],
+            max_position_embeddings=text.get("context_length", 77),
+            hidden_act=act,
+            projection_dim=model_cfg["embed_dim"],
+            eos_token_id=_ARGMAX,
+        ),
+        clip.CLIPVisionConfig(
+            hidden_size=vision["width"],
+            intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+            num_hidden_layers=vision["layers"],
+            num_attention_heads=vision["width"] // vision.get("head_width", 64),
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            hidden_act=act,
+        ),
+        projection_dim=model_cfg["embed_dim"],
+    )
+
+
+def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[clip.CLIP, dict[str, Any]]:
+    """Reads a checkpoint file (.pt, .bin, .safetensors), a state dict or {"state_dict": ...}.
+
+    Args:
+      path: the file; its sizes are those of open_clip_config.json beside it, or ViT-H-14's if there is none.
+      dtype: of the weights and of the arithmetic; features and `logit_scale` are float32 all the same.
+
+    Raises:
+      InputError: a file is missing, broken or refused, or its tensors do not fit the sizes.
+    """
+    sizes = path.parent / "open_clip_config.json"
+    model_cfg = files.read_json(sizes).get("model_cfg", {}) if sizes.is_file() else VIT_H_14
+    try:
+        config = config_of(model_cfg)
+    except KeyError as error:
+        raise InputError(f"{sizes}: model_cfg has no {error}") from None
+    return clip.from_tensors(config, as_transformers(pickles.open_checkpoint(path)), where=str(path), dtype=dtype)

@@ -1,0 +1,57 @@
+"""HPSv2 (Wu et al. 2023), v2.0 and v2.1: the cosine of image and prompt to a CLIP tuned on people's choices."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from diffexp_jax.models import clip, open_clip, tokenizers
+from diffexp_jax.models.files import only_file
+from diffexp_jax.models.pickles import SUFFIXES
+from diffexp_jax.rewards.preprocess import normalise, official_pad, resize_and_pad
+from diffexp_jax.rewards.reward import Reward, Tokenize, of_pixels
+
+
+def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
+    """cos(image, text): 0.2 to 0.35 or so with the published weights (tables print it times 100).
+
+    v2.0 and v2.1 are different weights, whose scores cannot be compared. Images are made square by black borders, not
+    by a crop, as the published scoring does (`img_score.py`; antialiased, as torchvision does it since 0.17).
+
+    Args:
+      path: the checkpoint in open_clip's format (HPS_v2_compressed.pt, HPS_v2.1_compressed.pt), or its folder; or the
+        folder of the same as transformers' CLIPModel. CLIP's vocabulary lies beside it, see `tokenizers.open_clip`.
+      dtype: of the weights and of the network's arithmetic.
+
+    Raises:
+      InputError: a file is missing, broken or refused, or the tensors do not fit the sizes.
+    """
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and (path / "config.json").is_file():
+        model, params = clip.load(path, dtype=dtype)
+    else:
+        file = only_file(path, (*SUFFIXES, ".safetensors")) if path.is_dir() else path
+        model, params = open_clip.load(file, dtype=dtype)
+    return build(model, params, tokenizers.open_clip(folder, length=model.config.text.max_position_embeddings))
+
+
+def build(model: clip.CLIP, params: Any, tokenize: Tokenize) -> Reward:
+    """The reward of such a CLIP; `params` may be shapes."""
+    size = model.config.vision.image_size
+
+    def rate(
+        params, pixels: Float[Array, "B H W 3"], ids: Int[Array, "B L"]
+    ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
+        text, image, _ = model.apply({"params": params}, ids, pixels)
+        return (clip.unit(text) * clip.unit(image)).sum(-1), {}
+
+    return of_pixels(
+        params,
+        tokenize=tokenize,
+        pixels=lambda images: normalise(resize_and_pad(images, size)),
+        prepare=partial(official_pad, size=size),
+        rate=rate,
+    )

@@ -1,0 +1,132 @@
+"""Scores pictures with one or several rewards, on each reward's published path, and writes a CSV file.
+
+python scripts/score.py --reward hpsv2:HPS_v2.1_compressed.pt --reward aesthetic:LAION_DIR --images samples \
+    --prompts prompts.txt --out scores.csv
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from diffexp_jax import InputError, command
+from diffexp_jax.models.files import read_json
+from diffexp_jax.rewards import load_reward, make_official_scorer, reward_name
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.batch < 1:
+        raise InputError(f"--batch {args.batch}: wants at least 1")
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out}: is a folder; wants the .csv file to write")
+    command.check_writable(args.out.parent, "--out")
+    names = [reward_name(spec) for spec in args.reward]
+    if len(set(names)) < len(names):
+        raise InputError(f"--reward {' '.join(args.reward)}: names a reward twice")
+    paths = find_images(args.images)
+    texts = find_prompts(args.prompts, paths) if args.prompts else None
+    rewards = {}
+    for name, spec in zip(names, args.reward, strict=True):
+        rewards[name] = load_reward(spec, temperature=args.temperature, contrast=args.contrast)
+        if texts is None and any(np.size(leaf) for leaf in jax.tree.leaves(rewards[name].tokenize(["a dog"]))):
+            raise InputError(f"--prompts is missing: the reward {name!r} reads prompts")
+    texts = texts or [""] * len(paths)
+    scorers = {name: make_official_scorer(reward, batch=args.batch) for name, reward in rewards.items()}
+    rows: list[dict] = []
+    with tqdm(total=len(paths), desc="scoring", unit="image") as progress:
+        for start in range(0, len(paths), args.batch):
+            own, prompts = paths[start : start + args.batch], texts[start : start + args.batch]
+            images = [read_image(path) for path in own]
+            scores = {}
+            for name, scorer in scorers.items():
+                scores |= {f"{name}/{part}" if part else name: x for part, x in scorer(images, prompts).items()}
+            for i, (path, text) in enumerate(zip(own, prompts, strict=True)):
+                rows.append({"image": str(path), "prompt": text} | {name: f"{x[i]:.6f}" for name, x in scores.items()})
+            progress.update(len(own))
+    write(args.out, rows)
+    for name in list(rows[0])[2:]:
+        values = np.array([float(row[name]) for row in rows])
+        print(f"{name}: mean {values.mean():.4f}, std {values.std():.4f}, {len(values)} images")
+    print(f"written: {args.out}")
+
+
+def find_images(places: list[Path]) -> list[Path]:
+    """The files, and of folders the pictures in them, by name."""
+    paths: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            found = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
+            if not found:
+                raise InputError(f"--images {place}: no pictures in the folder; accepted: {', '.join(SUFFIXES)}")
+            paths += found
+        elif place.is_file():
+            paths.append(place)
+        else:
+            raise InputError(f"--images {place}: no such file or folder")
+    return paths
+
+
+def find_prompts(file: Path, images: list[Path]) -> list[str]:
+    """A prompt per image: of a text file line by line, of a json or csv file by the image's name."""
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if file.suffix.lower() == ".txt":
+        lines = content.splitlines()
+        if len(lines) != len(images):
+            raise InputError(f"--prompts {file}: {len(lines)} lines for {len(images)} images; wants one for each")
+        return lines
+    if file.suffix.lower() == ".json":
+        table = read_json(file)
+    elif file.suffix.lower() == ".csv":
+        rows = [row for row in csv.reader(content.splitlines()) if row]
+        if any(len(row) != 2 for row in rows):
+            raise InputError(f"--prompts {file}: wants two columns, an image's name and its prompt")
+        table = dict(rows)
+    else:
+        raise InputError(f"--prompts {file}: accepted: .txt (a line per image), .json or .csv (image name, prompt)")
+    missing = [path.name for path in images if not isinstance(table.get(path.name), str)]
+    if missing:
+        raise InputError(f"--prompts {file}: no prompt for {', '.join(map(json.dumps, missing[:5]))}")
+    return [table[path.name] for path in images]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A picture as RGB bytes [H,W,3]; transparency is dropped, as the published scorers do."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"--images {path}: not a readable picture ({error})") from None
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from None
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--reward", action="append", required=True, help="NAME, NAME:PATH, textnorm(NAME:PATH), A+B (repeat for more)")
+    add("--images", type=Path, nargs="+", required=True, help="folders or files")
+    add("--prompts", type=Path, help=".txt with a line per image, or .json or .csv from image names to prompts")
+    add("--out", type=Path, required=True, help="the .csv file to write")
+    add("--batch", type=int, default=16, help="images at once")
+    add("--temperature", type=float, default=1.0, help="of textnorm, in the reward's units")
+    add("--contrast", type=Path, help="of textnorm: json file {prompt: [contrastive prompts]}")
+    command.guarded(main, parser.parse_args())

@@ -1,0 +1,169 @@
+"""The dry run: its counts against published ones and XLA's, its shapes against a real run's, and what it prints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import alignprop
+from diffexp_jax import InputError, dry_run, flops
+from diffexp_jax.models import sizes, stable_diffusion
+from diffexp_jax.problem import draw_batch, load_problem, load_rewards
+
+SD15, SDXL = sizes.PIPELINES
+
+# ---------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def zeros(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def loop(x, w):
+    return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
+
+
+def branch(x, w):
+    return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+
+def convolve(x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
+
+
+@pytest.mark.parametrize(
+    "function, args, expected",
+    [
+        (lambda x, w: x @ w + 1, [zeros(2, 3), zeros(3, 4)], 2 * 2 * 3 * 4),
+        (lambda x, w: jnp.einsum("bij,bjk->bik", x, w), [zeros(5, 2, 3), zeros(5, 3, 4)], 2 * 5 * 2 * 3 * 4),
+        (loop, [zeros(2, 3), zeros(3, 3)], 5 * 2 * 2 * 3 * 3),
+        (jax.jit(lambda x, w: jax.lax.map(lambda row: loop(row, w), x)), [zeros(7, 2, 3), zeros(3, 3)], 7 * 5 * 36),
+        (branch, [zeros(2, 3), zeros(3, 3)], 2 * 36),
+        (convolve, [zeros(2, 8, 8, 3), zeros(3, 3, 3, 5)], 2 * (2 * 8 * 8 * 5) * 27),
+        (jax.grad(lambda x, w: jax.checkpoint(lambda x: jnp.sin(x @ w))(x).sum()), [zeros(2, 3), zeros(3, 3)], 3 * 36),
+    ],
+)
+def test_flops_literal(function, args, expected):
+    """The last: a product forward, again in the backward pass, and the one of the gradient."""
+    assert flops.of(function, *args) == expected
+
+
+def test_flops_against_xla():
+    """On a UNet, which has no loops; XLA counts elementwise operations too."""
+    model = dry_run.abstract_model(alignprop.get_config())
+    x, context = zeros(1, *model.latent_shape), zeros(1, 32, 64)
+
+    def unet(params, x, context):
+        return model.unet(params, None, x, jnp.int32(5), context)
+
+    ours = flops.of(unet, model.params, x, context)
+    theirs = jax.jit(unet).lower(model.params, x, context).cost_analysis()["flops"]
+    assert 0.9 * theirs < ours < theirs
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    "path, counts, latents",
+    [
+        (SD15, {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}, (64, 64, 4)),
+        (
+            SDXL,
+            {
+                "unet": 2_567_463_684,
+                "vae": 83_653_863,
+                "text_encoder": 123_060_480,
+                "text_encoder_2": 694_659_840,
+            },
+            (128, 128, 4),
+        ),
+    ],
+)
+def test_published_sizes(path, counts, latents):
+    config = alignprop.get_config()
+    config.model.path, config.model.dtype = path, "bfloat16"
+    model = dry_run.abstract_model(config)
+    assert {part: stable_diffusion.count(tree) for part, tree in model.params.items()} == counts
+    assert model.latent_shape == latents
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    "spec, count",
+    [
+        ("pickscore:nowhere", 986_109_441),
+        ("hpsv2", 986_109_441),
+        # CLIP L/14 without its text tower, and the head
+        ("aesthetic:nowhere", 427_616_513 - 123_060_480 - 768 * 768 + 927_969),
+        ("imagereward:nowhere", 446_665_953),
+        ("hpsv2:a+pickscore:b", 2 * 986_109_441),
+    ],
+)
+def test_published_rewards(spec, count):
+    config = alignprop.get_config()
+    config.reward, config.eval.every = spec, 0
+    (reward,) = load_rewards(config, shapes_only=True).values()
+    assert stable_diffusion.count(reward.params) == count
+    tokens = reward.tokenize(("a dog", "a cat"))
+    images = zeros(2, 64, 64, 3)
+    scores, _ = jax.eval_shape(reward.score, reward.params, images, tokens)
+    assert scores.shape == (2,) and scores.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shapes_are_those_of_a_run(make_config, dtype):
+    """Of every array that the programs take: so these are the programs that the run compiles."""
+    config = make_config("ddpo", {"model.dtype": dtype})
+    real, abstract = load_problem(config), dry_run.abstract_problem(config)
+
+    def arrays(problem):
+        frozen = {"model": problem.model.params, "rewards": {n: r.params for n, r in problem.rewards.items()}}
+        batch = draw_batch(config, problem, 0, None)
+        return frozen, batch, problem.units, problem.empty, problem.uncond, problem.train.tokens
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    assert shapes(arrays(real)) == shapes(arrays(abstract))
+    assert real.train.texts == abstract.train.texts and real.model.latent_shape == abstract.model.latent_shape
+
+
+def test_unknown_sizes():
+    with pytest.raises(InputError, match="'some/model': no such folder, and its sizes are not known; accepted: emoji"):
+        dry_run.model_config("some/model")
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0, "ddpo.recompute_log_prob": "always"})
+    dry_run.dry_run(config)
+    said = capsys.readouterr().out
+    problem = load_problem(config)
+    assert f"{stable_diffusion.count(problem.model.params['unet']):,}  unet" in said
+    assert "8 samples = 1 devices x 2 chunks x 4 samples per forward pass (1 chunks to each of 2 updates)" in said
+    assert "8 reward queries, 64 UNet evaluations to sample, 64 for the old log-probs" in said
+    rows = [line.split() for line in said.splitlines() if line.startswith(("sample ", "update "))]
+    assert [row[0] for row in rows] == ["sample", "update"]
+    sample, update = (float(row[5]) for row in rows)
+    assert sample < update < 6 * sample
+    assert "XLA's memory analysis for the backend 'cpu'" in said and "this is CPU's number" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_bytes_are_xlas():
+    """A program with 4 MB of arguments, 4 MB of results, and no room for the product in between to hide."""
+
+    def f(x):
+        return jnp.tanh(x @ x) @ x
+
+    cost = dry_run.cost_of("f", jax.jit(f), zeros(1024, 1024))
+    assert cost.arguments == cost.outputs == 4 * 1024**2
+    assert 4 * 1024**2 <= cost.temporaries < 9 * 1024**2
+    assert cost.peak == cost.arguments + cost.outputs + cost.temporaries
+    assert cost.flops == 2 * 2 * 1024**3
+    assert np.isfinite(cost.seconds)

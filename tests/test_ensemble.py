@@ -1,0 +1,288 @@
+"""Several rewards at once, TextNorm, and the words that name them; and scripts/score.py."""
+
+import csv
+import importlib.util
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from configs import common
+from diffexp_jax import InputError
+from diffexp_jax.rewards import load_reward, make_official_scorer, reward_name
+from diffexp_jax.rewards.ensemble import ensemble
+from diffexp_jax.rewards.preprocess import as_floats
+from diffexp_jax.rewards.reward import of_pixels
+from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
+
+
+def constant(offset):
+    """offset + the image's brightness x the length of its prompt; the part "length"."""
+
+    def rate(params, pixels, tokens):
+        length = tokens[:, 0].astype(jnp.float32)
+        return params["offset"] + pixels.mean((1, 2, 3)) * length, {"length": length}
+
+    def tokenize(texts):
+        return np.array([[len(text)] for text in texts], np.int32)
+
+    params = {"offset": jnp.float32(offset)}
+    return of_pixels(params, tokenize=tokenize, pixels=lambda x: x, prepare=as_floats, rate=rate)
+
+
+IMAGES = np.ones((2, 4, 4, 3), np.float32) * np.array([0.5, 1.0], np.float32)[:, None, None, None]
+TEXTS = ["four", "sixsix"]
+
+
+@pytest.mark.parametrize(
+    "weights, factors", [((), (10.0, 1.0, 0.05)), ((2.0, 0.0, -3.0), (2.0, 0.0, -3.0)), ((1, 1, 1), (1, 1, 1))]
+)
+@pytest.mark.parametrize("path", ["score", "rate"])
+def test_the_parts_sum_to_the_whole(weights, factors, path):
+    rewards = {"pickscore_cosine": constant(0.25), "mine": constant(3), "aesthetic": constant(5)}
+    reward = ensemble(rewards, weights)
+    tokens, images = reward.tokenize(TEXTS), IMAGES
+    if path == "rate":
+        prepared = [reward.prepare((image * 255).astype(np.uint8)) for image in IMAGES]
+        images = jax.tree.map(lambda *x: np.stack(x), *prepared)
+    total, parts = jax.jit(getattr(reward, path))(reward.params, images, tokens)
+    np.testing.assert_allclose(parts["mine"], [3 + 2, 3 + 6], atol=0.05)
+    np.testing.assert_array_equal(parts["mine/length"], [4, 6])
+    np.testing.assert_allclose(total, sum(f * parts[name] for f, name in zip(factors, rewards, strict=True)), rtol=1e-6)
+    assert len(parts) == 6
+
+
+def test_gradient_of_an_ensemble():
+    reward = ensemble({"a": constant(1), "b": constant(2)}, (2.0, 3.0))
+    tokens = reward.tokenize(TEXTS)
+    gradient = jax.grad(lambda x: reward.score(reward.params, x, tokens)[0].sum())(IMAGES)
+    np.testing.assert_allclose(gradient.sum((1, 2, 3)), [5 * 4, 5 * 6], rtol=1e-6)
+
+
+def test_shipped_ensemble():
+    """By its spec, with the literature's weights and with others."""
+    images = np.random.default_rng(0).uniform(size=(2, 64, 64, 3)).astype(np.float32)
+    texts = ["a dog riding a bike", "an ant"]
+    for weights, (first, second) in {(): (1.0, 0.05), (2.0, 3.0): (2.0, 3.0)}.items():
+        reward = load_reward("emoji_pickscore+emoji_aesthetic", weights=weights)
+        total, parts = jax.jit(reward.score)(reward.params, images, reward.tokenize(texts))
+        assert parts.keys() == {"emoji_pickscore", "emoji_aesthetic"}
+        expected = first * parts["emoji_pickscore"] + second * parts["emoji_aesthetic"]
+        np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec, kwargs, message",
+    [
+        ("emoji_pickscore+emoji_judge", {"weights": (1.0,)}, "1 weights for 2 rewards .emoji_pickscore.emoji_judge."),
+        ("emoji_judge", {"weights": (1.0,)}, "1 weights for one reward; wants none"),
+        ("textnorm(emoji_pickscore)", {"temperature": 0.0}, "textnorm: temperature 0.0: wants more than 0"),
+        ("textnorm(emoji_pickscore)", {"contrast": "no.json"}, "no.json: the file is missing"),
+    ],
+)
+def test_bad_settings(spec, kwargs, message):
+    with pytest.raises(InputError, match=message):
+        load_reward(spec, **kwargs)
+
+
+SPECS = {
+    "hpsv2:P": (["hpsv2"], "hpsv2"),
+    "hpsv2:P+aesthetic:Q+pickscore:R": (["hpsv2", "aesthetic", "pickscore"], "hpsv2+aesthetic+pickscore"),
+    "aesthetic:a/sac+logos+ava1-l14.pth+emoji_judge": (["aesthetic", "emoji_judge"], "aesthetic+emoji_judge"),
+    "textnorm(pickscore:R)": (["pickscore"], "textnorm_pickscore"),
+    "textnorm(hpsv2:P)+pickscore_26:R": (["hpsv2", "pickscore_26"], "textnorm_hpsv2+pickscore_26"),
+    "emoji_judge+textnorm(emoji_pickscore)": (
+        ["emoji_judge", "emoji_pickscore"],
+        "emoji_judge+textnorm_emoji_pickscore",
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_names(spec):
+    names, reported = SPECS[spec]
+    assert reward_name(spec) == reported
+    assert common.reward_names(spec) == names
+    assert common.parse(f"reward={spec}")["reward"] == spec
+
+
+def test_bad_config_argument():
+    with pytest.raises(ValueError, match="several joined by"):
+        common.parse("reward=hpsv2:a+textnorm(beauty)")
+
+
+# ------------------------------------------------------------------------------------------------------------- textnorm
+
+
+def test_textnorm_by_known_numbers():
+    """r = brightness x length: prompts of 4 against 2 and 6 letters, and of 6 against 4; 0.5 and 1 bright; tau 2."""
+    reward = textnorm(constant(7.0), {"four": ["12", "123456"], "sixsix": ["1234"]}.__getitem__, temperature=2.0)
+    tokens = reward.tokenize(TEXTS)
+    for scores, parts in (
+        jax.jit(reward.score)(reward.params, IMAGES, tokens),
+        jax.jit(reward.rate)(reward.params, IMAGES, tokens),
+    ):
+        first = 1 / (1 + np.exp(-0.5) + np.exp(0.5))
+        np.testing.assert_allclose(scores, [first, 1 / (1 + np.exp(-1))], rtol=1e-5)
+        np.testing.assert_allclose(parts["raw"], [9, 13])
+
+
+def test_textnorm_gradient_is_finite_and_right():
+    reward = textnorm(constant(0.0), {"four": ["12", "123456"], "sixsix": ["1234"]}.__getitem__)
+    tokens = reward.tokenize(TEXTS)
+    gradient = jax.grad(lambda x: reward.score(reward.params, x, tokens)[0].sum())(IMAGES).sum((1, 2, 3))
+    p = 1 / (1 + np.exp(2.0))  # of the other prompt, of the second image
+    np.testing.assert_allclose(gradient[1], 2 * p * (1 - p), rtol=1e-4)
+    assert np.isfinite(gradient).all()
+
+
+def test_textnorm_of_the_shipped_reward():
+    reward = load_reward("textnorm(emoji_pickscore)")
+    images = np.random.default_rng(0).uniform(size=(2, 64, 64, 3)).astype(np.float32)
+    scores, parts = jax.jit(reward.score)(reward.params, images, reward.tokenize(["a dog riding a bike", "an ant"]))
+    assert ((scores > 0) & (scores < 1)).all()
+    plain = load_reward("emoji_pickscore")
+    raw, _ = plain.score(plain.params, images, plain.tokenize(["a dog riding a bike", "an ant"]))
+    np.testing.assert_allclose(parts["raw"], raw, rtol=1e-4)
+
+
+def test_a_reward_without_prompts_has_no_contrast():
+    with pytest.raises(InputError, match="textnorm: the reward reads no prompts"):
+        load_reward("textnorm(emoji_aesthetic)").tokenize(["a dog"])
+
+
+def test_swapped():
+    others = swapped("A photo of a dog riding a bike.")
+    assert others[:2] == ["A photo of a dog washing the dishes.", "A photo of a dog playing chess."]
+    assert others[5:7] == ["A photo of a horse riding a bike.", "A photo of a monkey riding a bike."]
+    assert len(others) == 10 and "A photo of a dog riding a bike." not in others
+    assert swapped("an ant")[0] == "a butterfly" and len(swapped("an ant")) == 5
+    for text in ("a robot", "a cat and a dog"):
+        with pytest.raises(InputError, match="no contrastive prompts for"):
+            swapped(text)
+
+
+def test_contrast_from_a_file(tmp_path):
+    (tmp_path / "c.json").write_text('{"a": ["b", "c"]}')
+    contrast = from_file(tmp_path / "c.json")
+    assert contrast("a") == ["b", "c"]
+    with pytest.raises(InputError, match="c.json: has no contrastive prompts for 'z'"):
+        contrast("z")
+    (tmp_path / "c.json").write_text('{"a": []}')
+    with pytest.raises(InputError, match="c.json: 'a': wants a list of prompts, at least one"):
+        from_file(tmp_path / "c.json")
+
+
+# ----------------------------------------------------------------------------------------------------- scripts/score.py
+
+
+@pytest.fixture(scope="module")
+def score():
+    spec = importlib.util.spec_from_file_location("score", ROOT / "scripts" / "score.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, size in (("b.png", (64, 64, 3)), ("a.jpg", (80, 64, 3)), ("c.PNG", (64, 70, 4))):
+        Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.md").write_text("no picture")
+    return tmp_path
+
+
+def arguments(folder: Path, **changes) -> Namespace:
+    usual = dict(reward=["emoji_pickscore", "emoji_aesthetic"], images=[folder], prompts=folder / "p.txt", batch=2)
+    return Namespace(**usual | dict(out=folder / "scores.csv", temperature=1.0, contrast=None) | changes)
+
+
+PROMPTS = {"a.jpg": "a dog", "b.png": "an ant, red", "c.PNG": "a cat"}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("p.txt", "\n".join(PROMPTS.values()) + "\n"),
+        ("p.json", json.dumps(PROMPTS)),
+        ("p.csv", "image,prompt\n" + "\n".join(f'{name},"{text}"' for name, text in PROMPTS.items())),
+    ],
+)
+def test_prompt_files(score, pictures, name, content):
+    (pictures / name).write_text(content)
+    images = score.find_images([pictures])
+    assert [path.name for path in images] == list(PROMPTS)
+    assert score.find_prompts(pictures / name, images) == list(PROMPTS.values())
+
+
+def test_score(score, pictures, capsys):
+    prompts = PROMPTS
+    (pictures / "p.txt").write_text("\n".join(prompts.values()))
+    score.main(arguments(pictures))
+    with open(pictures / "scores.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert list(rows[0]) == ["image", "prompt", "emoji_pickscore", "emoji_aesthetic"]
+    assert {Path(row["image"]).name: row["prompt"] for row in rows} == prompts
+    images = [score.read_image(pictures / name) for name in prompts]
+    for name in ("emoji_pickscore", "emoji_aesthetic"):
+        expected = make_official_scorer(load_reward(name), batch=3)(images, list(prompts.values()))[""]
+        np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
+    assert "emoji_aesthetic: mean" in capsys.readouterr().out
+
+
+def test_score_without_prompts(score, pictures):
+    score.main(arguments(pictures, reward=["emoji_aesthetic"], prompts=None, images=[pictures / "b.png"]))
+    with pytest.raises(InputError, match="--prompts is missing: the reward 'emoji_pickscore' reads prompts"):
+        score.main(arguments(pictures, prompts=None))
+
+
+@pytest.mark.parametrize(
+    "changes, prompts, message",
+    [
+        ({}, "a\nb", "p.txt: 2 lines for 3 images; wants one for each"),
+        ({}, None, "p.txt: cannot be read"),
+        ({"batch": 0}, "a\nb\nc", "--batch 0: wants at least 1"),
+        ({"reward": ["beauty"]}, "a\nb\nc", "unknown reward 'beauty'"),
+        ({"reward": ["emoji_judge", "emoji_judge"]}, "a\nb\nc", "names a reward twice"),
+        ({"images": [Path("no")]}, "a\nb\nc", "--images no: no such file or folder"),
+        ({"out": Path(__file__) / "y.csv"}, "a\nb\nc", "test_ensemble.py: cannot be written"),
+        ({"out": ROOT}, "a\nb\nc", "is a folder; wants the .csv file to write"),
+    ],
+)
+def test_score_mistakes(score, pictures, changes, prompts, message):
+    if prompts is not None:
+        (pictures / "p.txt").write_text(prompts)
+    with pytest.raises(InputError, match=message) as error:
+        score.main(arguments(pictures, **changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.json", '{"a.jpg": "x", "c.PNG": 3}', 'no prompt for "b.png", "c.PNG"'),
+        ("p.csv", "a.jpg,x,y", "wants two columns, an image's name and its prompt"),
+        ("p.doc", "x", "accepted: .txt .a line per image., .json or .csv"),
+    ],
+)
+def test_score_prompt_files(score, pictures, name, content, message):
+    (pictures / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        score.main(arguments(pictures, prompts=pictures / name))
+
+
+def test_score_pictures_that_are_none(score, pictures):
+    (pictures / "b.png").write_bytes(b"no")
+    (pictures / "p.txt").write_text("a\nb\nc")
+    with pytest.raises(InputError, match="b.png: not a readable picture"):
+        score.main(arguments(pictures))
+    (pictures / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: no pictures in the folder; accepted: .png"):
+        score.main(arguments(pictures, images=[pictures / "empty"]))

@@ -1,0 +1,197 @@
+"""PyTorch's pickled checkpoints, read without torch: what torch wrote comes back, and what is hostile does not run."""
+
+import builtins
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from diffexp_jax import InputError
+from diffexp_jax.models.pickles import open_checkpoint
+from diffexp_jax.rewards import aesthetic
+
+torch = pytest.importorskip("torch")
+
+
+def tensors():
+    x = torch.arange(24.0).reshape(4, 6)
+    return {
+        "transposed": x.T[1:, ::2],  # shares its storage, with an offset and strides
+        "bfloat16": x.bfloat16(),
+        "half": torch.nn.Parameter(x.half()),
+        "ids": torch.arange(5),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(3.0),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"state_dict": x, "epoch": 3, "optimizer": {"lr": 0.1}}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_what_torch_saves(tmp_path, zipped, wrap, prefix):
+    path, written = tmp_path / "model.pt", {prefix + name: x for name, x in tensors().items()}
+    torch.save(wrap(written), path, _use_new_zipfile_serialization=zipped)
+    read = open_checkpoint(path)
+    assert set(read) == set(tensors())
+    for name, value in read.items():
+        expected = written[prefix + name].detach()
+        assert str(value.dtype) == str(expected.dtype).removeprefix("torch.")
+        np.testing.assert_array_equal(np.asarray(value, np.float64), expected.double().numpy(), err_msg=name)
+
+
+def test_a_module_s_state_dict(tmp_path):
+    """With the `_metadata` that torch hangs on it, and by data-parallel names."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    torch.save(torch.nn.DataParallel(model).state_dict(), tmp_path / "model.pth")
+    read = open_checkpoint(tmp_path / "model.pth")
+    assert list(read) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    np.testing.assert_array_equal(read["0.weight"], model[0].weight.detach())
+
+
+def test_safetensors_too(tmp_path):
+    save_file({"a": np.arange(3)}, tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "a.safetensors")["a"], np.arange(3))
+
+
+# -------------------------------------------------------------------------------------------------------- hostile files
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+class Built(Call):
+    """The same with a state for what comes out."""
+
+    def __reduce__(self):
+        return *self.call, {"x": 1}
+
+
+def touch(path):
+    return Call(os.system, f"touch {path}")
+
+
+HOSTILE = {
+    "os.system": touch,
+    "nested": lambda path: {"state_dict": {"w": [1, (touch(path),)]}},
+    "eval": lambda path: Call(eval, f"__import__('pathlib').Path({str(path)!r}).touch()"),
+    "exec": lambda path: Call(exec, f"open({str(path)!r}, 'w')"),
+    "open": lambda path: Call(open, str(path), "w"),
+    "getattr": lambda path: Call(Call(getattr, os, "system"), f"touch {path}"),
+    "getattr of an allowed one": lambda path: Call(getattr, torch._utils._rebuild_tensor_v2, "__globals__"),
+    "import": lambda path: Call(builtins.__import__, "os"),
+    "torch's own loader": lambda path: Call(torch.storage._load_from_bytes, b"x"),
+    "numpy": lambda path: np.zeros(3),
+    "state": lambda path: Built(os.system, f"touch {path}"),
+}
+
+
+def zipped(content: bytes, path: Path, entries=()):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in ({"archive/data.pkl": content} | dict(entries)).items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_hostile_pickles_are_refused(tmp_path, name, kind, protocol):
+    path, payload = tmp_path / "evil.pt", tmp_path / "ran"
+    try:
+        content = pickle.dumps(HOSTILE[name](payload), protocol)
+    except (pickle.PicklingError, TypeError):  # getattr's first argument is a module
+        content = b"cbuiltins\ngetattr\n(cos\nsystem\nX\x06\x00\x00\x00__call__tR."
+    if kind == "zip":
+        zipped(content, path)
+    elif kind == "legacy":
+        start = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        path.write_bytes(b"".join(pickle.dumps(x, 2) for x in start) + content)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        open_checkpoint(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: refused: it asks for ") and "\n" not in message
+    assert not payload.exists()
+
+
+def stacked(*operations: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(operations) + b"."
+
+
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        stacked(REBUILD, b"}X\x01\x00\x00\x00xK\x01sb"),  # a state for the function
+        stacked(REBUILD, b"N}X\x09\x00\x00\x00_functionK\x01s\x86b"),  # the same as slots
+        stacked(REBUILD, b")\x81"),  # taken for a class
+        stacked(b"}X\x01\x00\x00\x00w", REBUILD, b"(", STORAGE, b"K\x00K\x05\x85K\x01\x85\x89Nt", b"Rs"),  # 5 of 4
+        stacked(b"}X\x01\x00\x00\x00w", REBUILD, b"(", STORAGE, b"K\x02K\x03\x85K\x01\x85\x89Nt", b"Rs"),  # 2..4 of 4
+        stacked(b"}X\x01\x00\x00\x00w", REBUILD, b"(", STORAGE, b"J\xff\xff\xff\xffK\x01\x85K\x01\x85\x89Nt", b"Rs"),
+        stacked(b"}X\x01\x00\x00\x00w", REBUILD, b"(", STORAGE, b"K\x00K\x05\x85K\x00\x85\x89Nt", b"Rs"),  # stride 0
+        stacked(b"}X\x01\x00\x00\x00w", REBUILD, b"(", STORAGE, b"K\x00K\x04\x85K\x01\x85\x89Nt", b"Rs"),  # 3 in file
+        b"\x80\x02]",
+        b"",
+    ],
+)
+def test_broken_and_lying_files(tmp_path, content):
+    zipped(content, tmp_path / "a.pt", {"archive/data/0": np.zeros(3, np.float32).tobytes()})
+    with pytest.raises(InputError, match="a.pt: not a readable PyTorch checkpoint") as error:
+        open_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.pt", None, "the file is missing"),
+        ("a.pt", b"<html>", "not a readable PyTorch checkpoint"),
+        ("a.pt", pickle.dumps(3), "not a readable PyTorch checkpoint"),
+        ("a.npz", b"", "wants a file ending in .safetensors, .pt, .pth, .bin, .ckpt"),
+    ],
+)
+def test_other_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(tmp_path / name)
+
+
+def test_cut_short_and_without_tensors(tmp_path):
+    for zipped_file in (True, False):
+        buffer = io.BytesIO()
+        torch.save({"a": torch.zeros(1000)}, buffer, _use_new_zipfile_serialization=zipped_file)
+        (tmp_path / "a.pt").write_bytes(buffer.getvalue()[:-2500])
+        with pytest.raises(InputError, match="a.pt: not a readable PyTorch checkpoint"):
+            open_checkpoint(tmp_path / "a.pt")
+    torch.save({"epoch": 3}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="b.pt: holds no tensors by name; wants a state dict"):
+        open_checkpoint(tmp_path / "b.pt")
+
+
+# ------------------------------------------------------------------------------------------------------- the LAION head
+
+
+def test_the_published_head():
+    """Golden values; needs sac+logos+ava1-l14-linearMSE.pth, named by DIFFEXP_LAION_HEAD."""
+    if not (path := os.environ.get("DIFFEXP_LAION_HEAD")):
+        pytest.skip("DIFFEXP_LAION_HEAD does not name the LAION head")
+    tensors = open_checkpoint(Path(path))
+    head = {name: {"kernel": tensors[f"{name}.weight"].T, "bias": tensors[f"{name}.bias"]} for name in aesthetic.LAYERS}
+    features = np.stack([np.ones(768), np.eye(768)[0]]).astype(np.float32)
+    np.testing.assert_allclose(aesthetic.rate(head, features), [4.88328485, 4.5450524], atol=1e-5)
