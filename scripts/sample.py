@@ -1,23 +1,41 @@
 """Samples images from a model, with or without a LoRA, and writes them as PNG files and a captioned grid.
 
 python scripts/sample.py --model emoji --prompt "a dog riding a bike" --lora runs/quickstart --out samples
+
+The grid has a row for each prompt where there is something to compare: --lora shows the model without and with it,
+--explore what DiffExp's guidance schedule and prompt weights make of the same seed (the paper's Figure 3).
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffexp_jax import InputError, command, evaluation, parallel, report
-from diffexp_jax.diffusion import make_steps, timesteps
+from diffexp_jax import InputError, command, evaluation, exploration, parallel, report
+from diffexp_jax.diffusion import NoiseSchedule, Steps, make_steps, timesteps
 from diffexp_jax.models import stable_diffusion
 from diffexp_jax.models.lora import load_lora, scaled
+from diffexp_jax.models.stable_diffusion import StableDiffusion, TextEmbedding
 from diffexp_jax.problem import load_schedule
-from diffexp_jax.prompts import load_prompts
-from diffexp_jax.sampling import initial_latents, rollout
+from diffexp_jax.prompts import PromptSet, load_prompts
+from diffexp_jax.prompts.files import comma_phrases
+from diffexp_jax.prompts.units import UNITS, unit_ids
+from diffexp_jax.sampling import Context, initial_latents, rollout
+
+
+class Variant(NamedTuple):
+    """A way to sample the prompts: one column of the grid. The seeds are the same in all."""
+
+    suffix: str  # of its files' names; "" is what was asked for, the others are there to compare
+    captions: list[str]
+    lora: Any
+    steps: Steps
+    context: Context  # a row per prompt
 
 
 def arguments() -> argparse.Namespace:
@@ -35,6 +53,11 @@ def arguments() -> argparse.Namespace:
     add("--eta", type=float, default=0.0, help="noise of the DDIM steps, 0..1")
     add("--seed", type=int, default=0)
     add("--latents", help="float32 .npy [N,h,w,c], standard normal: the noise to start from")
+    add("--explore", action="store_true", help="show what exploration does to the same seeds")
+    add("--w_low", type=float, default=1.0, help="with --explore: guidance while t > --t_thresh (Eq. 7)")
+    add("--t_thresh", type=float, default=900, help="with --explore: in training timesteps, 0..1000")
+    add("--weight_range", type=float, nargs=2, default=(1.0, 1.5), help="with --explore: of a unit's weight (Eq. 8)")
+    add("--unit", default="word", choices=UNITS, help="with --explore: what is weighted together")
     add("--batch", type=int, default=16, help="images at once")
     add("--image_size", type=int, help="pixels of a side (default: what the model was trained at)")
     add("--out", required=True, help="folder for NNNN.png and grid.png")
@@ -43,51 +66,125 @@ def arguments() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    if not 1 <= args.steps <= 1000:
-        raise InputError(f"--steps {args.steps}: wants 1..1000")
-    if not 0 <= args.eta <= 1:
-        raise InputError(f"--eta {args.eta}: wants 0..1")
+    check(args)
+    prompts = chosen_prompts(args)
+    n = len(prompts)
+    model = stable_diffusion.load(
+        args.model, dtype=args.dtype, image_size=args.image_size, revision=args.revision, variant=args.variant
+    )
+    x_T = read_latents(args.latents, n, model.latent_shape) if args.latents else None
+    lora = scaled(*load_lora(args.lora, model.params["unet"])) if args.lora else None
+    schedule = load_schedule(model)
+    variants = make_variants(args, model, schedule, prompts, lora)
+    keys = parallel.sample_keys(parallel.stream(args.seed, "sample"), n)
+    x_T = initial_latents(keys, model.latent_shape) if x_T is None else x_T
+    frozen = {"model": {part: model.params[part] for part in ("unet", "vae")}}
+    sample = make_sample(model, schedule)
+
+    size = min(args.batch, n)
+    starts = range(0, n, size)
+    bar = tqdm(total=len(variants) * len(starts), desc="sampling", unit="batch")
+    images = []
+    for variant in variants:
+        parts = []
+        for start in starts:
+            rows = np.arange(start, start + size).clip(max=n - 1)  # the last batch is filled up: one compile
+            here = jax.tree.map(lambda x, rows=rows: x[rows], variant.context)
+            parts.append(np.asarray(sample(frozen, variant.lora, x_T[rows], here, variant.steps, keys[rows])))
+            bar.update()
+        images.append(np.concatenate(parts)[:n])
+    bar.close()
+    write(Path(args.out), variants, images, save_npy=args.save_npy)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for a flag that cannot work."""
+    for flag, low, high in (("steps", 1, 1000), ("eta", 0, 1), ("t_thresh", 0, 1000)):
+        if not low <= getattr(args, flag) <= high:
+            raise InputError(f"--{flag} {getattr(args, flag)}: wants {low}..{high}")
     if args.batch < 1:
         raise InputError(f"--batch {args.batch}: wants at least 1")
     if args.image_size is not None and (args.image_size < 8 or args.image_size % 8):
         raise InputError(f"--image_size {args.image_size}: wants a multiple of 8 pixels")
+    if args.weight_range[0] > args.weight_range[1]:
+        raise InputError(f"--weight_range {args.weight_range[0]} {args.weight_range[1]}: wants the lower number first")
     command.check_writable(Path(args.out), "--out")
-    texts = [*args.prompt, *(load_prompts(args.prompts).texts if args.prompts else ())]
+
+
+def chosen_prompts(args: argparse.Namespace) -> PromptSet:
+    """The prompts of --prompt, then those of --prompts."""
+    file = load_prompts(args.prompts) if args.prompts else PromptSet("", (), ())
+    texts = (*args.prompt, *file.texts)
     if not texts:
         raise InputError("nothing to sample: give --prompt or --prompts")
-    model = stable_diffusion.load(
-        args.model, dtype=args.dtype, image_size=args.image_size, revision=args.revision, variant=args.variant
-    )
-    x_T = read_latents(args.latents, len(texts), model.latent_shape) if args.latents else None
-    lora = None
-    if args.lora:
-        lora = scaled(*load_lora(args.lora, model.params["unet"]))
+    return PromptSet("sample", texts, (*(comma_phrases(text) for text in args.prompt), *file.phrases))
 
-    schedule = load_schedule(model)
-    t = timesteps(schedule, args.steps)
-    steps = make_steps(schedule, t, np.full(len(t), args.guidance), eta=args.eta)
-    cond, cut = evaluation.encode_prompts(model, texts)
+
+def make_variants(
+    args: argparse.Namespace, model: StableDiffusion, schedule: NoiseSchedule, prompts: PromptSet, lora: Any
+) -> list[Variant]:
+    """What was asked for, and beside it what to compare it with."""
+    cond, cut = evaluation.encode_prompts(model, prompts.texts)
     for text in cut:
         print(f"warning: prompt cut to {model.tokenizer.model_max_length} tokens: {text!r}")
     empty = jax.tree.map(lambda x: x[0], evaluation.encode_prompts(model, [""])[0])
     context = evaluation.make_context(cond, evaluation.unconditional(model, empty))
-    keys = parallel.sample_keys(parallel.stream(args.seed, "sample"), len(texts))
-    frozen = {"model": {part: model.params[part] for part in ("unet", "vae")}}
+    t = timesteps(schedule, args.steps)
+    steps = make_steps(schedule, t, np.full(len(t), args.guidance, np.float32), eta=args.eta)
+    texts = list(prompts.texts)
+    variants = [Variant("", texts, lora, steps, context)]
+    if args.lora:
+        # the same program with an update of nothing
+        without = jax.tree.map(np.zeros_like, lora)
+        variants = [Variant("-base", [f"without LoRA: {text}" for text in texts], without, steps, context), *variants]
+    if args.explore:
+        w_t = exploration.guidance_schedule(t, w_low=args.w_low, w_high=args.guidance, t_thresh=args.t_thresh)
+        low = make_steps(schedule, t, w_t, eta=args.eta)
+        weighted, words = weigh(args, model, prompts, cond, empty)
+        context_w = context._replace(cond=weighted)
+        said = f"guidance {args.w_low:g} while t > {args.t_thresh:g}"
+        n_low = int((t > args.t_thresh).sum())
+        print(f"guidance: {args.w_low:g} in the first {n_low} of {len(t)} steps, then {args.guidance:g}")
+        variants += [
+            Variant("-schedule", [said] * len(texts), lora, low, context),
+            Variant("-weights", words, lora, steps, context_w),
+            Variant("-both", [f"{said}, {word}" for word in words], lora, low, context_w),
+        ]
+    return variants
+
+
+def weigh(
+    args: argparse.Namespace, model: StableDiffusion, prompts: PromptSet, cond: TextEmbedding, empty: TextEmbedding
+) -> tuple[np.ndarray, list[str]]:
+    """A draw of Eq. 8 for every prompt: the embeddings [N, L, D], and what was weighted, in words."""
+    units = unit_ids(model.tokenizer, prompts, args.unit)
+    keys = parallel.sample_keys(parallel.stream(args.seed, "weights"), len(prompts))
+    weight_range = tuple(args.weight_range)
+
+    def one(key, units, cond):
+        weights = exploration.sample_phrase_weights(key, units, weight_range=weight_range)
+        return exploration.reweight_prompt(cond, empty.embedding, weights), weights
+
+    embedding, weights = jax.device_get(jax.vmap(one)(keys, units, cond.embedding))
+    ids, _ = stable_diffusion.token_ids(model.tokenizer, prompts.texts)
+    words = []
+    for row, weight in zip(ids, weights, strict=True):
+        chosen = weight != 1.0
+        word = model.tokenizer.decode(row[chosen]).strip()
+        words.append(f"{word} x {weight[chosen][0]:.2f}" if chosen.any() else "no word weighted")
+    return embedding, words
+
+
+def make_sample(model: StableDiffusion, schedule: NoiseSchedule) -> Callable[..., jax.Array]:
+    """A compiled program (frozen, lora, x_T, context, steps, keys) -> images in [0,1]."""
 
     @jax.jit
-    def sample(frozen, lora, x_T, context, keys):
+    def sample(frozen, lora, x_T, context, steps, keys):
         denoise = evaluation.denoiser(model, frozen, lora)
         x_0, _ = rollout(denoise, x_T, context, steps, keys, prediction_type=schedule.prediction_type)
         return model.decode(frozen["model"], x_0).clip(0.0, 1.0)
 
-    images, size = [], min(args.batch, len(texts))
-    x_T = initial_latents(keys, model.latent_shape) if x_T is None else x_T
-    for start in tqdm(range(0, len(texts), size), desc="sampling", unit="batch"):
-        rows = np.arange(start, start + size).clip(max=len(texts) - 1)  # the last batch is filled up: one compile
-        here = jax.tree.map(lambda x, rows=rows: x[rows], context)
-        images.append(np.asarray(sample(frozen, lora, x_T[rows], here, keys[rows])))
-    images = np.concatenate(images)[: len(texts)]
-    write(Path(args.out), images, texts, save_npy=args.save_npy)
+    return sample
 
 
 def read_latents(path: str, n: int, shape: tuple[int, int, int]) -> np.ndarray:
@@ -103,17 +200,23 @@ def read_latents(path: str, n: int, shape: tuple[int, int, int]) -> np.ndarray:
     return latents.astype(np.float32)
 
 
-def write(out: Path, images: np.ndarray, texts: list[str], *, save_npy: bool) -> None:
+def write(out: Path, variants: Sequence[Variant], images: Sequence[np.ndarray], *, save_npy: bool) -> None:
+    """Writes every variant's images [N,H,W,3], a grid with a column each, and images.npy of what was asked for."""
+    n = len(images[0])
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for n, image in enumerate(images):
-            Image.fromarray(report.to_uint8(image)).save(out / f"{n:04d}.png")
-        report.save_grid(out / "grid.png", images, texts)
-        if save_npy:
-            np.save(out / "images.npy", images.astype(np.float32))
+        for variant, column in zip(variants, images, strict=True):
+            for i, image in enumerate(column):
+                Image.fromarray(report.to_uint8(image)).save(out / f"{i:04d}{variant.suffix}.png")
+            if save_npy and not variant.suffix:
+                np.save(out / "images.npy", column.astype(np.float32))
+        by_prompt = np.stack(images, axis=1).reshape(-1, *images[0].shape[1:])  # prompt by prompt
+        captions = [variant.captions[i] for i in range(n) for variant in variants]
+        columns = len(variants) if len(variants) > 1 else None
+        report.save_grid(out / "grid.png", by_prompt, captions, columns=columns)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    print(f"{len(images)} images in {out}, all together in {out / 'grid.png'}")
+    print(f"{n * len(variants)} images in {out}, all together in {out / 'grid.png'}")
 
 
 if __name__ == "__main__":

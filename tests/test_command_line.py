@@ -1,6 +1,8 @@
 """Bad input: one clear line, the right exit code, nothing half-written; and the scripts' good runs on a tiny model."""
 
+import ast
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from conftest import ROOT, nonzero_lora
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from configs import common
 from diffexp_jax import checkpoint, command, problem, train
 from diffexp_jax.models import stable_diffusion
 from diffexp_jax.models.lora import init_lora, save_lora
@@ -301,6 +304,8 @@ def script(monkeypatch):
     "arguments, said",
     [
         (["--prompt=a dog", "--steps=1001"], "--steps 1001: wants 1..1000"),
+        (["--prompt=a dog", "--t_thresh=-1"], "--t_thresh -1.0: wants 0..1000"),
+        (["--prompt=a dog", "--weight_range", "2", "1"], "--weight_range 2.0 1.0: wants the lower number first"),
         (["--prompt=a dog", "--eta=2"], "--eta 2.0: wants 0..1"),
         (["--prompt=a dog", "--batch=0"], "--batch 0: wants at least 1"),
         (["--prompt=a dog", "--image_size=12"], "--image_size 12: wants a multiple of 8 pixels"),
@@ -383,7 +388,8 @@ def test_sample_is_diffusers_with_and_without_lora(script, workdir, tiny_model, 
         ours[name] = np.load(tmp_path / name / "images.npy")
         assert ours[name].shape == (3, 16, 16, 3) and ours[name].dtype == np.float32
         files = {path.name for path in (tmp_path / name).iterdir()}
-        assert files == {"0000.png", "0001.png", "0002.png", "grid.png", "images.npy"}
+        pngs = {f"000{i}{suffix}.png" for i in range(3) for suffix in ("", "-base")[: 1 + (name == "lora")]}
+        assert files == {*pngs, "grid.png", "images.npy"}
         with Image.open(tmp_path / name / "0002.png") as image:
             np.testing.assert_allclose(np.asarray(image) / 255, ours[name][2], atol=0.5 / 255 + 1e-6)
 
@@ -397,6 +403,42 @@ def test_sample_is_diffusers_with_and_without_lora(script, workdir, tiny_model, 
     for name in ours:
         assert np.abs(ours[name] - theirs[name]).max() <= 2e-3, name
     assert np.abs(ours["lora"] - ours["plain"]).max() > 0.02  # it is not a no-op
+    with Image.open(tmp_path / "lora" / "0001-base.png") as image:  # beside it, the model without the LoRA
+        np.testing.assert_allclose(np.asarray(image) / 255, ours["plain"][1], atol=1.5 / 255)
+
+
+def test_sample_explore(script, tiny_model, tmp_path, capsys):
+    """One seed under the guidance schedule, a prompt weight, both: each does what it does in training."""
+    arguments = [f"--model={tiny_model}", "--prompt=a dog riding a bike", "--steps=20", "--guidance=7", "--seed=3"]
+    options = ["--explore", "--w_low=2", "--t_thresh=700", "--weight_range", "3", "3", "--unit=word", "--save_npy"]
+    script("sample", *arguments, f"--out={tmp_path / 'x'}", *options)
+    said = capsys.readouterr().out
+    assert "guidance: 2 in the first 6 of 20 steps, then 7" in said  # 951, 901, ... 701
+    names = ("", "-schedule", "-weights", "-both")
+    pictures = {name: np.asarray(Image.open(tmp_path / "x" / f"0000{name}.png"), int) for name in names}
+    with Image.open(tmp_path / "x" / "grid.png") as grid:
+        assert grid.size[0] > 4 * 128 > grid.size[1] * 2
+    script("sample", *arguments, f"--out={tmp_path / 'plain'}", "--save_npy")
+    plain, asked = (np.load(tmp_path / folder / "images.npy") for folder in ("plain", "x"))
+    np.testing.assert_array_equal(plain, asked)
+    for one in names:
+        for other in names:
+            assert one == other or np.abs(pictures[one] - pictures[other]).max() > 2, (one, other)
+    # a threshold that no step reaches, and weights of 1, change nothing
+    options = ["--explore", "--t_thresh=1000", "--weight_range", "1", "1"]
+    script("sample", *arguments, f"--out={tmp_path / 'off'}", *options)
+    for name in names:
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "off" / f"0000{name}.png"), int), pictures[""])
+
+
+def test_sample_explores_as_training_does():
+    """The script cannot read configs/, so it repeats their defaults."""
+    source = (ROOT / "scripts/sample.py").read_text()
+    found = dict(re.findall(r'add\("--(w_low|t_thresh|weight_range|unit)".*?default=(\(.*?\)|".*?"|[\d.]+)', source))
+    wanted = common.default().exploration
+    assert {name: ast.literal_eval(value) for name, value in found.items()} == {
+        name: wanted[name] for name in ("w_low", "t_thresh", "weight_range", "unit")
+    }
 
 
 def test_evaluate(script, workdir, tmp_path, tiny_settings):
