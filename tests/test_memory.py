@@ -207,5 +207,5 @@ def test_images_in_bfloat16(make_config):
         params = {part: model.params[part] for part in ("unet", "vae")}
         assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
         images.append(np.asarray(sample(params, context, steps), np.float64))
-    assert images[0].std() > 0.1
+    assert images[0].std() > 0.05
     assert 1e-4 < np.abs(images[1] - images[0]).mean() < 3e-2
