@@ -145,7 +145,7 @@ def test_a_real_script_says_one_line(tmp_path):
         ("ddpo", "prompts", "no/such.txt", "no/such.txt: cannot read the prompt file: No such file or directory"),
         ("ddpo", "prompts", "plants", "unknown prompt set 'plants'; accepted: animals,"),
         ("ddpo", "model.path", "no/such", "model 'no/such': no such folder, no copy in the hub's cache"),
-        ("ddpo", "reward", "beauty", "unknown reward 'beauty'; accepted: pickscore, aesthetic"),
+        ("ddpo", "reward", "beauty", "unknown reward 'beauty'; accepted: pickscore, pickscore_26,"),
     ],
 )
 def test_bad_settings(fails, make_config, tmp_path, algorithm, key, value, said):
@@ -182,7 +182,8 @@ def test_a_prompt_that_is_too_long_is_cut_and_named(make_config, tmp_path, caplo
     loaded = problem.load_problem(make_config("alignprop", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0}))
     assert f"prompt cut to 32 tokens: {long.strip()!r}" in caplog.text
     assert caplog.text.count("prompt cut") == 1
-    assert loaded.train.cond.shape == (2, 32, 16) and np.isfinite(loaded.train.cond).all()
+    cond = loaded.train.cond.embedding
+    assert cond.shape == (2, 32, 16) and np.isfinite(cond).all()
 
 
 # -------------------------------------------------------------------------------------------------------- broken models
