@@ -43,6 +43,11 @@ def encode_prompts(model: StableDiffusion, texts: Sequence[str], *, chunk: int =
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(texts)], *rows), cuts[0]
 
 
+def encode_empty(model: StableDiffusion) -> TextEmbedding:
+    """The embedding of "", without a batch axis: Eq. 8's null."""
+    return jax.tree.map(lambda x: x[0], encode_prompts(model, [""])[0])
+
+
 def unconditional(model: StableDiffusion, empty: TextEmbedding) -> TextEmbedding:
     """What guidance leads away from: `empty`, the embedding of "", or zeros where the model was trained so (SDXL).
 

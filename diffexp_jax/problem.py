@@ -71,7 +71,7 @@ def load_problem(config: ConfigDict) -> Problem:
         return evaluation.Task(prompts.name, prompts.texts, cond, tokens)
 
     units = unit_ids(model.tokenizer, prompts, config.exploration.unit)
-    empty = jax.tree.map(lambda x: x[0], evaluation.encode_prompts(model, [""])[0])
+    empty = evaluation.encode_empty(model)
     uncond = evaluation.unconditional(model, empty)
     name = reward_name(config.reward)
     return Problem(model, name, rewards, units, task(prompts), [task(s) for s in eval_sets], empty, uncond)

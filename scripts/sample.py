@@ -127,7 +127,7 @@ def make_variants(
     cond, cut = evaluation.encode_prompts(model, prompts.texts)
     for text in cut:
         print(f"warning: prompt cut to {model.tokenizer.model_max_length} tokens: {text!r}")
-    empty = jax.tree.map(lambda x: x[0], evaluation.encode_prompts(model, [""])[0])
+    empty = evaluation.encode_empty(model)
     context = evaluation.make_context(cond, evaluation.unconditional(model, empty))
     t = timesteps(schedule, args.steps)
     steps = make_steps(schedule, t, np.full(len(t), args.guidance, np.float32), eta=args.eta)

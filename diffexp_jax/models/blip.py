@@ -19,6 +19,7 @@ from diffexp_jax.models.layers import Conv, Dense, attention, gelu, layer_norm
 _VIT_EPSILON = 1e-6
 _HEAD_WIDTH = 64  # of a ViT's attention heads, in BLIP's base and large alike
 _PADDING = 0  # BERT's [PAD]
+_HEAD_LAYERS = (0, 2, 4, 6, 7)  # the linear ones of the head's nn.Sequential; the entries between them are dropout
 
 # Entries of the checkpoint that scoring does not use: BLIP's contrastive projections, and a constant.
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
@@ -149,7 +150,7 @@ class ImageReward(nn.Module):
         image = ViT(self.config, self.dtype, name="blip.visual_encoder")(pixels)
         text = Bert(self.config, self.dtype, name="blip.text_encoder")(ids, image)
         x = text[:, 0].astype(jnp.float32)
-        for i, width in zip((0, 2, 4, 6, 7), self.config.head_widths, strict=True):  # dropout in between
+        for i, width in zip(_HEAD_LAYERS, self.config.head_widths, strict=True):
             x = Dense(width, name=f"mlp.layers.{i}")(x)
         return x[:, 0]
 
@@ -163,7 +164,7 @@ def config_of(tensors: Mapping[str, np.ndarray], med_config: Mapping[str, Any], 
     try:
         patch = tensors["blip.visual_encoder.patch_embed.proj.weight"].shape  # [D, 3, p, p]
         tokens = tensors["blip.visual_encoder.pos_embed"].shape[1]
-        widths = tuple(tensors[f"mlp.layers.{i}.bias"].shape[0] for i in (0, 2, 4, 6, 7))
+        widths = tuple(tensors[f"mlp.layers.{i}.bias"].shape[0] for i in _HEAD_LAYERS)
     except KeyError as error:
         raise InputError(f"{where}: not an ImageReward checkpoint: the tensor {error} is missing") from None
     blocks = {match[1] for name in tensors if (match := re.match(r"blip\.visual_encoder\.blocks\.(\d+)\.", name))}

@@ -18,7 +18,7 @@ from diffexp_jax.models.layers import ACTIVATIONS, Conv, Dense, attention, layer
 
 _INIT_LOGIT_SCALE = math.log(1 / 0.07)
 _IMAGE_PARTS = ("vision_model.", "visual_projection.")
-_LEGACY_EOS = 2  # an `eos_token_id` that says nothing about the vocabulary: see `eot_positions`
+LEGACY_EOS = 2  # an `eos_token_id` that says nothing about the vocabulary: see `eot_positions`
 
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
@@ -125,7 +125,7 @@ def eot_positions(ids: Int[Array, "B L"], eos_token_id: int) -> Int[Array, " B"]
 
     Configs from before transformers 4.31 carry a meaningless 2 there; they mean the highest id of the prompt.
     """
-    return jnp.argmax(ids if eos_token_id == _LEGACY_EOS else ids == eos_token_id, axis=-1)
+    return jnp.argmax(ids if eos_token_id == LEGACY_EOS else ids == eos_token_id, axis=-1)
 
 
 class TextTransformer(nn.Module):

@@ -19,8 +19,6 @@ VIT_H_14 = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
 
-_ARGMAX = 2  # the legacy `eos_token_id`: open_clip pools the text where the id is highest
-
 _NAMES = {
     "logit_scale": "logit_scale",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -103,7 +101,7 @@ def config_of(model_cfg: Mapping[str, Any]) -> clip.CLIPConfig:
             max_position_embeddings=text.get("context_length", 77),
             hidden_act=act,
             projection_dim=model_cfg["embed_dim"],
-            eos_token_id=_ARGMAX,
+            eos_token_id=clip.LEGACY_EOS,  # open_clip pools the text where the id is highest
         ),
         clip.CLIPVisionConfig(
             hidden_size=vision["width"],

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from diffexp_jax import InputError
 from diffexp_jax.models import convert, files
-from diffexp_jax.models.clip import CLIPTextConfig, canonical_text_names
+from diffexp_jax.models.clip import LEGACY_EOS, CLIPTextConfig, canonical_text_names
 from diffexp_jax.models.families import PARTS, ModelConfig, read_config
 from diffexp_jax.models.unet import UNet
 from diffexp_jax.models.vae import AutoencoderKL, in_slices
@@ -185,7 +185,7 @@ def check_tokenizers(tokenizers: Sequence[Any], text: Sequence[CLIPTextConfig], 
         if tokenizer.model_max_length > cfg.max_position_embeddings:
             length = tokenizer.model_max_length
             raise InputError(f"{name} its text encoder: length {length}, accepted: to {cfg.max_position_embeddings}")
-        if cfg.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: older configs, which say nothing by it
+        if cfg.eos_token_id not in (LEGACY_EOS, tokenizer.eos_token_id):
             ends = f"{tokenizer.eos_token_id}, the encoder's config says {cfg.eos_token_id}"
             raise InputError(f"{name} its text encoder: the end token's id is {ends}")
         same = tokenizer.model_max_length == first.model_max_length and tokenizer.get_vocab() == first.get_vocab()
