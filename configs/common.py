@@ -21,6 +21,7 @@ MODELS = {
 REWARDS = (
     *("emoji_pickscore", "emoji_aesthetic", "emoji_judge"),
     *("pickscore", "aesthetic", "hpsv2", "imagereward", "pickscore_26", "pickscore_cosine"),
+    *("jpeg_compressibility", "jpeg_incompressibility", "jax", "python"),
 )
 PROMPTS = ("animals", "animal_activities", "animals_unseen", "animal_activities_unseen", "unseen_activities")
 ARGUMENTS = {"model": "emoji", "reward": "emoji_pickscore", "prompts": "animal_activities", "explore": "true"}
@@ -44,8 +45,14 @@ def default() -> ml_collections.ConfigDict:
     m.vae_slice = 32  # images that the VAE decodes at once, at most
 
     c.prompts = "animal_activities"  # a built-in set or a file (.txt, .csv, .tsv, .json)
-    c.reward = "emoji_pickscore"  # NAME, NAME:PATH, textnorm(NAME:PATH), or several of these joined by "+"
+    # NAME, NAME:PATH, textnorm(NAME:PATH), several joined by "+"; the user's own function: jax:MODULE:FUNCTION or, for
+    # ddpo, python:MODULE:FUNCTION
+    c.reward = "emoji_pickscore"  # what is maximised, in the reward's own units
     c.reward_weights = ()  # of the parts of several rewards, in their order; (): those of DRaFT and PRDP
+
+    c.host_reward = h = ml_collections.ConfigDict()  # of plain Python: python:..., jpeg_compressibility
+    h.timeout = 600.0  # seconds that a call may take (on samples_per_forward images) before the run stops
+    h.workers = 4  # threads, each in a call of its own
 
     c.textnorm = t = ml_collections.ConfigDict()  # of textnorm(...), Kim et al. 2024
     t.temperature = 1.0  # of the softmax over prompts, in the reward's units (a cosine wants about 0.01)
@@ -130,8 +137,8 @@ def parse(argument: str | None) -> dict[str, str]:
             raise ValueError(f"config argument {key}={chosen[key]!r}: accepted: {', '.join(accepted)}")
     if not set(reward_names(chosen["reward"])) <= set(REWARDS):
         raise ValueError(
-            f"config argument reward={chosen['reward']!r}: accepted: {', '.join(REWARDS)} (or NAME:PATH, "
-            "textnorm(NAME:PATH), several joined by +)"
+            f"config argument reward={chosen['reward']!r}: accepted: {', '.join(REWARDS[:-2])} (or NAME:PATH, "
+            "textnorm(NAME:PATH), several joined by +), jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
         )
     if chosen["prompts"] not in PROMPTS and "." not in chosen["prompts"]:
         raise ValueError(f"config argument prompts={chosen['prompts']!r}: accepted: {', '.join(PROMPTS)} or a file")

@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Bad input from the user: one clear line, exit code 2."""
+
+
+class RewardError(RuntimeError):
+    """A reward that runs on the host failed: one clear line, exit code 1, and what was trained is saved."""

@@ -12,7 +12,14 @@ from absl import logging
 
 from diffexp_jax import InputError, command
 
-_FREE = ("eval", "log", "checkpoint", "iterations", "compilation_cache")  # config keys that a continued run may change
+_FREE = (
+    "eval",
+    "log",
+    "checkpoint",
+    "host_reward",
+    "iterations",
+    "compilation_cache",
+)  # config keys that a continued run may change
 
 
 class Checkpoints:

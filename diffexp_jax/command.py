@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from absl import logging
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, RewardError
 
 
 def guarded(main: Callable[..., Any], *args: Any) -> None:
@@ -21,7 +21,7 @@ def guarded(main: Callable[..., Any], *args: Any) -> None:
         main(*args)
     except InputError as error:
         fail(2, error)
-    except (FloatingPointError, OSError) as error:  # a NaN; the disk is full, say
+    except (FloatingPointError, RewardError, OSError) as error:  # a NaN; the disk is full, say
         fail(1, error)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)

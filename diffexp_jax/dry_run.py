@@ -142,7 +142,7 @@ def compile_all(config: ConfigDict, problem: Problem) -> Iterable[Cost]:
     check.check_noise(config, steps)
     programs = make_programs(config, problem, schedule.prediction_type)
     model = {part: problem.model.params[part] for part in ("unet", "vae")}
-    rewards = {name: reward.params for name, reward in problem.rewards.items()}
+    rewards = {problem.reward: problem.rewards[problem.reward].params}
     frozen, trained = on_devices({"model": model, "rewards": rewards}), abstract_lora(config, problem)
     state = on_devices(jax.eval_shape(programs.algorithm.init, trained))
     batch, key = draw_batch(config, problem, 0, None), parallel.replicate(jax.random.key(0))
@@ -152,11 +152,7 @@ def compile_all(config: ConfigDict, problem: Problem) -> Iterable[Cost]:
         samples = jax.eval_shape(programs.sample, state, frozen, batch, steps)
     yield cost_of("update", programs.update, state, frozen, batch, steps, key, samples)
     if config.eval.every or (config.log.images and config.log.images_every):
-        tokens = jax.tree.map(lambda x: np.zeros((config.batch.samples, *x.shape[1:]), x.dtype), problem.train.tokens)
-        tokens = parallel.shard(tokens, config.batch.samples)
-        yield cost_of(
-            "evaluate", programs.generate, frozen, on_devices(trained), batch.context, tokens, batch.key, steps
-        )
+        yield cost_of("evaluate", programs.generate, frozen, on_devices(trained), batch.context, batch.key, steps)
 
 
 def cost_of(name: str, program: Any, *args: Any) -> Cost:

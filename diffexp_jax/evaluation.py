@@ -1,11 +1,14 @@
 """Sampling without exploration on fixed seeds, and scoring: for evaluations, image grids and the scripts."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt8
 
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import chunked, unchunked
@@ -66,29 +69,74 @@ def make_context(cond: TextEmbedding, uncond: TextEmbedding) -> Context:
     return Context(cond.embedding, uncond.embedding, cond.added, uncond.added)
 
 
+def as_bytes(images: Float[Array, "*B H W 3"]) -> UInt8[Array, "*B H W 3"]:
+    """[0,1] -> 0..255, rounded; values outside are clipped."""
+    return jnp.round(jnp.clip(images, 0.0, 1.0) * 255).astype(jnp.uint8)
+
+
 def make_generate(
-    model: StableDiffusion, rewards: Mapping[str, Reward], *, prediction_type: str, n_chunks: int, lora_scale: float
-) -> Callable[..., tuple[Array, dict[str, Any]]]:
-    """A mapped program (frozen, lora, context, tokens, keys, steps) -> (images, {reward: (scores, parts)})."""
+    model: StableDiffusion, *, prediction_type: str, n_chunks: int, lora_scale: float
+) -> Callable[..., UInt8[Array, "D B H W 3"]]:
+    """A mapped program (frozen, lora, context, keys, steps) -> images as bytes."""
 
     def one(frozen, lora, steps, chunk):
-        context, tokens, keys = chunk
+        context, keys = chunk
         x_T = initial_latents(keys, model.latent_shape)
         denoise = denoiser(model, frozen, lora, lora_scale=lora_scale)
         x_0, _ = rollout(denoise, x_T, context, steps, keys, prediction_type=prediction_type)
-        images = model.decode(frozen["model"], x_0).clip(0.0, 1.0)
-        scores = {name: reward.score(frozen["rewards"][name], images, tokens[name]) for name, reward in rewards.items()}
-        return images, scores
+        return as_bytes(model.decode(frozen["model"], x_0))
 
-    def generate(frozen, lora, context, tokens, keys, steps):
-        chunks = chunked((context, tokens, keys), n_chunks)
+    def generate(frozen, lora, context, keys, steps):
+        chunks = chunked((context, keys), n_chunks)
         return unchunked(jax.lax.map(lambda chunk: one(frozen, lora, steps, chunk), chunks))
 
     return parallel.pmap(generate)
 
 
+def make_official_scorer(
+    reward: Reward, *, batch: int, params: Any = None
+) -> Callable[[Sequence[UInt8[np.ndarray, "_ _ 3"]], Any], dict[str, Float[np.ndarray, " N"]]]:
+    """A function (images, the reward's tokens of their prompts) -> {"": the reward, part: each of its parts}.
+
+    What is reported: bytes in, by the reward's published path, which has no gradient. The images may differ in size.
+
+    Args:
+      reward: any; one in plain Python is called with up to `batch` images of one size.
+      batch: images at once, over all devices (a multiple of their number). A last, smaller batch is filled up, so that
+        everything compiles once.
+      params: the reward's, on every device (`parallel.replicate`); None: put there now.
+    """
+    if reward.start:
+        return partial(_score_on_host, reward.start, batch=batch)
+    rate = parallel.pmap(reward.rate)
+    params = parallel.replicate(reward.params) if params is None else params
+
+    def score(images, tokens):
+        done = []
+        for start in range(0, len(images), batch):
+            rows = np.arange(start, start + batch).clip(max=len(images) - 1)
+            pixels = [reward.prepare(images[row]) for row in rows[: len(images) - start]]
+            pixels += pixels[-1:] * (batch - len(pixels))
+            stacked = jax.tree.map(lambda *x: np.stack(x), *pixels)
+            own = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], tokens)
+            total, parts = parallel.unshard(rate(params, *parallel.shard((stacked, own), batch)))
+            done.append({name: x[: len(images) - start] for name, x in ({"": total} | parts).items()})
+        return jax.tree.map(lambda *x: np.concatenate(x), *done) if done else {}
+
+    return score
+
+
+def _score_on_host(start: Callable, images: Any, tokens: Int[np.ndarray, " N"], *, batch: int):
+    """All the calls are begun, then waited for; images that follow each other share one if they have the same size."""
+    groups = [list(same) for _, same in itertools.groupby(range(len(images)), lambda i: images[i].shape)]
+    calls = [group[i : i + batch] for group in groups for i in range(0, len(group), batch)]
+    waits = [start(np.stack([images[i] for i in rows]), tokens[rows]) for rows in calls]
+    return {"": np.concatenate([wait() for wait in waits])} if waits else {}
+
+
 def evaluate(
     generate: Callable,
+    scorers: Mapping[str, Callable],
     frozen: Any,
     lora: Any,
     task: Task,
@@ -98,8 +146,10 @@ def evaluate(
     seed: int,
     batch: int,
     samples_per_prompt: int = 1,
-) -> tuple[Float[np.ndarray, "N H W 3"], dict[str, Float[np.ndarray, "N"]]]:
+) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[str, Float[np.ndarray, "N"]]]:
     """Images and scores of every prompt, `samples_per_prompt` each, with seeds that depend on nothing else.
+
+    `scorers` are rewards' names and what `make_official_scorer` makes of them.
 
     Returns:
       The images, prompt by prompt; {"reward": [N], "reward/part": [N]} in the same order.
@@ -107,16 +157,15 @@ def evaluate(
     rows = np.repeat(np.arange(len(task.texts)), samples_per_prompt)
     keys = parallel.sample_keys(parallel.stream(seed, f"eval/{task.name}"), len(rows) + -len(rows) % batch)
     padded = np.concatenate([rows, np.zeros(-len(rows) % batch, np.int64)])
-    images, scores = [], []
+    images = []
     for start in range(0, len(padded), batch):
         part = padded[start : start + batch]
-        cond, tokens = jax.tree.map(lambda x, part=part: x[part], (task.cond, task.tokens))
-        context = make_context(cond, uncond)
-        inputs = parallel.shard((context, tokens, keys[start : start + batch]), batch)
-        images_n, scores_n = parallel.unshard(generate(frozen, lora, *inputs, steps))
-        images.append(images_n)
-        scores.append(scores_n)
-    joined = jax.tree.map(lambda *x: np.concatenate(x)[: len(rows)], *scores)
-    flat = {name: total for name, (total, _) in joined.items()}
-    flat |= {f"{name}/{part}": x for name, (_, parts) in joined.items() for part, x in parts.items()}
-    return np.concatenate(images)[: len(rows)], flat
+        context = make_context(jax.tree.map(lambda x, part=part: x[part], task.cond), uncond)
+        inputs = parallel.shard((context, keys[start : start + batch]), batch)
+        images.append(parallel.unshard(generate(frozen, lora, *inputs, steps)))
+    images = np.concatenate(images)[: len(rows)]
+    scores = {}
+    for name, scorer in scorers.items():
+        own = scorer(images, jax.tree.map(lambda x: x[rows], task.tokens[name]))
+        scores |= {f"{name}/{part}" if part else name: x for part, x in own.items()}
+    return images, scores

@@ -26,7 +26,7 @@ def replicate(tree: Any) -> Any:
 
 
 _copy = pmap(lambda _, tree: tree, in_axes=(0, None))  # made once: every pmap compiles for itself
-_place = pmap(lambda tree: tree)
+_put = pmap(lambda tree: tree)
 
 
 def first(tree: Any) -> Any:
@@ -47,7 +47,13 @@ def shard(tree: Any, n_samples: int) -> Any:
     Placed on the devices: a program is compiled once more for arguments that are still on the host.
     """
     index = sample_index(n_samples)
-    return _place(jax.tree.map(lambda x: x[index], tree))
+    return _put(jax.tree.map(lambda x: x[index], tree))
+
+
+def place(tree: Any) -> Any:
+    """The opposite of `unshard`: this host's share [n_local * b, ...] -> [n_local, b, ...] on its devices."""
+    n = jax.local_device_count()
+    return _put(jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), tree))
 
 
 def unshard(tree: Any) -> Any:

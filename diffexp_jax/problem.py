@@ -51,17 +51,29 @@ def load_rewards(config: ConfigDict, *, shapes_only: bool = False) -> dict[str, 
     specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
     norm, options = config.textnorm, {"dtype": model_dtype(config), "shapes_only": shapes_only}
     options |= {"temperature": norm.temperature, "contrast": norm.contrast}
+    options |= {"timeout": config.host_reward.timeout, "workers": config.host_reward.workers}
     weights = tuple(config.reward_weights)
-    return {reward_name(s): load_reward(s, weights=weights if s == config.reward else (), **options) for s in specs}
+    names = [reward_name(spec) for spec in specs]
+    if len(set(names)) < len(names):
+        raise InputError(f"reward and eval.rewards: two of {', '.join(specs)} have the same name")
+    rewards = {
+        name: load_reward(spec, weights=weights if spec == config.reward else (), **options)
+        for name, spec in zip(names, specs, strict=True)
+    }
+    if config.algorithm == "alignprop" and rewards[names[0]].start:
+        raise InputError(
+            f"reward={config.reward!r}: alignprop needs the reward's gradient, and plain Python has none; wants "
+            "algorithm ddpo, or a function of JAX: jax:MODULE:FUNCTION"
+        )
+    return rewards
 
 
 def load_problem(config: ConfigDict) -> Problem:
     """Loads what the config names; prompts are encoded once, here."""
     prompts = load_prompts(config.prompts)
     eval_sets = [load_prompts(name) for name in config.eval.prompts] if config.eval.every else []
-    m = config.model
+    m, rewards = config.model, load_rewards(config)
     model = stable_diffusion.load(m.path, revision=m.revision, variant=m.variant, **model_options(config))
-    rewards = load_rewards(config)
 
     def task(prompts: PromptSet) -> evaluation.Task:
         cond, cut = evaluation.encode_prompts(model, prompts.texts)
@@ -90,9 +102,9 @@ def load_schedule(model: stable_diffusion.StableDiffusion) -> NoiseSchedule:
 
 
 def frozen_arrays(problem: Problem) -> Any:
-    """Every array that is not trained, on every device."""
+    """The arrays that training reads and leaves alone, on every device."""
     model = {part: problem.model.params[part] for part in ("unet", "vae")}
-    rewards = {name: reward.params for name, reward in problem.rewards.items()}
+    rewards = {problem.reward: problem.rewards[problem.reward].params}
     return parallel.replicate({"model": model, "rewards": rewards})
 
 

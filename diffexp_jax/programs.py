@@ -1,15 +1,18 @@
 """The compiled programs of a run, made from its settings and its problem: training and the dry run use the same."""
 
+import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from diffexp_jax import check, evaluation, parallel
-from diffexp_jax.algorithms import Algorithm, Policy
+from diffexp_jax.algorithms import Algorithm, Policy, Samples
 from diffexp_jax.algorithms.alignprop import alignprop
 from diffexp_jax.algorithms.ddpo import ddpo
 from diffexp_jax.problem import Problem, model_dtype
@@ -29,23 +32,56 @@ def make_programs(config: ConfigDict, problem: Problem, prediction_type: str) ->
     algorithm = make_algorithm(config, problem, prediction_type)
     generate = evaluation.make_generate(
         problem.model,
-        problem.rewards,
         prediction_type=prediction_type,
         n_chunks=check.batch_split(config)[0],
         lora_scale=config.lora.alpha / config.lora.rank,
     )
-    sample = parallel.pmap(algorithm.sample) if algorithm.sample else None
+    sample, reward = algorithm.sample and parallel.pmap(algorithm.sample), problem.rewards[problem.reward]
+    if reward.start:
+        sample = sample_and_score(config, problem, prediction_type)
     return Programs(algorithm, sample, parallel.pmap(algorithm.update, donate_argnums=0), generate)
 
 
-def make_algorithm(config: ConfigDict, problem: Problem, prediction_type: str) -> Algorithm:
-    """The configured algorithm, on the loaded model and reward."""
+def sample_and_score(config: ConfigDict, problem: Problem, prediction_type: str) -> Callable[..., Samples]:
+    """The mapped `Algorithm.sample` for a reward in plain Python: it scores a chunk while the next one samples."""
+    (n_chunks, m), reward = check.batch_split(config), problem.rewards[problem.reward]
+    sample = parallel.pmap(make_algorithm(config, problem, prediction_type, n_chunks=1).sample)
+    slices = [slice(i * m, (i + 1) * m) for i in range(n_chunks)]
+    split = parallel.pmap(lambda batch: [jax.tree.map(operator.itemgetter(own), batch) for own in slices])
+    join = parallel.pmap(lambda chunks: jax.tree.map(lambda *x: jnp.concatenate(x), *chunks))
+    to_bytes = parallel.pmap(evaluation.as_bytes)
+
+    def all_chunks(state, frozen, batch, steps) -> Samples:
+        chunks, waits = [], []
+        for chunk in split(batch):
+            chunks.append(sample(state, frozen, chunk, steps))
+            images = to_bytes(chunks[-1].images)  # not there yet: the thread is who waits for the device
+            waits.append(reward.start(partial(parallel.unshard, images), parallel.unshard(chunk.tokens)))
+        samples = jax.block_until_ready(join(chunks))  # what a reward may take is counted from here
+        return samples._replace(rewards=parallel.place(np.concatenate([wait() for wait in waits])))
+
+    return all_chunks
+
+
+def make_scorers(config: ConfigDict, problem: Problem, frozen: Any) -> dict[str, Callable]:
+    """What evaluation scores with, by name: every reward on its published path."""
+    batch, params = check.batch_split(config)[1] * jax.device_count(), frozen["rewards"]
+    return {
+        name: evaluation.make_official_scorer(reward, batch=batch, params=params.get(name))
+        for name, reward in problem.rewards.items()
+    }
+
+
+def make_algorithm(
+    config: ConfigDict, problem: Problem, prediction_type: str, *, n_chunks: int | None = None
+) -> Algorithm:
+    """The configured algorithm, on the loaded model and reward; `n_chunks` None: as many as the config comes to."""
     model, scale = problem.model, config.lora.alpha / config.lora.rank
-    reward, (n_chunks, _) = problem.rewards[problem.reward], check.batch_split(config)
+    reward, n_chunks = problem.rewards[problem.reward], n_chunks or check.batch_split(config)[0]
     policy = Policy(
         denoise=lambda frozen, lora: evaluation.denoiser(model, frozen, lora, lora_scale=scale),
         decode=lambda frozen, x_0: model.decode(frozen["model"], x_0),
-        score=lambda frozen, images, tokens: reward.score(frozen["rewards"][problem.reward], images, tokens),
+        score=None if reward.start else lambda frozen, *args: reward.score(frozen["rewards"][problem.reward], *args),
         latent_shape=model.latent_shape,
         prediction_type=prediction_type,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from diffexp_jax.metrics import read_metrics
@@ -16,9 +16,9 @@ _TEXT = 30  # pixels of the caption strip
 
 
 def save_grid(
-    path: Path, images: Float[np.ndarray, "N H W 3"], captions: Sequence[str], *, columns: int | None = None
+    path: Path, images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], *, columns: int | None = None
 ) -> None:
-    """Writes images in [0,1] as a captioned PNG grid, row by row."""
+    """Writes images as a captioned PNG grid, row by row."""
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     scale = max(1, -(-_CELL // images.shape[1]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
@@ -27,17 +27,12 @@ def save_grid(
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for n, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = 4 + n % columns * (width + 4), 4 + n // columns * (height + _TEXT)
-        pixels = Image.fromarray(to_uint8(image)).resize((width, height), Image.Resampling.NEAREST)
+        pixels = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(pixels, (x, y))
         text = _wrapped(draw, caption, font, width)
         draw.multiline_text((x, y + height + 1), text, fill="black", font=font, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """[0,1] -> 0..255, rounded; values outside are clipped."""
-    return np.round(np.clip(np.asarray(image), 0.0, 1.0) * 255).astype(np.uint8)
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:

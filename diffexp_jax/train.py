@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from diffexp_jax import InputError, check, checkpoint, command, evaluation, exploration, parallel, report
+from diffexp_jax import InputError, RewardError, check, checkpoint, command, evaluation, exploration, parallel, report
 from diffexp_jax.dry_run import dry_run
 from diffexp_jax.metrics import MetricsWriter, read_metrics
 from diffexp_jax.models import lora as lora_lib
@@ -29,7 +29,7 @@ from diffexp_jax.problem import (
     make_explore,
     sampling_steps,
 )
-from diffexp_jax.programs import make_programs
+from diffexp_jax.programs import make_programs, make_scorers
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -49,7 +49,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     # ------------------------------------------------------------------------------------------------------- programs
     algorithm, sample, update, generate = make_programs(config, problem, schedule.prediction_type)
-    explore = make_explore(config)
+    scorers, explore = make_scorers(config, problem, frozen), make_explore(config)
 
     # -------------------------------------------------------------------------------------------------- state, resume
     key = parallel.stream(config.seed, "lora")
@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             images, captions = fixed_samples(config, problem, generate, frozen, lora, plain_steps)
             report.save_grid(workdir / "images" / f"{iteration:06d}.png", images, captions)
         if config.eval.every and (last or iteration % config.eval.every == 0):
-            values |= evaluate_all(config, problem, generate, frozen, lora, plain_steps)
+            values |= evaluate_all(config, problem, generate, scorers, frozen, lora, plain_steps)
         return values
 
     # ----------------------------------------------------------------------------------------------------------- loop
@@ -83,31 +83,39 @@ def run(config: ConfigDict, workdir: Path) -> None:
         checkpoints.save(0, parallel.first(state))
     n_steps, n_samples = config.sampling.steps, config.batch.samples
     bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, unit="it", desc="fine-tuning")
-    for it in bar:
-        clock = time.perf_counter()
-        active = config.exploration.enabled and exploration.exploration_active(
-            it, n_iterations=config.iterations, fraction=config.exploration.fraction
-        )
-        steps = explored_steps if active else plain_steps
-        batch = draw_batch(config, problem, it, explore if active else None)
-        samples = jax.block_until_ready(sample(state, frozen, batch, steps)) if sample else None
-        sampled = time.perf_counter()
-        key = parallel.replicate(parallel.stream(config.seed, "update", it))
-        state, metrics, _ = update(state, frozen, batch, steps, key, samples)
-        values = {name: float(value) for name, value in parallel.first(metrics).items()}
-        if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-            raise FloatingPointError(
-                f"iteration {it + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: stopped; "
-                f"the last checkpoint is untouched in {workdir / 'checkpoints'}"
+    try:
+        for it in bar:
+            clock = time.perf_counter()
+            active = config.exploration.enabled and exploration.exploration_active(
+                it, n_iterations=config.iterations, fraction=config.exploration.fraction
             )
-        values |= {"reward_queries": (it + 1) * n_samples, "unet_evaluations": (it + 1) * n_samples * n_steps * 2}
-        values |= {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
-        bar.set_postfix_str(f"reward {values['reward/mean']:.3f}")
-        writer.write(it + 1, look(it + 1, values))
-        if (it + 1) % config.checkpoint.every == 0 or it + 1 == config.iterations:
-            checkpoints.save(it + 1, parallel.first(state))
-            report.save_curves(workdir)
-    checkpoints.close()
+            steps = explored_steps if active else plain_steps
+            batch = draw_batch(config, problem, it, explore if active else None)
+            samples = jax.block_until_ready(sample(state, frozen, batch, steps)) if sample else None
+            sampled = time.perf_counter()
+            key = parallel.replicate(parallel.stream(config.seed, "update", it))
+            state, metrics, _ = update(state, frozen, batch, steps, key, samples)
+            values = {name: float(value) for name, value in parallel.first(metrics).items()}
+            if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+                raise FloatingPointError(
+                    f"iteration {it + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: stopped; "
+                    f"the last checkpoint is untouched in {workdir / 'checkpoints'}"
+                )
+            values |= {"reward_queries": (it + 1) * n_samples, "unet_evaluations": (it + 1) * n_samples * n_steps * 2}
+            values |= {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
+            bar.set_postfix_str(f"reward {values['reward/mean']:.3f}")
+            try:
+                values = look(it + 1, values)
+            finally:  # without its evaluation if that failed
+                writer.write(it + 1, values)
+            if (it + 1) % config.checkpoint.every == 0 or it + 1 == config.iterations:
+                checkpoints.save(it + 1, parallel.first(state))
+                report.save_curves(workdir)
+    except RewardError:
+        checkpoints.save(int(parallel.first(state.iteration)), parallel.first(state))
+        raise
+    finally:
+        checkpoints.close()
 
     # --------------------------------------------------------------------------------------------------------- report
     lora_lib.save_lora(
@@ -122,12 +130,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def evaluate_all(config: ConfigDict, problem: Problem, generate, frozen, lora, steps) -> dict[str, float]:
+def evaluate_all(config: ConfigDict, problem: Problem, generate, scorers, frozen, lora, steps) -> dict[str, float]:
     """Mean of every reward and part over every evaluation prompt set, without exploration."""
     values = {}
     for task in problem.evals:
         _, scores = evaluation.evaluate(
             generate,
+            scorers,
             frozen,
             lora,
             task,
@@ -146,10 +155,9 @@ def fixed_samples(config: ConfigDict, problem: Problem, generate, frozen, lora, 
     count = min(config.log.images, len(problem.train.texts))
     rows = np.linspace(0, len(problem.train.texts) - 1, count).round().astype(int)
     texts = tuple(problem.train.texts[i] for i in rows)
-    cond, tokens = jax.tree.map(lambda x: x[rows], (problem.train.cond, problem.train.tokens))
-    task = evaluation.Task("grid", texts, cond, tokens)
+    task = evaluation.Task("grid", texts, jax.tree.map(lambda x: x[rows], problem.train.cond), {})
     images, _ = evaluation.evaluate(
-        generate, frozen, lora, task, problem.uncond, steps, seed=config.seed, batch=config.batch.samples
+        generate, {}, frozen, lora, task, problem.uncond, steps, seed=config.seed, batch=config.batch.samples
     )
     return images, texts
 

@@ -15,6 +15,7 @@ from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, r
 from diffexp_jax.models.files import read_json
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.problem import frozen_arrays, load_problem, load_schedule, sampling_steps
+from diffexp_jax.programs import make_scorers
 
 
 def main(args: argparse.Namespace) -> None:
@@ -31,9 +32,10 @@ def main(args: argparse.Namespace) -> None:
     schedule = load_schedule(problem.model)
     batch = max(args.batch // jax.device_count(), 1) * jax.device_count()
     generate = evaluation.make_generate(
-        problem.model, problem.rewards, prediction_type=schedule.prediction_type, n_chunks=1, lora_scale=1.0
+        problem.model, prediction_type=schedule.prediction_type, n_chunks=1, lora_scale=1.0
     )
     steps, frozen = sampling_steps(config, schedule, explore=False), frozen_arrays(problem)
+    scorers = make_scorers(config, problem, frozen)
     results: dict[str, dict] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
     for task in problem.evals:
         captions = [text for text in task.texts for _ in range(args.samples_per_prompt)]
@@ -44,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
         for name, scale in (("base", 0.0), ("tuned", config.lora.alpha / config.lora.rank)):
             images, scores = evaluation.evaluate(
                 generate,
+                scorers,
                 frozen,
                 parallel.replicate(scaled(lora, scale)),
                 task,

@@ -200,20 +200,24 @@ def read_latents(path: str, n: int, shape: tuple[int, int, int]) -> np.ndarray:
     return latents.astype(np.float32)
 
 
+def as_bytes(images: np.ndarray) -> np.ndarray:
+    return np.asarray(evaluation.as_bytes(images))
+
+
 def write(out: Path, variants: Sequence[Variant], images: Sequence[np.ndarray], *, save_npy: bool) -> None:
     """Writes every variant's images [N,H,W,3], a grid with a column each, and images.npy of what was asked for."""
     n = len(images[0])
     try:
         out.mkdir(parents=True, exist_ok=True)
         for variant, column in zip(variants, images, strict=True):
-            for i, image in enumerate(column):
-                Image.fromarray(report.to_uint8(image)).save(out / f"{i:04d}{variant.suffix}.png")
+            for i, image in enumerate(as_bytes(column)):
+                Image.fromarray(image).save(out / f"{i:04d}{variant.suffix}.png")
             if save_npy and not variant.suffix:
                 np.save(out / "images.npy", column.astype(np.float32))
         by_prompt = np.stack(images, axis=1).reshape(-1, *images[0].shape[1:])  # prompt by prompt
         captions = [variant.captions[i] for i in range(n) for variant in variants]
         columns = len(variants) if len(variants) > 1 else None
-        report.save_grid(out / "grid.png", by_prompt, captions, columns=columns)
+        report.save_grid(out / "grid.png", as_bytes(by_prompt), captions, columns=columns)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     print(f"{n * len(variants)} images in {out}, all together in {out / 'grid.png'}")

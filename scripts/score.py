@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from diffexp_jax import InputError, command
 from diffexp_jax.models.files import read_json
-from diffexp_jax.rewards import load_reward, make_official_scorer, reward_name
+from diffexp_jax.rewards import load_reward, reward_name
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -35,19 +35,22 @@ def main(args: argparse.Namespace) -> None:
     rewards = {}
     for name, spec in zip(names, args.reward, strict=True):
         rewards[name] = load_reward(spec, temperature=args.temperature, contrast=args.contrast)
-        if texts is None and any(np.size(leaf) for leaf in jax.tree.leaves(rewards[name].tokenize(["a dog"]))):
+        tokens = [] if rewards[name].start else jax.tree.leaves(rewards[name].tokenize(["a dog"]))
+        if texts is None and any(map(np.size, tokens)):
             raise InputError(f"--prompts is missing: the reward {name!r} reads prompts")
     texts = texts or [""] * len(paths)
-    scorers = {name: make_official_scorer(reward, batch=args.batch) for name, reward in rewards.items()}
+    tokens = {name: reward.tokenize(texts) for name, reward in rewards.items()}
+    batch = -(-args.batch // jax.device_count()) * jax.device_count()
+    scorers = {name: make_official_scorer(reward, batch=batch) for name, reward in rewards.items()}
     rows: list[dict] = []
     with tqdm(total=len(paths), desc="scoring", unit="image") as progress:
-        for start in range(0, len(paths), args.batch):
-            own, prompts = paths[start : start + args.batch], texts[start : start + args.batch]
-            images = [read_image(path) for path in own]
-            scores = {}
+        for start in range(0, len(paths), batch):
+            here = slice(start, start + batch)
+            own, images, scores = paths[here], [read_image(path) for path in paths[here]], {}
             for name, scorer in scorers.items():
-                scores |= {f"{name}/{part}" if part else name: x for part, x in scorer(images, prompts).items()}
-            for i, (path, text) in enumerate(zip(own, prompts, strict=True)):
+                found = scorer(images, jax.tree.map(lambda x, here=here: x[here], tokens[name]))
+                scores |= {f"{name}/{part}" if part else name: x for part, x in found.items()}
+            for i, (path, text) in enumerate(zip(own, texts[here], strict=True)):
                 rows.append({"image": str(path), "prompt": text} | {name: f"{x[i]:.6f}" for name, x in scores.items()})
             progress.update(len(own))
     write(args.out, rows)
@@ -122,7 +125,7 @@ def write(path: Path, rows: list[dict]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--reward", action="append", required=True, help="NAME, NAME:PATH, textnorm(NAME:PATH), A+B (repeat for more)")
+    add("--reward", action="append", required=True, help="as the config's `reward` (repeat for more)")
     add("--images", type=Path, nargs="+", required=True, help="folders or files")
     add("--prompts", type=Path, help=".txt with a line per image, or .json or .csv from image names to prompts")
     add("--out", type=Path, required=True, help="the .csv file to write")

@@ -15,7 +15,8 @@ from PIL import Image
 
 from configs import common
 from diffexp_jax import InputError
-from diffexp_jax.rewards import load_reward, make_official_scorer, reward_name
+from diffexp_jax.evaluation import make_official_scorer
+from diffexp_jax.rewards import load_reward, reward_name
 from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.preprocess import as_floats
 from diffexp_jax.rewards.reward import of_pixels
@@ -232,7 +233,8 @@ def test_score(score, pictures, capsys):
     assert {Path(row["image"]).name: row["prompt"] for row in rows} == prompts
     images = [score.read_image(pictures / name) for name in prompts]
     for name in ("emoji_pickscore", "emoji_aesthetic"):
-        expected = make_official_scorer(load_reward(name), batch=3)(images, list(prompts.values()))[""]
+        reward = load_reward(name)
+        expected = make_official_scorer(reward, batch=3)(images, reward.tokenize(list(prompts.values())))[""]
         np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
     assert "emoji_aesthetic: mean" in capsys.readouterr().out
 

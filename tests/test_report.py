@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffexp_jax import report
+from diffexp_jax.evaluation import as_bytes
 from diffexp_jax.metrics import MetricsWriter, read_metrics
 
 ROWS = [
@@ -25,15 +26,17 @@ def write_rows(folder, rows):
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def test_to_uint8():
-    values = np.array([-0.5, 0.0, 0.4999 / 255, 0.5001 / 255, 0.5, 1.0, 1.7, 254.4 / 255])
-    assert report.to_uint8(values).tolist() == [0, 0, 0, 1, 128, 255, 255, 254]
-    assert report.to_uint8(values).dtype == np.uint8
+def test_as_bytes():
+    values = np.array([-0.5, 0.0, 0.4999 / 255, 0.5001 / 255, 0.5, 1.0, 1.7, 254.4 / 255], np.float32)
+    images = np.broadcast_to(values[:, None], (8, 3)).reshape(1, 2, 4, 3)
+    pixels = np.asarray(as_bytes(images))
+    assert pixels[0, ..., 0].ravel().tolist() == [0, 0, 0, 1, 128, 255, 255, 254]
+    assert pixels.dtype == np.uint8 and (pixels == pixels[..., :1]).all()
 
 
 def test_grid(tmp_path):
     """Five pictures of one colour each: three columns, two rows, every picture enlarged where it belongs."""
-    colours = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.4, 0.6], [0, 0, 0]], np.float32)
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [51, 102, 153], [0, 0, 0]], np.uint8)
     images = np.broadcast_to(colours[:, None, None], (5, 16, 16, 3))
     path = tmp_path / "new" / "grid.png"
     report.save_grid(path, images, ["red", "green", "blue", "a word " * 40, ""])
@@ -44,7 +47,7 @@ def test_grid(tmp_path):
     for n, colour in enumerate(colours):
         x, y = 4 + n % 3 * (size + 4), 4 + n // 3 * (size + 30)
         cell = pixels[y : y + size, x : x + size]
-        np.testing.assert_array_equal(cell, np.broadcast_to(report.to_uint8(colour), cell.shape))
+        np.testing.assert_array_equal(cell, np.broadcast_to(colour, cell.shape))
         strip = pixels[y + size : y + size + 30, x : x + size]
         assert (strip < 128).any() == (n < 4)  # a caption is written, and none where it is empty
     x, y = 4 + 2 * (size + 4), 4 + (size + 30)
@@ -52,12 +55,12 @@ def test_grid(tmp_path):
 
 
 def test_grid_keeps_the_pixels_of_large_pictures(tmp_path):
-    images = np.random.default_rng(0).uniform(size=(2, 160, 130, 3)).astype(np.float32)
+    images = np.random.default_rng(0).integers(256, size=(2, 160, 130, 3)).astype(np.uint8)
     report.save_grid(tmp_path / "g.png", images, ["a", "b"], columns=1)
     with Image.open(tmp_path / "g.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     assert pixels.shape == (4 + 2 * 190, 4 + 134, 3)
-    np.testing.assert_array_equal(pixels[4 + 190 : 4 + 350, 4:134], report.to_uint8(images[1]))
+    np.testing.assert_array_equal(pixels[4 + 190 : 4 + 350, 4:134], images[1])
 
 
 def test_grid_wants_a_caption_each(tmp_path):

@@ -14,9 +14,10 @@ from safetensors.numpy import save_file
 from diffexp_jax import InputError
 from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
 from diffexp_jax.emoji.tokenizer import write_tokenizer
+from diffexp_jax.evaluation import make_official_scorer
 from diffexp_jax.models import convert
 from diffexp_jax.models.classifier import Classifier, ClassifierConfig
-from diffexp_jax.rewards import REWARDS, aesthetic, check_images, judge, load_reward, make_official_scorer, preprocess
+from diffexp_jax.rewards import REWARDS, aesthetic, check_images, judge, load_reward, preprocess
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -260,9 +261,9 @@ def test_official_scores(clip_folder, aesthetic_folder):
     images = [photograph(*box) for box in ((60, 51), (24, 24), (30, 45))]
     reward = load_reward(f"pickscore:{clip_folder}+aesthetic:{aesthetic_folder}")
     scorer = make_official_scorer(reward, batch=2)
-    scores = scorer(images, TEXTS)
+    scores = scorer(images, reward.tokenize(TEXTS))
     assert scores.keys() == {"", "pickscore", "aesthetic"}
-    np.testing.assert_allclose(scorer(images[2:], TEXTS[2:])[""], scores[""][2:], rtol=1e-5)
+    np.testing.assert_allclose(scorer(images[2:], reward.tokenize(TEXTS[2:]))[""], scores[""][2:], rtol=1e-5)
     total, parts = jax.jit(reward.score)(reward.params, images[0][None] / np.float32(255), reward.tokenize(TEXTS[:1]))
     np.testing.assert_allclose(scores[""][0], total[0], rtol=0.05)
     np.testing.assert_allclose(scores["aesthetic"][0], parts["aesthetic"][0], rtol=0.05)
@@ -389,7 +390,8 @@ def test_classifier_is_small():
         ("textnorm(pickscore:x", f"unknown reward 'textnorm(pickscore'; {ACCEPTED}"),
         ("pickscore", "reward 'pickscore' needs its weights: pickscore:PATH"),
         ("aesthetic:", "reward 'aesthetic' needs its weights: aesthetic:PATH"),
-        ("pickscore:no/such", "reward 'pickscore': no/such: no such file or folder"),
+        ("pickscore:no/such/clip", "reward 'pickscore:no/such/clip': no/such/clip: no such file or folder"),
+        ("pickscore:no/such", "reward 'pickscore:no/such': no such folder, no copy in the hub's cache, and it could"),
         ("emoji_judge+emoji_judge", "reward 'emoji_judge+emoji_judge': names a reward twice"),
     ],
 )

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffexp_jax import InputError
 from diffexp_jax.models import families, files, stable_diffusion
+from diffexp_jax.rewards import load_reward
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -214,6 +215,19 @@ def test_a_hub_id_without_network(hub, monkeypatch, path, revision, offline):
         stable_diffusion.load(path, revision=revision)
     said = f"model '{path}': no such folder, no copy in the hub's cache, and it could not be downloaded ("
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_a_cached_reward(hub, monkeypatch, tiny_clip):
+    """The weights of a reward may be a hub id too."""
+    no_network(monkeypatch, offline=True)
+    for path in hub.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(tiny_clip, hub, dirs_exist_ok=True)
+    assert files.file_or_folder(str(tiny_clip), what="reward") == tiny_clip
+    texts, images = ["a dog"], np.full((1, 16, 16, 3), 0.5, np.float32)
+    cached, local = (load_reward(f"pickscore:{place}") for place in ("org/tiny", tiny_clip))
+    ours, theirs = (reward.score(reward.params, images, reward.tokenize(texts))[0] for reward in (cached, local))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):

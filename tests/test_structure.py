@@ -23,10 +23,10 @@ BELOW = {
     "sampling": {"diffusion"},
     "models": {"models", "InputError"},
     "prompts": {"prompts", "InputError"},
-    "rewards": {"rewards", "models", "emoji.names", "InputError"},
+    "rewards": {"rewards", "models", "emoji.names", "InputError", "RewardError"},
     "emoji": {"emoji", "rewards", "models", "prompts", "diffusion", "InputError"},
     "algorithms": {"algorithms", "sampling", "diffusion", "state"},
-    "command": {"InputError"},
+    "command": {"InputError", "RewardError"},
     "report": {"metrics"},
     "checkpoint": {"command", "InputError"},
     "check": {"algorithms", "prompts", "diffusion", "InputError"},
@@ -48,7 +48,7 @@ BELOW = {
         "check",
         "checkpoint",
     }
-    | {"command", "metrics", "report", "InputError"},
+    | {"command", "metrics", "report", "InputError", "RewardError"},
     "__init__": set(),
 }
 

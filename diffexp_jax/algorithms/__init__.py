@@ -3,7 +3,8 @@
 An algorithm sees a model and a reward only as the functions of `Policy`, and prompts only as a `Batch`. It does not
 know of exploration: that changes the guidance in `Steps` and the embeddings in `Batch.context`, nothing else.
 
-To add one: write `name.py` with a function that returns an `Algorithm`, and name it in `diffexp_jax/train.py`.
+To add one: write `name.py` with a function that returns an `Algorithm`, and name it in `make_algorithm` of
+`diffexp_jax/programs.py`.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,8 @@ class Policy(NamedTuple):
 
     denoise: Callable[[Any, Any], Denoise]  # (frozen, lora) -> guided denoiser
     decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
-    score: Callable[..., tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]]  # (frozen, images, tokens)
+    # (frozen, images, tokens) -> rewards and their parts; None: a host adds them to the samples
+    score: Callable[..., tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]] | None
     latent_shape: tuple[int, int, int]
     prediction_type: str
 
@@ -43,7 +45,7 @@ class Samples(NamedTuple):
     """What a sampling program hands to the update; leading axes [chunks, ...]."""
 
     trajectory: Any
-    rewards: Float[Array, "B"]
+    rewards: Float[Array, "B"] | None  # None: not known yet, see `Policy.score`
     parts: dict[str, Float[Array, "B"]]
     images: Float[Array, "B H W 3"]
 

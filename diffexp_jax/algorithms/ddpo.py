@@ -83,7 +83,7 @@ def ddpo(
                 denoise, x_T, chunk.context, steps, chunk.key, prediction_type=kind, keep_trajectory=True
             )
             images = policy.decode(frozen, x_0).clip(0.0, 1.0)
-            rewards, parts = policy.score(frozen, images, chunk.tokens)
+            rewards, parts = policy.score(frozen, images, chunk.tokens) if policy.score else (None, {})
             return Samples(trajectory, rewards, parts, images)
 
         samples = jax.lax.map(one, chunked(batch, n_chunks))

@@ -130,24 +130,42 @@ def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None
         return folder
     if not _HUB_ID.fullmatch(path):
         raise InputError(f"model {path!r}: no such folder; accepted: emoji, a folder in diffusers' format, or a hub id")
-    from huggingface_hub import errors, snapshot_download  # a second to import: only where it is used
-
     mark = f".{variant}" if variant else ""
     names = ["*.json", "merges.txt"]
     shard = "-?????-of-?????"
     names += [f"{stem}{end}.safetensors" for stem in STEMS for end in (mark, f"{mark}{shard}", f"{shard}{mark}")]
     wanted = ["model_index.json", *(f"{part}/{name}" for part in parts for name in names)]
+    return _from_hub(path, wanted, what=f"model {path!r}", revision=revision)
+
+
+def file_or_folder(path: str, *, what: str) -> Path:
+    """`path` itself, or a copy of the hub's repository of this name: configs, vocabularies, safetensors.
+
+    Raises:
+      InputError: neither is there; `what` begins the message.
+    """
+    if (local := Path(path).expanduser()).exists():
+        return local
+    if not _HUB_ID.fullmatch(path):
+        raise InputError(f"{what}: {path}: no such file or folder")
+    return _from_hub(path, ["*.json", "merges.txt", "vocab.txt", "*.safetensors"], what=what)
+
+
+def _from_hub(repository: str, wanted: Sequence[str], *, what: str, revision: str | None = None) -> Path:
+    """The folder of a repository's copy in the hub's cache, downloaded if it is not there yet."""
+    from huggingface_hub import errors, snapshot_download  # a second to import: only where it is used
+
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except errors.IncompleteSnapshotError as error:  # offline; another program may have left out what is not needed
         return Path(error.snapshot_path)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         reason = "wants a login or a licence accepted" if isinstance(error, errors.GatedRepoError) else "not on the hub"
         at = f" at revision {revision!r}" if revision else ""
-        raise InputError(f"model {path!r}: no such folder, and {reason}{at}") from None
+        raise InputError(f"{what}: no such folder, and {reason}{at}") from None
     except Exception as error:  # of many libraries: no network, offline by HF_HUB_OFFLINE, a full disk
         raise InputError(
-            f"model {path!r}: no such folder, no copy in the hub's cache, and it could not be downloaded "
+            f"{what}: no such folder, no copy in the hub's cache, and it could not be downloaded "
             f"({_one_line(error)}); give the path of a folder, or run once with a network"
         ) from None
 

@@ -1,7 +1,8 @@
 """Rewards: what fine-tuning maximises, and what evaluation reports. Built in by name (`REWARDS`).
 
 To add a reward, write a file beside this one whose `load(path, dtype=...)` returns a `Reward`, and enter it
-in `REWARDS`. A spec says which are wanted: NAME, NAME:PATH, textnorm(NAME:PATH), and several joined by "+".
+in `REWARDS`. A spec says which are wanted: NAME, NAME:PATH, textnorm(NAME:PATH), and several joined by "+"; or the
+user's own, jax:MODULE:FUNCTION and python:MODULE:FUNCTION (see `functions.py`).
 """
 
 import re
@@ -13,15 +14,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffexp_jax import InputError
-from diffexp_jax.rewards import aesthetic, hpsv2, imagereward, judge, pickscore
+from diffexp_jax.models import files
+from diffexp_jax.rewards import aesthetic, functions, hpsv2, imagereward, judge, pickscore
 from diffexp_jax.rewards.ensemble import ensemble
-from diffexp_jax.rewards.official import make_official_scorer
 from diffexp_jax.rewards.preprocess import check_images
 from diffexp_jax.rewards.reward import Reward
 from diffexp_jax.rewards.shapes import SHAPES
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 
-__all__ = ["REWARDS", "Reward", "check_images", "load_reward", "make_official_scorer", "reward_name"]
+__all__ = ["REWARDS", "Reward", "check_images", "load_reward", "reward_name"]
 
 
 def _emoji_aesthetic(folder: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
@@ -49,9 +50,16 @@ _SHIPPED = {
     "emoji_judge": _ASSETS / "judge",
 }
 
+# Plain Python that the package ships.
+_PYTHON = {
+    "jpeg_compressibility": "diffexp_jax.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "diffexp_jax.rewards.jpeg:incompressibility",
+}
+
 _WRAPPED = re.compile(r"textnorm\((.*)\)")
+_NAMES = (*REWARDS, *_PYTHON, "jax", "python")
 # between two parts: a "+" may belong to a path (LAION's file is called sac+logos+ava1-l14-linearMSE.pth)
-_BETWEEN = re.compile(rf"\+(?=textnorm\(|(?:{'|'.join(REWARDS)})(?:[:+]|$))")
+_BETWEEN = re.compile(rf"\+(?=textnorm\(|(?:{'|'.join(_NAMES)})(?:[:+]|$))")
 
 
 def load_reward(
@@ -61,16 +69,19 @@ def load_reward(
     weights: Sequence[float] = (),
     temperature: float = 1.0,
     contrast: str | Path | None = None,
+    timeout: float = 600.0,
+    workers: int = 4,
     shapes_only: bool = False,
 ) -> Reward:
     """Loads a reward by "name", "name:path", "textnorm(name:path)", or several of these joined by "+".
 
     Args:
-      spec: names in `REWARDS`, and where their weights are unless the package ships them.
+      spec: names in `REWARDS`, and where their weights are unless the package ships them: a path, or a hub id.
       dtype: of the weights and of the networks' arithmetic; rewards are float32 all the same.
       weights: of the parts of an ensemble, in its order; none: `ensemble.WEIGHTS`.
       temperature: of textnorm, in the wrapped reward's units.
       contrast: a json file of textnorm's contrastive prompts; None: made by swapping animals and activities.
+      timeout, workers: seconds and threads of a reward that is plain Python, see `host_reward`.
       shapes_only: where the weights are not there, shapes of the published ones do (`shapes.py`): for a dry run.
 
     Raises:
@@ -84,38 +95,49 @@ def load_reward(
         raise InputError(f"reward {spec!r}: {len(weights)} weights for one reward; wants none")
 
     def load(part: str) -> Reward:
-        if match := _WRAPPED.fullmatch(part):
+        match = _WRAPPED.fullmatch(part)
+        bare = match[1] if match else part
+        reward = _load_one(bare, dtype=dtype, timeout=timeout, workers=workers, shapes_only=shapes_only)
+        if reward.start and spec != bare:
+            raise InputError(f"reward {spec!r}: {bare} is plain Python, which wants to be alone: no textnorm(), no sum")
+        if match:
             others = swapped if contrast is None else from_file(Path(contrast))
-            return textnorm(_load_one(match[1], dtype=dtype, shapes_only=shapes_only), others, temperature=temperature)
-        return _load_one(part, dtype=dtype, shapes_only=shapes_only)
+            return textnorm(reward, others, temperature=temperature)
+        return reward
 
     rewards = {name: load(part) for name, part in zip(names, specs, strict=True)}
     return rewards[names[0]] if len(specs) == 1 else ensemble(rewards, weights)
 
 
 def reward_name(spec: str) -> str:
-    """What a spec's scores are reported under: "hpsv2:a.pt+textnorm(pickscore:b)" -> "hpsv2+textnorm_pickscore"."""
+    """What a spec's scores are reported under: "hpsv2:a.pt+textnorm(pickscore:b)" -> "hpsv2+textnorm_pickscore".
+
+    A function is reported under its own name.
+    """
 
     def name(part):
         match = _WRAPPED.fullmatch(part)
-        return (match[1] if match else part).partition(":")[0], "textnorm_" if match else ""
+        bare, _, place = (match[1] if match else part).partition(":")
+        return ("textnorm_" if match else "") + (place.rpartition(":")[2] if bare in ("jax", "python") else bare)
 
-    return "+".join(prefix + bare for bare, prefix in map(name, _BETWEEN.split(spec)))
+    return "+".join(map(name, _BETWEEN.split(spec)))
 
 
-def _load_one(spec: str, *, dtype: DTypeLike, shapes_only: bool) -> Reward:
-    """The reward of "name" or "name:path"."""
+def _load_one(spec: str, *, dtype: DTypeLike, timeout: float, workers: int, shapes_only: bool) -> Reward:
+    """The reward of "name", "name:path" or "jax:module:function"."""
     name, _, place = spec.partition(":")
+    if name == "jax":
+        return functions.from_jax(place)
+    if name == "python" or name in _PYTHON:
+        return functions.from_python(_PYTHON.get(name, place), timeout=timeout, workers=workers)
     if name not in REWARDS:
         raise InputError(
-            f"unknown reward {name!r}; accepted: {', '.join(REWARDS)}, each also as NAME:PATH or textnorm(NAME:PATH), "
-            "several joined by +"
+            f"unknown reward {name!r}; accepted: {', '.join(_NAMES[:-2])}, each also as NAME:PATH or "
+            "textnorm(NAME:PATH), several joined by +; jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
         )
     if shapes_only and name in SHAPES and not (place and Path(place).exists()):
         return SHAPES[name](dtype)
     if not place and name not in _SHIPPED:
         raise InputError(f"reward {name!r} needs its weights: {name}:PATH")
-    path = Path(place) if place else _SHIPPED[name]
-    if not path.exists():
-        raise InputError(f"reward {name!r}: {path}: no such file or folder")
+    path = files.file_or_folder(place, what=f"reward {spec!r}") if place else _SHIPPED[name]
     return REWARDS[name](path, dtype=dtype)

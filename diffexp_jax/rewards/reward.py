@@ -17,16 +17,18 @@ class Reward(NamedTuple):
 
     `tokenize` runs on the host: a prompt per image -> integers, all that is wanted of the texts.
     `score(params, images, tokens)` is pure and differentiable: images in [0,1] -> the reward in float32, and the parts
-    that it is made of by their names ({} if it has none). Training and its curves use it.
+    that it is made of by their names ({} if it has none). Training and its curve use it.
     `prepare(image)` and `rate(params, pixels, tokens)` are the same on the published path, which reads bytes: on the
-    host an image of any size -> what the networks read of it (stack these), then the networks. See `official.py`.
+    host an image of any size -> what the networks read of it (stack these), then the networks. Evaluation reports it.
+    A reward in plain Python has none of these three but `start(images, tokens)`, see `host.py`.
     """
 
     params: Any
     tokenize: Callable[[Sequence[str]], Tokens]
-    score: Callable[[Any, Float[Array, "B H W 3"], Tokens], Scores]
-    prepare: Callable[[UInt8[np.ndarray, "H W 3"]], Pixels]
-    rate: Callable[[Any, Pixels, Tokens], Scores]
+    score: Callable[[Any, Float[Array, "B H W 3"], Tokens], Scores] | None = None
+    prepare: Callable[[UInt8[np.ndarray, "H W 3"]], Pixels] | None = None
+    rate: Callable[[Any, Pixels, Tokens], Scores] | None = None
+    start: Callable[..., Callable[[], Float[np.ndarray, " B"]]] | None = None
 
 
 def of_pixels(

@@ -1,0 +1,81 @@
+"""Rewards that are plain Python on the host: JPEG's file size, a vision-language model behind a server, anything.
+
+They have no gradient, so DDPO alone can train on them. They run in threads while the devices sample on.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from diffexp_jax import InputError, RewardError
+from diffexp_jax.rewards.reward import Reward
+
+Function = Callable[[UInt8[np.ndarray, "N H W 3"], list[str]], Sequence[float]]
+
+
+def host_reward(function: Function, name: str, *, timeout: float, workers: int) -> Reward:
+    """A reward of f(images, prompts) -> N floats, called in `workers` threads.
+
+    Its `start(images, tokens)` begins the work (images: bytes [N,H,W,3] or a function that makes them, called in the
+    thread) and returns a function that waits for the scores, at most `timeout` seconds. That one raises RewardError if
+    the reward raised, hung, or returned something else than N finite numbers.
+    """
+    if timeout <= 0 or workers < 1:
+        raise InputError(f"host_reward: timeout={timeout}, workers={workers}: wants seconds > 0 and at least 1 worker")
+    ids: dict[str, int] = {}  # of every prompt seen: devices carry numbers, not texts
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work():
+        while True:
+            future, job = jobs.get()
+            try:
+                future.set_result(job())
+            except Exception as error:  # whatever a stranger's function raises; told to who waits
+                future.set_exception(error)
+
+    threads: list[threading.Thread] = []
+
+    def tokenize(texts: Sequence[str]) -> Int[np.ndarray, " N"]:
+        return np.array([ids.setdefault(text, len(ids)) for text in texts], np.int32)
+
+    def start(images, tokens) -> Callable[[], Float[np.ndarray, " N"]]:
+        while len(threads) < workers:  # daemons: one that hangs does not keep the program from ending
+            threads.append(threading.Thread(target=work, daemon=True, name=f"reward {name}"))
+            threads[-1].start()
+        prompts = list(ids)
+        texts = [prompts[i] for i in np.asarray(tokens)]
+        future: Future = Future()
+        jobs.put((future, lambda: function(images() if callable(images) else images, texts)))
+
+        def wait():
+            try:
+                return _checked(future.result(timeout), len(texts))
+            except TimeoutError as error:
+                took = str(error) or f"no scores after {timeout:g} s (host_reward.timeout)"
+                raise RewardError(f"reward {name}: {took}") from error
+            except Exception as error:
+                said = str(error).strip().splitlines()
+                raise RewardError(f"reward {name}: {type(error).__name__}: {said[0] if said else ''}") from error
+
+        return wait
+
+    return Reward({}, tokenize, start=start)
+
+
+def _checked(scores, n: int) -> Float[np.ndarray, " n"]:
+    """Scores as float32.
+
+    Raises:
+      ValueError: not n finite numbers.
+    """
+    scores = np.asarray(scores)
+    if scores.shape != (n,) or not np.issubdtype(scores.dtype, np.number):
+        raise ValueError(f"returned {scores.dtype} of shape {list(scores.shape)}; wants {n} floats: [{n}]")
+    scores = scores.astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise ValueError(f"returned {int((~np.isfinite(scores)).sum())} of {n} scores that are not finite")
+    return scores

@@ -1,0 +1,301 @@
+"""The user's own rewards: functions of JAX, plain Python in threads on the host, and how their failures end a run."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import my_rewards
+import numpy as np
+import pytest
+from conftest import nonzero_lora
+from PIL import Image
+
+from diffexp_jax import InputError, RewardError, command, parallel, train
+from diffexp_jax.evaluation import make_official_scorer
+from diffexp_jax.metrics import read_metrics
+from diffexp_jax.models.lora import init_lora
+from diffexp_jax.problem import draw_batch, frozen_arrays, load_problem, load_schedule, make_explore, sampling_steps
+from diffexp_jax.programs import make_programs
+from diffexp_jax.rewards import jpeg, load_reward, reward_name
+
+IMAGES = np.random.default_rng(0).integers(256, size=(5, 16, 16, 3)).astype(np.uint8)
+TEXTS = ["a dog", "an ant", "a dog", "a cat riding a bike", "a bee"]
+
+
+def scores_of(spec, images=IMAGES, texts=TEXTS, **options):
+    reward = load_reward(spec, **options)
+    return reward.start(images, reward.tokenize(texts))()
+
+
+# --------------------------------------------------------------------------------------------------------------- Python
+
+
+def test_a_function_in_python():
+    expected = [image.mean() / 255 + 0.01 * len(text) for image, text in zip(IMAGES, TEXTS, strict=True)]
+    scores = scores_of("python:my_rewards:bright_and_long")
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def test_tokens_stand_for_the_texts():
+    """Also of calls of `tokenize` before and after."""
+    reward = load_reward("python:my_rewards:bright_and_long")
+    first, second = reward.tokenize(TEXTS), reward.tokenize(["a whale", "a dog"])
+    assert first.dtype == np.int32 and first.tolist() == [0, 1, 0, 2, 3] and second.tolist() == [4, 0]
+    black = np.zeros((2, 16, 16, 3), np.uint8)
+    np.testing.assert_allclose(reward.start(black, second)(), [0.07, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(reward.start(black, first[2:4])(), [0.05, 0.19], rtol=1e-6)
+
+
+def test_calls_run_in_threads(monkeypatch):
+    """Three begin before any of them ends; images may be made there too."""
+    together, names = threading.Barrier(3, timeout=20), set()
+
+    def meet(images, prompts):
+        together.wait()
+        names.add(threading.current_thread().name)
+        return images.mean((1, 2, 3))
+
+    monkeypatch.setattr(my_rewards, "meet", meet, raising=False)
+    reward = load_reward("python:my_rewards:meet", workers=3)
+    waits = [reward.start(lambda: IMAGES, reward.tokenize(TEXTS)) for _ in range(3)]
+    for wait in waits:
+        np.testing.assert_allclose(wait(), IMAGES.mean((1, 2, 3)), rtol=1e-6)
+    assert names == {"reward python:my_rewards:meet"}
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("columns", r"ValueError: returned float64 of shape \[5, 1\]; wants 5 floats: \[5\]"),
+        ("too_few", r"ValueError: returned float64 of shape \[4\]; wants 5 floats"),
+        ("words", r"ValueError: returned <U19 of shape \[5\]; wants 5 floats"),
+        ("not_finite", "ValueError: returned 1 of 5 scores that are not finite"),
+        ("raises", "KeyError: 'no such"),
+        ("times_out", "the server says no"),
+        ("hangs", r"no scores after 0.2 s \(host_reward.timeout\)"),
+    ],
+)
+def test_a_reward_that_fails(name, said):
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=f"^reward python:my_rewards:{name}: {said}"):
+        scores_of(f"python:my_rewards:{name}", timeout=0.2)
+    assert time.monotonic() - began < my_rewards.SLEEP / 2
+
+
+def test_official_scores_of_pictures_of_several_sizes():
+    images = [IMAGES[0], IMAGES[1], np.zeros((4, 6, 3), np.uint8), IMAGES[2]]
+    for spec in ("jpeg_incompressibility", "jpeg_compressibility"):
+        reward = load_reward(spec)
+        scores = make_official_scorer(reward, batch=2)(images, reward.tokenize(TEXTS[:4]))
+        assert scores.keys() == {""}
+        expected = [getattr(jpeg, spec.removeprefix("jpeg_"))(image[None], [""])[0] for image in images]
+        np.testing.assert_allclose(scores[""], expected, rtol=1e-6)
+
+
+def test_jpeg(tmp_path):
+    """Kilobytes of the file; noise is larger than a colour."""
+    flat = np.full_like(IMAGES[0], 128)
+    sizes = jpeg.incompressibility(np.stack([IMAGES[0], flat]), TEXTS[:2])
+    for size, image in zip(sizes, (IMAGES[0], flat), strict=True):
+        Image.fromarray(image).save(tmp_path / "x.jpg", quality=95)
+        assert size == (tmp_path / "x.jpg").stat().st_size / 1000
+    assert sizes[0] > 1.3 * sizes[1]
+    np.testing.assert_array_equal(jpeg.compressibility(IMAGES, TEXTS), -jpeg.incompressibility(IMAGES, TEXTS))
+
+
+# ------------------------------------------------------------------------------------------------------------------ JAX
+
+
+def test_a_function_of_jax():
+    reward = load_reward("jax:my_rewards:brightness")
+    tokens, images = reward.tokenize(TEXTS), IMAGES / np.float32(255)
+    score = jax.jit(lambda x: reward.score(reward.params, x, tokens)[0])
+    np.testing.assert_allclose(score(images), images.mean((1, 2, 3)), rtol=1e-5)
+    gradient = jax.grad(lambda x: score(x)[1])(images)
+    np.testing.assert_allclose(gradient.sum((1, 2, 3)), [0, 1, 0, 0, 0], rtol=1e-5)
+    official = make_official_scorer(reward, batch=2)(list(IMAGES), tokens)
+    np.testing.assert_allclose(official[""], images.mean((1, 2, 3)), rtol=1e-5)
+
+
+def test_a_reward_with_parameters():
+    assert load_reward("jax:my_rewards:bright_and_long_jax") is my_rewards.bright_and_long_jax
+
+
+def test_a_function_of_jax_that_returns_another_shape():
+    reward = load_reward("jax:my_rewards:one_number")
+    with pytest.raises(InputError, match=r"reward jax:my_rewards:one_number: returned shape \[\] for 5 images; wants"):
+        jax.jit(reward.score)({}, jnp.zeros((5, 4, 4, 3)), reward.tokenize(TEXTS))
+
+
+# ---------------------------------------------------------------------------------------------------------------- specs
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        ("python:my_rewards", "'my_rewards': wants MODULE:FUNCTION"),
+        ("jax::f", "':f': wants MODULE:FUNCTION"),
+        ("python:no_such_module:f", "importing no_such_module: ModuleNotFoundError: No module named"),
+        ("python:my_rewards:no_such", "my_rewards has no function 'no_such'"),
+        ("jax:my_rewards:NUMBER", "my_rewards has no function 'NUMBER'"),
+        (
+            "jpeg_compressibility+jax:my_rewards:brightness",
+            "jpeg_compressibility is plain Python, which wants to be alone",
+        ),
+        ("textnorm(python:my_rewards:words)", "is plain Python, which wants to be alone"),
+        ("my_rewards:brightness", "unknown reward 'my_rewards'; accepted: .*python:MODULE:FUNCTION"),
+    ],
+)
+def test_bad_specs(spec, said):
+    with pytest.raises(InputError, match=said):
+        load_reward(spec)
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0.0}, {"workers": 0}])
+def test_bad_settings(options):
+    with pytest.raises(InputError, match="host_reward: timeout=.*wants seconds > 0 and at least 1 worker"):
+        load_reward("jpeg_compressibility", **options)
+
+
+def test_names():
+    assert reward_name("python:pkg.my_rewards:sharp") == "sharp"
+    assert reward_name("jax:my_rewards:brightness+emoji_pickscore") == "brightness+emoji_pickscore"
+    assert reward_name("jpeg_compressibility") == "jpeg_compressibility"
+
+
+def test_a_sum_with_a_function_of_jax():
+    reward = load_reward("emoji_aesthetic+jax:my_rewards:brightness", weights=(0.5, 2.0))
+    images = np.random.default_rng(1).uniform(size=(2, 64, 64, 3)).astype(np.float32)
+    total, parts = jax.jit(reward.score)(reward.params, images, reward.tokenize(TEXTS[:2]))
+    np.testing.assert_allclose(parts["brightness"], images.mean((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(total, 0.5 * parts["emoji_aesthetic"] + 2 * parts["brightness"], rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+PLAIN = {"eval.every": 0, "log.images": 0}
+
+
+def test_alignprop_refuses_python(make_config, tmp_path):
+    config = make_config("alignprop", PLAIN | {"reward": "jpeg_compressibility"})
+    with pytest.raises(InputError, match="alignprop needs the reward's gradient, and plain Python has none; wants"):
+        train.run(config, tmp_path / "run")
+
+
+class Tiny:
+    """Single iterations of a run."""
+
+    def __init__(self, config):
+        self.config, self.problem = config, load_problem(config)
+        schedule = load_schedule(self.problem.model)
+        self.programs = make_programs(config, self.problem, schedule.prediction_type)
+        self.frozen = frozen_arrays(self.problem)
+        lora = init_lora(jax.random.key(0), self.problem.model.params["unet"], rank=config.lora.rank)
+        self.state = parallel.replicate(self.programs.algorithm.init(nonzero_lora(lora)))
+        self.steps = sampling_steps(config, schedule, explore=True)
+        self.explore = make_explore(config)
+
+    def batch(self, it):
+        return draw_batch(self.config, self.problem, it, self.explore)
+
+    def sample(self, it):
+        return self.programs.sample(self.state, self.frozen, self.batch(it), self.steps)
+
+    def update(self, it):
+        """Trains, and returns the metrics."""
+        key = parallel.replicate(jax.random.key(it))
+        batch, samples = self.batch(it), self.sample(it) if self.programs.sample else None
+        self.state, metrics, _ = self.programs.update(self.state, self.frozen, batch, self.steps, key, samples)
+        return parallel.first(metrics)
+
+    def measure(self, it):
+        """The metrics alone (the update's state is given up, and its arrays are the program's)."""
+        kept = jax.tree.map(jnp.copy, self.state)
+        metrics, self.state = self.update(it), kept
+        return metrics
+
+
+def test_samples_are_those_of_the_same_reward_on_the_device(make_config):
+    """Every image meets its own prompt; the trajectories are the same."""
+    settings = PLAIN | {"batch.samples": 8, "batch.samples_per_forward": 2}
+    own = Tiny(make_config("ddpo", settings | {"reward": "python:my_rewards:bright_and_long"}))
+    other = Tiny(make_config("ddpo", settings | {"reward": "jax:my_rewards:bright_and_long_jax"}))
+    samples, expected = own.sample(3), other.sample(3)
+    assert samples.rewards.shape == expected.rewards.shape and np.ptp(expected.rewards) > 0.1
+    np.testing.assert_allclose(samples.rewards, expected.rewards, atol=0.5 / 255)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), samples.trajectory, expected.trajectory)
+    np.testing.assert_allclose(samples.images, expected.images, atol=1e-5)
+
+
+def test_ddpo_makes_images_compressible(make_config):
+    """On prompts and noise never trained on; in the same iterations the opposite reward makes them larger."""
+    kilobytes = {}
+    for sign in ("compressibility", "incompressibility"):
+        settings = PLAIN | {"reward": f"jpeg_{sign}", "batch.samples": 32, "batch.samples_per_forward": 16}
+        run = Tiny(make_config("ddpo", settings))
+        kilobytes.setdefault("before", np.abs(run.sample(1000).rewards).mean())
+        for it in range(12):
+            run.update(it)
+        kilobytes[sign] = np.abs(run.sample(1000).rewards).mean()
+    print(kilobytes)
+    assert kilobytes["compressibility"] < kilobytes["before"] < kilobytes["incompressibility"], kilobytes
+
+
+def test_a_failing_reward_saves_what_was_trained(make_config, tmp_path, monkeypatch, capsys):
+    """The third iteration's reward fails: exit code 1, one line, the second's state saved; then the run goes on."""
+    settings = PLAIN | {"reward": "python:my_rewards:fails_once", "checkpoint.every": 4}
+    chunks = 2  # calls an iteration
+    for name, failing in (("whole", 0), ("stopped", 2 * chunks + 1)):
+        monkeypatch.setattr(my_rewards, "CALLS", iter(range(1, 100)))
+        monkeypatch.setattr(my_rewards, "FAILS_AT", [failing])
+        config, workdir = make_config("ddpo", settings), tmp_path / name
+        if failing:
+            with pytest.raises(SystemExit) as stop:
+                command.guarded(train.run, config, workdir)
+            said = capsys.readouterr().err
+            assert stop.value.code == 1 and "error: reward python:my_rewards:fails_once: ConnectionError: the" in said
+            assert "Traceback" not in said
+            assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"0", "2"}
+            assert [row["iteration"] for row in read_metrics(workdir)] == [0, 1, 2]
+        train.run(config, workdir)
+    whole, stopped = (
+        [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(tmp_path / name)]
+        for name in ("whole", "stopped")
+    )
+    assert whole == stopped and len(whole) == 5
+
+
+def test_evaluation_by_python(make_config, tmp_path, monkeypatch):
+    """Reported beside the trained reward; a failure there keeps the iteration and its row."""
+    evaluation = {"eval.every": 1, "eval.rewards": ("python:my_rewards:fails_once",), "log.images": 0}
+    monkeypatch.setattr(my_rewards, "CALLS", iter(range(1, 100)))
+    monkeypatch.setattr(my_rewards, "FAILS_AT", [3])
+    config, workdir = make_config("ddpo", evaluation | {"checkpoint.every": 4}), tmp_path / "run"
+    with pytest.raises(RewardError, match="the server has gone"):
+        train.run(config, workdir)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"0", "2"}
+    train.run(config, workdir)
+    rows = read_metrics(workdir)
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["iteration"] for row in rows if "eval/unseen/fails_once" in row] == [0, 1, 3, 4]
+    assert 0.1 < rows[4]["eval/unseen/fails_once"] < 1.3
+
+
+def test_alignprop_on_an_ensemble(make_config, tiny_clip):
+    """The sum rises on prompts and noise never trained on, and so it does with negative weights: the parts fall."""
+    spec, found = f"pickscore:{tiny_clip}+jax:my_rewards:brightness", {}
+    for sign in (1.0, -1.0):
+        weights = (0.5 * sign, 20.0 * sign)
+        settings = PLAIN | {"reward": spec, "reward_weights": weights, "batch.samples_per_forward": 8}
+        run = Tiny(make_config("alignprop", settings))
+        before = run.measure(1000)
+        for it in range(8):
+            run.update(it)
+        found[sign], names = run.measure(1000), ("reward/pickscore", "reward/brightness")
+        assert found[sign]["reward/mean"] > before["reward/mean"] + 0.02
+        for row in (before, found[sign]):
+            parts = sum(weight * row[name] for weight, name in zip(weights, names, strict=True))
+            assert row["reward/mean"] == pytest.approx(float(parts), rel=1e-5)
+    assert found[-1.0]["reward/brightness"] < found[1.0]["reward/brightness"]
