@@ -56,24 +56,28 @@ def save_curves(workdir: Path) -> None:
 
     rows = read_metrics(workdir)
     names = sorted({name for row in rows for name in row})
-    groups = {
-        "reward of the training samples": [n for n in names if n == "reward/mean"],
-        "evaluation (no exploration)": [n for n in names if n.startswith("eval/")],
-        "gradient norm": [n for n in names if n == "grad_norm"],
-        "policy ratio": [n for n in names if n in ("ratio/clip_fraction", "approx_kl")],
-    }
-    groups = {title: members for title, members in groups.items() if members}
-    if not groups:
+    evaluated = dict.fromkeys(name.split("/", 2)[2] for name in names if name.startswith("eval/"))
+    panels = {"reward/mean of the training samples": {"reward/mean": "reward/mean"}}
+    for what in evaluated:
+        sets = [name for name in names if name.startswith("eval/") and name.split("/", 2)[2] == what]
+        panels[f"evaluation: {what}"] = {name: name.split("/")[1] for name in sets}
+    panels |= {name: {name: name} for name in ("grad_norm", "ratio/clip_fraction", "approx_kl")}
+    panels = {title: lines for title, lines in panels.items() if lines.keys() <= set(names)}
+    if not panels:
         return
-    figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 3.8), squeeze=False)
-    for axis, (title, members) in zip(axes[0], groups.items(), strict=True):
-        for name in members:
+    columns = min(3, len(panels))
+    shape = -(-len(panels) // columns), columns
+    figure, axes = plt.subplots(*shape, figsize=(5.2 * shape[1], 3.6 * shape[0]), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        for name, label in lines.items():
             points = [(row["iteration"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=name, linewidth=1.2)
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=label, linewidth=1.2)
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
-        if len(members) > 1:
-            axis.legend(fontsize=6)
+        if len(lines) > 1:
+            axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(workdir / "curves.png", dpi=110)
     plt.close(figure)
