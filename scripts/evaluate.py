@@ -37,6 +37,7 @@ def main(args: argparse.Namespace) -> None:
     steps, frozen = sampling_steps(config, schedule, explore=False), frozen_arrays(problem)
     scorers = make_scorers(config, problem, frozen)
     results: dict[str, dict] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
+    results["sampling"] = config.sampling.to_dict()
     for task in problem.evals:
         captions = [text for text in task.texts for _ in range(args.samples_per_prompt)]
         columns = min(args.columns, len(captions))

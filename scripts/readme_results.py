@@ -38,10 +38,13 @@ def main(args: argparse.Namespace) -> None:
         "| model | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (1 + len(COLUMNS)) + "|",
     ]
-    for n, item in enumerate(args.eval):
+    shown: list[dict] = []  # ways of sampling whose base model has its row
+    for item in args.eval:
         name, _, path = item.partition("=")
         results = read_json(Path(path))
-        models = [("base model", "base")] if n == 0 else []
+        base = (f"base model, eta {results['sampling']['eta']:g}", "base")
+        models = [] if results["sampling"] in shown else [base]
+        shown.append(results["sampling"])
         for label, key in [*models, (f"{name}, {results['iteration']} iterations", "tuned")]:
             cells = [_cell(results.get(prompts, {}).get(key, {}).get(what)) for prompts, what in COLUMNS]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
