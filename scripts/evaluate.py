@@ -42,7 +42,8 @@ def main(args: argparse.Namespace) -> None:
         captions = [text for text in task.texts for _ in range(args.samples_per_prompt)]
         columns = min(args.columns, len(captions))
         count = columns * min(args.rows, len(captions) // columns)
-        shown = np.linspace(0, len(captions) - 1, count).round().astype(int)
+        stride = args.samples_per_prompt if count <= len(task.texts) else 1  # a prompt's first image, if they suffice
+        shown = np.linspace(0, len(captions) // stride - 1, count).round().astype(int) * stride
         pictures = {}
         for name, scale in (("base", 0.0), ("tuned", config.lora.alpha / config.lora.rank)):
             images, scores = evaluation.evaluate(

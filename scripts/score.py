@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffexp_jax import InputError, command
+from diffexp_jax.evaluation import make_official_scorer
 from diffexp_jax.models.files import read_json
 from diffexp_jax.rewards import load_reward, reward_name
 

@@ -10,7 +10,7 @@ from diffexp_jax import InputError, dry_run, flops
 from diffexp_jax.models import sizes, stable_diffusion
 from diffexp_jax.problem import draw_batch, load_problem, load_rewards
 
-SD15, SDXL = sizes.PIPELINES
+SD15, SD21, SDXL = sizes.PIPELINES
 
 # ---------------------------------------------------------------------------------------------------------------- FLOPs
 
@@ -69,6 +69,7 @@ def test_flops_against_xla():
     "path, counts, latents",
     [
         (SD15, {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}, (64, 64, 4)),
+        (SD21, {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}, (96, 96, 4)),
         (
             SDXL,
             {

@@ -22,7 +22,10 @@ from diffexp_jax.rewards import REWARDS, aesthetic, check_images, judge, load_re
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-ACCEPTED = f"accepted: {', '.join(REWARDS)}, each also as NAME:PATH or textnorm(NAME:PATH), several joined by +"
+ACCEPTED = (
+    f"accepted: {', '.join(REWARDS)}, jpeg_compressibility, jpeg_incompressibility, each also as NAME:PATH or "
+    "textnorm(NAME:PATH), several joined by +; jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
+)
 SIZE, WIDTH = 24, 12  # pixels of the tower's side, width of its embedding
 TEXTS = ["a dog riding a bike", "an ant", "A red car!"]
 
@@ -410,7 +413,6 @@ def test_classifier_is_small():
         ("pickscore", "reward 'pickscore' needs its weights: pickscore:PATH"),
         ("aesthetic:", "reward 'aesthetic' needs its weights: aesthetic:PATH"),
         ("pickscore:no/such/clip", "reward 'pickscore:no/such/clip': no/such/clip: no such file or folder"),
-        ("pickscore:no/such", "reward 'pickscore:no/such': no such folder, no copy in the hub's cache, and it could"),
         ("emoji_judge+emoji_judge", "reward 'emoji_judge+emoji_judge': names a reward twice"),
     ],
 )

@@ -228,6 +228,8 @@ def test_a_cached_reward(hub, monkeypatch, tiny_clip):
     cached, local = (load_reward(f"pickscore:{place}") for place in ("org/tiny", tiny_clip))
     ours, theirs = (reward.score(reward.params, images, reward.tokenize(texts))[0] for reward in (cached, local))
     np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(InputError, match="^reward 'pickscore:org/other': no such folder, no copy in the hub's cache"):
+        load_reward("pickscore:org/other")
 
 
 def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):

