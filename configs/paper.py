@@ -13,7 +13,8 @@ threshold of Eq. 7; that 4 is the two rewards under both algorithms, and which a
 The rest is named by what it does. SDXL's settings are those of SD 1.5, at 1024 pixels.
 
 Memory by `--dry_run` in float32 on a CPU (its numbers, not a GPU's; bfloat16 halves the weights), GiB a device:
-fig4_ddpo_aesthetic sampling 5.93, update 12.42; sdxl_ddpo_pickscore sampling 19.22. The others were not measured.
+fig4_ddpo_aesthetic sampling 5.93, update 12.42; fig4_alignprop_aesthetic 21.19; sdxl_ddpo_pickscore sampling 19.22,
+update 19.21; sdxl_alignprop_aesthetic 38.46. The others were not measured.
 
 Weights and DrawBench cannot be shipped. They are looked for in `weights/` and `prompts/` of the current folder; other
 places by `--config.model.path=`, `--config.reward=aesthetic:PATH`, `--config.prompts=FILE`.

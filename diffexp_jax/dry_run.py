@@ -1,8 +1,8 @@
 """`--dry_run`: the size and the cost of a run, from shapes alone: no weights, no files of the model, no workdir.
 
 It compiles the very programs that the run would (`programs.make_programs`) for this machine's devices. On CPU the
-last stage of it (XLA's ExecutionGraph) seems quadratic in the kernels of a loop's body: minutes for SD 1.5, and for the
-gradient of SDXL more than one wants to wait. So rows are printed as they are ready.
+last stage of it (XLA's ExecutionGraph) seems quadratic in the kernels of a loop's body: seconds for SD 1.5, minutes for
+the gradient of SDXL, several times that on a busy machine. So rows are printed as they are ready.
 """
 
 import time
