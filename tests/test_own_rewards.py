@@ -5,9 +5,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-import my_rewards
 import numpy as np
 import pytest
+import sample_rewards
 from conftest import nonzero_lora
 from PIL import Image
 
@@ -33,14 +33,14 @@ def scores_of(spec, images=IMAGES, texts=TEXTS, **options):
 
 def test_a_function_in_python():
     expected = [image.mean() / 255 + 0.01 * len(text) for image, text in zip(IMAGES, TEXTS, strict=True)]
-    scores = scores_of("python:my_rewards:bright_and_long")
+    scores = scores_of("python:sample_rewards:bright_and_long")
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
 def test_tokens_stand_for_the_texts():
     """Also of calls of `tokenize` before and after."""
-    reward = load_reward("python:my_rewards:bright_and_long")
+    reward = load_reward("python:sample_rewards:bright_and_long")
     first, second = reward.tokenize(TEXTS), reward.tokenize(["a whale", "a dog"])
     assert first.dtype == np.int32 and first.tolist() == [0, 1, 0, 2, 3] and second.tolist() == [4, 0]
     black = np.zeros((2, 16, 16, 3), np.uint8)
@@ -57,12 +57,12 @@ def test_calls_run_in_threads(monkeypatch):
         names.add(threading.current_thread().name)
         return images.mean((1, 2, 3))
 
-    monkeypatch.setattr(my_rewards, "meet", meet, raising=False)
-    reward = load_reward("python:my_rewards:meet", workers=3)
+    monkeypatch.setattr(sample_rewards, "meet", meet, raising=False)
+    reward = load_reward("python:sample_rewards:meet", workers=3)
     waits = [reward.start(lambda: IMAGES, reward.tokenize(TEXTS)) for _ in range(3)]
     for wait in waits:
         np.testing.assert_allclose(wait(), IMAGES.mean((1, 2, 3)), rtol=1e-6)
-    assert names == {"reward python:my_rewards:meet"}
+    assert names == {"reward python:sample_rewards:meet"}
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_calls_run_in_threads(monkeypatch):
 )
 def test_a_reward_that_fails(name, said):
     began = time.monotonic()
-    with pytest.raises(RewardError, match=f"^reward python:my_rewards:{name}: {said}"):
-        scores_of(f"python:my_rewards:{name}", timeout=0.2)
-    assert time.monotonic() - began < my_rewards.SLEEP / 2
+    with pytest.raises(RewardError, match=f"^reward python:sample_rewards:{name}: {said}"):
+        scores_of(f"python:sample_rewards:{name}", timeout=0.2)
+    assert time.monotonic() - began < sample_rewards.SLEEP / 2
 
 
 def test_official_scores_of_pictures_of_several_sizes():
@@ -109,7 +109,7 @@ def test_jpeg(tmp_path):
 
 
 def test_a_function_of_jax():
-    reward = load_reward("jax:my_rewards:brightness")
+    reward = load_reward("jax:sample_rewards:brightness")
     tokens, images = reward.tokenize(TEXTS), IMAGES / np.float32(255)
     score = jax.jit(lambda x: reward.score(reward.params, x, tokens)[0])
     np.testing.assert_allclose(score(images), images.mean((1, 2, 3)), rtol=1e-5)
@@ -120,12 +120,14 @@ def test_a_function_of_jax():
 
 
 def test_a_reward_with_parameters():
-    assert load_reward("jax:my_rewards:bright_and_long_jax") is my_rewards.bright_and_long_jax
+    assert load_reward("jax:sample_rewards:bright_and_long_jax") is sample_rewards.bright_and_long_jax
 
 
 def test_a_function_of_jax_that_returns_another_shape():
-    reward = load_reward("jax:my_rewards:one_number")
-    with pytest.raises(InputError, match=r"reward jax:my_rewards:one_number: returned shape \[\] for 5 images; wants"):
+    reward = load_reward("jax:sample_rewards:one_number")
+    with pytest.raises(
+        InputError, match=r"reward jax:sample_rewards:one_number: returned shape \[\] for 5 images; wants"
+    ):
         jax.jit(reward.score)({}, jnp.zeros((5, 4, 4, 3)), reward.tokenize(TEXTS))
 
 
@@ -135,17 +137,17 @@ def test_a_function_of_jax_that_returns_another_shape():
 @pytest.mark.parametrize(
     "spec, said",
     [
-        ("python:my_rewards", "'my_rewards': wants MODULE:FUNCTION"),
+        ("python:sample_rewards", "'sample_rewards': wants MODULE:FUNCTION"),
         ("jax::f", "':f': wants MODULE:FUNCTION"),
         ("python:no_such_module:f", "importing no_such_module: ModuleNotFoundError: No module named"),
-        ("python:my_rewards:no_such", "my_rewards has no function 'no_such'"),
-        ("jax:my_rewards:NUMBER", "my_rewards has no function 'NUMBER'"),
+        ("python:sample_rewards:no_such", "sample_rewards has no function 'no_such'"),
+        ("jax:sample_rewards:NUMBER", "sample_rewards has no function 'NUMBER'"),
         (
-            "jpeg_compressibility+jax:my_rewards:brightness",
+            "jpeg_compressibility+jax:sample_rewards:brightness",
             "jpeg_compressibility is plain Python, which wants to be alone",
         ),
-        ("textnorm(python:my_rewards:words)", "is plain Python, which wants to be alone"),
-        ("my_rewards:brightness", "unknown reward 'my_rewards'; accepted: .*python:MODULE:FUNCTION"),
+        ("textnorm(python:sample_rewards:words)", "is plain Python, which wants to be alone"),
+        ("sample_rewards:brightness", "unknown reward 'sample_rewards'; accepted: .*python:MODULE:FUNCTION"),
     ],
 )
 def test_bad_specs(spec, said):
@@ -160,13 +162,13 @@ def test_bad_settings(options):
 
 
 def test_names():
-    assert reward_name("python:pkg.my_rewards:sharp") == "sharp"
-    assert reward_name("jax:my_rewards:brightness+emoji_pickscore") == "brightness+emoji_pickscore"
+    assert reward_name("python:pkg.sample_rewards:sharp") == "sharp"
+    assert reward_name("jax:sample_rewards:brightness+emoji_pickscore") == "brightness+emoji_pickscore"
     assert reward_name("jpeg_compressibility") == "jpeg_compressibility"
 
 
 def test_a_sum_with_a_function_of_jax():
-    reward = load_reward("emoji_aesthetic+jax:my_rewards:brightness", weights=(0.5, 2.0))
+    reward = load_reward("emoji_aesthetic+jax:sample_rewards:brightness", weights=(0.5, 2.0))
     images = np.random.default_rng(1).uniform(size=(2, 64, 64, 3)).astype(np.float32)
     total, parts = jax.jit(reward.score)(reward.params, images, reward.tokenize(TEXTS[:2]))
     np.testing.assert_allclose(parts["brightness"], images.mean((1, 2, 3)), rtol=1e-5)
@@ -220,8 +222,8 @@ class Tiny:
 def test_samples_are_those_of_the_same_reward_on_the_device(make_config):
     """Every image meets its own prompt; the trajectories are the same."""
     settings = PLAIN | {"batch.samples": 8, "batch.samples_per_forward": 2}
-    own = Tiny(make_config("ddpo", settings | {"reward": "python:my_rewards:bright_and_long"}))
-    other = Tiny(make_config("ddpo", settings | {"reward": "jax:my_rewards:bright_and_long_jax"}))
+    own = Tiny(make_config("ddpo", settings | {"reward": "python:sample_rewards:bright_and_long"}))
+    other = Tiny(make_config("ddpo", settings | {"reward": "jax:sample_rewards:bright_and_long_jax"}))
     samples, expected = own.sample(3), other.sample(3)
     assert samples.rewards.shape == expected.rewards.shape and np.ptp(expected.rewards) > 0.1
     np.testing.assert_allclose(samples.rewards, expected.rewards, atol=0.5 / 255)
@@ -245,17 +247,19 @@ def test_ddpo_makes_images_compressible(make_config):
 
 def test_a_failing_reward_saves_what_was_trained(make_config, tmp_path, monkeypatch, capsys):
     """The third iteration's reward fails: exit code 1, one line, the second's state saved; then the run goes on."""
-    settings = PLAIN | {"reward": "python:my_rewards:fails_once", "checkpoint.every": 4}
+    settings = PLAIN | {"reward": "python:sample_rewards:fails_once", "checkpoint.every": 4}
     chunks = 2  # calls an iteration
     for name, failing in (("whole", 0), ("stopped", 2 * chunks + 1)):
-        monkeypatch.setattr(my_rewards, "CALLS", iter(range(1, 100)))
-        monkeypatch.setattr(my_rewards, "FAILS_AT", [failing])
+        monkeypatch.setattr(sample_rewards, "CALLS", iter(range(1, 100)))
+        monkeypatch.setattr(sample_rewards, "FAILS_AT", [failing])
         config, workdir = make_config("ddpo", settings), tmp_path / name
         if failing:
             with pytest.raises(SystemExit) as stop:
                 command.guarded(train.run, config, workdir)
             said = capsys.readouterr().err
-            assert stop.value.code == 1 and "error: reward python:my_rewards:fails_once: ConnectionError: the" in said
+            assert (
+                stop.value.code == 1 and "error: reward python:sample_rewards:fails_once: ConnectionError: the" in said
+            )
             assert "Traceback" not in said
             assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"0", "2"}
             assert [row["iteration"] for row in read_metrics(workdir)] == [0, 1, 2]
@@ -269,9 +273,9 @@ def test_a_failing_reward_saves_what_was_trained(make_config, tmp_path, monkeypa
 
 def test_evaluation_by_python(make_config, tmp_path, monkeypatch):
     """Reported beside the trained reward; a failure there keeps the iteration and its row."""
-    evaluation = {"eval.every": 1, "eval.rewards": ("python:my_rewards:fails_once",), "log.images": 0}
-    monkeypatch.setattr(my_rewards, "CALLS", iter(range(1, 100)))
-    monkeypatch.setattr(my_rewards, "FAILS_AT", [3])
+    evaluation = {"eval.every": 1, "eval.rewards": ("python:sample_rewards:fails_once",), "log.images": 0}
+    monkeypatch.setattr(sample_rewards, "CALLS", iter(range(1, 100)))
+    monkeypatch.setattr(sample_rewards, "FAILS_AT", [3])
     config, workdir = make_config("ddpo", evaluation | {"checkpoint.every": 4}), tmp_path / "run"
     with pytest.raises(RewardError, match="the server has gone"):
         train.run(config, workdir)
@@ -285,7 +289,7 @@ def test_evaluation_by_python(make_config, tmp_path, monkeypatch):
 
 def test_alignprop_on_an_ensemble(make_config, tiny_clip):
     """The sum rises on prompts and noise never trained on, and so it does with negative weights: the parts fall."""
-    spec, found = f"pickscore:{tiny_clip}+jax:my_rewards:brightness", {}
+    spec, found = f"pickscore:{tiny_clip}+jax:sample_rewards:brightness", {}
     for sign in (1.0, -1.0):
         weights = (0.5 * sign, 20.0 * sign)
         settings = PLAIN | {"reward": spec, "reward_weights": weights, "batch.samples_per_forward": 8}

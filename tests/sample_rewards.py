@@ -1,4 +1,4 @@
-"""Rewards of a user's, named by my_rewards:FUNCTION in the tests."""
+"""Rewards of a user's, named by sample_rewards:FUNCTION in the tests."""
 
 import itertools
 import time
