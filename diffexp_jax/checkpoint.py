@@ -12,14 +12,8 @@ from absl import logging
 
 from diffexp_jax import InputError, command
 
-_FREE = (
-    "eval",
-    "log",
-    "checkpoint",
-    "host_reward",
-    "iterations",
-    "compilation_cache",
-)  # config keys that a continued run may change
+# config keys that a continued run may change
+_FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache")
 
 
 class Checkpoints:

@@ -17,7 +17,15 @@ from ml_collections import ConfigDict
 
 from diffexp_jax import InputError, check, evaluation, flops, parallel
 from diffexp_jax.models import families, lora, sizes, stable_diffusion
-from diffexp_jax.problem import Problem, draw_batch, load_rewards, load_schedule, model_options, sampling_steps
+from diffexp_jax.problem import (
+    Problem,
+    draw_batch,
+    frozen_params,
+    load_rewards,
+    load_schedule,
+    model_options,
+    sampling_steps,
+)
 from diffexp_jax.programs import make_programs, recomputes_log_prob
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.rewards import reward_name
@@ -141,9 +149,7 @@ def compile_all(config: ConfigDict, problem: Problem) -> Iterable[Cost]:
     steps = sampling_steps(config, schedule, explore=False)
     check.check_noise(config, steps)
     programs = make_programs(config, problem, schedule.prediction_type)
-    model = {part: problem.model.params[part] for part in ("unet", "vae")}
-    rewards = {problem.reward: problem.rewards[problem.reward].params}
-    frozen, trained = on_devices({"model": model, "rewards": rewards}), abstract_lora(config, problem)
+    frozen, trained = on_devices(frozen_params(problem)), abstract_lora(config, problem)
     state = on_devices(jax.eval_shape(programs.algorithm.init, trained))
     batch, key = draw_batch(config, problem, 0, None), parallel.replicate(jax.random.key(0))
     samples = None

@@ -101,11 +101,15 @@ def load_schedule(model: stable_diffusion.StableDiffusion) -> NoiseSchedule:
         raise InputError(str(error)) from None
 
 
-def frozen_arrays(problem: Problem) -> Any:
-    """The arrays that training reads and leaves alone, on every device."""
+def frozen_params(problem: Problem) -> Any:
+    """The arrays (or shapes) that training reads and leaves alone."""
     model = {part: problem.model.params[part] for part in ("unet", "vae")}
-    rewards = {problem.reward: problem.rewards[problem.reward].params}
-    return parallel.replicate({"model": model, "rewards": rewards})
+    return {"model": model, "rewards": {problem.reward: problem.rewards[problem.reward].params}}
+
+
+def frozen_arrays(problem: Problem) -> Any:
+    """The same on every device."""
+    return parallel.replicate(frozen_params(problem))
 
 
 def sampling_steps(config: ConfigDict, schedule: NoiseSchedule, *, explore: bool) -> Steps:

@@ -36,9 +36,10 @@ def make_programs(config: ConfigDict, problem: Problem, prediction_type: str) ->
         n_chunks=check.batch_split(config)[0],
         lora_scale=config.lora.alpha / config.lora.rank,
     )
-    sample, reward = algorithm.sample and parallel.pmap(algorithm.sample), problem.rewards[problem.reward]
-    if reward.start:
+    if problem.rewards[problem.reward].start:
         sample = sample_and_score(config, problem, prediction_type)
+    else:
+        sample = algorithm.sample and parallel.pmap(algorithm.sample)
     return Programs(algorithm, sample, parallel.pmap(algorithm.update, donate_argnums=0), generate)
 
 
