@@ -23,7 +23,10 @@ REWARDS = (
     *("pickscore", "aesthetic", "hpsv2", "imagereward", "pickscore_26", "pickscore_cosine"),
     *("jpeg_compressibility", "jpeg_incompressibility", "jax", "python"),
 )
-PROMPTS = ("animals", "animal_activities", "animals_unseen", "animal_activities_unseen", "unseen_activities")
+PROMPTS = (
+    *("animals", "animals_unseen", "animals_with_article", "animals_unseen_with_article"),
+    *("animal_activities", "animal_activities_unseen", "unseen_activities"),
+)
 ARGUMENTS = {"model": "emoji", "reward": "emoji_pickscore", "prompts": "animal_activities", "explore": "true"}
 
 
@@ -44,7 +47,9 @@ def default() -> ml_collections.ConfigDict:
     m.remat = "step"  # "none", "step" or "block"
     m.vae_slice = 32  # images that the VAE decodes at once, at most
 
-    c.prompts = "animal_activities"  # a built-in set or a file (.txt, .csv, .tsv, .json)
+    # A built-in set; a file (.txt, .csv, .tsv, .json); rows of one, FILE.csv:COLUMN=VALUE|VALUE; a single prompt: its
+    # words, or prompt:TEXT, which may be one word.
+    c.prompts = "animal_activities"  # what to fine-tune on
     # NAME, NAME:PATH, textnorm(NAME:PATH), several joined by "+"; the user's own function: jax:MODULE:FUNCTION or, for
     # ddpo, python:MODULE:FUNCTION
     c.reward = "emoji_pickscore"  # what is maximised, in the reward's own units
@@ -107,7 +112,7 @@ def default() -> ml_collections.ConfigDict:
 
     c.eval = v = ml_collections.ConfigDict()
     v.every = 10  # iterations between evaluations (without exploration); 0: never
-    v.prompts = ("animal_activities", "animal_activities_unseen", "animals")  # sets or files
+    v.prompts = ("animal_activities", "animal_activities_unseen", "animals")  # each as `prompts` above
     v.rewards = ()  # further rewards to report, never optimised
     v.samples_per_prompt = 1  # images of every prompt
 
@@ -140,8 +145,12 @@ def parse(argument: str | None) -> dict[str, str]:
             f"config argument reward={chosen['reward']!r}: accepted: {', '.join(REWARDS[:-2])} (or NAME:PATH, "
             "textnorm(NAME:PATH), several joined by +), jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
         )
-    if chosen["prompts"] not in PROMPTS and "." not in chosen["prompts"]:
-        raise ValueError(f"config argument prompts={chosen['prompts']!r}: accepted: {', '.join(PROMPTS)} or a file")
+    prompts = chosen["prompts"]
+    if not (prompts in PROMPTS or "." in prompts or prompts.startswith("prompt:") or len(prompts.split()) > 1):
+        raise ValueError(
+            f"config argument prompts={prompts!r}: accepted: {', '.join(PROMPTS)}, prompt:TEXT, a prompt of several "
+            "words, or a file (FILE.csv:COLUMN=VALUE|VALUE takes rows of it)"
+        )
     return chosen
 
 
@@ -161,5 +170,6 @@ def structured(argument: str | None) -> tuple[ml_collections.ConfigDict, dict[st
     config.reward, config.prompts = chosen["reward"], chosen["prompts"]
     config.exploration.enabled = chosen["explore"] == "true"
     if chosen["model"] == "emoji":
+        config.eval.prompts = ("animal_activities", "animal_activities_unseen", "animals_with_article")
         config.eval.rewards = ("emoji_judge",)
     return config, chosen

@@ -1,68 +1,131 @@
-"""The settings of the DiffExp paper's experiments, one name each.
+"""The settings of the DiffExp paper's experiments, a name for each run that a figure is made of.
 
     python -m diffexp_jax.train --config configs/paper.py:fig4_ddpo_aesthetic --workdir runs/fig4_ddpo_aesthetic
     python -m diffexp_jax.train --config configs/paper.py:fig4_ddpo_aesthetic,explore=false --workdir runs/its_baseline
-    python -m diffexp_jax.train --config configs/paper.py:sdxl_ddpo_pickscore --dry_run
+    python -m diffexp_jax.train --config configs/paper.py:fig4_ddpo_aesthetic,model=emoji --workdir runs/its_miniature
+    python -m diffexp_jax.train --config configs/paper.py:fig10b --dry_run
+
+| names | what |
+|---|---|
+| fig1 | DDPO, ImageReward, the single prompt "a dolphin riding a bike" |
+| fig3 | three samplers, nothing to train: this name only says which commands of scripts/sample.py show them |
+| fig4_ALGORITHM_REWARD, the same as fig5_, fig6_, fig7_ | ddpo or alignprop; aesthetic or pickscore |
+| fig8, fig10a, fig17a | AlignProp, HPS + Aesthetic + PickScore, 58 DrawBench prompts; unseen: 150 of PartiPrompts |
+| fig9a_REWARD_PART | AlignProp; of exploration: none, weighting, schedule or both |
+| fig9b_REWARD_tNNN | AlignProp; t_thresh 900, 800, 700 or 600 |
+| fig10b, fig17b | SDXL, AlignProp, Aesthetic |
+
+Names that share a run: fig4_ to fig7_; fig8, fig10a and fig17a; fig10b and fig17b; "both" and t900 are fig4_alignprop_,
+"none" is its baseline. Figures 4, 6 and 7 are three curves of metrics.jsonl: reward/mean, eval/UNSEEN PROMPTS/REWARD
+and eval/PROMPTS/imagereward. Figures 5 and 8 (and 11 to 16, 18 and 19, which have no names here) are pictures of such a
+run and its baseline, side by side: what both have in images/ is of the same prompts and noise.
 
 What the copies of the paper that we could read give: Stable Diffusion 1.5 with LoRA, 50 steps, 64 images an iteration,
-guidance 5.0 (DDPO) and 7.5 (AlignProp), the learning rates, the 3/4 rule, and which prompts go with which reward: the
-45 animals with Aesthetic, the 45 x 3 animals with activities with PickScore, 58 prompts of DrawBench with an ensemble
-of HPS, Aesthetic and PickScore. Not the numbers of exploration and of iterations: those are our defaults. Of its
-figures we know that 1 is about prompts like "a dolphin riding a bike" that come without the bike, and 9b about the
-threshold of Eq. 7; that 4 is the two rewards under both algorithms, and which algorithm the others use, is our guess.
-The rest is named by what it does. SDXL's settings are those of SD 1.5, at 1024 pixels.
+guidance 5.0 (DDPO) and 7.5 (AlignProp), the learning rates, the 3/4 rule, and which prompts go with which reward. Not
+the numbers of exploration and of iterations: those are our defaults. SDXL's settings are those of SD 1.5, at 1024
+pixels.
+
+`,model=` takes any of common.py's names. With emoji an experiment becomes its miniature: the emoji model with its own
+settings, on prompts that it knows, with its rewards in the place of the published ones (the judge in ImageReward's).
 
 Memory by `--dry_run` in float32 on a CPU (its numbers, not a GPU's; bfloat16 halves the weights), GiB a device:
-fig4_ddpo_aesthetic sampling 5.93, update 12.42; fig4_alignprop_aesthetic 21.19; sdxl_ddpo_pickscore sampling 19.22,
-update 19.21; sdxl_alignprop_aesthetic 38.46. The others were not measured.
+fig4_ddpo_aesthetic sampling 5.93, update 12.42; fig4_alignprop_aesthetic 21.19; fig4_ddpo_pickscore,model=sdxl sampling
+19.22, update 19.21; fig10b 38.46. The others were not measured.
 
-Weights and DrawBench cannot be shipped. They are looked for in `weights/` and `prompts/` of the current folder; other
-places by `--config.model.path=`, `--config.reward=aesthetic:PATH`, `--config.prompts=FILE`.
+Weights, DrawBench and PartiPrompts cannot be shipped. They are looked for, the prompts in their published files, in
+`weights/` and `prompts/` of the current folder; other places by `--config.model.path=`,
+`--config.reward=aesthetic:PATH`, `--config.prompts=FILE`, `--config.eval.prompts=`, `--config.eval.rewards=`.
 """
 
-from configs import alignprop, ddpo
+import re
 
-_REWARDS = {
-    "aesthetic": "aesthetic:weights/aesthetic",
-    "pickscore": "pickscore:weights/pickscore",
-    "ensemble": "hpsv2:weights/hpsv2+aesthetic:weights/aesthetic+pickscore:weights/pickscore",
+from configs import alignprop, common, ddpo
+
+_DOLPHIN = "a dolphin riding a bike"
+_IMAGEREWARD = "imagereward:weights/imagereward"
+_ENSEMBLE = "hpsv2:weights/hpsv2+aesthetic:weights/aesthetic+pickscore:weights/pickscore"
+_DRAWBENCH = "prompts/DrawBench.csv:Category=Conflicting|Gary Marcus et al.|Reddit"
+_PARTI = "prompts/PartiPrompts.tsv:Challenge=Imagination"
+# task: its reward, its prompts, and the unseen ones, which are only evaluated
+PUBLISHED = {
+    "dolphin": (_IMAGEREWARD, _DOLPHIN, ()),
+    "aesthetic": ("aesthetic:weights/aesthetic", "animals", ("animals_unseen",)),
+    "pickscore": ("pickscore:weights/pickscore", "animal_activities", ("unseen_activities",)),
+    "drawbench": (_ENSEMBLE, _DRAWBENCH, (_PARTI,)),
 }
-# reward: its prompts, and those that are only looked at (the same unseen animals, alone or with the activities)
-_PROMPTS = {
-    "aesthetic": ("animals", ("animals_unseen",)),
-    "pickscore": ("animal_activities", ("animal_activities_unseen",)),
-    "ensemble": ("prompts/drawbench_58.tsv", ("prompts/drawbench_58.tsv",)),
+MINIATURE = {
+    "dolphin": ("emoji_judge", _DOLPHIN, ()),
+    "aesthetic": ("emoji_aesthetic", "animals_with_article", ("animals_unseen_with_article",)),
+    "pickscore": ("emoji_pickscore", "animal_activities", ("unseen_activities",)),
+    "drawbench": ("emoji_aesthetic+emoji_pickscore", "animal_activities", ("unseen_activities",)),
 }
-# name: (algorithm, model, reward, what else is set)
+
+# One prompt: its statistics are of a whole iteration, and an evaluation is of as many images.
+_ONE_PROMPT = {"ddpo.stats_buffer": 64, "eval.samples_per_prompt": 64}
+_PARTS = {
+    "none": {"exploration.enabled": False},
+    "weighting": {"exploration.t_thresh": 1000},  # no step is above it: the guidance is constant
+    "schedule": {"exploration.weight_range": (1.0, 1.0)},
+    "both": {},
+}
+_THRESHOLDS = {f"t{t}": {"exploration.t_thresh": t} for t in (900, 800, 700, 600)}
+_REWARDS = ("aesthetic", "pickscore")
+
+# name: (model, algorithm, task, what else is set)
 EXPERIMENTS = {
-    "fig1": ("alignprop", "sd15", "pickscore", {}),
-    "fig4_ddpo_aesthetic": ("ddpo", "sd15", "aesthetic", {}),
-    "fig4_ddpo_pickscore": ("ddpo", "sd15", "pickscore", {}),
-    "fig4_alignprop_aesthetic": ("alignprop", "sd15", "aesthetic", {}),
-    "fig4_alignprop_pickscore": ("alignprop", "sd15", "pickscore", {}),
-    "fig9b_t600": ("ddpo", "sd15", "aesthetic", {"exploration.t_thresh": 600}),
-    "fig9b_t700": ("ddpo", "sd15", "aesthetic", {"exploration.t_thresh": 700}),
-    "fig9b_t800": ("ddpo", "sd15", "aesthetic", {"exploration.t_thresh": 800}),
-    "fig9b_t900": ("ddpo", "sd15", "aesthetic", {"exploration.t_thresh": 900}),
-    "drawbench_ddpo": ("ddpo", "sd15", "ensemble", {}),
-    "drawbench_alignprop": ("alignprop", "sd15", "ensemble", {}),
-    "sdxl_ddpo_aesthetic": ("ddpo", "sdxl", "aesthetic", {}),
-    "sdxl_ddpo_pickscore": ("ddpo", "sdxl", "pickscore", {}),
-    "sdxl_alignprop_aesthetic": ("alignprop", "sdxl", "aesthetic", {}),
-    "sdxl_alignprop_pickscore": ("alignprop", "sdxl", "pickscore", {}),
+    "fig1": ("sd15", "ddpo", "dolphin", _ONE_PROMPT),
+    **{
+        f"{figure}_{algorithm}_{reward}": ("sd15", algorithm, reward, {})
+        for figure in ("fig4", "fig5", "fig6", "fig7")
+        for algorithm in ("ddpo", "alignprop")
+        for reward in _REWARDS
+    },
+    "fig8": ("sd15", "alignprop", "drawbench", {}),
+    **{f"fig9a_{r}_{part}": ("sd15", "alignprop", r, changes) for r in _REWARDS for part, changes in _PARTS.items()},
+    **{f"fig9b_{r}_{t}": ("sd15", "alignprop", r, changes) for r in _REWARDS for t, changes in _THRESHOLDS.items()},
+    "fig10a": ("sd15", "alignprop", "drawbench", {}),
+    "fig10b": ("sdxl", "alignprop", "aesthetic", {}),
+    "fig17a": ("sd15", "alignprop", "drawbench", {}),
+    "fig17b": ("sdxl", "alignprop", "aesthetic", {}),
 }
 
 
 def get_config(argument: str | None = None):
-    """A name of EXPERIMENTS, with ",explore=false" for its baseline."""
-    name, comma, explore = (argument or "").partition(",")
-    if name not in EXPERIMENTS or (comma and explore not in ("explore=true", "explore=false")):
-        accepted = f"{', '.join(EXPERIMENTS)}, each also with ,explore=false"
-        raise ValueError(f"config argument {argument!r}: accepted: {accepted}")
-    algorithm, model, reward, changes = EXPERIMENTS[name]
+    """A name of EXPERIMENTS; with ",explore=false" its baseline, with ",model=emoji" its miniature."""
+    name, *options = (argument or "").split(",")
+    for option in options:
+        if option.partition("=")[0] not in ("explore", "model"):
+            raise ValueError(f"config argument {option!r}: accepted: explore=..., model=...")
+    if name == "fig3":
+        raise ValueError(f"fig3 trains nothing; it is {samplers(','.join(['model=sd15', *options]))}")
+    if name not in EXPERIMENTS:
+        raise ValueError(f"config argument {name!r}: accepted: {accepted(name)}, each also with ,explore= and ,model=")
+    own, algorithm, task, changes = EXPERIMENTS[name]
+    options = ",".join([f"model={own}", *options])
+    model = common.parse(options)["model"]
+    reward, prompts, unseen = (MINIATURE if model == "emoji" else PUBLISHED)[task]
     module = {"ddpo": ddpo, "alignprop": alignprop}[algorithm]
-    prompts, looked_at = _PROMPTS[reward]
-    config = module.get_config(f"model={model},reward={_REWARDS[reward]},prompts={prompts},{explore or 'explore=true'}")
-    config.eval.prompts = looked_at
+    config = module.get_config(f"{options},reward={reward},prompts={prompts}")
+    config.eval.prompts = (prompts, *unseen)
+    if model != "emoji":
+        config.eval.rewards = (_IMAGEREWARD,)
     config.update_from_flattened_dict(changes)
     return config
+
+
+def accepted(name: str) -> str:
+    """The names that begin so; where there are none, the figures."""
+    begun = [known for known in EXPERIMENTS if name and known.startswith(f"{name}_")]
+    figures = dict.fromkeys(re.sub("_.*", "_...", known) for known in (*EXPERIMENTS, "fig3"))
+    return ", ".join(begun or figures)
+
+
+def samplers(options: str) -> str:
+    """The commands that show Fig. 3: guidance high and scheduled, and low, from the same noise."""
+    config = alignprop.get_config(options)
+    s = config.sampling
+    command = f'python scripts/sample.py --model {config.model.path} --prompt "{_DOLPHIN}" --steps {s.steps}'
+    return (
+        f"{command} --guidance {s.guidance:g} --explore --out samples/fig3 (high, scheduled) and "
+        f"{command} --guidance {config.exploration.w_low:g} --out samples/fig3_low (low)"
+    )

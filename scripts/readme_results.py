@@ -16,7 +16,7 @@ from diffexp_jax.models.files import read_json
 
 START, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {
-    ("animals", "emoji_judge"): "animal alone: it, and no object",
+    ("animals_with_article", "emoji_judge"): "animal alone: it, and no object",
     ("animal_activities", "emoji_judge"): "activities: animal and object both there",
     ("animal_activities", "emoji_judge/animal"): "activities: right animal",
     ("animal_activities_unseen", "emoji_judge"): "unseen animals: both there",

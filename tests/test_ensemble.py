@@ -164,6 +164,7 @@ def test_swapped():
     assert others[5:7] == ["A photo of a horse riding a bike.", "A photo of a monkey riding a bike."]
     assert len(others) == 10 and "A photo of a dog riding a bike." not in others
     assert swapped("an ant")[0] == "a butterfly" and len(swapped("an ant")) == 5
+    assert swapped("beetle")[:2] == ["ant", "butterfly"]
     for text in ("a robot", "a cat and a dog"):
         with pytest.raises(InputError, match="no contrastive prompts for"):
             swapped(text)

@@ -1,16 +1,20 @@
 """Prompt sets: the built-in ones, files of every kind, and what is said about a bad one."""
 
+import re
+
 import pytest
 
 from diffexp_jax import InputError
-from diffexp_jax.prompts import PROMPTS, files, load_prompts
+from diffexp_jax.prompts import PROMPTS, files, load_prompts, short_name
 
 
 @pytest.mark.parametrize(
     "name, size, first, last, last_phrases",
     [
-        ("animals", 45, "a cat", "a kangaroo", ("kangaroo",)),
-        ("animals_unseen", 6, "a snail", "an octopus", ("octopus",)),
+        ("animals", 45, "cat", "kangaroo", ("kangaroo",)),
+        ("animals_unseen", 6, "snail", "octopus", ("octopus",)),
+        ("animals_with_article", 45, "a cat", "a kangaroo", ("kangaroo",)),
+        ("animals_unseen_with_article", 6, "a snail", "an octopus", ("octopus",)),
         (
             "animal_activities",
             135,
@@ -36,13 +40,18 @@ def test_built_in_sets(name, size, first, last, last_phrases):
 
 def test_order_of_the_paper():
     """A prompt's id is its index, and per-prompt statistics go by it: the order must not move."""
-    assert load_prompts("animals").texts[:4] == ("a cat", "a dog", "a horse", "a monkey")
+    assert load_prompts("animals").texts[:4] == ("cat", "dog", "horse", "monkey")
     assert load_prompts("animal_activities").texts[3:6] == (
         "a dog washing the dishes",
         "a dog riding a bike",
         "a dog playing chess",
     )
-    assert "an ant" in load_prompts("animals").texts
+    assert load_prompts("unseen_activities").texts[:3] == (
+        "a cat doing laundry",
+        "a cat driving a car",
+        "a cat playing soccer",
+    )
+    assert "ant" in load_prompts("animals").texts and "an ant" in load_prompts("animals_with_article").texts
 
 
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
@@ -146,13 +155,14 @@ def test_bad_files(tmp_path, file, content, message):
     assert str(error.value) == message.format(path=path)
 
 
-@pytest.mark.parametrize("name", ["animal", "", "Animals", "some/folder", ".."])
+@pytest.mark.parametrize("name", ["animal", "cat", "", "  ", "Animals", "some/folder", ".."])
 def test_unknown_name(name):
     with pytest.raises(InputError) as error:
         load_prompts(name)
     assert str(error.value) == (
-        f"unknown prompt set {name!r}; accepted: animals, animals_unseen, animal_activities, "
-        f"animal_activities_unseen, unseen_activities, or the path of a file: {files.FORMATS}"
+        f"unknown prompt set {name!r}; accepted: animals, animals_unseen, animals_with_article, "
+        "animals_unseen_with_article, animal_activities, animal_activities_unseen, unseen_activities, prompt:TEXT, "
+        f"a prompt of several words, or the path of a file: {files.FORMATS}"
     )
 
 
@@ -160,3 +170,153 @@ def test_folder_is_no_prompt_file(tmp_path):
     (tmp_path / "set.txt").mkdir()
     with pytest.raises(InputError, match="cannot read the prompt file: Is a directory"):
         load_prompts(tmp_path / "set.txt")
+
+
+# ------------------------------------------------------------------------------------------------------- rows of a file
+
+# As they are published: DrawBench with a category that ends in a blank, PartiPrompts with quotes of the prompt's own.
+DRAWBENCH = (
+    "Prompts,Category\r\n"
+    "A red colored car.,Colors\r\n"
+    "A horse riding an astronaut.,Conflicting\r\n"
+    '"A cube, made of brick.",Gary Marcus et al. \r\n'
+    '"Photo of a ""cat""",Reddit\r\n'
+    "A pizza cooking an oven.,Conflicting\r\n"
+    "Hyper-realistic photo.,DALL-E\r\n"
+)
+PARTI = (
+    "Prompt\tCategory\tChallenge\tNote\n"
+    "bond\tAbstract\tBasic\tBiology-inspired concepts with multiple meanings\n"
+    '"Fly" sign on a wall\tArts\tImagination\t\n'
+    "a tornado made of sharks\tAnimals\tImagination\tx\n"
+    "a\tbroken\n"
+)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DrawBench.csv").write_bytes(DRAWBENCH.encode())
+    (tmp_path / "PartiPrompts.tsv").write_text(PARTI)
+    (tmp_path / "a.txt").write_text("a dog\n")
+
+
+CONFLICTING = ("A horse riding an astronaut.", "A pizza cooking an oven.")
+
+
+@pytest.mark.parametrize(
+    "spec, name, texts",
+    [
+        ("DrawBench.csv:Category=Conflicting", "DrawBench-category-Conflicting", CONFLICTING),
+        ("DrawBench.csv: CATEGORY = Conflicting ", "DrawBench-category-Conflicting", CONFLICTING),
+        (
+            "DrawBench.csv:Category=Conflicting|Gary Marcus et al. |Reddit",
+            "DrawBench-category-Conflicting-Gary_Marcus_et_al.-Reddit",
+            (CONFLICTING[0], "A cube, made of brick.", 'Photo of a "cat"', CONFLICTING[1]),  # the file's order
+        ),
+        (
+            "DrawBench.csv:category=Gary Marcus et al.",
+            "DrawBench-category-Gary_Marcus_et_al.",
+            ("A cube, made of brick.",),
+        ),
+        (
+            "PartiPrompts.tsv:Challenge=Imagination",
+            "PartiPrompts-challenge-Imagination",
+            ('"Fly" sign on a wall', "a tornado made of sharks"),
+        ),
+        ("./PartiPrompts.tsv:challenge=Basic", "PartiPrompts-challenge-Basic", ("bond",)),
+        ("PartiPrompts.tsv:Note=", "PartiPrompts-note-", ('"Fly" sign on a wall', "a")),  # an empty cell, and none
+    ],
+)
+def test_rows_of_a_file(published, spec, name, texts):
+    prompts = load_prompts(spec)
+    assert (prompts.name, prompts.texts) == (name, texts)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (
+            "DrawBench.csv:Kategorie=Colors",
+            "DrawBench.csv: no column 'Kategorie'; found: 'Prompts', 'Category'",
+        ),
+        (
+            "DrawBench.csv:Category=Conflicting|colors",
+            "DrawBench.csv: no row has Category='colors'; found: 'Colors', 'Conflicting', 'Gary Marcus et al.', "
+            "'Reddit', 'DALL-E'",
+        ),
+        ("DrawBench.csv:Category=Colors|", "DrawBench.csv: no row has Category=''; found: 'Colors', 'Conflicting', "),
+        (
+            "PartiPrompts.tsv:Note=y",
+            "PartiPrompts.tsv: no row has Note='y'; found: 'Biology-inspired concepts with multip...', '', 'x'",
+        ),
+        (
+            "DrawBench.csv:Gary Marcus",  # no prompt of several words
+            "DrawBench.csv: filter 'Gary Marcus'; wants FILE.csv:COLUMN=VALUE, several values joined by |",
+        ),
+        ("what a.csv: says", "what a.csv: filter ' says'; wants FILE.csv:COLUMN=VALUE"),
+        ("DrawBench.csv:=Colors", "DrawBench.csv: filter '=Colors'; wants FILE.csv:COLUMN=VALUE"),
+        ("gone.csv:Category=Colors", "gone.csv: cannot read the prompt file: No such file or directory"),
+        ("a.txt:Category=Colors", "a.txt: a .txt file has no columns to filter by; accepted: .csv, .tsv"),
+    ],
+)
+def test_bad_filters(published, spec, message):
+    with pytest.raises(InputError) as error:
+        load_prompts(spec)
+    assert str(error.value).startswith(message)
+
+
+def test_errors_show_some_of_many_values(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,n\n" + "".join(f"p{n},{n}\n" for n in range(1000)))
+    with pytest.raises(InputError) as error:
+        load_prompts(f"{tmp_path / 'a.csv'}:n=x")
+    assert str(error.value).endswith("found: '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', and 990 more")
+
+
+def test_a_file_may_be_called_like_a_filter(tmp_path):
+    (tmp_path / "a.csv:b=c.txt").write_text("a dog\n")
+    assert load_prompts(tmp_path / "a.csv:b=c.txt").texts == ("a dog",)
+
+
+# ------------------------------------------------------------------------------------------------------- single prompts
+
+
+@pytest.mark.parametrize(
+    "spec, name, text, phrases",
+    [
+        (
+            "a dolphin riding a bike",
+            "a_dolphin_riding_a_bike",
+            "a dolphin riding a bike",
+            ("a dolphin riding a bike",),
+        ),
+        ("prompt:cat", "cat", "cat", ("cat",)),
+        ("prompt: a  big\tcat ", "a_big_cat", "a big cat", ("a big cat",)),
+        ("A red car.", "A_red_car.", "A red car.", ("A red car",)),
+        ("prompt:what a.csv: says", "what_a.csv__says-5b34d9e3", "what a.csv: says", ("what a.csv: says",)),
+        ("a dog/cat, old", "a_dog_cat__old-7215f48d", "a dog/cat, old", ("a dog/cat", "old")),
+    ],
+)
+def test_single_prompts(spec, name, text, phrases):
+    prompts = load_prompts(spec)
+    assert (prompts.name, prompts.texts) == (name, (text,))
+    assert prompts.phrases == (phrases,)
+
+
+def test_a_file_goes_before_a_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my prompts.txt").write_text("a dog\n")
+    (tmp_path / "my prompts").write_text("a dog\n")
+    assert load_prompts("my prompts.txt").texts == ("a dog",)
+    with pytest.raises(InputError, match="my prompts: unknown kind of prompt file ''"):
+        load_prompts("my prompts")
+    with pytest.raises(InputError, match="my prompt.txt: cannot read the prompt file: No such file or directory"):
+        load_prompts("my prompt.txt")
+    with pytest.raises(InputError, match="^prompt:TEXT: has no text$"):
+        load_prompts("prompt: ")
+
+
+def test_names_differ_and_belong_in_metrics_and_files():
+    words = ["a b", "a_b", "a/b", "a-b", "a b ", "ab" * 60, "ab" * 60 + "c", "é"]
+    names = [short_name(*some) for some in [*((word,) for word in words), ("a", "b"), ("x", "a", "b"), ("b", "a")]]
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]{1,90}", name) for name in names)

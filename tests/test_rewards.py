@@ -354,6 +354,7 @@ def test_good_images(images):
     "text, animal, obj",
     [
         ("a cat", "cat", 0),
+        ("ant", "ant", 0),
         ("A photo of a Dog.", "dog", 0),
         ("an ant washing the dishes", "ant", 1),
         ("a kangaroo riding a bike", "kangaroo", 2),

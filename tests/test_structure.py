@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from configs import alignprop, common, ddpo, paper
-from diffexp_jax import check
+from configs import alignprop, common, ddpo
+from diffexp_jax.prompts import PROMPTS
 
 PACKAGE = ROOT / "diffexp_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -174,22 +174,16 @@ def test_the_configs_change_only_what_there_is(config, argument):
     assert config.get_config(argument).exploration.enabled == (argument == "")
 
 
-@pytest.mark.parametrize("name", paper.EXPERIMENTS)
-def test_the_papers_configs(name):
-    """Every one can run, explores, and its baseline differs in nothing else."""
-    config, plain = paper.get_config(name), paper.get_config(f"{name},explore=false")
-    check.check_config(config)
-    assert leaves(config) == KEYS and config.batch.samples == 64 and config.sampling.steps == 50
-    assert config.sampling.guidance == {"ddpo": 5.0, "alignprop": 7.5}[config.algorithm]
-    assert config.exploration.enabled and not plain.exploration.enabled
-    plain.exploration.enabled = True
-    assert plain.to_dict() == config.to_dict()
+def test_the_configs_know_the_prompt_sets():
+    assert common.PROMPTS == tuple(PROMPTS)
 
 
-@pytest.mark.parametrize("argument", [None, "", "fig99", "fig1,explore=maybe", "fig1,"])
-def test_unknown_experiments(argument):
-    with pytest.raises(ValueError, match="accepted: fig1, fig4_ddpo_aesthetic, .*explore=false"):
-        paper.get_config(argument)
+@pytest.mark.parametrize(
+    "prompts", ["a.csv:Category=A b. |C", "prompts/a.txt", "a dolphin riding a bike", "prompt:cat"]
+)
+def test_the_configs_take_other_prompts(prompts):
+    config = alignprop.get_config(f"model=sd15,prompts={prompts},explore=false")
+    assert (config.prompts, config.exploration.enabled) == (prompts, False)
 
 
 # ------------------------------------------------------------------------------------------------------------ equations

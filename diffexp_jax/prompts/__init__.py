@@ -1,9 +1,11 @@
-"""Prompt sets: what to fine-tune and evaluate on. Built in by name (`PROMPTS`), or any file of prompts.
+"""Prompt sets: what to fine-tune and evaluate on. `load_prompts` says how one is named.
 
 To add a set, write its words in a file beside this one and enter it in `PROMPTS`.
 """
 
 import os
+import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from diffexp_jax.prompts import activities, animals, files
 class PromptSet:
     """Prompts with the integer ids 0..N-1: a prompt's id is its index."""
 
-    name: str
+    name: str  # in the names of metrics and files
     texts: tuple[str, ...]  # [N], no two alike
     phrases: tuple[tuple[str, ...], ...]  # [N][1..], substrings of the text that prompt weighting may choose
 
@@ -23,35 +25,74 @@ class PromptSet:
         return len(self.texts)
 
 
-def animal_prompts(name: str, nouns: tuple[str, ...], doing: tuple[str, ...] = ()) -> PromptSet:
-    """Every animal, alone ("a dog") or with every activity ("a dog riding a bike"), the activity running fastest."""
+def animal_prompts(
+    name: str, nouns: tuple[str, ...], doing: tuple[str, ...] = (), *, article: bool = True
+) -> PromptSet:
+    """Every animal, alone ("a dog", "dog") or with every activity ("a dog riding a bike"), which runs fastest."""
     phrases = tuple((noun, activity) for noun in nouns for activity in doing) or tuple((noun,) for noun in nouns)
-    texts = tuple(" ".join((animals.with_article(noun), *activity)) for noun, *activity in phrases)
+    first = animals.with_article if article else str
+    texts = tuple(" ".join((first(noun), *activity)) for noun, *activity in phrases)
     return PromptSet(name, texts, phrases)
 
 
 PROMPTS = {
-    "animals": animal_prompts("animals", animals.SEEN),
-    "animals_unseen": animal_prompts("animals_unseen", animals.UNSEEN),
+    # bare names, as in DDPO and DiffExp
+    "animals": animal_prompts("animals", animals.SEEN, article=False),
+    "animals_unseen": animal_prompts("animals_unseen", animals.UNSEEN, article=False),
+    # as the captions that the emoji model was trained on
+    "animals_with_article": animal_prompts("animals_with_article", animals.SEEN),
+    "animals_unseen_with_article": animal_prompts("animals_unseen_with_article", animals.UNSEEN),
     "animal_activities": animal_prompts("animal_activities", animals.SEEN, activities.SEEN),
     "animal_activities_unseen": animal_prompts("animal_activities_unseen", animals.UNSEEN, activities.SEEN),
     "unseen_activities": animal_prompts("unseen_activities", animals.SEEN, activities.UNSEEN),
 }
 
+ACCEPTED = f"{', '.join(PROMPTS)}, prompt:TEXT, a prompt of several words, or the path of a file: {files.FORMATS}"
 
-def load_prompts(name_or_path: str | Path) -> PromptSet:
-    """A built-in set by its name, or the prompts of a file (see `files.FORMATS`), named after the file.
+
+def load_prompts(spec: str | Path) -> PromptSet:
+    """The prompts that a spec names, the first of these that fits:
+
+    - the name of a built-in set;
+    - "prompt:TEXT": one prompt, which may be a single word;
+    - "FILE": the prompts of a file (see `files.FORMATS`), named after it;
+    - "FILE.csv:COLUMN=VALUE|VALUE" (or .tsv): those of the rows that have one of the values in the column;
+    - several words that are no file: one prompt.
 
     Raises:
-      InputError: neither a built-in name nor a readable file of prompts.
+      InputError: none of these, or not a readable file of prompts, or one without such rows.
     """
-    if (prompts := PROMPTS.get(str(name_or_path))) is not None:
+    spec = str(spec)
+    if (prompts := PROMPTS.get(spec)) is not None:
         return prompts
-    path = Path(name_or_path)
-    if not path.suffix and not os.path.isfile(path):
-        raise InputError(
-            f"unknown prompt set {str(name_or_path)!r}; accepted: {', '.join(PROMPTS)}, "
-            f"or the path of a file: {files.FORMATS}"
-        )
-    texts = files.read_prompts(path)
-    return PromptSet(path.stem, texts, tuple(files.comma_phrases(text) for text in texts))
+    kind, _, text = spec.partition(":")
+    if kind == "prompt":
+        return one_prompt(text)
+    path, rows = (Path(spec), None) if os.path.isfile(spec) else files.split_filter(spec)
+    if path.suffix.lower() not in files.ENDINGS and not os.path.isfile(path):
+        if len(spec.split()) > 1:
+            return one_prompt(spec)
+        if not path.suffix:
+            raise InputError(f"unknown prompt set {spec!r}; accepted: {ACCEPTED}")
+    texts = files.read_prompts(path, rows)
+    name = path.stem if rows is None else f"{path.stem}-{short_name(rows.column.lower(), *rows.values)}"
+    return PromptSet(name, texts, tuple(files.comma_phrases(text) for text in texts))
+
+
+def one_prompt(text: str) -> PromptSet:
+    """A set of one prompt, named after it."""
+    text = " ".join(text.split())
+    if not text:
+        raise InputError("prompt:TEXT: has no text")
+    return PromptSet(short_name(text), (text,), (files.comma_phrases(text),))
+
+
+def short_name(*words: str) -> str:
+    """The words joined by "-", with "_" for what does not belong in the names of metrics and files, and cut if long.
+
+    Other words make another name: where these cannot be read back from it, it ends with their checksum.
+    """
+    name = "-".join(re.sub(r"[^\w.]", "_", word) for word in words)[:80]
+    if name.replace("_", " ") != "-".join(words):
+        name += f"-{zlib.crc32('|'.join(words).encode()):08x}"
+    return name

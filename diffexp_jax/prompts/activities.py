@@ -1,6 +1,7 @@
-"""The activities: the three of DDPO and DiffExp, and three of our own for prompts that fine-tuning never sees.
+"""The activities: the three of fine-tuning, and three that fine-tuning never sees.
 
-Source of the first three, and of their order: `activities.txt` of ddpo-pytorch.
+Sources: the first three and their order, `activities.txt` of ddpo-pytorch; the unseen three, Table 2 of DiffExp's
+appendix (Chae et al. 2025).
 """
 
 SEEN = ("washing the dishes", "riding a bike", "playing chess")

@@ -6,22 +6,60 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from diffexp_jax import InputError
 
-FORMATS = ".txt (one prompt a line), .csv or .tsv (a column 'prompt' or 'prompts'), .json (a list of strings)"
+FORMATS = (
+    ".txt (one prompt a line), .csv or .tsv (a column 'prompt' or 'prompts'; FILE.csv:COLUMN=VALUE|VALUE takes rows of "
+    "it), .json (a list of strings)"
+)
+ENDINGS = (".txt", ".csv", ".tsv", ".json")
+
+_FILTERED = re.compile(r"(.+?\.(?:txt|csv|tsv|json)):(.*)", re.IGNORECASE)
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a file, in its order, each once, white space inside them made single spaces.
+class Filter(NamedTuple):
+    """Which rows of a table count: those with one of the values in a column."""
+
+    column: str  # of the table's first line, in any case
+    values: tuple[str, ...]  # exactly as they are written there, but for blanks at their ends
+
+
+def split_filter(spec: str) -> tuple[Path, Filter | None]:
+    """ "a.csv:Category=Colors|Text" -> a.csv, and the rows whose Category is Colors or Text; "a.csv" -> all of them.
 
     Raises:
-      InputError: the file cannot be read, is not UTF-8, has the wrong form, or holds no prompt.
+      InputError: what follows the file is no filter.
     """
-    parse = _PARSERS.get(path.suffix.lower())
-    if parse is None:
+    match = _FILTERED.fullmatch(spec)
+    if match is None:
+        return Path(spec), None
+    column, equals, values = match[2].partition("=")
+    if not column.strip() or not equals:
+        raise InputError(f"{match[1]}: filter {match[2]!r}; wants FILE.csv:COLUMN=VALUE, several values joined by |")
+    return Path(match[1]), Filter(column.strip(), tuple(value.strip() for value in values.split("|")))
+
+
+def read_prompts(path: Path, rows: Filter | None = None) -> tuple[str, ...]:
+    """The prompts of a file, in its order, each once, white space inside them made single spaces.
+
+    Args:
+      path: see `FORMATS`.
+      rows: of a .csv or .tsv file, those that count; None: all.
+
+    Raises:
+      InputError: the file cannot be read, is not UTF-8, has the wrong form, or holds no prompt; it has no such column,
+        or no row with such a value.
+    """
+    kind = path.suffix.lower()
+    if kind not in ENDINGS:
         raise InputError(f"{path}: unknown kind of prompt file {path.suffix!r}; accepted: {FORMATS}")
-    texts = (" ".join(text.split()) for text in parse(path, _read_text(path)))
+    if rows is not None and kind not in _TABLES:
+        raise InputError(f"{path}: a {kind} file has no columns to filter by; accepted: .csv, .tsv")
+    text = _read_text(path)
+    found = _prompt_column(path, _TABLES[kind](path, text), rows) if kind in _TABLES else _LISTS[kind](path, text)
+    texts = (" ".join(text.split()) for text in found)
     unique = tuple(dict.fromkeys(text for text in texts if text))
     if not unique:
         raise InputError(f"{path}: no prompts in the file; it needs at least one")
@@ -54,32 +92,52 @@ def _parse_txt(path: Path, text: str) -> list[str]:
     return text.split("\n")  # not splitlines(): that also cuts at rarer characters, which a prompt may hold
 
 
-def _parse_csv(path: Path, text: str) -> list[str]:
+def _parse_csv(path: Path, text: str) -> list[list[str]]:
     reader = csv.reader(io.StringIO(text))
     try:
-        return _prompt_column(path, list(reader))
+        return list(reader)
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num} is not CSV: {error}") from error
 
 
-def _parse_tsv(path: Path, text: str) -> list[str]:
+def _parse_tsv(path: Path, text: str) -> list[list[str]]:
     # TSV has no quoting, and PartiPrompts has a prompt that starts with a quoted word. Yet spreadsheets quote a
     # whole cell, doubling the quotes in it: that form alone is undone.
     def unquote(cell: str) -> str:
         return cell[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', cell) else cell
 
-    return _prompt_column(path, ([unquote(cell) for cell in line.split("\t")] for line in text.split("\n")))
+    return [[unquote(cell) for cell in line.split("\t")] for line in text.split("\n")]
 
 
-def _prompt_column(path: Path, rows: Iterable[list[str]]) -> list[str]:
-    rows = iter(rows)
-    header = next(rows, [])
+def _prompt_column(path: Path, table: list[list[str]], rows: Filter | None) -> list[str]:
+    header, body = (table[0], table[1:]) if table else ([], [])
     names = [cell.strip().lower() for cell in header]
     column = next((i for i, name in enumerate(names) if name in ("prompt", "prompts")), None)
     if column is None:
-        found = ", ".join(map(repr, header)) or "nothing"
+        found = _some(header) or "nothing"
         raise InputError(f"{path}: the first line names no column 'prompt' or 'prompts' (any case); found: {found}")
-    return [row[column] for row in rows if len(row) > column]
+    body = [row for row in body if len(row) > column]
+    return [row[column] for row in (_filtered(path, header, body, rows) if rows else body)]
+
+
+def _filtered(path: Path, header: list[str], body: list[list[str]], rows: Filter) -> list[list[str]]:
+    names = [cell.strip().lower() for cell in header]
+    if rows.column.lower() not in names:
+        raise InputError(f"{path}: no column {rows.column!r}; found: {_some(header)}")
+    at = names.index(rows.column.lower())
+    cells = [row[at].strip() if len(row) > at else "" for row in body]
+    for value in rows.values:
+        if value not in cells:
+            found = _some(dict.fromkeys(cells)) or "nothing"
+            raise InputError(f"{path}: no row has {rows.column}={value!r}; found: {found}")
+    return [row for row, cell in zip(body, cells, strict=True) if cell in rows.values]
+
+
+def _some(values: Iterable[str], most: int = 10, width: int = 40) -> str:
+    """The values for an error line: the first few, each cut."""
+    values = list(values)
+    shown = [repr(value if len(value) <= width else value[: width - 3] + "...") for value in values[:most]]
+    return ", ".join([*shown, f"and {len(values) - most} more"] if len(values) > most else shown)
 
 
 def _parse_json(path: Path, text: str) -> list[str]:
@@ -95,4 +153,5 @@ def _parse_json(path: Path, text: str) -> list[str]:
     return data
 
 
-_PARSERS = {".txt": _parse_txt, ".csv": _parse_csv, ".tsv": _parse_tsv, ".json": _parse_json}
+_TABLES = {".csv": _parse_csv, ".tsv": _parse_tsv}
+_LISTS = {".txt": _parse_txt, ".json": _parse_json}
