@@ -78,13 +78,38 @@ def test_init_is_a_no_op_on_every_attention(params):
     np.testing.assert_array_equal(run(params, collection), run(params))
 
 
-def test_init_is_normal_with_variance_1_over_rank_and_different_everywhere(params):
+def test_init_is_normal_with_deviation_1_over_rank_and_different_everywhere(params):
     flat = traverse_util.flatten_dict(lora.init_lora(jax.random.key(0), params, rank=16))
     first = [np.asarray(value).ravel() for path, value in flat.items() if path[-1] == "A"]
-    assert np.concatenate(first).std() == pytest.approx(0.25, rel=0.05)
+    assert np.concatenate(first).std() == pytest.approx(1 / 16, rel=0.05)
     assert len({tuple(values[:4]) for values in first}) == len(first) == 4 * ATTENTIONS
     again = traverse_util.flatten_dict(lora.init_lora(jax.random.key(1), params, rank=16))
     assert all(np.any(again[path] != value) for path, value in flat.items() if path[-1] == "A")
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_init_has_the_spread_of_pefts_and_diffusers(rank):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from diffusers.models.lora import LoRALinearLayer
+
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4096, 8, bias=False)})
+    config = peft.LoraConfig(r=rank, init_lora_weights="gaussian", target_modules=["to_q"])
+    theirs = [
+        peft.get_peft_model(net, config).base_model.model["to_q"].lora_A["default"].weight,
+        LoRALinearLayer(4096, 8, rank=rank).down.weight,
+    ]
+    ours = lora.init_lora(jax.random.key(0), {"to_q": {"kernel": jnp.zeros((4096, 8))}}, rank=rank)["to_q"]["A"]
+    for weight in theirs:
+        assert ours.std() == pytest.approx(float(weight.std()), rel=0.05)
+
+
+def test_columns_added_to_a_file_of_lower_rank_start_as_fresh_ones(params, tmp_path):
+    lora.save_lora(tmp_path / "a.safetensors", random_lora(params, rank=1), alpha=1.0)
+    key = jax.random.key(0)
+    started = lora.initial_lora(key, params, rank=16, alpha=16.0, path=tmp_path / "a.safetensors")
+    fresh = [x[:, 1:].ravel() for path, x in traverse_util.flatten_dict(started).items() if path[-1] == "A"]
+    assert np.concatenate(fresh).std() == pytest.approx(1 / 16, rel=0.05)
 
 
 def test_targets(params):

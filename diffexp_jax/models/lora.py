@@ -31,13 +31,16 @@ _SHOWN = 3  # names printed in an error
 def init_lora(
     key: PRNGKeyArray, params: Mapping[str, Any], *, rank: int, targets: Sequence[str] = TARGETS
 ) -> dict[str, Any]:
-    """A ~ N(0, 1/rank), B = 0 (so the model is unchanged at first), float32, for every target in `params`."""
+    """A normal with standard deviation 1/rank, B = 0 (so the model is unchanged at first), float32, for every target.
+
+    As diffusers' LoRALinearLayer and peft's init_lora_weights="gaussian" start.
+    """
     flat = traverse_util.flatten_dict(params)
     lora = {}
     for i, (path, kernel) in enumerate(sorted(flat.items(), key=lambda item: item[0])):
         if path[-1] == "kernel" and path[-2] in targets:
             fan_in, fan_out = kernel.shape
-            a = jax.random.normal(jax.random.fold_in(key, i), (fan_in, rank)) / jnp.sqrt(rank)
+            a = jax.random.normal(jax.random.fold_in(key, i), (fan_in, rank)) / rank
             lora[(*path[:-1], "A")], lora[(*path[:-1], "B")] = a, jnp.zeros((rank, fan_out))
     if not lora:
         raise InputError(f"lora: the model has no layer named {', '.join(targets)}")
@@ -66,7 +69,7 @@ def initial_lora(
         spare = rank - a.shape[-1]
         if spare < 0:
             raise InputError(f"lora.rank={rank}: {path} has rank {a.shape[-1]}; wants that or more")
-        more = jax.random.normal(jax.random.fold_in(key, i), (*a.shape[:-1], spare)) / jnp.sqrt(rank)
+        more = jax.random.normal(jax.random.fold_in(key, i), (*a.shape[:-1], spare)) / rank
         flat[*layer, "A"] = jnp.concatenate([a, more], axis=-1)
         flat[*layer, "B"] = jnp.concatenate([b * factor, jnp.zeros((*b.shape[:-2], spare, b.shape[-1]))], axis=-2)
     return traverse_util.unflatten_dict(flat)
