@@ -40,7 +40,13 @@ def default() -> ml_collections.ConfigDict:
     m.path = "emoji"  # "emoji" (shipped), a folder in the diffusers pipeline format, or a Hugging Face hub id
     m.revision = placeholder(str)  # of the hub's repository: branch, tag or commit; None: its main branch
     m.variant = placeholder(str)  # "fp16": take the half-precision weight files; None: the whole ones if there are any
-    m.dtype = "auto"  # of weights and networks: "float32", "bfloat16", "auto" = bfloat16 on accelerators
+    # "float32", "bfloat16", "float16", "auto" = bfloat16 on accelerators, float32 on a CPU. LoRA, latents, log-probs
+    # and losses are float32 always, and so is SDXL's VAE in place of float16, in which it overflows.
+    m.dtype = "auto"  # of weights and networks
+    # How an accelerator multiplies float32 matrices, by jax's names: "default" (TF32 on NVIDIA GPUs, one pass of
+    # bfloat16 on TPUs), "bfloat16", "tensorfloat32", "float32" (in full), "auto" = in full where model.dtype is
+    # float32.
+    m.matmul_precision = "auto"  # of the model's networks
     m.image_size = placeholder(int)  # pixels of a side; None: what the model was trained at
     # What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
     # latent a step is kept); also each "block" of the UNet. DDPO's gradient is of one step at a time: "none" is "step".
@@ -54,6 +60,8 @@ def default() -> ml_collections.ConfigDict:
     # ddpo, python:MODULE:FUNCTION
     c.reward = "emoji_pickscore"  # what is maximised, in the reward's own units
     c.reward_weights = ()  # of the parts of several rewards, in their order; (): those of DRaFT and PRDP
+
+    c.reward_dtype = "float32"  # of the trained reward's networks: "float32", "bfloat16", "float16"
 
     c.host_reward = h = ml_collections.ConfigDict()  # of plain Python: python:..., jpeg_compressibility
     h.timeout = 600.0  # seconds that a call may take (on samples_per_forward images) before the run stops
@@ -99,9 +107,10 @@ def default() -> ml_collections.ConfigDict:
     d.clip = 1e-4  # of the importance ratio
     d.advantage_clip = 5.0  # in standard deviations
     d.stats_buffer = 32  # newest rewards kept per prompt
-    # Old log-probs from the update program (one more forward pass, none if an iteration is one update) instead of the
-    # sampling program: "auto" = "always" but in float32 on CPU, where the two programs agree to 1e-5.
-    d.recompute_log_prob = "auto"  # "auto", "always" or "never"
+    # "sampled": the log-probs of the sampling program. "recomputed": the same by the update program, for one more
+    # forward pass. "current": each update's own, so that there is no ratio and no clip. "auto": a ratio where the model
+    # computes in full float32, "current" where rounding would drown it (docs/precision.md).
+    d.old_log_prob = "auto"  # what the importance ratio is relative to
     d.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
 
     c.alignprop = a = ml_collections.ConfigDict()
@@ -114,12 +123,18 @@ def default() -> ml_collections.ConfigDict:
     v.every = 10  # iterations between evaluations (without exploration); 0: never
     v.prompts = ("animal_activities", "animal_activities_unseen", "animals")  # each as `prompts` above
     v.rewards = ()  # further rewards to report, never optimised
+    v.reward_dtype = "float32"  # of the networks that evaluation scores with, as `reward_dtype` above
     v.samples_per_prompt = 1  # images of every prompt
 
     c.log = log = ml_collections.ConfigDict()
     log.images_every = 10  # iterations between image grids; 0: never
     log.images = 12  # pictures in a grid: fixed prompts, fixed seeds
     log.tensorboard = False  # also write TensorBoard event files to WORKDIR/tensorboard
+
+    # On a GPU sums are made in any order: a run that is repeated or continued differs in its last bits, and soon in
+    # more. True asks XLA for kernels that repeat themselves, which are slower (docs/accelerators.md). CPUs do without
+    # it.
+    c.deterministic = False  # whether GPUs must give the same bits each time
 
     c.compilation_cache = "~/.cache/diffexp_jax"  # compiled programs are kept there for the next run; "": nowhere
 

@@ -5,21 +5,24 @@ import numpy as np
 
 from diffexp_jax import InputError
 from diffexp_jax.algorithms.alignprop import TRUNCATIONS
+from diffexp_jax.algorithms.ddpo import OLD_LOG_PROBS
 from diffexp_jax.diffusion import Steps
+from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
 from diffexp_jax.prompts.units import UNITS
 
 ALGORITHMS = ("alignprop", "ddpo")
-DTYPES = ("auto", "float32", "bfloat16")
-RECOMPUTE = ("auto", "always", "never")
 REMAT = ("none", "step", "block")
 
 
 def check_config(c) -> None:
     """Raises InputError for the first setting that cannot work; `c` is a config of configs/common.py."""
     _one_of("algorithm", c.algorithm, ALGORITHMS)
-    _one_of("model.dtype", c.model.dtype, DTYPES)
+    _one_of("model.dtype", c.model.dtype, ("auto", *DTYPES))
+    _one_of("model.matmul_precision", c.model.matmul_precision, MATMUL_PRECISIONS)
+    _one_of("reward_dtype", c.reward_dtype, DTYPES)
+    _one_of("eval.reward_dtype", c.eval.reward_dtype, DTYPES)
     _one_of("model.remat", c.model.remat, REMAT)
-    _one_of("ddpo.recompute_log_prob", c.ddpo.recompute_log_prob, RECOMPUTE)
+    _one_of("ddpo.old_log_prob", c.ddpo.old_log_prob, ("auto", *OLD_LOG_PROBS))
     _one_of("exploration.unit", c.exploration.unit, UNITS)
     _one_of("alignprop.truncation", c.alignprop.truncation, TRUNCATIONS)
     _within("iterations", c.iterations, 1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, check, evaluation, flops, parallel
+from diffexp_jax import InputError, backend, check, evaluation, flops, parallel
 from diffexp_jax.models import families, lora, sizes, stable_diffusion
 from diffexp_jax.problem import (
     Problem,
@@ -26,9 +26,8 @@ from diffexp_jax.problem import (
     model_options,
     sampling_steps,
 )
-from diffexp_jax.programs import make_programs, recomputes_log_prob
+from diffexp_jax.programs import make_programs, old_log_prob
 from diffexp_jax.prompts import load_prompts
-from diffexp_jax.rewards import reward_name
 
 GIB = 2**30
 # XLA:CPU's default schedule goes for speed and holds everything: as XLA schedules for accelerators, it is for memory.
@@ -76,8 +75,9 @@ def dry_run(config: ConfigDict) -> None:
 
 def abstract_problem(config: ConfigDict) -> Problem:
     """The run's problem with shapes for weights, and zeros for embeddings and tokens; without evaluation sets."""
-    model, rewards = abstract_model(config), load_rewards(config, shapes_only=True)
-    rewards = {name: reward._replace(params=shapes_of(reward.params)) for name, reward in rewards.items()}
+    model, (name, trained, loaded) = abstract_model(config), load_rewards(config, shapes_only=True)
+    trained = trained._replace(params=shapes_of(trained.params))
+    rewards = {key: reward._replace(params=shapes_of(reward.params)) for key, reward in loaded.items()}
     prompts = load_prompts(config.prompts)
     cond = zero_embedding(config, model, len(prompts.texts))
     empty = jax.tree.map(lambda x: x[0], cond)
@@ -85,7 +85,7 @@ def abstract_problem(config: ConfigDict) -> Problem:
     tokens = {name: reward.tokenize(prompts.texts) for name, reward in rewards.items()}
     units = np.zeros(cond.embedding.shape[:2], np.int32)
     task = evaluation.Task(prompts.name, prompts.texts, cond, tokens)
-    return Problem(model, reward_name(config.reward), rewards, units, task, [], empty, uncond)
+    return Problem(model, name, trained, rewards, units, task, [], empty, uncond)
 
 
 def model_config(path: str) -> families.ModelConfig:
@@ -165,7 +165,7 @@ def cost_of(name: str, program: Any, *args: Any) -> Cost:
     """Traces and compiles a mapped program for these arguments or shapes of them."""
     start = time.perf_counter()
     work = flops.of(program, *args)
-    options = _CPU_OPTIONS if jax.default_backend() == "cpu" else {}
+    options = _CPU_OPTIONS if backend.platform() == "cpu" else {}
     memory = program.lower(*args).compile(compiler_options=options).memory_analysis()
     return Cost(
         name,
@@ -191,7 +191,9 @@ def describe(config: ConfigDict, problem: Problem) -> list[str]:
     parts |= {f"reward {name}": stable_diffusion.count(reward.params) for name, reward in problem.rewards.items()}
     trained = stable_diffusion.count(abstract_lora(config, problem))
     evaluations = samples * config.sampling.steps * 2
-    again = config.algorithm == "ddpo" and recomputes_log_prob(config) and updates * config.ddpo.inner_epochs > 1
+    again = (
+        config.algorithm == "ddpo" and old_log_prob(config) == "recomputed" and updates * config.ddpo.inner_epochs > 1
+    )
     return [
         f"dry run of {config.algorithm} on {config.model.path}: shapes and programs, no weights; nothing is written",
         f"latents     {height} x {width} x {channels}, networks in {options['dtype']}, "
@@ -207,14 +209,14 @@ def describe(config: ConfigDict, problem: Problem) -> list[str]:
 
 def conclude(config: ConfigDict, costs: list[Cost]) -> list[str]:
     work = sum(cost.flops for cost in costs if cost.name != "evaluate") * jax.device_count()
-    peak, backend = max(costs, key=lambda cost: cost.peak), jax.default_backend()
+    peak, platform = max(costs, key=lambda cost: cost.peak), backend.platform()
     size = f"{peak.peak / GIB:.2f} GiB a device"
     lines = [
         f"FLOPs an iteration (all devices): {work:.4g}: matrix products and convolutions of the traced programs, two a "
         "multiply-add, loops by their length, of branches the dearer one"
         + (" (all steps live)" if config.algorithm == "alignprop" else ""),
-        f"largest: {size} in {peak.name}, by XLA's memory analysis for the backend {backend!r}",
+        f"largest: {size} in {peak.name}, by XLA's memory analysis for the backend {platform!r}",
     ]
-    if backend == "cpu":
+    if platform == "cpu":
         lines.append("a GPU or a TPU fuses and pads otherwise, and attends by other kernels: this is CPU's number")
     return lines

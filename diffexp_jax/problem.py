@@ -10,7 +10,7 @@ from absl import logging
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, evaluation, exploration, parallel
+from diffexp_jax import InputError, backend, evaluation, exploration, parallel
 from diffexp_jax.algorithms import Batch
 from diffexp_jax.diffusion import NoiseSchedule, Steps, make_steps, noise_schedule, timesteps
 from diffexp_jax.models import stable_diffusion
@@ -25,7 +25,8 @@ class Problem(NamedTuple):
 
     model: stable_diffusion.StableDiffusion
     reward: str  # the name of the trained one
-    rewards: dict[str, Reward]  # it, and those that are only reported
+    trained: Reward  # as training uses it, in reward_dtype
+    rewards: dict[str, Reward]  # as evaluation reports them, in eval.reward_dtype: it, and those that are only reported
     units: Int[np.ndarray, "P L"]  # of the training prompts, see prompts.units
     train: evaluation.Task
     evals: list[evaluation.Task]
@@ -35,7 +36,7 @@ class Problem(NamedTuple):
 
 def model_dtype(config: ConfigDict) -> np.dtype:
     """What model.dtype comes to on this machine."""
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    auto = "float32" if backend.platform() == "cpu" else "bfloat16"
     return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
 
 
@@ -43,36 +44,45 @@ def model_options(config: ConfigDict) -> dict[str, Any]:
     """The settings that `stable_diffusion.build` takes."""
     m = config.model
     options = {"image_size": m.image_size, "remat_blocks": m.remat == "block", "vae_slice": m.vae_slice}
-    return {"dtype": model_dtype(config)} | options
+    return {"dtype": model_dtype(config), "matmul_precision": m.matmul_precision} | options
 
 
-def load_rewards(config: ConfigDict, *, shapes_only: bool = False) -> dict[str, Reward]:
-    """The trained reward and those that are only reported, by name; `shapes_only` as in `load_reward`."""
+def load_rewards(config: ConfigDict, *, shapes_only: bool = False) -> tuple[str, Reward, dict[str, Reward]]:
+    """The trained reward's name, that reward, and what evaluation reports by name; `shapes_only` as in `load_reward`.
+
+    Where both have the same type, the trained one is also the one that is reported, and loaded once.
+    """
     specs = dict.fromkeys([config.reward, *(config.eval.rewards if config.eval.every else ())])
-    norm, options = config.textnorm, {"dtype": model_dtype(config), "shapes_only": shapes_only}
+    norm, options = config.textnorm, {"shapes_only": shapes_only}
     options |= {"temperature": norm.temperature, "contrast": norm.contrast}
     options |= {"timeout": config.host_reward.timeout, "workers": config.host_reward.workers}
-    weights = tuple(config.reward_weights)
+    weights = {config.reward: tuple(config.reward_weights)}
     names = [reward_name(spec) for spec in specs]
     if len(set(names)) < len(names):
         raise InputError(f"reward and eval.rewards: two of {', '.join(specs)} have the same name")
-    rewards = {
-        name: load_reward(spec, weights=weights if spec == config.reward else (), **options)
-        for name, spec in zip(names, specs, strict=True)
-    }
-    if config.algorithm == "alignprop" and rewards[names[0]].start:
+
+    def load(spec, dtype):
+        return load_reward(spec, weights=weights.get(spec, ()), dtype=dtype, **options)
+
+    trained = load(config.reward, config.reward_dtype)
+    if config.algorithm == "alignprop" and trained.start:
         raise InputError(
             f"reward={config.reward!r}: alignprop needs the reward's gradient, and plain Python has none; wants "
             "algorithm ddpo, or a function of JAX: jax:MODULE:FUNCTION"
         )
-    return rewards
+    once = config.reward_dtype == config.eval.reward_dtype or not config.eval.every or bool(trained.start)
+    rewards = {
+        name: trained if once and spec == config.reward else load(spec, config.eval.reward_dtype)
+        for name, spec in zip(names, specs, strict=True)
+    }
+    return names[0], trained, rewards
 
 
 def load_problem(config: ConfigDict) -> Problem:
     """Loads what the config names; prompts are encoded once, here."""
     prompts = load_prompts(config.prompts)
     eval_sets = [load_prompts(name) for name in config.eval.prompts] if config.eval.every else []
-    m, rewards = config.model, load_rewards(config)
+    m, (name, trained, rewards) = config.model, load_rewards(config)
     model = stable_diffusion.load(m.path, revision=m.revision, variant=m.variant, **model_options(config))
 
     def task(prompts: PromptSet) -> evaluation.Task:
@@ -85,8 +95,7 @@ def load_problem(config: ConfigDict) -> Problem:
     units = unit_ids(model.tokenizer, prompts, config.exploration.unit)
     empty = evaluation.encode_empty(model)
     uncond = evaluation.unconditional(model, empty)
-    name = reward_name(config.reward)
-    return Problem(model, name, rewards, units, task(prompts), [task(s) for s in eval_sets], empty, uncond)
+    return Problem(model, name, trained, rewards, units, task(prompts), [task(s) for s in eval_sets], empty, uncond)
 
 
 def load_schedule(model: stable_diffusion.StableDiffusion) -> NoiseSchedule:
@@ -104,7 +113,7 @@ def load_schedule(model: stable_diffusion.StableDiffusion) -> NoiseSchedule:
 def frozen_params(problem: Problem) -> Any:
     """The arrays (or shapes) that training reads and leaves alone."""
     model = {part: problem.model.params[part] for part in ("unet", "vae")}
-    return {"model": model, "rewards": {problem.reward: problem.rewards[problem.reward].params}}
+    return {"model": model, "reward": problem.trained.params}
 
 
 def frozen_arrays(problem: Problem) -> Any:

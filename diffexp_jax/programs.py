@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from diffexp_jax import check, evaluation, parallel
+from diffexp_jax import backend, check, evaluation, parallel
 from diffexp_jax.algorithms import Algorithm, Policy, Samples
 from diffexp_jax.algorithms.alignprop import alignprop
 from diffexp_jax.algorithms.ddpo import ddpo
+from diffexp_jax.models.precision import is_full_float32
 from diffexp_jax.problem import Problem, model_dtype
 
 
@@ -36,7 +37,7 @@ def make_programs(config: ConfigDict, problem: Problem, prediction_type: str) ->
         n_chunks=check.batch_split(config)[0],
         lora_scale=config.lora.alpha / config.lora.rank,
     )
-    if problem.rewards[problem.reward].start:
+    if problem.trained.start:
         sample = sample_and_score(config, problem, prediction_type)
     else:
         sample = algorithm.sample and parallel.pmap(algorithm.sample)
@@ -45,7 +46,7 @@ def make_programs(config: ConfigDict, problem: Problem, prediction_type: str) ->
 
 def sample_and_score(config: ConfigDict, problem: Problem, prediction_type: str) -> Callable[..., Samples]:
     """The mapped `Algorithm.sample` for a reward in plain Python: it scores a chunk while the next one samples."""
-    (n_chunks, m), reward = check.batch_split(config), problem.rewards[problem.reward]
+    (n_chunks, m), reward = check.batch_split(config), problem.trained
     sample = parallel.pmap(make_algorithm(config, problem, prediction_type, n_chunks=1).sample)
     slices = [slice(i * m, (i + 1) * m) for i in range(n_chunks)]
     split = parallel.pmap(lambda batch: [jax.tree.map(operator.itemgetter(own), batch) for own in slices])
@@ -66,9 +67,11 @@ def sample_and_score(config: ConfigDict, problem: Problem, prediction_type: str)
 
 def make_scorers(config: ConfigDict, problem: Problem, frozen: Any) -> dict[str, Callable]:
     """What evaluation scores with, by name: every reward on its published path."""
-    batch, params = check.batch_split(config)[1] * jax.device_count(), frozen["rewards"]
+    batch = check.batch_split(config)[1] * jax.device_count()
     return {
-        name: evaluation.make_official_scorer(reward, batch=batch, params=params.get(name))
+        name: evaluation.make_official_scorer(
+            reward, batch=batch, params=frozen["reward"] if reward is problem.trained else None
+        )
         for name, reward in problem.rewards.items()
     }
 
@@ -78,11 +81,11 @@ def make_algorithm(
 ) -> Algorithm:
     """The configured algorithm, on the loaded model and reward; `n_chunks` None: as many as the config comes to."""
     model, scale = problem.model, config.lora.alpha / config.lora.rank
-    reward, n_chunks = problem.rewards[problem.reward], n_chunks or check.batch_split(config)[0]
+    reward, n_chunks = problem.trained, n_chunks or check.batch_split(config)[0]
     policy = Policy(
         denoise=lambda frozen, lora: evaluation.denoiser(model, frozen, lora, lora_scale=scale),
         decode=lambda frozen, x_0: model.decode(frozen["model"], x_0),
-        score=None if reward.start else lambda frozen, *args: reward.score(frozen["rewards"][problem.reward], *args),
+        score=None if reward.start else lambda frozen, *args: reward.score(frozen["reward"], *args),
         latent_shape=model.latent_shape,
         prediction_type=prediction_type,
     )
@@ -104,7 +107,7 @@ def make_algorithm(
             advantage_clip=d.advantage_clip,
             stats_buffer=d.stats_buffer,
             stats_min_count=d.stats_min_count,
-            recompute_log_prob=recomputes_log_prob(config),
+            old_log_prob=old_log_prob(config),
         )
     a = config.alignprop
     return alignprop(
@@ -119,11 +122,15 @@ def make_algorithm(
     )
 
 
-def recomputes_log_prob(config: ConfigDict) -> bool:
-    """What ddpo.recompute_log_prob comes to on this machine.
+def old_log_prob(config: ConfigDict) -> str:
+    """What ddpo.old_log_prob comes to on this machine, see `algorithms.ddpo`.
 
-    "auto" spares the emoji world a third forward pass: in float32 on CPU, sampling and scoring agree to 1e-5. On an
-    accelerator even float32 does not make them agree (TF32, bfloat16 passes), and the clip is at 1e-4.
+    "auto" in float32 is the ratio of the paper: of the sampling program's log-probs on a CPU, where that program and
+    the update's agree to 1e-5, and of recomputed ones on an accelerator. Elsewhere an update changes log-probs by less
+    than rounding does, so a ratio would be noise; but samples that are used again cannot do without one.
     """
-    exact = model_dtype(config) == jnp.float32 and jax.default_backend() == "cpu"
-    return {"auto": not exact, "always": True, "never": False}[config.ddpo.recompute_log_prob]
+    if (setting := config.ddpo.old_log_prob) != "auto":
+        return setting
+    if is_full_float32(config.model.matmul_precision, model_dtype(config)):
+        return "sampled" if backend.platform() == "cpu" else "recomputed"
+    return "current" if config.ddpo.inner_epochs == 1 else "recomputed"

@@ -16,7 +16,18 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from diffexp_jax import InputError, RewardError, check, checkpoint, command, evaluation, exploration, parallel, report
+from diffexp_jax import (
+    InputError,
+    RewardError,
+    backend,
+    check,
+    checkpoint,
+    command,
+    evaluation,
+    exploration,
+    parallel,
+    report,
+)
 from diffexp_jax.dry_run import dry_run
 from diffexp_jax.metrics import MetricsWriter, read_metrics
 from diffexp_jax.models import lora as lora_lib
@@ -35,6 +46,8 @@ from diffexp_jax.programs import make_programs, make_scorers
 def run(config: ConfigDict, workdir: Path) -> None:
     """Trains from `config`, or continues what `workdir` holds; everything it makes is in `workdir`."""
     # ------------------------------------------------------------------------------------------------------- settings
+    if config.deterministic:
+        backend.ask_for_determinism()
     check.check_config(config)
     checkpoint.check_workdir(workdir, config.to_dict())
     if config.compilation_cache:
@@ -81,7 +94,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if not restored:
         writer.write(0, look(0, {}))
         checkpoints.save(0, parallel.first(state))
-    n_steps, n_samples = config.sampling.steps, config.batch.samples
+    n_steps, n_samples, seconds = config.sampling.steps, config.batch.samples, []
     bar = tqdm(range(start, config.iterations), initial=start, total=config.iterations, unit="it", desc="fine-tuning")
     try:
         for it in bar:
@@ -104,6 +117,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
             values |= {"reward_queries": (it + 1) * n_samples, "unet_evaluations": (it + 1) * n_samples * n_steps * 2}
             values |= {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
             bar.set_postfix_str(f"reward {values['reward/mean']:.3f}")
+            seconds.append(values["time/sample"] + values["time/train"])
+            if len(seconds) == 5 and it + 1 < config.iterations:
+                tqdm.write(expected_time(seconds[1:], config.iterations - it - 1))  # the first compiled
             try:
                 values = look(it + 1, values)
             finally:  # without its evaluation if that failed
@@ -150,10 +166,18 @@ def evaluate_all(config: ConfigDict, problem: Problem, generate, scorers, frozen
     return values
 
 
+def expected_time(seconds: list[float], iterations: int) -> str:
+    """What the first iterations say of the rest."""
+    each = float(np.mean(seconds))
+    return (
+        f"iterations take about {each:.1f} s on this machine: about {iterations * each / 60:.1f} minutes more for the "
+        f"{iterations} that are left, besides evaluations"
+    )
+
+
 def fixed_samples(config: ConfigDict, problem: Problem, generate, frozen, lora, steps):
-    """Images of evenly spaced training prompts on fixed seeds, and their prompts."""
-    count = min(config.log.images, len(problem.train.texts))
-    rows = np.linspace(0, len(problem.train.texts) - 1, count).round().astype(int)
+    """Images of evenly spaced training prompts, of a few several each, on fixed seeds; and their prompts."""
+    rows = np.linspace(0, len(problem.train.texts) - 1, config.log.images).round().astype(int)
     texts = tuple(problem.train.texts[i] for i in rows)
     task = evaluation.Task("grid", texts, jax.tree.map(lambda x: x[rows], problem.train.cond), {})
     images, _ = evaluation.evaluate(

@@ -103,7 +103,7 @@ def test_published_sizes(path, counts, latents):
 def test_published_rewards(spec, count):
     config = alignprop.get_config()
     config.reward, config.eval.every = spec, 0
-    (reward,) = load_rewards(config, shapes_only=True).values()
+    _, reward, _ = load_rewards(config, shapes_only=True)
     assert stable_diffusion.count(reward.params) == count
     tokens = reward.tokenize(("a dog", "a cat"))
     images = zeros(2, 64, 64, 3)
@@ -118,7 +118,8 @@ def test_shapes_are_those_of_a_run(make_config, dtype):
     real, abstract = load_problem(config), dry_run.abstract_problem(config)
 
     def arrays(problem):
-        frozen = {"model": problem.model.params, "rewards": {n: r.params for n, r in problem.rewards.items()}}
+        rewards = {"": problem.trained} | problem.rewards
+        frozen = {"model": problem.model.params, "rewards": {n: r.params for n, r in rewards.items()}}
         batch = draw_batch(config, problem, 0, None)
         return frozen, batch, problem.units, problem.empty, problem.uncond, problem.train.tokens
 
@@ -139,7 +140,7 @@ def test_unknown_sizes():
 
 def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0, "ddpo.recompute_log_prob": "always"})
+    config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0, "ddpo.old_log_prob": "recomputed"})
     dry_run.dry_run(config)
     said = capsys.readouterr().out
     problem = load_problem(config)

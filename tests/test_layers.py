@@ -246,32 +246,66 @@ def test_attention_of_4096_tokens_never_holds_its_matrix(backward):
     assert plain.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes >= 64 * 2**20  # what is avoided
 
 
-class Hopper:
-    """A device as jax describes one."""
-
-    platform, compute_capability = "gpu", "9.0"
-
-    class client:
-        platform_version = "PJRT C API\ncuda 13000"
-
-
-def test_fused_attention_is_asked_for_where_it_is(monkeypatch):
+def test_which_attention_is_fused(monkeypatch):
     """The shapes and types that cuDNN takes; which of them it is asked for (the kernel itself needs a GPU)."""
     assert not layers.has_fused_attention(jnp.bfloat16, 64)  # the tests run on CPU
-    monkeypatch.setattr(jax, "local_devices", lambda: [Hopper])
+    monkeypatch.setattr(layers.backend, "cuda_capability", lambda: (9, 0))
     for width in (8, 40, 64, 80, 128):
         assert layers.has_fused_attention(jnp.bfloat16, width) and layers.has_fused_attention(jnp.float16, width)
     assert not layers.has_fused_attention(jnp.float32, 64)
     assert not any(layers.has_fused_attention(jnp.bfloat16, width) for width in (4, 36, 160, 512))
     asked = []
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **kwargs: asked.append(kwargs) or q)
-    q = jnp.zeros((1, 5, 32), jnp.bfloat16)
-    layers.attention(q, q, q, 2)
-    layers.attention(q, q, q, 2, is_causal=True)
-    layers.attention(q.astype(jnp.float32), *[q.astype(jnp.float32)] * 2, 2)
-    assert asked == [{"implementation": "cudnn"}, {"is_causal": True}, {}]
-    monkeypatch.setattr(Hopper, "compute_capability", "7.5")
+
+    def record(q, k, v, implementation="xla", **kwargs):
+        asked.append((implementation, q.shape[1], k.shape[1], sorted(kwargs)))
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    for lq, lk, dtype, kwargs in [
+        (4096, 4096, jnp.bfloat16, {}),
+        (1024, 1024, jnp.float16, {}),
+        (4096, 77, jnp.bfloat16, {}),
+        (1024, 77, jnp.bfloat16, {}),
+        (257, 257, jnp.bfloat16, {}),
+        (1024, 1024, jnp.bfloat16, {"is_causal": True}),
+        (1024, 1024, jnp.float32, {}),
+    ]:
+        q, k = jnp.zeros((1, lq, 32), dtype), jnp.zeros((1, lk, 32), dtype)
+        monkeypatch.setattr(layers.backend, "platform", lambda: "gpu")
+        assert layers.attention(q, k, k, 2, **kwargs).shape == (1, lq, 32)
+    assert asked == [
+        ("cudnn", 4096, 4096, []),
+        ("cudnn", 1024, 1024, []),
+        ("cudnn", 4096, 78, ["key_value_seq_lengths"]),  # a prompt's odd length has no gradient there
+        ("xla", 1024, 77, []),  # too few logits to be worth it
+        ("xla", 257, 257, []),
+        ("xla", 1024, 1024, ["is_causal"]),
+        ("xla", 1024, 1024, []),
+    ]
+    monkeypatch.setattr(layers.backend, "cuda_capability", lambda: (7, 5))
     assert not layers.has_fused_attention(jnp.bfloat16, 64)
+
+
+@pytest.mark.parametrize("lq, lk", [(6, 5), (5, 6), (7, 7), (6, 6)])
+def test_attention_of_even_length_is_exact(lq, lk):
+    """The very padding that cuDNN is given, on another kernel: outputs and all gradients."""
+
+    def value_and_grads(attend):
+        q, k, v = (x.reshape(*x.shape[:2], 3, -1) for x in qkv(lq, lk))
+        return jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(attend(*args))), argnums=(0, 1, 2))(q, k, v)
+
+    ours, plain = value_and_grads(layers.attention_of_even_length), value_and_grads(jax.nn.dot_product_attention)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+
+
+def test_attention_in_float16_on_a_cpu():
+    """No CPU multiplies float16 into float32: there it is computed in float32 and rounded at the end."""
+    q, k, v = (x.astype(jnp.float16) for x in qkv(6, 5))
+    out = layers.attention(q, k, v, 3)
+    assert out.dtype == jnp.float16
+    exact = layers.attention(*(x.astype(jnp.float32) for x in (q, k, v)), 3)
+    np.testing.assert_allclose(out, exact, rtol=1e-3, atol=1e-3)
 
 
 # ---- Dense and its LoRA
@@ -290,6 +324,28 @@ def test_dense_adds_the_low_rank_update(use_bias, leading):
     plain = x @ normal(0, 6, 4) + (normal(1, 4) if use_bias else 0)
     np.testing.assert_allclose(layer.apply(dense(use_bias), x), plain, atol=1e-5)
     np.testing.assert_allclose(layer.apply(dense(use_bias, A=a, B=b), x), plain + x @ a @ b, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer, lead", [(layers.Dense, ()), (layers.pointwise_conv, (1, 1))])
+def test_the_low_rank_update_is_float32_in_a_bfloat16_layer(layer, lead):
+    """Its products keep what bfloat16 would round away, its gradients too: only the sum is rounded."""
+    x, kernel = normal(2, 3, 2, 2, 6).astype(jnp.bfloat16), jnp.zeros((*lead, 6, 4))
+    a, b = normal(3, 6, 2), normal(4, 2, 4)
+    module = layer(4, use_bias=False, dtype=jnp.bfloat16)
+
+    def apply(a, b):
+        lora = {"A": a.reshape(*lead, 6, 2), "B": b.reshape(*lead, 2, 4)}
+        return module.apply({"params": {"kernel": kernel}, "lora": lora}, x).astype(jnp.float32)
+
+    exact = x.astype(jnp.float32) @ a @ b
+    np.testing.assert_array_equal(apply(a, b), exact.astype(jnp.bfloat16).astype(jnp.float32))
+    ours = jax.grad(lambda a, b: apply(a, b).sum(), argnums=(0, 1))(a, b)
+    want = jax.grad(lambda a, b: (x.astype(jnp.float32) @ a @ b).sum(), argnums=(0, 1))(a, b)
+    for own, exact in zip(ours, want, strict=True):
+        assert own.dtype == jnp.float32
+        np.testing.assert_allclose(own, exact, rtol=1e-5, atol=1e-6)
+    text = str(jax.make_jaxpr(apply)(a, b))
+    assert text.count("HIGHEST") == 2 * text.count("Precision.HIGHEST") // 2 > 0  # not an accelerator's faster ones
 
 
 def test_dense_with_zero_b_is_the_plain_layer_bit_for_bit():

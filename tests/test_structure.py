@@ -15,13 +15,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each part of the package (a file or a folder) and what of ours it may import: nothing points upwards, or around.
 BELOW = {
+    "backend": set(),
     "diffusion": set(),
     "exploration": set(),
     "state": set(),
     "parallel": set(),
     "metrics": set(),
     "sampling": {"diffusion"},
-    "models": {"models", "InputError"},
+    "models": {"models", "backend", "InputError"},
     "prompts": {"prompts", "InputError"},
     "rewards": {"rewards", "models", "emoji.names", "InputError", "RewardError"},
     "emoji": {"emoji", "rewards", "models", "prompts", "diffusion", "InputError"},
@@ -29,16 +30,17 @@ BELOW = {
     "command": {"InputError", "RewardError"},
     "report": {"metrics"},
     "checkpoint": {"command", "InputError"},
-    "check": {"algorithms", "prompts", "diffusion", "InputError"},
+    "check": {"models.precision", "algorithms", "prompts", "diffusion", "InputError"},
     "flops": set(),
-    "programs": {"problem", "evaluation", "algorithms", "parallel", "check"},
+    "programs": {"models.precision", "backend", "problem", "evaluation", "algorithms", "parallel", "check"},
     "dry_run": {"programs", "problem", "evaluation", "flops", "models", "rewards", "prompts", "parallel", "check"}
-    | {"InputError"},
+    | {"backend", "InputError"},
     "evaluation": {"algorithms", "sampling", "diffusion", "models", "rewards", "parallel"},
     "problem": {"evaluation", "algorithms", "sampling", "diffusion", "exploration", "models", "rewards", "prompts"}
-    | {"parallel", "InputError"},
+    | {"parallel", "backend", "InputError"},
     "train": {
         "programs",
+        "backend",
         "dry_run",
         "problem",
         "evaluation",

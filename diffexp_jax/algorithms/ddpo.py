@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -28,15 +29,37 @@ def clipped_ratio_loss(
     return jnp.maximum(-adv * ratio, -adv * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)).mean()
 
 
-def ratio_metrics(log_ratio: Float[Array, "B"], clip: float) -> dict[str, Float[Array, ""]]:
-    """What one step and chunk's importance ratios look like; reported as means over steps, chunks and updates."""
+# Where the log-probs of the sampling policy come from, see `ddpo`.
+OLD_LOG_PROBS = ("sampled", "recomputed", "current")
+
+
+def ratio_metrics(log_ratio: Float[Array, "*N T B"], clip: float) -> dict[str, Float[Array, ""]]:
+    """What importance ratios look like over all updates, steps, samples and devices.
+
+    The clip fractions are of ratios above 1 + clip ("high") and below 1 - clip ("low"). A ratio that moves with the
+    weights does so on both sides; rounding mostly makes old samples less likely. `ratio/log_std_*` is the standard
+    deviation of the log-ratio in each third of the steps, noise first: rounding shows at the end, where std is small.
+    """
     ratio = jnp.exp(log_ratio)
-    return {
-        "ratio/mean": ratio.mean(),
-        "ratio/max_abs_log": jnp.abs(log_ratio).max(),
-        "ratio/clip_fraction": (jnp.abs(ratio - 1.0) > clip).mean(),
-        "approx_kl": 0.5 * jnp.square(log_ratio).mean(),
+
+    def mean(x):
+        return jax.lax.pmean(x.mean(), AXIS)
+
+    high, low = mean(ratio > 1.0 + clip), mean(ratio < 1.0 - clip)
+    metrics = {
+        "ratio/mean": mean(ratio),
+        "ratio/max_abs_log": jax.lax.pmax(jnp.abs(log_ratio).max(), AXIS),
+        "ratio/clip_fraction": high + low,
+        "ratio/clip_fraction_high": high,
+        "ratio/clip_fraction_low": low,
+        "approx_kl": 0.5 * mean(jnp.square(log_ratio)),
     }
+    thirds = np.array_split(np.arange(log_ratio.shape[-2]), 3)
+    for name, steps in zip(("early", "middle", "late"), thirds, strict=True):
+        own = log_ratio[..., steps, :]
+        if own.size:  # fewer steps than thirds
+            metrics[f"ratio/log_std_{name}"] = jnp.sqrt(mean(jnp.square(own - mean(own))))
+    return metrics
 
 
 def ddpo(
@@ -51,7 +74,7 @@ def ddpo(
     advantage_clip: float,
     stats_buffer: int,
     stats_min_count: int,
-    recompute_log_prob: bool = False,
+    old_log_prob: str = "sampled",
 ) -> Algorithm:
     """Makes the algorithm.
 
@@ -62,12 +85,15 @@ def ddpo(
       inner_epochs: passes over an iteration's samples.
       clip: of the importance ratio (1e-4: log-probs are means over a latent's entries).
       advantage_clip, stats_buffer, stats_min_count: see `state.advantages`.
-      recompute_log_prob: take the sampling policy's log-probs from the update program instead of the sampling program.
-        XLA fuses the two differently, and in bfloat16 that alone moves log-probs by more than the clip. So a pass over
-        the samples before the first update records them: the very loop that trains, its backward pass skipped, hence
-        the same machine code and, while the weights are still the same, a ratio of exactly 1 on any backend. It costs
-        a forward pass per sample and step, or nothing where an iteration is one update: the policy then is the
-        sampling policy, and old = stop_gradient(new).
+      old_log_prob: what the ratio is relative to. "sampled": the log-probs of the sampling program. "recomputed":
+        those of the update program, under the weights before the first update. XLA fuses the two programs differently,
+        and on an accelerator that alone moves log-probs by more than the clip. So a pass over the samples before the
+        first update records them: the very loop that trains, its backward pass skipped, hence the same machine code
+        and, while the weights are still the same, a ratio of exactly 1 on any backend. It costs a forward pass per
+        sample and step, or nothing where an iteration is one update. "current": those of each update's own weights,
+        so the ratio is 1 and nothing is clipped: the plain policy gradient (Black et al.'s DDPO-SF), for networks
+        whose rounding is larger than what an update changes (scripts/measure_precision.py). Where an iteration is one
+        update, "recomputed" is the same.
     """
     kind = policy.prediction_type
 
@@ -91,10 +117,10 @@ def ddpo(
         return Samples(samples.trajectory, *flat)
 
     def minibatch_gradient(lora, frozen, trajectory, adv, old, recording):
-        """Mean over chunks and steps of the loss' gradient, and each step's log-prob under `lora`.
+        """Mean over chunks and steps of the loss and its gradient, and each step's log-prob under `lora`.
 
-        Trajectory leaves are [chunks, T, m, ...]. `old` are the log-probs of the sampling policy, None where that
-        policy is `lora` itself. While `recording` (None: never), only the log-probs are of use and made.
+        Trajectory leaves are [chunks, T, m, ...]. `old` are the log-probs of the sampling policy, None where those of
+        `lora` itself are taken. While `recording` (None: never), only the log-probs are of use and made.
         """
 
         def over_steps(chunk):
@@ -115,7 +141,7 @@ def ddpo(
                 else:
                     nothing = jax.tree.map(jnp.zeros_like, lora)
                     grads = jax.lax.cond(recording, lambda: nothing, lambda: pull_back(slope)[0])
-                return (grads, {"loss": value} | ratio_metrics(log_prob - old, clip)), log_prob
+                return (value, grads), log_prob
 
             return mean_over(step_gradient, (tr.x_t, tr.x_tm1, old, tr.steps))
 
@@ -135,28 +161,29 @@ def ddpo(
             clip=advantage_clip,
         )
         trajectory, adv = chunked((samples.trajectory, chunked(adv, n_chunks)), n_updates)  # [updates, chunks, T, m, .]
-        record = recompute_log_prob and n_updates * inner_epochs > 1
-        old = trajectory.log_prob if record or not recompute_log_prob else None  # None: the policy itself
+        record = old_log_prob == "recomputed" and n_updates * inner_epochs > 1
+        old = trajectory.log_prob if record or old_log_prob == "sampled" else None  # None: of the weights themselves
 
         def one_update(carry, minibatch):
             (lora, opt_state), recording = carry
-            (grads, metrics), log_prob = minibatch_gradient(lora, frozen, *minibatch, recording)
+            (loss, grads), log_prob = minibatch_gradient(lora, frozen, *minibatch, recording)
             updates, new_opt_state = optimizer.update(grads, opt_state, lora)
-            metrics["grad_norm"] = optax.tree.norm(grads)
             new = optax.apply_updates(lora, updates), new_opt_state
             if record:
                 new = jax.tree.map(lambda kept, new: jnp.where(recording, kept, new), (lora, opt_state), new)
-            return (new, recording), (metrics, log_prob)
+            return (new, recording), ({"loss": loss, "grad_norm": optax.tree.norm(grads)}, log_prob)
 
         def one_epoch(carry, recording):
             weights, old = carry
-            (weights, _), (metrics, log_prob) = jax.lax.scan(one_update, (weights, recording), (trajectory, adv, old))
-            return (weights, jnp.where(recording, log_prob, old) if record else old), metrics
+            (weights, _), (means, log_prob) = jax.lax.scan(one_update, (weights, recording), (trajectory, adv, old))
+            log_ratio = jnp.zeros_like(log_prob) if old is None else log_prob - old
+            return (weights, jnp.where(recording, log_prob, old) if record else old), (means, log_ratio)
 
         recording = jnp.arange(1 + inner_epochs) == 0 if record else None  # the first pass only records
-        carry = (state.lora, state.opt_state), old
-        ((lora, opt_state), _), metrics = jax.lax.scan(one_epoch, carry, recording, length=inner_epochs + record)
-        metrics = {name: value[int(record) :].mean() for name, value in metrics.items()}
+        carry, length = ((state.lora, state.opt_state), old), inner_epochs + record
+        ((lora, opt_state), _), epochs = jax.lax.scan(one_epoch, carry, recording, length=length)
+        means, log_ratio = jax.tree.map(lambda x: x[int(record) :], epochs)
+        metrics = {name: value.mean() for name, value in means.items()} | ratio_metrics(log_ratio, clip)
         metrics |= reward_metrics(samples.rewards, samples.parts)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return TrainState(state.iteration + 1, lora, opt_state, stats), metrics, samples.images

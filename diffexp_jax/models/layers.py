@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from diffexp_jax import backend
+
 # ----------------------------------------------------------------------------------------------------------- functions
 
 
@@ -41,6 +43,7 @@ def timestep_embedding(t: Num[Array, "B"], width: int) -> Float[Array, "B width"
 
 
 MAX_LOGITS = 2**20  # per image and head that `attention` may hold at once without a fused kernel: 4 MB in float32
+MIN_FUSED_LOGITS = 2**18  # fewer of them are not worth a fused kernel: 512 tokens to 512, or CLIP's 257 to 257
 
 
 def attention(
@@ -62,30 +65,48 @@ def attention(
     def split(x):
         return x.reshape(*x.shape[:-1], heads, -1)  # [B, L, heads, width/heads]
 
-    q, k, v = split(q), split(k), split(v)
+    dtype, q, k, v = q.dtype, split(q), split(k), split(v)
+    logits = q.shape[1] * k.shape[1]
+    if q.dtype == jnp.float16 and backend.platform() != "gpu":  # CPUs and TPUs have no such product
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if is_causal or kwargs:
         out = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, **kwargs)
-    elif has_fused_attention(q.dtype, q.shape[-1]):
-        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    elif q.shape[1] * k.shape[1] > MAX_LOGITS:
+    elif logits >= MIN_FUSED_LOGITS and has_fused_attention(q.dtype, q.shape[-1]):
+        out = attention_of_even_length(q, k, v, implementation="cudnn")
+    elif logits > MAX_LOGITS:
         out = _attention_in_blocks(q, k, v)
     else:
         out = jax.nn.dot_product_attention(q, k, v)
-    return out.reshape(*out.shape[:2], -1)
+    return out.reshape(*out.shape[:2], -1).astype(dtype)
 
 
 def has_fused_attention(dtype: DTypeLike, width: int) -> bool:
-    """Whether cuDNN's attention serves this machine's devices, with this type and width of a head.
+    """Whether cuDNN's attention serves this machine's devices (Ampere or newer), with this type and width of a head.
 
     Its limits, which jax checks too: 16 bits, a multiple of 8 up to 128 (wider on newer devices, not used). So SDXL's
-    heads (64) and SD 1.5's of 40 and 80 are fused; SD 1.5's of 160 see 256 tokens or fewer and need it not.
+    heads (64) and SD 1.5's of 40 and 80 are fused. SD 1.5's heads of 160 have too few tokens to need it.
     """
     if dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
         return False
-    device = jax.local_devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return False
-    return int(device.compute_capability.partition(".")[0]) >= 8  # Ampere or newer
+    return (backend.cuda_capability() or (0, 0)) >= (8, 0)
+
+
+def attention_of_even_length(
+    q: Float[Array, "B Lq heads d"], k: Float[Array, "B Lk heads d"], v: Float[Array, "B Lk heads d"], **kwargs
+) -> Float[Array, "B Lq heads d"]:
+    """`jax.nn.dot_product_attention` with an odd number of queries or keys filled up to an even one.
+
+    cuDNN has no gradient for odd lengths, and a prompt has 77 tokens. The further key is masked by its length, the
+    further query is cut off again, so the result is the same.
+    """
+    n_queries, n_keys = q.shape[1], k.shape[1]
+
+    def filled_up(x):
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+    if n_keys % 2:
+        kwargs["key_value_seq_lengths"] = jnp.full(len(k), n_keys, jnp.int32)
+    return jax.nn.dot_product_attention(filled_up(q), filled_up(k), filled_up(v), **kwargs)[:, :n_queries]
 
 
 def _attention_in_blocks(
@@ -161,8 +182,8 @@ class Conv(nn.Module):
             y = x @ kernel[0, 0]  # as a matrix product: four times as fast on CPU
             if self.has_variable("lora", "A"):  # see Dense
                 a, b = self.get_variable("lora", "A")[0, 0], self.get_variable("lora", "B")[0, 0]
-                y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype)
-        elif plain and jax.default_backend() == "cpu":
+                y = (y + low_rank(x, a, b)).astype(self.dtype)
+        elif plain and backend.platform() == "cpu":
             y = conv3x3_same(x, kernel)
         else:
             y = _conv(x, kernel, (self.stride, self.stride), self.padding)
@@ -179,11 +200,19 @@ def pointwise_conv(features: int, **kwargs) -> Conv:
 # -------------------------------------------------------------------------------------------------------------- modules
 
 
+def low_rank(
+    x: Float[Array, "*B in"], a: Float[Array, "in rank"], b: Float[Array, "rank out"]
+) -> Float[Array, "*B out"]:
+    """(x A) B in float32, whatever type x has: full products, not an accelerator's faster ones (TF32, bfloat16)."""
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(jnp.matmul(x.astype(jnp.float32), a, precision=highest), b, precision=highest)
+
+
 class Dense(nn.Module):
     """Linear layer that adds its low-rank update when the variable collection "lora" holds one for it.
 
     y = x W + b + (x A) B with A [in, rank], B [rank, out] (LoRA, Hu et al. 2021). The factor alpha / rank is already
-    in B (`lora.scaled`). A and B are float32 whatever `dtype` is; without the collection this is the plain layer.
+    in B (`lora.scaled`). Without the collection this is the plain layer.
     """
 
     features: int
@@ -198,8 +227,7 @@ class Dense(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.has_variable("lora", "A"):
-            a, b = self.get_variable("lora", "A"), self.get_variable("lora", "B")
-            y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype)
+            y = (y + low_rank(x, self.get_variable("lora", "A"), self.get_variable("lora", "B"))).astype(self.dtype)
         return y
 
 

@@ -15,6 +15,7 @@ from diffexp_jax import InputError
 from diffexp_jax.models import convert, files
 from diffexp_jax.models.clip import LEGACY_EOS, CLIPTextConfig, canonical_text_names
 from diffexp_jax.models.families import PARTS, ModelConfig, read_config
+from diffexp_jax.models.precision import in_precision
 from diffexp_jax.models.unet import UNet
 from diffexp_jax.models.vae import AutoencoderKL, in_slices
 
@@ -59,7 +60,8 @@ def load(
     """Loads a pipeline from a folder or from the Hugging Face hub, or the shipped model for "emoji".
 
     Args:
-      dtype: of the weights and the networks' arithmetic; timestep embeddings, norms and softmax stay float32.
+      dtype: of the weights and the networks' arithmetic; timestep embeddings, norms, softmax and the products of LoRA
+        stay float32.
       image_size: pixels of a square image's side; default: the size that the UNet was trained at.
       revision: of the hub's repository: a branch, tag or commit.
       variant: "fp16" prefers the half-precision weight files where there are both.
@@ -90,12 +92,14 @@ def build(
     *,
     dtype: DTypeLike = jnp.float32,
     image_size: int | None = None,
+    matmul_precision: str = "auto",
     remat_blocks: bool = False,
     vae_slice: int = 32,
 ) -> StableDiffusion:
     """The functions of such a model, without weights or tokenizers.
 
-    `remat_blocks` is the UNet's `remat`; `vae_slice` is how many images are decoded at once.
+    `matmul_precision` is one of `precision.MATMUL_PRECISIONS`; `remat_blocks` is the UNet's `remat`; `vae_slice` is
+    how many images are decoded at once.
     """
     family, scale = config.family, config.vae.downsampling
     if image_size is not None and (image_size < scale or image_size % scale):
@@ -129,9 +133,9 @@ def build(
     return StableDiffusion(
         params={},
         tokenizers=(),
-        encode=encode,
-        unet=apply_unet,
-        decode=decode,
+        encode=in_precision(encode, dtype, matmul_precision),
+        unet=in_precision(apply_unet, dtype, matmul_precision),
+        decode=in_precision(decode, config.vae_dtype(dtype), matmul_precision),
         scheduler_config=config.scheduler,
         latent_shape=(side, side, config.unet.in_channels),
         zero_uncond=config.zero_uncond,

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from diffexp_jax import InputError
 from diffexp_jax.models import files
+from diffexp_jax.models.precision import in_precision
 from diffexp_jax.rewards import aesthetic, functions, hpsv2, imagereward, judge, pickscore
 from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.preprocess import check_images
@@ -77,7 +78,8 @@ def load_reward(
 
     Args:
       spec: names in `REWARDS`, and where their weights are unless the package ships them: a path, or a hub id.
-      dtype: of the weights and of the networks' arithmetic; rewards are float32 all the same.
+      dtype: of the weights and of the networks' arithmetic; rewards are float32 all the same. Networks in float32
+        multiply in full float32 on any device.
       weights: of the parts of an ensemble, in its order; none: `ensemble.WEIGHTS`.
       temperature: of textnorm, in the wrapped reward's units.
       contrast: a json file of textnorm's contrastive prompts; None: made by swapping animals and activities.
@@ -136,8 +138,10 @@ def _load_one(spec: str, *, dtype: DTypeLike, timeout: float, workers: int, shap
             "textnorm(NAME:PATH), several joined by +; jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
         )
     if shapes_only and name in SHAPES and not (place and Path(place).exists()):
-        return SHAPES[name](dtype)
-    if not place and name not in _SHIPPED:
+        reward = SHAPES[name](dtype)
+    elif not place and name not in _SHIPPED:
         raise InputError(f"reward {name!r} needs its weights: {name}:PATH")
-    path = files.file_or_folder(place, what=f"reward {spec!r}") if place else _SHIPPED[name]
-    return REWARDS[name](path, dtype=dtype)
+    else:
+        path = files.file_or_folder(place, what=f"reward {spec!r}") if place else _SHIPPED[name]
+        reward = REWARDS[name](path, dtype=dtype)
+    return reward._replace(score=in_precision(reward.score, dtype), rate=in_precision(reward.rate, dtype))

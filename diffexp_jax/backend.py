@@ -1,0 +1,31 @@
+"""What kind of device the programs are compiled for: the one place that asks.
+
+Tests replace these functions to trace and lower for devices that are not there.
+"""
+
+import os
+
+import jax
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu"."""
+    return jax.default_backend()
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of the NVIDIA GPUs, (9, 0) for an H100; None on anything else."""
+    if platform() != "gpu":
+        return None
+    device = jax.local_devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return None
+    major, _, minor = device.compute_capability.partition(".")
+    return int(major), int(minor or 0)
+
+
+def ask_for_determinism() -> None:
+    """Makes XLA choose GPU kernels that give the same bits each time; call it before anything uses a device."""
+    flag = "--xla_gpu_deterministic_ops=true"
+    if flag not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
