@@ -292,8 +292,8 @@ def run_with_images(algorithm: str, workdir: str, settings: str) -> None:
 def test_four_devices_give_what_one_gives(finished, tiny_settings, tmp_path):
     """Images, rewards and LoRA within 1e-5 of their size. Evaluation is of bytes: a pixel may be rounded the other way.
 
-    A mean reward is as large as rewards differ, and DDPO's loss is a mean of advantages, which are of size 1: both means
-    may be near zero, so they are compared by those sizes.
+    A mean reward is as large as rewards differ, and DDPO's loss is a mean of advantages, which are of size 1: both
+    means may be near zero, so they are compared by those sizes.
     """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
