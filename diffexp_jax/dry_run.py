@@ -62,7 +62,7 @@ def dry_run(config: ConfigDict) -> None:
     print(
         f"{'program':10}{'arguments':>12}{'temporaries':>12}{'outputs':>10}{'together':>10}   GiB a device", flush=True
     )
-    for cost in compile_all(config, problem):
+    for cost in (cost_of(*program) for program in programs_of(config, problem)):
         columns = (cost.arguments, cost.temporaries, cost.outputs, cost.peak)
         numbers = "".join(f"{x / GIB:{width}.2f}" for x, width in zip(columns, (12, 12, 10, 10), strict=True))
         print(f"{cost.name:10}{numbers}   {cost.flops:.3g} FLOPs, compiled in {cost.seconds:.0f} s", flush=True)
@@ -143,8 +143,16 @@ def abstract_lora(config: ConfigDict, problem: Problem) -> Any:
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
-def compile_all(config: ConfigDict, problem: Problem) -> Iterable[Cost]:
-    """Compiles the run's programs, one after another."""
+class Program(NamedTuple):
+    """One of a run's programs, mapped over the devices, and what it is called with: arrays, or shapes of them."""
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+
+
+def programs_of(config: ConfigDict, problem: Problem) -> Iterable[Program]:
+    """The programs of a run: of an iteration, and of the images between them."""
     schedule = load_schedule(problem.model)
     steps = sampling_steps(config, schedule, explore=False)
     check.check_noise(config, steps)
@@ -154,19 +162,19 @@ def compile_all(config: ConfigDict, problem: Problem) -> Iterable[Cost]:
     batch, key = draw_batch(config, problem, 0, None), parallel.replicate(jax.random.key(0))
     samples = None
     if programs.sample:
-        yield cost_of("sample", programs.sample, state, frozen, batch, steps)
+        yield Program("sample", programs.sample, (state, frozen, batch, steps))
         samples = jax.eval_shape(programs.sample, state, frozen, batch, steps)
-    yield cost_of("update", programs.update, state, frozen, batch, steps, key, samples)
+    yield Program("update", programs.update, (state, frozen, batch, steps, key, samples))
     if config.eval.every or (config.log.images and config.log.images_every):
-        yield cost_of("evaluate", programs.generate, frozen, on_devices(trained), batch.context, batch.key, steps)
+        yield Program("evaluate", programs.generate, (frozen, on_devices(trained), batch.context, batch.key, steps))
 
 
-def cost_of(name: str, program: Any, *args: Any) -> Cost:
-    """Traces and compiles a mapped program for these arguments or shapes of them."""
+def cost_of(name: str, function: Any, args: tuple[Any, ...]) -> Cost:
+    """Traces and compiles a program for these arguments or shapes of them."""
     start = time.perf_counter()
-    work = flops.of(program, *args)
+    work = flops.of(function, *args)
     options = _CPU_OPTIONS if backend.platform() == "cpu" else {}
-    memory = program.lower(*args).compile(compiler_options=options).memory_analysis()
+    memory = function.lower(*args).compile(compiler_options=options).memory_analysis()
     return Cost(
         name,
         work,

@@ -161,7 +161,7 @@ def test_bytes_are_xlas():
     def f(x):
         return jnp.tanh(x @ x) @ x
 
-    cost = dry_run.cost_of("f", jax.jit(f), zeros(1024, 1024))
+    cost = dry_run.cost_of("f", jax.jit(f), (zeros(1024, 1024),))
     assert cost.arguments == cost.outputs == 4 * 1024**2
     assert 4 * 1024**2 <= cost.temporaries < 9 * 1024**2
     assert cost.peak == cost.arguments + cost.outputs + cost.temporaries

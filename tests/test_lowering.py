@@ -1,0 +1,200 @@
+"""Every program of a run lowers for NVIDIA GPUs (with cuDNN's attention) and for TPUs, which are not here.
+
+Tracing and lowering are the real ones, with jax's own checks of shapes and types; replaced is only the detection of the
+device. The models have the published topologies, lengths (77 tokens, 4096 pixels; 257 and 197 patches) and widths of
+heads that cuDNN takes; there are fewer layers, and no weights.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from configs import alignprop, ddpo
+from diffexp_jax import backend, dry_run, parallel
+from diffexp_jax.models import blip, layers, sizes
+from diffexp_jax.problem import make_explore
+from diffexp_jax.rewards import load_reward
+
+HALF = ("bfloat16", "float16")
+UNET = {"block_out_channels": [64, 64], "layers_per_block": 1, "in_channels": 4, "out_channels": 4, "sample_size": 64}
+UNET |= {"norm_num_groups": 8}
+VAE = {"block_out_channels": [8] * 4, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
+TEXT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT |= {"max_position_embeddings": 77, "hidden_act": "quick_gelu", "projection_dim": 16, "vocab_size": 49408}
+TEXT |= {"eos_token_id": 2}
+ATTENTION = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
+ATTENTION |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+SDXL = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "sample_size": 128, "use_linear_projection": True}
+SDXL |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 2]}
+SDXL |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "cross_attention_dim": 64}
+PARTS = {  # family: its UNet and text encoders
+    "sd15": (UNET | ATTENTION | {"attention_head_dim": 8, "cross_attention_dim": 32}, [TEXT]),
+    "sd2": (
+        UNET | ATTENTION | {"attention_head_dim": [1, 1], "cross_attention_dim": 32, "use_linear_projection": True},
+        [TEXT | {"hidden_act": "gelu"}],
+    ),
+    "sdxl": (UNET | SDXL | {"attention_head_dim": [1, 1]}, [TEXT, TEXT | {"hidden_act": "gelu"}]),
+}
+CLIP = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "hidden_act": "gelu"}
+CLIP_L14 = {
+    "text_config": CLIP | {"hidden_size": 64, "projection_dim": 64, "vocab_size": 49408},
+    "vision_config": CLIP | {"hidden_size": 64, "image_size": 224, "patch_size": 14},
+    "projection_dim": 768,
+}
+
+
+def pipeline(family):
+    """model_index.json and the config.json files of a small model of the family."""
+    unet, texts = PARTS[family]
+    scheduler = sizes._SCHEDULER | ({"prediction_type": "v_prediction"} if family == "sd2" else {})
+    names = ("text_encoder", "text_encoder_2")[: len(texts)]
+    kind = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    parts = {"unet": unet, "vae": VAE | {"force_upcast": family == "sdxl"}, "scheduler": scheduler}
+    return {"_class_name": kind}, parts | dict(zip(names, texts, strict=True))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A run that believes to be on an H100."""
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    monkeypatch.setattr(backend, "cuda_capability", lambda: (9, 0))
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    return "gpu"
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """A run that believes to be on a TPU."""
+    monkeypatch.setattr(backend, "platform", lambda: "tpu")
+    return "tpu"
+
+
+@pytest.fixture(params=["gpu", "tpu"])
+def device(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """The built-in sizes of models and rewards, with fewer layers."""
+    for family in PARTS:
+        monkeypatch.setitem(sizes.PIPELINES, family, pipeline(family))
+    monkeypatch.setattr(sizes, "CLIP_L14", CLIP_L14)
+    monkeypatch.setattr(sizes, "CLIP_H14", CLIP_L14)
+    one_layer = functools.partial(blip.BLIPConfig, vision_layers=1, num_hidden_layers=1)
+    monkeypatch.setattr(blip, "BLIPConfig", one_layer)
+
+
+def lower(device, function, *args) -> str:
+    """The program's text, lowered for the device."""
+    platform = {"gpu": "cuda", "tpu": "tpu"}[device]
+    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def lower_all(device, config) -> dict[str, str]:
+    """{name: text} of every program of the run."""
+    problem = dry_run.abstract_problem(config)
+    texts = {name: lower(device, function, *args) for name, function, args in dry_run.programs_of(config, problem)}
+    texts["explore"] = lower(device, make_explore(config), *explored(config, problem))
+    return texts
+
+
+def explored(config, problem):
+    n = config.batch.samples
+    cond, units = problem.train.cond.embedding[[0] * n], problem.units[[0] * n]
+    null = np.broadcast_to(problem.empty.embedding, cond.shape)
+    return parallel.shard((cond, null, units, parallel.sample_keys(jax.random.key(0), n)), n)
+
+
+def make(algorithm, family, dtype, **changes):
+    config = {"ddpo": ddpo, "alignprop": alignprop}[algorithm].get_config()
+    settings = {"model.path": family, "model.dtype": dtype, "batch.samples": 4, "batch.samples_per_forward": 1}
+    settings |= {"reward": "aesthetic", "eval.rewards": (), "model.vae_slice": 1, "sampling.steps": 2}
+    config.update_from_flattened_dict(settings | changes)
+    return config
+
+
+EVERY = {(algorithm, family, dtype) for algorithm in ("ddpo", "alignprop") for family in PARTS for dtype in HALF}
+SOME = {  # each algorithm, family and type, and each two of them once
+    *(("ddpo", "sd15", "bfloat16"), ("ddpo", "sd2", "float16"), ("ddpo", "sdxl", "bfloat16")),
+    *(("alignprop", "sd15", "float16"), ("alignprop", "sd2", "bfloat16"), ("alignprop", "sdxl", "float16")),
+}
+
+
+@pytest.mark.parametrize(
+    "algorithm, family, dtype",
+    [*sorted(SOME), *(pytest.param(*run, marks=pytest.mark.slow) for run in sorted(EVERY - SOME))],
+)
+def test_programs_of_a_run(device, small_sizes, algorithm, family, dtype):
+    texts = lower_all(device, make(algorithm, family, dtype))
+    assert texts.keys() == {"update", "evaluate", "explore"} | ({"sample"} if algorithm == "ddpo" else set())
+    for name, text in texts.items():
+        assert ("__cudnn$fmha" in text) == (device == "gpu" and name != "explore"), name
+    assert ("__cudnn$fmhaSoftmaxBackward" in texts["update"]) == (device == "gpu")  # its gradient is fused too
+
+
+def test_an_odd_length_would_not_have_a_gradient(small_sizes, monkeypatch, request):
+    """What these tests are for: without the padding, jax refuses a prompt of 77 tokens."""
+    monkeypatch.setattr(layers, "attention_of_even_length", jax.nn.dot_product_attention)
+    request.getfixturevalue("gpu")
+    with pytest.raises(NotImplementedError, match="Unsupported sequence length Q 4096, KV 77"):
+        lower_all("gpu", make("alignprop", "sd15", "bfloat16"))
+
+
+@pytest.mark.parametrize("algorithm", [pytest.param("ddpo", marks=pytest.mark.slow), "alignprop"])
+def test_the_emoji_world(device, algorithm):
+    """The quickstart, and its like by DDPO, as they are configured: bfloat16 on such devices."""
+    module = {"ddpo": ddpo, "alignprop": alignprop}[algorithm]
+    texts = lower_all(device, module.get_config("model=emoji,explore=true"))
+    assert all("bf16" in texts[name] for name in texts.keys() - {"explore"})
+
+
+REWARDS = ("aesthetic", "pickscore", "hpsv2", "imagereward")  # 257, 257 and 77, the same, 197 and 35 tokens
+REWARDS += ("textnorm(pickscore)", "textnorm(imagereward)", "emoji_pickscore", "emoji_aesthetic", "emoji_judge")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spec", REWARDS)
+def test_rewards(device, small_sizes, spec, dtype):
+    """Scores, their gradient in the image, and the published path."""
+    reward = load_reward(spec, dtype=dtype, shapes_only=True)
+    params, tokens = dry_run.shapes_of(reward.params), reward.tokenize(["a dog riding a bike"])
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+
+    def slope(params, images, tokens):
+        return jax.grad(lambda images: reward.score(params, images, tokens)[0].sum())(images)
+
+    pixels = jax.tree.map(lambda x: x[None], reward.prepare(np.zeros((64, 64, 3), np.uint8)))
+    for function, seen in ((reward.score, images), (slope, images), (reward.rate, pixels)):
+        found = products(lower(device, jax.jit(function), params, seen, tokens))
+        if function is slope and spec == "emoji_judge":
+            assert not found  # made of argmaxes, it has no gradient
+        else:
+            assert found and (found == {"HIGHEST"}) == (dtype == "float32")  # else TF32, or a pass of bfloat16
+
+
+def products(text: str) -> set[str]:
+    """The precisions that the program asks for, of its matrix products and convolutions."""
+    lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line or "stablehlo.convolution" in line]
+    return {precision for line in lines for precision in re.findall(r"HIGHEST|HIGH|DEFAULT", line) or ["DEFAULT"]}
+
+
+def test_float32_networks_multiply_in_full(device, small_sizes):
+    """By default; another setting is what the program asks for."""
+    (_, function, args), *_ = dry_run.programs_of(
+        config := make("ddpo", "sd15", "float32"), dry_run.abstract_problem(config)
+    )
+    full = lower(device, function, *args).count("precision = [HIGHEST, HIGHEST]")
+    config = make("ddpo", "sd15", "float32", **{"model.matmul_precision": "tensorfloat32", "reward_dtype": "bfloat16"})
+    (_, function, args), *_ = dry_run.programs_of(config, dry_run.abstract_problem(config))
+    text = lower(device, function, *args)
+    assert text.count("precision = [HIGH, HIGH]") > 20
+    lora = text.count("precision = [HIGHEST, HIGHEST]")  # LoRA's own products are always in full
+    assert 0 < lora < full - 20
