@@ -5,7 +5,8 @@ python scripts/measure_precision.py --out precision.json
 An optimizer step changes the policy a little, and with it the log-probability of every sampled step. The script takes
 one Adam step on half of a batch, as DDPO does, and asks of the other half: how much did log-probabilities change
 (in float32), how much do they seem to change in another precision, whose gradient of the clipped objective is then
-closer to float32's: that of the ratio, or that without one (`ddpo.old_log_prob="current"`)?
+closer to float32's: that of the ratio, or that without one (`ddpo.old_log_prob="current"`)? Cosines are with float32's
+gradient of the ratio; in brackets, without a ratio on both sides: what the backward pass loses.
 
 "tf32" and "bf16_products" are float32 networks whose matrix products round their factors, as NVIDIA GPUs and TPUs
 do by default: simulated, so that the table is the same on any machine. On a GPU or a TPU the rows are its own.
@@ -197,6 +198,7 @@ def summary(results: dict, t: np.ndarray, args: argparse.Namespace) -> dict:
         row["clipped"] = float((np.abs(np.expm1(found["log_ratio"])) > args.clip).mean())
         row["cosine_with_ratio"] = cosine(found["with"], true["with"])
         row["cosine_without_ratio"] = cosine(found["without"], true["with"])
+        row["cosine_of_both_without"] = cosine(found["without"], true["without"])
         rows[name] = row
     settings = {name: getattr(args, name) for name in ("samples", "steps", "guidance", "lr", "clip", "seed")}
     return {"settings": settings | {"t": [int(x) for x in t]}, "rows": rows}
@@ -213,7 +215,8 @@ def table(rows: dict) -> str:
         errors = " | ".join(f"{row[f'error_{third}']:.1e}" for third in ("early", "middle", "late"))
         lines.append(
             f"| {name} | {changes} | {errors} | {row['bias_last_two_steps']:.1e} | {100 * row['clipped']:.0f} % "
-            f"| {row['cosine_with_ratio']:.3f} | {row['cosine_without_ratio']:.3f} |"
+            f"| {row['cosine_with_ratio']:.2f} "
+            f"| {row['cosine_without_ratio']:.2f} ({row['cosine_of_both_without']:.2f}) |"
         )
     return "\n".join(lines)
 

@@ -93,7 +93,9 @@ def model_config(index: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]
             f"latents {vae.latent_channels}; wants the same (inpainting models are not supported)"
         )
     zero = index.get("force_zeros_for_empty_prompt", family.zero_uncond) and family.zero_uncond
-    return ModelConfig(family, unet, vae, text, parts["scheduler"], zero, parts["vae"].get("force_upcast", True))
+    # diffusers asks its SDXL pipelines alone for the key, whose default is true
+    overflows = family.added and parts["vae"].get("force_upcast", True)
+    return ModelConfig(family, unet, vae, text, parts["scheduler"], zero, overflows)
 
 
 def read_config(folder: Path) -> ModelConfig:
