@@ -15,7 +15,7 @@ def get_config(argument: str | None = None):
     config.sampling.eta = 1.0
     if chosen["model"] == "emoji":
         config.iterations = 60
-        config.optim.lr = 3e-3
+        config.optim.lr = 6e-3
         config.ddpo.clip = 3e-3  # of a mean over 512 numbers: as wide as 1e-4 of SD 1.5's mean over 16,384
         config.ddpo.stats_min_count = 4  # each of the 135 prompts comes up every other iteration
     return config

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, report
+from diffexp_jax import InputError, backend, checkpoint, command, evaluation, parallel, report
 from diffexp_jax.models.files import read_json
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.problem import frozen_arrays, load_problem, load_schedule, sampling_steps
@@ -24,6 +24,8 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--{flag} {getattr(args, flag)}: wants at least 1")
     command.check_writable(args.out.parent, "--out")
     config = ml_collections.ConfigDict(read_json(args.workdir / "config.json"))
+    if config.deterministic:
+        backend.ask_for_determinism()
     config.eval.every = 1
     config.eval.prompts = tuple(args.prompts.split(",")) if args.prompts else tuple(config.eval.prompts)
     config.eval.rewards = tuple(args.rewards.split(",")) if args.rewards else tuple(config.eval.rewards)

@@ -20,6 +20,7 @@ from diffexp_jax import InputError, command, evaluation, exploration, parallel, 
 from diffexp_jax.diffusion import NoiseSchedule, Steps, make_steps, timesteps
 from diffexp_jax.models import stable_diffusion
 from diffexp_jax.models.lora import load_lora, scaled
+from diffexp_jax.models.precision import DTYPES
 from diffexp_jax.models.stable_diffusion import StableDiffusion, TextEmbedding
 from diffexp_jax.problem import load_schedule
 from diffexp_jax.prompts import PromptSet, load_prompts
@@ -44,7 +45,7 @@ def arguments() -> argparse.Namespace:
     add("--model", default="emoji", help="emoji, a folder in the diffusers pipeline format, or a hub id")
     add("--revision", help="of the hub's repository: a branch, tag or commit")
     add("--variant", help="fp16: take the half-precision weight files")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights and networks")
+    add("--dtype", default="float32", choices=DTYPES, help="of the weights and networks")
     add("--prompt", action="append", default=[], help="a prompt (repeat for several)")
     add("--prompts", help="a built-in prompt set or a file, after the --prompt ones")
     add("--lora", help="a LoRA file, or the workdir of a run")

@@ -224,13 +224,14 @@ def test_images_are_diffusers(both, guidance):
     assert want.std() > 0.02
 
 
-def test_images_in_bfloat16(both):
-    """Ten steps from the same noise: a pixel moves by 0.03 at most, on average."""
-    model = stable_diffusion.load(both.folder, dtype=jnp.bfloat16)
-    assert {x.dtype for x in jax.tree.leaves(model.params["unet"])} == {jnp.dtype(jnp.bfloat16)}
+@pytest.mark.parametrize("dtype, most", [(jnp.bfloat16, 3e-2), (jnp.float16, 4e-3)])
+def test_images_in_half_precision(both, dtype, most):
+    """Ten steps from the same noise: a pixel moves by that much at most, on average."""
+    model = stable_diffusion.load(both.folder, dtype=dtype)
+    assert {x.dtype for x in jax.tree.leaves(model.params["unet"])} == {jnp.dtype(dtype)}
     x_T = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)
     low = images(both._replace(ours=model, sample=sampler(model)), x_T, 5.0)
-    assert 1e-5 < np.abs(low.astype(np.float32) - images(both, x_T, 5.0)).mean() <= 3e-2
+    assert 1e-6 < np.abs(low.astype(np.float32) - images(both, x_T, 5.0)).mean() <= most
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])

@@ -323,3 +323,39 @@ def test_four_devices_give_what_one_gives(finished, tiny_settings, tmp_path):
             assert row["eval/unseen/pickscore"] == pytest.approx(expected["eval/unseen/pickscore"], rel=1e-3)
     print(errors)
     assert max(errors.values()) <= 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------- what it says
+
+
+def test_expected_time():
+    said = train.expected_time([2.0, 4.0], 40)
+    assert said.startswith(
+        "iterations take about 3.0 s on this machine: about 2.0 minutes more for the 40 that are left"
+    )
+
+
+def test_determinism_is_asked_for_before_a_device_is_used(make_config, tmp_path, monkeypatch):
+    """XLA reads the flag when the first device is used, and checking the settings counts devices."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    seen = []
+
+    def stop(config):
+        seen.append(os.environ["XLA_FLAGS"])
+        raise InputError("stop")
+
+    monkeypatch.setattr(train.check, "check_config", stop)
+    for on in (False, True, True):
+        with pytest.raises(InputError, match="stop"):
+            train.run(make_config("ddpo", {"deterministic": on}), tmp_path)
+    assert seen == ["--xla_a=1", *["--xla_a=1 --xla_gpu_deterministic_ops=true"] * 2]
+
+
+def test_a_grid_of_a_single_prompt(make_config, monkeypatch):
+    """As many pictures as asked for: of one prompt on several seeds."""
+    config = make_config("ddpo", {"prompts": "a dog riding a bike", "log.images": 3, "eval.every": 0})
+    problem = train.load_problem(config)
+    tasks = []
+    monkeypatch.setattr(train.evaluation, "evaluate", lambda *args, **kwargs: (tasks.append(args[4]), None))
+    _, captions = train.fixed_samples(config, problem, None, None, None, None)
+    assert captions == ("a dog riding a bike",) * 3 and tasks[0].cond.embedding.shape[0] == 3
