@@ -1,6 +1,7 @@
 """Types of networks: a gradient that survives float16, full products where they are asked for, SDXL's VAE."""
 
 import importlib.util
+import json
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,13 @@ def test_summary_and_table():
     assert "| bfloat16 | 1.0e-04 / 1.0e-04 / 1.0e-04 | 0.0e+00 | 0.0e+00 | 3.0e-04 |" in measure.table(
         {"bfloat16": found}
     )
+
+
+def test_the_documents_table_is_of_its_file():
+    """docs/precision.md shows docs/precision.json, as the script prints it."""
+    document = (ROOT / "docs" / "precision.md").read_text()
+    shown = document.partition("<!-- table -->\n")[2].partition("\n<!-- /table -->")[0]
+    assert shown == script().table(json.loads((ROOT / "docs" / "precision.json").read_text())["rows"])
 
 
 def test_evaluation_scores_in_float32_whatever_trains(make_config):
