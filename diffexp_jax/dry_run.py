@@ -16,17 +16,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffexp_jax import InputError, backend, check, evaluation, flops, parallel
+from diffexp_jax.algorithms import METHODS
 from diffexp_jax.models import families, lora, sizes, stable_diffusion
+from diffexp_jax.models.precision import is_full_float32
 from diffexp_jax.problem import (
     Problem,
     draw_batch,
     frozen_params,
     load_rewards,
-    load_schedule,
     model_options,
     sampling_steps,
 )
-from diffexp_jax.programs import make_programs, old_log_prob
+from diffexp_jax.programs import make_programs
 from diffexp_jax.prompts import load_prompts
 
 GIB = 2**30
@@ -153,10 +154,9 @@ class Program(NamedTuple):
 
 def programs_of(config: ConfigDict, problem: Problem) -> Iterable[Program]:
     """The programs of a run: of an iteration, and of the images between them."""
-    schedule = load_schedule(problem.model)
-    steps = sampling_steps(config, schedule, explore=False)
+    steps = sampling_steps(config, problem.model.process, explore=False)
     check.check_noise(config, steps)
-    programs = make_programs(config, problem, schedule.prediction_type)
+    programs = make_programs(config, problem)
     frozen, trained = on_devices(frozen_params(problem)), abstract_lora(config, problem)
     state = on_devices(jax.eval_shape(programs.algorithm.init, trained))
     batch, key = draw_batch(config, problem, 0, None), parallel.replicate(jax.random.key(0))
@@ -192,16 +192,15 @@ def describe(config: ConfigDict, problem: Problem) -> list[str]:
     """Lines that need no compilation."""
     model, options = problem.model, model_options(config)
     chunks, per_forward = check.batch_split(config)
-    updates = config.ddpo.updates if config.algorithm == "ddpo" else 1
+    method, settings = METHODS[config.algorithm], check.method_settings(config)
+    updates = method.updates(settings)
     devices, samples = jax.device_count(), config.batch.samples
     height, width, channels = model.latent_shape
     parts = {part: stable_diffusion.count(tree) for part, tree in model.params.items()}
     parts |= {f"reward {name}": stable_diffusion.count(reward.params) for name, reward in problem.rewards.items()}
     trained = stable_diffusion.count(abstract_lora(config, problem))
     evaluations = samples * config.sampling.steps * 2
-    again = (
-        config.algorithm == "ddpo" and old_log_prob(config) == "recomputed" and updates * config.ddpo.inner_epochs > 1
-    )
+    passes = method.passes(settings, is_full_float32(config.model.matmul_precision, options["dtype"]))
     return [
         f"dry run of {config.algorithm} on {config.model.path}: shapes and programs, no weights; nothing is written",
         f"latents     {height} x {width} x {channels}, networks in {options['dtype']}, "
@@ -210,8 +209,8 @@ def describe(config: ConfigDict, problem: Problem) -> list[str]:
         f"LoRA        {trained:>15,}  float32, rank {config.lora.rank}, and twice that in AdamW",
         f"batch       {samples} samples = {devices} devices x {chunks} chunks x {per_forward} samples per forward pass"
         f" ({chunks // updates} chunks to each of {updates} updates)",
-        f"iteration   {samples} reward queries, {evaluations:,} UNet evaluations to sample"
-        + (f", {evaluations:,} for the old log-probs" if again else ""),
+        f"iteration   {samples} reward queries, UNet evaluations: "
+        + ", ".join(f"{evaluations:,} {why}" for why in passes),
     ]
 
 
@@ -222,7 +221,7 @@ def conclude(config: ConfigDict, costs: list[Cost]) -> list[str]:
     lines = [
         f"FLOPs an iteration (all devices): {work:.4g}: matrix products and convolutions of the traced programs, two a "
         "multiply-add, loops by their length, of branches the dearer one"
-        + (" (all steps live)" if config.algorithm == "alignprop" else ""),
+        + (" (all steps live)" if METHODS[config.algorithm].needs.reward_gradient else ""),
         f"largest: {size} in {peak.name}, by XLA's memory analysis for the backend {platform!r}",
     ]
     if platform == "cpu":

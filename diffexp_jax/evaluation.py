@@ -11,12 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffexp_jax import parallel
-from diffexp_jax.algorithms import chunked, unchunked
-from diffexp_jax.diffusion import Steps
+from diffexp_jax.algorithms.algorithm import chunked, unchunked
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.models.stable_diffusion import StableDiffusion, TextEmbedding, token_ids
 from diffexp_jax.rewards import Reward
-from diffexp_jax.sampling import Context, Denoise, guided, initial_latents, rollout
+from diffexp_jax.sampling import Context, Denoise, Steps, guided, initial_latents, rollout
 
 
 class Task(NamedTuple):
@@ -75,7 +74,7 @@ def as_bytes(images: Float[Array, "*B H W 3"]) -> UInt8[Array, "*B H W 3"]:
 
 
 def make_generate(
-    model: StableDiffusion, *, prediction_type: str, n_chunks: int, lora_scale: float
+    model: StableDiffusion, *, n_chunks: int, lora_scale: float
 ) -> Callable[..., UInt8[Array, "D B H W 3"]]:
     """A mapped program (frozen, lora, context, keys, steps) -> images as bytes."""
 
@@ -83,7 +82,7 @@ def make_generate(
         context, keys = chunk
         x_T = initial_latents(keys, model.latent_shape)
         denoise = denoiser(model, frozen, lora, lora_scale=lora_scale)
-        x_0, _ = rollout(denoise, x_T, context, steps, keys, prediction_type=prediction_type)
+        x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
         return as_bytes(model.decode(frozen["model"], x_0))
 
     def generate(frozen, lora, context, keys, steps):

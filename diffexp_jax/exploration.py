@@ -6,11 +6,11 @@ method takes them as they are.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 
 def guidance_schedule(
-    t: Int[Array, "T"],
+    t: Num[Array, "T"],
     *,
     w_low: float | Array,
     w_high: float | Array,

@@ -11,13 +11,14 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from diffexp_jax import InputError, backend, evaluation, exploration, parallel
-from diffexp_jax.algorithms import Batch
-from diffexp_jax.diffusion import NoiseSchedule, Steps, make_steps, noise_schedule, timesteps
+from diffexp_jax.algorithms import METHODS, Batch
 from diffexp_jax.models import stable_diffusion
 from diffexp_jax.models.stable_diffusion import TextEmbedding
+from diffexp_jax.process import Process
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.units import unit_ids
 from diffexp_jax.rewards import Reward, load_reward, reward_name
+from diffexp_jax.sampling import Steps
 
 
 class Problem(NamedTuple):
@@ -65,10 +66,11 @@ def load_rewards(config: ConfigDict, *, shapes_only: bool = False) -> tuple[str,
         return load_reward(spec, weights=weights.get(spec, ()), dtype=dtype, **options)
 
     trained = load(config.reward, config.reward_dtype)
-    if config.algorithm == "alignprop" and trained.start:
+    if METHODS[config.algorithm].needs.reward_gradient and trained.start:
+        others = ", ".join(name for name, method in METHODS.items() if not method.needs.reward_gradient)
         raise InputError(
-            f"reward={config.reward!r}: alignprop needs the reward's gradient, and plain Python has none; wants "
-            "algorithm ddpo, or a function of JAX: jax:MODULE:FUNCTION"
+            f"reward={config.reward!r}: {config.algorithm} needs the reward's gradient, and plain Python has none; "
+            f"wants algorithm {others}, or a function of JAX: jax:MODULE:FUNCTION"
         )
     once = config.reward_dtype == config.eval.reward_dtype or not config.eval.every or bool(trained.start)
     rewards = {
@@ -98,18 +100,6 @@ def load_problem(config: ConfigDict) -> Problem:
     return Problem(model, name, trained, rewards, units, task(prompts), [task(s) for s in eval_sets], empty, uncond)
 
 
-def load_schedule(model: stable_diffusion.StableDiffusion) -> NoiseSchedule:
-    """The model's noise schedule.
-
-    Raises:
-      InputError: its scheduler config asks for what is not implemented.
-    """
-    try:
-        return noise_schedule(model.scheduler_config)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def frozen_params(problem: Problem) -> Any:
     """The arrays (or shapes) that training reads and leaves alone."""
     model = {part: problem.model.params[part] for part in ("unet", "vae")}
@@ -121,13 +111,13 @@ def frozen_arrays(problem: Problem) -> Any:
     return parallel.replicate(frozen_params(problem))
 
 
-def sampling_steps(config: ConfigDict, schedule: NoiseSchedule, *, explore: bool) -> Steps:
+def sampling_steps(config: ConfigDict, process: Process, *, explore: bool) -> Steps:
     """The run's sampling steps on every device; guidance follows Eq. 7 where `explore`, else it is constant."""
-    t, e = timesteps(schedule, config.sampling.steps), config.exploration
+    t, e = process.timesteps(config.sampling.steps), config.exploration
     w_t = exploration.guidance_schedule(
         t, w_low=e.w_low, w_high=config.sampling.guidance, t_thresh=e.t_thresh, active=explore
     )
-    return parallel.replicate(make_steps(schedule, t, w_t, eta=config.sampling.eta))
+    return parallel.replicate(process.make_steps(t, w_t, eta=config.sampling.eta))
 
 
 def make_explore(config: ConfigDict) -> Callable[..., jax.Array]:

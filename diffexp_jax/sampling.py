@@ -7,13 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffexp_jax.diffusion import (
-    Steps,
-    classifier_free_guidance,
-    ddim_step,
-    gaussian_log_prob,
-    sample_noise,
-)
+from diffexp_jax.process import Process, gaussian_log_prob, sample_noise
 
 
 class Context(NamedTuple):
@@ -28,7 +22,9 @@ class Context(NamedTuple):
     added_uncond: Any = None
 
 
-# (x_t, step, context) -> the network's guided output; `step` is one row of Steps
+# A run's steps as columns [T], and one row of them; see `process.Process`
+Steps = Any
+# (x_t, step, context) -> the network's guided output
 Denoise = Callable[[Float[Array, "B h w c"], Steps, Context], Float[Array, "B h w c"]]
 
 
@@ -40,6 +36,13 @@ class Trajectory(NamedTuple):
     log_prob: Float[Array, "T B"]
     steps: Steps
     context: Context
+
+
+def classifier_free_guidance(
+    cond: Float[Array, "B h w c"], uncond: Float[Array, "B h w c"], w_t: Float[Array, ""]
+) -> Float[Array, "B h w c"]:
+    """DiffExp Eq. 4: eps~ = w eps(x, t, c) + (1 - w) eps(x, t, null). 1 is no guidance, 0 unconditional."""
+    return w_t * cond + (1.0 - w_t) * uncond
 
 
 def guided(unet: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
@@ -82,18 +85,18 @@ def step_noise(keys: jax.Array, i: Array, shape: tuple[int, ...]) -> Float[Array
 
 
 def rollout(
+    process: Process,
     denoise: Denoise,
     x_T: Float[Array, "B h w c"],
     context: Context,
     steps: Steps,
     keys: jax.Array,
     *,
-    prediction_type: str = "epsilon",
     live: Bool[Array, "T"] | None = None,
     remat: bool = True,
     keep_trajectory: bool = False,
 ) -> tuple[Float[Array, "B h w c"], Trajectory | None]:
-    """Samples x_0 by DDIM with the steps' own noise levels (stochastic where sigma_t > 0).
+    """Samples x_0 by the process' steps (stochastic where sigma_t > 0).
 
     Args:
       keys: one PRNG key per sample; the noise depends on nothing else, so not on how samples are batched.
@@ -107,7 +110,7 @@ def rollout(
     def body(x_t, xs):
         i, step, live_i = xs
         out = denoise(x_t, step, context) if live is None else truncated(denoise)(x_t, step, context, live_i)
-        mean, std = ddim_step(x_t, out, step, prediction_type)
+        mean, std = process.transition(x_t, out, step)
         x_tm1 = mean + std * step_noise(keys, i, x_t.shape[1:])
         kept = (x_t, x_tm1, gaussian_log_prob(x_tm1, mean, std)) if keep_trajectory else None
         return x_tm1, kept
@@ -119,14 +122,13 @@ def rollout(
 
 
 def step_log_prob(
+    process: Process,
     denoise: Denoise,
     x_t: Float[Array, "B h w c"],
     x_tm1: Float[Array, "B h w c"],
     step: Steps,
     context: Context,
-    *,
-    prediction_type: str = "epsilon",
 ) -> Float[Array, "B"]:
     """log p_theta(x_{t-1} | x_t, c) of a transition that was sampled before."""
-    mean, std = ddim_step(x_t, denoise(x_t, step, context), step, prediction_type)
+    mean, std = process.transition(x_t, denoise(x_t, step, context), step)
     return gaussian_log_prob(x_tm1, mean, std)

@@ -36,7 +36,6 @@ from diffexp_jax.problem import (
     draw_batch,
     frozen_arrays,
     load_problem,
-    load_schedule,
     make_explore,
     sampling_steps,
 )
@@ -55,13 +54,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     # ------------------------------------------------------------------------------------ model, rewards, and prompts
     problem = load_problem(config)
-    schedule = load_schedule(problem.model)
     frozen = frozen_arrays(problem)
-    plain_steps, explored_steps = (sampling_steps(config, schedule, explore=on) for on in (False, True))
+    plain_steps, explored_steps = (sampling_steps(config, problem.model.process, explore=on) for on in (False, True))
     check.check_noise(config, plain_steps)
 
     # ------------------------------------------------------------------------------------------------------- programs
-    algorithm, sample, update, generate = make_programs(config, problem, schedule.prediction_type)
+    algorithm, sample, update, generate = make_programs(config, problem)
     scorers, explore = make_scorers(config, problem, frozen), make_explore(config)
 
     # -------------------------------------------------------------------------------------------------- state, resume

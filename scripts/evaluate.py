@@ -14,7 +14,7 @@ import numpy as np
 from diffexp_jax import InputError, backend, checkpoint, command, evaluation, parallel, report
 from diffexp_jax.models.files import read_json
 from diffexp_jax.models.lora import scaled
-from diffexp_jax.problem import frozen_arrays, load_problem, load_schedule, sampling_steps
+from diffexp_jax.problem import frozen_arrays, load_problem, sampling_steps
 from diffexp_jax.programs import make_scorers
 
 
@@ -31,12 +31,9 @@ def main(args: argparse.Namespace) -> None:
     config.eval.rewards = tuple(args.rewards.split(",")) if args.rewards else tuple(config.eval.rewards)
     problem = load_problem(config)
     iteration, lora = checkpoint.newest_lora(args.workdir)
-    schedule = load_schedule(problem.model)
     batch = max(args.batch // jax.device_count(), 1) * jax.device_count()
-    generate = evaluation.make_generate(
-        problem.model, prediction_type=schedule.prediction_type, n_chunks=1, lora_scale=1.0
-    )
-    steps, frozen = sampling_steps(config, schedule, explore=False), frozen_arrays(problem)
+    generate = evaluation.make_generate(problem.model, n_chunks=1, lora_scale=1.0)
+    steps, frozen = sampling_steps(config, problem.model.process, explore=False), frozen_arrays(problem)
     scorers = make_scorers(config, problem, frozen)
     results: dict[str, dict] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
     results["sampling"] = config.sampling.to_dict()

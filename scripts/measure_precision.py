@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from diffexp_jax import command, evaluation, parallel
 from diffexp_jax.algorithms.ddpo import clipped_ratio_loss
-from diffexp_jax.diffusion import make_steps, noise_schedule, timesteps
 from diffexp_jax.models import lora, stable_diffusion
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.sampling import initial_latents, rollout, step_log_prob
@@ -96,9 +95,8 @@ def _body(eqn) -> ClosedJaxpr | None:
 def sampled(args: argparse.Namespace):
     """A batch of chains sampled by the untuned float32 model, as DDPO samples; (trajectory, prompts' context)."""
     model = stable_diffusion.load("emoji")
-    schedule = noise_schedule(model.scheduler_config)
-    t = timesteps(schedule, args.steps)
-    steps = make_steps(schedule, t, np.full(len(t), args.guidance, np.float32), eta=1.0)
+    t = model.process.timesteps(args.steps)
+    steps = model.process.make_steps(t, np.full(len(t), args.guidance, np.float32), eta=1.0)
     texts = load_prompts("animal_activities").texts
     rows = np.asarray(jax.random.randint(parallel.stream(args.seed, "prompts"), (args.samples,), 0, len(texts)))
     cond, _ = evaluation.encode_prompts(model, [texts[row] for row in rows])
@@ -110,7 +108,7 @@ def sampled(args: argparse.Namespace):
     def sample(frozen, context, keys):
         x_T = initial_latents(keys, model.latent_shape)
         denoise = evaluation.denoiser(model, frozen, None)
-        return rollout(denoise, x_T, context, steps, keys, keep_trajectory=True)[1]
+        return rollout(model.process, denoise, x_T, context, steps, keys, keep_trajectory=True)[1]
 
     return model, sample(frozen, context, keys)
 
@@ -122,7 +120,7 @@ def make_programs(precision: str):
     frozen = {"model": jax.device_put({"unet": model.params["unet"]})}
 
     def log_prob(frozen, lora, x_t, x_tm1, step, context):
-        return step_log_prob(evaluation.denoiser(model, frozen, lora), x_t, x_tm1, step, context)
+        return step_log_prob(model.process, evaluation.denoiser(model, frozen, lora), x_t, x_tm1, step, context)
 
     def gradient(frozen, lora, x_t, x_tm1, step, context, old, adv, clip):
         def loss(lora):

@@ -17,16 +17,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffexp_jax import InputError, command, evaluation, exploration, parallel, report
-from diffexp_jax.diffusion import NoiseSchedule, Steps, make_steps, timesteps
 from diffexp_jax.models import stable_diffusion
 from diffexp_jax.models.lora import load_lora, scaled
 from diffexp_jax.models.precision import DTYPES
 from diffexp_jax.models.stable_diffusion import StableDiffusion, TextEmbedding
-from diffexp_jax.problem import load_schedule
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.files import comma_phrases
 from diffexp_jax.prompts.units import UNITS, unit_ids
-from diffexp_jax.sampling import Context, initial_latents, rollout
+from diffexp_jax.sampling import Context, Steps, initial_latents, rollout
 
 
 class Variant(NamedTuple):
@@ -75,12 +73,11 @@ def main(args: argparse.Namespace) -> None:
     )
     x_T = read_latents(args.latents, n, model.latent_shape) if args.latents else None
     lora = scaled(*load_lora(args.lora, model.params["unet"])) if args.lora else None
-    schedule = load_schedule(model)
-    variants = make_variants(args, model, schedule, prompts, lora)
+    variants = make_variants(args, model, prompts, lora)
     keys = parallel.sample_keys(parallel.stream(args.seed, "sample"), n)
     x_T = initial_latents(keys, model.latent_shape) if x_T is None else x_T
     frozen = {"model": {part: model.params[part] for part in ("unet", "vae")}}
-    sample = make_sample(model, schedule)
+    sample = make_sample(model)
 
     size = min(args.batch, n)
     starts = range(0, n, size)
@@ -121,17 +118,15 @@ def chosen_prompts(args: argparse.Namespace) -> PromptSet:
     return PromptSet("sample", texts, (*(comma_phrases(text) for text in args.prompt), *file.phrases))
 
 
-def make_variants(
-    args: argparse.Namespace, model: StableDiffusion, schedule: NoiseSchedule, prompts: PromptSet, lora: Any
-) -> list[Variant]:
+def make_variants(args: argparse.Namespace, model: StableDiffusion, prompts: PromptSet, lora: Any) -> list[Variant]:
     """What was asked for, and beside it what to compare it with."""
     cond, cut = evaluation.encode_prompts(model, prompts.texts)
     for text in cut:
         print(f"warning: prompt cut to {model.tokenizer.model_max_length} tokens: {text!r}")
     empty = evaluation.encode_empty(model)
     context = evaluation.make_context(cond, evaluation.unconditional(model, empty))
-    t = timesteps(schedule, args.steps)
-    steps = make_steps(schedule, t, np.full(len(t), args.guidance, np.float32), eta=args.eta)
+    t = model.process.timesteps(args.steps)
+    steps = model.process.make_steps(t, np.full(len(t), args.guidance, np.float32), eta=args.eta)
     texts = list(prompts.texts)
     variants = [Variant("", texts, lora, steps, context)]
     if args.lora:
@@ -140,7 +135,7 @@ def make_variants(
         variants = [Variant("-base", [f"without LoRA: {text}" for text in texts], without, steps, context), *variants]
     if args.explore:
         w_t = exploration.guidance_schedule(t, w_low=args.w_low, w_high=args.guidance, t_thresh=args.t_thresh)
-        low = make_steps(schedule, t, w_t, eta=args.eta)
+        low = model.process.make_steps(t, w_t, eta=args.eta)
         weighted, words = weigh(args, model, prompts, cond, empty)
         context_w = context._replace(cond=weighted)
         said = f"guidance {args.w_low:g} while t > {args.t_thresh:g}"
@@ -176,13 +171,13 @@ def weigh(
     return embedding, words
 
 
-def make_sample(model: StableDiffusion, schedule: NoiseSchedule) -> Callable[..., jax.Array]:
+def make_sample(model: StableDiffusion) -> Callable[..., jax.Array]:
     """A compiled program (frozen, lora, x_T, context, steps, keys) -> images in [0,1]."""
 
     @jax.jit
     def sample(frozen, lora, x_T, context, steps, keys):
         denoise = evaluation.denoiser(model, frozen, lora)
-        x_0, _ = rollout(denoise, x_T, context, steps, keys, prediction_type=schedule.prediction_type)
+        x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
         return model.decode(frozen["model"], x_0).clip(0.0, 1.0)
 
     return sample

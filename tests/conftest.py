@@ -213,7 +213,7 @@ def policy_of(model, score) -> Policy:
         decode=lambda frozen, x_0: model.decode(frozen["model"], x_0),
         score=lambda frozen, images, tokens: (score(frozen, images), {}),
         latent_shape=model.latent_shape,
-        prediction_type="epsilon",
+        process=model.process,
     )
 
 

@@ -10,9 +10,9 @@ from conftest import nonzero_lora, policy_of
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import Batch, Policy
 from diffexp_jax.algorithms.alignprop import alignprop, live_steps
-from diffexp_jax.diffusion import make_steps, noise_schedule
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.problem import draw_batch, frozen_arrays, load_problem, sampling_steps
+from diffexp_jax.process import load_process
 from diffexp_jax.sampling import Context, initial_latents
 
 # ----------------------------------------------------------------------------------------------------------- truncation
@@ -100,7 +100,7 @@ class Tiny:
     def steps(self, w):
         config = self.config.copy_and_resolve_references().unlock()
         config.sampling.guidance = w
-        return sampling_steps(config, noise_schedule(self.model.scheduler_config), explore=False)
+        return sampling_steps(config, self.model.process, explore=False)
 
     def step(self, state, batch, steps, k, weights):
         frozen = parallel.replicate({"weights": np.broadcast_to(weights, (16, 16, 3)).astype(np.float32)})
@@ -219,17 +219,17 @@ def test_learns_brightness(tiny, sign):
 @pytest.mark.parametrize("target, loss", [(None, -0.3), (10.0, 9.7), (0.1, 0.2)])
 def test_loss_literal(target, loss):
     """coefficient x mean |target - r|, or x mean(-r) without a target; r = 0.3 whatever the picture."""
+    process = load_process({"beta_schedule": "scaled_linear"})
     policy = Policy(
         denoise=lambda frozen, lora: lambda x_t, step, context: lora * x_t,
         decode=lambda frozen, x_0: x_0,
         score=lambda frozen, images, tokens: (0.3 + 0.0 * images.mean((1, 2, 3)), {}),
         latent_shape=(2, 2, 3),
-        prediction_type="epsilon",
+        process=process,
     )
     kwargs = dict(n_chunks=1, loss_coefficient=0.5, reward_target=target, truncation="fixed", truncation_k=1)
     algorithm = alignprop(policy, optax.sgd(1.0), **kwargs)
-    schedule = noise_schedule({"beta_schedule": "scaled_linear"})
-    steps = make_steps(schedule, np.array([1]), np.ones(1, np.float32), eta=0.0)
+    steps = process.make_steps(np.array([1]), np.ones(1, np.float32), eta=0.0)
     cond = np.zeros((2, 1, 1), np.float32)
     batch = Batch(np.zeros(2, np.int32), Context(cond, cond), None, parallel.sample_keys(jax.random.key(0), 2))
     state = algorithm.init(jnp.float32(0.5))

@@ -146,7 +146,7 @@ def test_a_real_script_says_one_line(tmp_path):
         ("alignprop", "alignprop.truncation_k", 5, "alignprop.truncation_k=5: wants 1..4"),
         ("alignprop", "batch.samples", 0, "batch.samples=0: wants at least 1"),
         ("alignprop", "batch.samples_per_forward", 3, "wants a divisor of the 8 samples"),
-        ("ddpo", "ddpo.updates", 3, "batch.samples=8: wants a multiple of devices x ddpo.updates = 1 x 3"),
+        ("ddpo", "ddpo.updates", 3, "batch.samples=8: wants a multiple of devices x updates = 1 x 3"),
         ("ddpo", "ddpo.stats_min_count", 5, "ddpo.stats_min_count=5: wants 1..4"),
         ("ddpo", "eval.every", -1, "eval.every=-1: wants at least 0"),
         ("ddpo", "lora.rank", 0, "lora.rank=0: wants at least 1"),

@@ -10,9 +10,9 @@ from conftest import nonzero_lora, policy_of
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import Batch, Policy
 from diffexp_jax.algorithms.ddpo import clipped_ratio_loss, ddpo, ratio_metrics
-from diffexp_jax.diffusion import make_steps, noise_schedule, timesteps
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.problem import draw_batch, frozen_arrays, load_problem, make_explore, sampling_steps
+from diffexp_jax.process import load_process
 from diffexp_jax.sampling import Context, step_log_prob
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -47,8 +47,8 @@ def test_clipped_ratio_loss_is_a_mean_over_the_batch():
 # ------------------------------------------------------------------------- the updates, on a network of three numbers
 
 SHAPE, N, T = (2, 2, 3), 8, 3
-SCHEDULE = noise_schedule({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
-STEPS = make_steps(SCHEDULE, timesteps(SCHEDULE, T), np.full(T, 2.0, np.float32), eta=1.0)
+PROCESS = load_process({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
+STEPS = PROCESS.make_steps(PROCESS.timesteps(T), np.full(T, 2.0, np.float32), eta=1.0)
 
 
 def linear(frozen, lora):
@@ -64,7 +64,7 @@ LINEAR = Policy(
     decode=lambda frozen, x_0: jax.nn.sigmoid(x_0),
     score=lambda frozen, images, tokens: (images.mean((1, 2, 3)), {"part": tokens.astype(jnp.float32)}),
     latent_shape=SHAPE,
-    prediction_type="epsilon",
+    process=PROCESS,
 )
 LORA = {"a": jnp.float32(0.7), "b": jnp.float32(-0.2), "c": jnp.float32(0.3)}
 SETTINGS = dict(n_prompts=5, inner_epochs=1, n_updates=1, n_chunks=1, clip=1e-4, advantage_clip=5.0)
@@ -109,7 +109,7 @@ def by_hand(samples, *, n_updates, inner_epochs, clip):
             for i in range(T):
                 step = jax.tree.map(lambda column, i=i: column[i], tr.steps)
                 context = jax.tree.map(lambda x: x[rows], tr.context)
-                log_prob = step_log_prob(linear({}, lora), tr.x_t[i][rows], tr.x_tm1[i][rows], step, context)
+                log_prob = step_log_prob(PROCESS, linear({}, lora), tr.x_t[i][rows], tr.x_tm1[i][rows], step, context)
                 log_ratios.append(log_prob - tr.log_prob[i][rows])
                 ratio = jnp.exp(log_ratios[-1])
                 bounded = jnp.minimum(jnp.maximum(ratio, 1 - clip), 1 + clip)
@@ -227,7 +227,7 @@ def plain_policy_gradient(samples, n_updates, inner_epochs):
             total = 0.0
             for i in range(T):
                 step, context = jax.tree.map(lambda x, i=i: x[i], tr.steps), jax.tree.map(lambda x: x[rows], tr.context)
-                log_prob = step_log_prob(linear({}, lora), tr.x_t[i][rows], tr.x_tm1[i][rows], step, context)
+                log_prob = step_log_prob(PROCESS, linear({}, lora), tr.x_t[i][rows], tr.x_tm1[i][rows], step, context)
                 total -= (adv[rows] * log_prob).mean() / T
             return total
 
@@ -281,8 +281,7 @@ class Tiny:
         self.frozen = {"model": frozen_arrays(self.problem)["model"]}
         lora = init_lora(jax.random.key(0), self.model.params["unet"], rank=2)
         self.state = parallel.replicate(self.algorithm.init(nonzero_lora(lora)))
-        schedule = noise_schedule(self.model.scheduler_config)
-        self.plain, self.explored = (sampling_steps(config, schedule, explore=on) for on in (False, True))
+        self.plain, self.explored = (sampling_steps(config, self.model.process, explore=on) for on in (False, True))
         self.key = parallel.replicate(jax.random.key(0))
 
     def batch(self, it, explore=True):
@@ -345,7 +344,7 @@ def test_ratio_is_1_in_bfloat16(make_config):
     policy = policy_of(problem.model, lambda frozen, images: images.mean((1, 2, 3)))
     settings = SETTINGS | {"n_chunks": 2, "n_updates": 2, "old_log_prob": "recomputed"}
     algorithm = ddpo(policy, optax.sgd(0.0), **settings)
-    steps = sampling_steps(config, noise_schedule(problem.model.scheduler_config), explore=True)
+    steps = sampling_steps(config, problem.model.process, explore=True)
     args = parallel.replicate(algorithm.init(lora)), frozen, draw_batch(config, problem, 0, make_explore(config)), steps
     samples = parallel.pmap(algorithm.sample)(*args)
     _, metrics, _ = parallel.pmap(algorithm.update)(*args, parallel.replicate(jax.random.key(0)), samples)

@@ -16,11 +16,9 @@ from test_unet import SD15 as SD15_UNET
 from test_unet import SDXL as SDXL_UNET
 
 from diffexp_jax import InputError, evaluation, exploration, parallel, train
-from diffexp_jax.diffusion import make_steps, timesteps
 from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models import families, lora, stable_diffusion
-from diffexp_jax.problem import load_schedule
 from diffexp_jax.sampling import rollout
 
 PROMPTS = ["a dog riding a bike", "an ant"]
@@ -131,12 +129,11 @@ def make(tmp_path_factory):
 
 def sampler(model):
     """A compiled program (params, lora, x_T, context, steps, keys) -> images."""
-    kind = load_schedule(model).prediction_type
 
     @jax.jit
     def sample(params, collection, x_T, context, steps, keys):
         denoise = evaluation.denoiser(model, {"model": params}, collection)
-        x_0, _ = rollout(denoise, x_T, context, steps, keys, prediction_type=kind)
+        x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
         return model.decode(params, x_0).clip(0.0, 1.0)
 
     return sample
@@ -202,9 +199,8 @@ def test_unet_is_diffusers(both):
 def images(both, x_T, guidance, collection=None):
     """10 DDIM steps of PROMPTS."""
     model = both.ours
-    schedule = load_schedule(model)
-    t = timesteps(schedule, 10)
-    steps = make_steps(schedule, t, np.full(10, guidance), eta=0.0)
+    t = model.process.timesteps(10)
+    steps = model.process.make_steps(t, np.full(10, guidance), eta=0.0)
     cond, _, uncond = embeddings(model)
     context, keys = evaluation.make_context(cond, uncond), parallel.sample_keys(jax.random.key(0), 2)
     return np.asarray(both.sample(model.params, collection, x_T, context, steps, keys))

@@ -8,20 +8,21 @@ import pytest
 from conftest import UNET, nonzero_lora, random_weights
 
 from diffexp_jax import evaluation, parallel
-from diffexp_jax.algorithms import Batch, Policy, chunked, unchunked
+from diffexp_jax.algorithms import Batch, Policy
+from diffexp_jax.algorithms.algorithm import chunked, unchunked
 from diffexp_jax.algorithms.alignprop import alignprop
 from diffexp_jax.algorithms.ddpo import ddpo
-from diffexp_jax.diffusion import make_steps, noise_schedule, timesteps
 from diffexp_jax.models import convert
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.stable_diffusion import StableDiffusion
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
-from diffexp_jax.problem import load_problem, load_schedule, sampling_steps
+from diffexp_jax.problem import load_problem, sampling_steps
+from diffexp_jax.process import load_process
 from diffexp_jax.sampling import Context, initial_latents, rollout
 
-SCHEDULE = noise_schedule({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
-STEPS = make_steps(SCHEDULE, timesteps(SCHEDULE, 3), np.full(3, 2.0, np.float32), eta=1.0)
+PROCESS = load_process({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
+STEPS = PROCESS.make_steps(PROCESS.timesteps(3), np.full(3, 2.0, np.float32), eta=1.0)
 
 
 def normal(seed, *shape):
@@ -59,7 +60,7 @@ def test_rematerialisation_of_steps():
                 x = x + jnp.sin(x @ w1) @ w2
             return x
 
-        x_0, _ = rollout(denoise, x, context, STEPS, keys, live=jnp.array([False, True, True]), remat=remat)
+        x_0, _ = rollout(PROCESS, denoise, x, context, STEPS, keys, live=jnp.array([False, True, True]), remat=remat)
         return jnp.square(x_0).sum()
 
     (plain, most), (again, least) = (
@@ -141,7 +142,7 @@ def brightness(frozen, images, tokens):
     return images.mean((1, 2, 3)), {}
 
 
-POLICY = Policy(linear, lambda frozen, x_0: jax.nn.sigmoid(x_0), brightness, (2, 2, 3), "epsilon")
+POLICY = Policy(linear, lambda frozen, x_0: jax.nn.sigmoid(x_0), brightness, (2, 2, 3), PROCESS)
 DDPO = dict(n_prompts=5, n_updates=1, inner_epochs=1, clip=1e-4, advantage_clip=5.0, stats_buffer=4, stats_min_count=2)
 ALIGNPROP = dict(loss_coefficient=1.0, reward_target=None, truncation="fixed", truncation_k=3)
 
@@ -161,12 +162,13 @@ def sample_by_alignprop(n_chunks, batch, steps):
 def sample_by_evaluation(n_chunks, batch, steps):
     model = StableDiffusion(*[None] * len(StableDiffusion._fields))._replace(
         latent_shape=(2, 2, 3),
+        process=PROCESS,
         unet=lambda params, lora, x, t, embedding, added: jnp.tanh(
             lora["a"] * x + embedding.mean((1, 2), keepdims=True)[..., None]
         ),
         decode=lambda params, x_0: jax.nn.sigmoid(x_0),
     )
-    generate = evaluation.make_generate(model, prediction_type="epsilon", n_chunks=n_chunks, lora_scale=1.0)
+    generate = evaluation.make_generate(model, n_chunks=n_chunks, lora_scale=1.0)
     lora = parallel.replicate({"a": jnp.float32(0.7)})
     return generate({"model": {}}, lora, batch.context, batch.key, steps) / np.float32(255)
 
@@ -193,13 +195,13 @@ def test_images_in_bfloat16(make_config):
         problem = load_problem(config)
         model, keys = problem.model, parallel.sample_keys(jax.random.key(0), 4)
         lora = nonzero_lora(init_lora(jax.random.key(0), model.params["unet"], rank=2))
-        steps = jax.tree.map(lambda x: x[0], sampling_steps(config, load_schedule(model), explore=False))
+        steps = jax.tree.map(lambda x: x[0], sampling_steps(config, model.process, explore=False))
         context = evaluation.make_context(jax.tree.map(lambda x: x[:4], problem.train.cond), problem.uncond)
 
         @jax.jit
         def sample(params, context, steps, model=model, lora=lora, keys=keys):
             denoise = evaluation.denoiser(model, {"model": params}, lora)
-            x_0, _ = rollout(denoise, initial_latents(keys, model.latent_shape), context, steps, keys)
+            x_0, _ = rollout(model.process, denoise, initial_latents(keys, model.latent_shape), context, steps, keys)
             return model.decode(params, x_0).clip(0.0, 1.0)
 
         params = {part: model.params[part] for part in ("unet", "vae")}

@@ -15,7 +15,7 @@ from diffexp_jax import InputError, RewardError, command, parallel, train
 from diffexp_jax.evaluation import make_official_scorer
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import init_lora
-from diffexp_jax.problem import draw_batch, frozen_arrays, load_problem, load_schedule, make_explore, sampling_steps
+from diffexp_jax.problem import draw_batch, frozen_arrays, load_problem, make_explore, sampling_steps
 from diffexp_jax.programs import make_programs
 from diffexp_jax.rewards import jpeg, load_reward, reward_name
 
@@ -191,12 +191,11 @@ class Tiny:
 
     def __init__(self, config):
         self.config, self.problem = config, load_problem(config)
-        schedule = load_schedule(self.problem.model)
-        self.programs = make_programs(config, self.problem, schedule.prediction_type)
+        self.programs = make_programs(config, self.problem)
         self.frozen = frozen_arrays(self.problem)
         lora = init_lora(jax.random.key(0), self.problem.model.params["unet"], rank=config.lora.rank)
         self.state = parallel.replicate(self.programs.algorithm.init(nonzero_lora(lora)))
-        self.steps = sampling_steps(config, schedule, explore=True)
+        self.steps = sampling_steps(config, self.problem.model.process, explore=True)
         self.explore = make_explore(config)
 
     def batch(self, it):

@@ -10,10 +10,11 @@ import pytest
 from conftest import ROOT, nonzero_lora
 
 from diffexp_jax import backend, evaluation
+from diffexp_jax.algorithms import ddpo
 from diffexp_jax.models import families, sizes, stable_diffusion
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
-from diffexp_jax.programs import old_log_prob
+from diffexp_jax.problem import model_dtype
 
 RNG = np.random.default_rng(0)
 W, X = RNG.standard_normal((8, 8)).astype(np.float32), RNG.standard_normal((3, 8)).astype(np.float32)
@@ -92,7 +93,9 @@ def test_what_the_settings_come_to(monkeypatch, platform, setting, dtype, precis
 )
 def test_what_ddpos_ratio_is_relative_to(monkeypatch, make_config, platform, changes, wanted):
     monkeypatch.setattr(backend, "platform", lambda: platform)
-    assert old_log_prob(make_config("ddpo", changes)) == wanted
+    config = make_config("ddpo", changes)
+    full = is_full_float32(config.model.matmul_precision, model_dtype(config))
+    assert ddpo.resolved_old_log_prob(config.ddpo.to_dict(), full) == wanted
 
 
 def test_default_precision_is_the_function_itself():

@@ -7,20 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax import diffusion, sampling
+from diffexp_jax import sampling
+from diffexp_jax.process import ddim, load_process
 from diffexp_jax.sampling import Context, guided, step_log_prob
 
-rollout = jax.jit(sampling.rollout, static_argnums=0, static_argnames=("prediction_type", "keep_trajectory"))
+compiled_rollout = jax.jit(sampling.rollout, static_argnums=(0, 1), static_argnames="keep_trajectory")
 step_noise = jax.jit(sampling.step_noise, static_argnums=2)
 initial_latents = jax.jit(sampling.initial_latents, static_argnums=1)
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "set_alpha_to_one": False}
-SCHEDULE = diffusion.noise_schedule(SD15 | {"steps_offset": 1})
+SD15 |= {"steps_offset": 1}
+PROCESS, SCHEDULE = load_process(SD15), ddim.noise_schedule(SD15)
 SHAPE = (2, 3, 4)  # h, w, c
 
 
 def make_steps(n, eta=0.0, w=1.0):
-    return diffusion.make_steps(SCHEDULE, diffusion.timesteps(SCHEDULE, n), jnp.broadcast_to(w, n), eta=eta)
+    return PROCESS.make_steps(PROCESS.timesteps(n), jnp.broadcast_to(w, n), eta=eta)
+
+
+def rollout(*args, process=PROCESS, **kwargs):
+    return compiled_rollout(process, *args, **kwargs)
 
 
 def normal(seed, *shape):
@@ -65,7 +71,7 @@ def test_rollout_of_the_zero_network():
 def test_rollout_without_jit():
     args = tanh, normal(0, 3, *SHAPE), context(3), make_steps(2, eta=1.0), KEYS
     with jax.disable_jit():
-        plain = sampling.rollout(*args, keep_trajectory=True)
+        plain = sampling.rollout(PROCESS, *args, keep_trajectory=True)
     compiled = rollout(*args, keep_trajectory=True)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), plain, compiled)
 
@@ -74,7 +80,7 @@ def test_rollout_of_a_constant_network():
     """The linear recursion written out in float64, state by state."""
     x_T, steps, ctx = normal(0, 3, *SHAPE), make_steps(8), context(3)
     x_0, _ = rollout(constant, x_T, ctx, steps, KEYS)
-    t = diffusion.timesteps(SCHEDULE, 8)
+    t = PROCESS.timesteps(8)
     a = np.append(SCHEDULE.alpha_bar[t], SCHEDULE.alpha_bar[0])
     x = np.asarray(x_T, np.float64)
     for i in range(8):
@@ -96,10 +102,12 @@ def test_a_perfect_network_finds_x_0():
 
 def test_v_prediction_reaches_the_steps():
     x_T, steps = normal(0, 3, *SHAPE), make_steps(4)
-    x_0, _ = rollout(tanh, x_T, context(3), steps, KEYS, prediction_type="v_prediction")
+    x_0, _ = rollout(
+        tanh, x_T, context(3), steps, KEYS, process=load_process(SD15 | {"prediction_type": "v_prediction"})
+    )
     x = x_T
     for i in range(4):
-        x = diffusion.ddim_step(x, tanh(x, row(steps, i), context(3)), row(steps, i), "v_prediction")[0]
+        x = ddim.ddim_step(x, tanh(x, row(steps, i), context(3)), row(steps, i), "v_prediction")[0]
     np.testing.assert_allclose(x_0, x, rtol=1e-5, atol=1e-5)
     assert np.abs(x_0 - rollout(tanh, x_T, context(3), steps, KEYS)[0]).max() > 0.1
 
@@ -112,7 +120,7 @@ def test_trajectory_is_the_chain_and_its_noise():
     np.testing.assert_array_equal(kept.x_t[1:], kept.x_tm1[:-1])
     np.testing.assert_array_equal(kept.x_tm1[-1], x_0)
     for i in range(6):
-        mean, std = diffusion.ddim_step(kept.x_t[i], tanh(kept.x_t[i], row(steps, i), ctx), row(steps, i))
+        mean, std = ddim.ddim_step(kept.x_t[i], tanh(kept.x_t[i], row(steps, i), ctx), row(steps, i))
         noise = step_noise(KEYS, jnp.int32(i), SHAPE)
         np.testing.assert_allclose(kept.x_tm1[i], mean + std * noise, atol=1e-5)
         # log N(mean + std z; mean, std^2) = -mean z^2 / 2 - log std - log(2 pi) / 2
@@ -120,18 +128,18 @@ def test_trajectory_is_the_chain_and_its_noise():
         np.testing.assert_allclose(kept.log_prob[i], want, atol=2e-3)
 
 
-@pytest.mark.parametrize("prediction_type", diffusion.PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", ddim.PREDICTION_TYPES)
 def test_log_probs_are_those_of_step_log_prob(prediction_type):
     """DDPO's ratio is 1 before the first update: |log ratio| < 1e-5, a tenth of the clip range."""
-    steps, kwargs = make_steps(20, eta=1.0), {"prediction_type": prediction_type}
-    _, kept = rollout(tanh, normal(0, 3, *SHAPE), context(3), steps, KEYS, keep_trajectory=True, **kwargs)
+    steps, process = make_steps(20, eta=1.0), load_process(SD15 | {"prediction_type": prediction_type})
+    _, kept = rollout(tanh, normal(0, 3, *SHAPE), context(3), steps, KEYS, keep_trajectory=True, process=process)
 
     def score(_, row):
-        return None, step_log_prob(tanh, *row, kept.context, **kwargs)
+        return None, step_log_prob(process, tanh, *row, kept.context)
 
     again = jax.jit(lambda kept: jax.lax.scan(score, None, (kept.x_t, kept.x_tm1, kept.steps))[1])(kept)
     assert np.abs(again - kept.log_prob).max() < 1e-5
-    other = step_log_prob(zero, kept.x_t[3], kept.x_tm1[3], row(kept.steps, 3), kept.context, **kwargs)
+    other = step_log_prob(process, zero, kept.x_t[3], kept.x_tm1[3], row(kept.steps, 3), kept.context)
     assert np.abs(other - kept.log_prob[3]).min() > 1e-3  # another network, another likelihood
 
 
@@ -185,7 +193,7 @@ THETA = jnp.array([0.8, 0.5, -0.3])
 def loss(theta, x_T, live, denoise=network, eta=0.0):
     """What AlignProp differentiates."""
     steps = make_steps(N, eta)
-    x_0, _ = sampling.rollout(denoise(theta), x_T, context(3), steps, KEYS, live=live)
+    x_0, _ = sampling.rollout(PROCESS, denoise(theta), x_T, context(3), steps, KEYS, live=live)
     return jnp.sum(jnp.square(x_0 - 1.0))
 
 
@@ -209,7 +217,7 @@ def where_grad(theta, x_T, live):
             out = network(theta)(x_t, step, context)
             return jnp.where(step.w_t > 0, out, jax.lax.stop_gradient(out))
 
-        x_0, _ = sampling.rollout(denoise, x_T, context(3), make_steps(N, w=live.astype(jnp.float32)), KEYS)
+        x_0, _ = sampling.rollout(PROCESS, denoise, x_T, context(3), make_steps(N, w=live.astype(jnp.float32)), KEYS)
         return jnp.sum(jnp.square(x_0 - 1.0))
 
     return jax.value_and_grad(loss, argnums=(0, 1))(theta, x_T)
@@ -238,7 +246,7 @@ def test_no_live_step_leaves_the_linear_recursion_only():
     np.testing.assert_array_equal(d_theta, 0.0)
     x_0, _ = rollout(network(THETA), x_T, context(3), make_steps(N), KEYS)
     assert float(value) == pytest.approx(float(jnp.sum(jnp.square(x_0 - 1.0))), rel=1e-5)
-    coefficient = np.sqrt(SCHEDULE.alpha_bar[0] / SCHEDULE.alpha_bar[diffusion.timesteps(SCHEDULE, N)[0]])
+    coefficient = np.sqrt(SCHEDULE.alpha_bar[0] / SCHEDULE.alpha_bar[PROCESS.timesteps(N)[0]])
     np.testing.assert_allclose(d_x, coefficient * 2 * (x_0 - 1.0), rtol=1e-4, atol=1e-4)
 
 
@@ -314,7 +322,7 @@ def test_guidance_of_each_step_is_its_own():
     x_0, _ = rollout(guided(unet), x_T, ctx, steps, KEYS)
     x = x_T
     for i, embedding in enumerate((ctx.cond, ctx.cond, ctx.uncond, ctx.uncond)):
-        x, _ = diffusion.ddim_step(x, unet(x, steps.t[i], embedding, None), row(steps, i))
+        x, _ = ddim.ddim_step(x, unet(x, steps.t[i], embedding, None), row(steps, i))
     np.testing.assert_allclose(x_0, x, rtol=1e-4, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from configs import alignprop, common, ddpo
+from diffexp_jax.algorithms import METHODS
 from diffexp_jax.prompts import PROMPTS
 
 PACKAGE = ROOT / "diffexp_jax"
@@ -16,27 +17,39 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each part of the package (a file or a folder) and what of ours it may import: nothing points upwards, or around.
 BELOW = {
     "backend": set(),
-    "diffusion": set(),
+    "limits": {"InputError"},
     "exploration": set(),
     "state": set(),
     "parallel": set(),
     "metrics": set(),
-    "sampling": {"diffusion"},
-    "models": {"models", "backend", "InputError"},
+    "process": {"process", "InputError"},
+    "sampling": {"process"},
+    "models": {"models", "process", "backend", "InputError"},
     "prompts": {"prompts", "InputError"},
     "rewards": {"rewards", "models", "emoji.names", "InputError", "RewardError"},
-    "emoji": {"emoji", "rewards", "models", "prompts", "diffusion", "InputError"},
-    "algorithms": {"algorithms", "sampling", "diffusion", "state"},
+    "emoji": {"emoji", "rewards", "models", "prompts", "process", "InputError"},
+    "algorithms": {"algorithms", "sampling", "process", "state", "backend", "limits", "InputError"},
     "command": {"InputError", "RewardError"},
     "report": {"metrics"},
     "checkpoint": {"command", "InputError"},
-    "check": {"models.precision", "algorithms", "prompts", "diffusion", "InputError"},
+    "check": {"limits", "models.precision", "algorithms", "prompts", "sampling", "InputError"},
     "flops": set(),
-    "programs": {"models.precision", "backend", "problem", "evaluation", "algorithms", "parallel", "check"},
-    "dry_run": {"programs", "problem", "evaluation", "flops", "models", "rewards", "prompts", "parallel", "check"}
+    "programs": {"models.precision", "problem", "evaluation", "algorithms", "parallel", "check"},
+    "dry_run": {
+        "algorithms",
+        "programs",
+        "problem",
+        "evaluation",
+        "flops",
+        "models",
+        "rewards",
+        "prompts",
+        "parallel",
+        "check",
+    }
     | {"backend", "InputError"},
-    "evaluation": {"algorithms", "sampling", "diffusion", "models", "rewards", "parallel"},
-    "problem": {"evaluation", "algorithms", "sampling", "diffusion", "exploration", "models", "rewards", "prompts"}
+    "evaluation": {"algorithms", "sampling", "process", "models", "rewards", "parallel"},
+    "problem": {"evaluation", "algorithms", "sampling", "process", "exploration", "models", "rewards", "prompts"}
     | {"parallel", "backend", "InputError"},
     "train": {
         "programs",
@@ -151,8 +164,23 @@ def settings_read(path: Path) -> set[str]:
     return read
 
 
+def settings_of_method(name: str) -> set[str]:
+    """The keys that a method's file uses: as a parameter of its function, or as settings["KEY"] where it is made."""
+    tree = ast.parse((PACKAGE / "algorithms" / f"{name}.py").read_text())
+    used = set()
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "check"):
+        loaded = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        if function.name == name:
+            used |= {argument.arg for argument in function.args.kwonlyargs} & loaded
+        for node in ast.walk(function):
+            if isinstance(node, ast.Subscript) and dotted(node.value) == "settings":
+                used.add(node.slice.value)
+    return {f"{name}.{key}" for key in used}
+
+
 def test_every_setting_is_used():
-    assert KEYS - set().union(*map(settings_read, FILES)) == set()
+    used = set().union(*map(settings_read, FILES), *map(settings_of_method, METHODS))
+    assert KEYS - used == set()
 
 
 def test_every_setting_has_a_comment():

@@ -1,11 +1,24 @@
 """AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023; DRaFT: Clark et al. 2024)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PRNGKeyArray
 
-from diffexp_jax.algorithms import AXIS, Algorithm, Policy, chunked, reward_metrics, unchunked
+from diffexp_jax.algorithms.algorithm import (
+    AXIS,
+    Algorithm,
+    Method,
+    Needs,
+    Policy,
+    Setup,
+    gradient_over_chunks,
+    reward_metrics,
+)
+from diffexp_jax.limits import one_of, within
 from diffexp_jax.sampling import initial_latents, rollout
 from diffexp_jax.state import TrainState
 
@@ -55,12 +68,12 @@ def alignprop(
     def loss(lora, frozen, chunk, steps, live):
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, _ = rollout(
+            policy.process,
             policy.denoise(frozen, lora),
             x_T,
             chunk.context,
             steps,
             chunk.key,
-            prediction_type=policy.prediction_type,
             live=live,
             remat=remat,
         )
@@ -73,15 +86,10 @@ def alignprop(
         del samples  # sampling is part of the gradient
         live, k = live_steps(key, len(steps.t), truncation=truncation, k=truncation_k)
 
-        def one(total, chunk):
-            grad_fn = jax.value_and_grad(loss, has_aux=True)
-            (value, aux), grads = grad_fn(state.lora, frozen, chunk, steps, live)
-            return jax.tree.map(jnp.add, total, (value, grads)), aux
-
-        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.lora))
-        total, aux = jax.lax.scan(one, start, chunked(batch, n_chunks))
-        value, grads = jax.lax.pmean(jax.tree.map(lambda x: x / n_chunks, total), AXIS)
-        rewards, parts, images = unchunked(aux)
+        value, grads, (rewards, parts, images) = gradient_over_chunks(
+            lambda lora, chunk: loss(lora, frozen, chunk, steps, live), state.lora, batch, n_chunks
+        )
+        value, grads = jax.lax.pmean((value, grads), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
         lora = optax.apply_updates(state.lora, updates)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "truncation/k": k}
@@ -89,3 +97,22 @@ def alignprop(
         return TrainState(state.iteration + 1, lora, opt_state), metrics, images
 
     return Algorithm(init, None, update)
+
+
+def check(settings: Mapping[str, Any], n_steps: int) -> None:
+    one_of("alignprop.truncation", settings["truncation"], TRUNCATIONS)
+    within("alignprop.truncation_k", settings["truncation_k"], 1, n_steps)
+
+
+def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
+    return alignprop(setup.policy, setup.optimizer, n_chunks=setup.n_chunks, remat=setup.remat, **settings)
+
+
+METHOD = Method(
+    name="alignprop",
+    needs=Needs(reward_gradient=True),
+    check=check,
+    updates=lambda settings: 1,
+    passes=lambda settings, full_float32: ("to sample",),
+    make=make,
+)

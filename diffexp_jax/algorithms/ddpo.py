@@ -1,22 +1,30 @@
 """DDPO: denoising diffusion policy optimisation with importance sampling (Black et al. 2024, DDPO-IS)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from diffexp_jax.algorithms import (
+from diffexp_jax import backend
+from diffexp_jax.algorithms.algorithm import (
     AXIS,
     Algorithm,
+    Method,
+    Needs,
     Policy,
     Samples,
+    Setup,
     across_devices,
     chunked,
     mean_over,
     reward_metrics,
     unchunked,
 )
+from diffexp_jax.limits import one_of, within
 from diffexp_jax.sampling import initial_latents, rollout, step_log_prob
 from diffexp_jax.state import TrainState, advantages, init_stats, update_stats
 
@@ -95,7 +103,6 @@ def ddpo(
         whose rounding is larger than what an update changes (scripts/measure_precision.py). Where an iteration is one
         update, "recomputed" is the same.
     """
-    kind = policy.prediction_type
 
     def init(lora) -> TrainState:
         stats = init_stats(n_prompts, stats_buffer)
@@ -106,7 +113,7 @@ def ddpo(
             denoise = policy.denoise(frozen, state.lora)
             x_T = initial_latents(chunk.key, policy.latent_shape)
             x_0, trajectory = rollout(
-                denoise, x_T, chunk.context, steps, chunk.key, prediction_type=kind, keep_trajectory=True
+                policy.process, denoise, x_T, chunk.context, steps, chunk.key, keep_trajectory=True
             )
             images = policy.decode(frozen, x_0).clip(0.0, 1.0)
             rewards, parts = policy.score(frozen, images, chunk.tokens) if policy.score else (None, {})
@@ -131,7 +138,7 @@ def ddpo(
 
                 def log_prob_of(lora):
                     denoise = policy.denoise(frozen, lora)
-                    return step_log_prob(denoise, x_t, x_tm1, step, tr.context, prediction_type=kind)
+                    return step_log_prob(policy.process, denoise, x_t, x_tm1, step, tr.context)
 
                 log_prob, pull_back = jax.vjp(log_prob_of, lora)
                 old = log_prob if old is None else old
@@ -167,8 +174,8 @@ def ddpo(
         def one_update(carry, minibatch):
             (lora, opt_state), recording = carry
             (loss, grads), log_prob = minibatch_gradient(lora, frozen, *minibatch, recording)
-            updates, new_opt_state = optimizer.update(grads, opt_state, lora)
-            new = optax.apply_updates(lora, updates), new_opt_state
+            change, new_opt_state = optimizer.update(grads, opt_state, lora)
+            new = optax.apply_updates(lora, change), new_opt_state
             if record:
                 new = jax.tree.map(lambda kept, new: jnp.where(recording, kept, new), (lora, opt_state), new)
             return (new, recording), ({"loss": loss, "grad_norm": optax.tree.norm(grads)}, log_prob)
@@ -189,3 +196,52 @@ def ddpo(
         return TrainState(state.iteration + 1, lora, opt_state, stats), metrics, samples.images
 
     return Algorithm(init, sample, update)
+
+
+def check(settings: Mapping[str, Any], n_steps: int) -> None:
+    one_of("ddpo.old_log_prob", settings["old_log_prob"], ("auto", *OLD_LOG_PROBS))
+    for key in ("updates", "inner_epochs", "stats_buffer"):
+        within(f"ddpo.{key}", settings[key], 1)
+    within("ddpo.stats_min_count", settings["stats_min_count"], 1, settings["stats_buffer"])
+
+
+def resolved_old_log_prob(settings: Mapping[str, Any], full_float32: bool) -> str:
+    """What the setting comes to on this machine.
+
+    "auto" in float32 is the ratio of the paper: of the sampling program's log-probs on a CPU, where that program and
+    the update's agree to 1e-5, and of recomputed ones on an accelerator. Elsewhere an update changes log-probs by less
+    than rounding does, so a ratio would be noise; but samples that are used again cannot do without one.
+    """
+    if settings["old_log_prob"] != "auto":
+        return settings["old_log_prob"]
+    if full_float32:
+        return "sampled" if backend.platform() == "cpu" else "recomputed"
+    return "current" if settings["inner_epochs"] == 1 else "recomputed"
+
+
+def passes(settings: Mapping[str, Any], full_float32: bool) -> tuple[str, ...]:
+    several = settings["updates"] * settings["inner_epochs"] > 1
+    again = several and resolved_old_log_prob(settings, full_float32) == "recomputed"
+    return ("to sample", "for the old log-probs") if again else ("to sample",)
+
+
+def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
+    return ddpo(
+        setup.policy,
+        setup.optimizer,
+        n_prompts=setup.n_prompts,
+        n_chunks=setup.n_chunks,
+        n_updates=settings["updates"],
+        old_log_prob=resolved_old_log_prob(settings, setup.full_float32),
+        **{key: value for key, value in settings.items() if key not in ("updates", "old_log_prob")},
+    )
+
+
+METHOD = Method(
+    name="ddpo",
+    needs=Needs(step_noise=True),
+    check=check,
+    updates=lambda settings: settings["updates"],
+    passes=passes,
+    make=make,
+)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from diffexp_jax.diffusion import add_noise, min_snr_weight, noise_schedule
 from diffexp_jax.emoji import scenes
 from diffexp_jax.emoji.tokenizer import MAX_LENGTH, write_tokenizer
 from diffexp_jax.models import convert, files, stable_diffusion
 from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
+from diffexp_jax.process.ddim import add_noise, min_snr_weight, noise_schedule
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -18,6 +18,7 @@ from diffexp_jax.models.families import PARTS, ModelConfig, read_config
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.models.unet import UNet
 from diffexp_jax.models.vae import AutoencoderKL, in_slices
+from diffexp_jax.process import Process, load_process
 
 EMOJI = Path(__file__).parents[1] / "emoji" / "assets" / "model"  # the model that the package ships
 
@@ -38,7 +39,7 @@ class StableDiffusion(NamedTuple):
     encode: Callable[[Any, Int[Array, "E B L"]], TextEmbedding]  # (params, token ids of each tokenizer)
     unet: Callable[..., Float[Array, "B h w c"]]  # (params, lora or None, x_t, t, embedding, added)
     decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]  # images in [0,1], not clipped
-    scheduler_config: Mapping[str, Any]
+    process: Process  # how the UNet's outputs turn noise into a latent
     latent_shape: tuple[int, int, int]  # (h, w, c)
     zero_uncond: bool  # see evaluation.unconditional
 
@@ -136,7 +137,7 @@ def build(
         encode=in_precision(encode, dtype, matmul_precision),
         unet=in_precision(apply_unet, dtype, matmul_precision),
         decode=in_precision(decode, config.vae_dtype(dtype), matmul_precision),
-        scheduler_config=config.scheduler,
+        process=load_process(config.scheduler),
         latent_shape=(side, side, config.unet.in_channels),
         zero_uncond=config.zero_uncond,
     )

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Num
 
 from diffexp_jax import InputError
 from diffexp_jax.models.layers import (
@@ -209,7 +209,7 @@ class UNet(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B h w c"],
-        t: Int[Array, "*B"],
+        t: Num[Array, "*B"],
         context: Float[Array, "B L D"],
         added: tuple[Float[Array, "B P"], Float[Array, "B 6"]] | None = None,
     ) -> Float[Array, "B h w out"]:

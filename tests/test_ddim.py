@@ -1,12 +1,13 @@
-"""The diffusion equations: literal values, and diffusers' DDIMScheduler."""
+"""DDIM's equations and what all processes share: literal values, and diffusers' DDIMScheduler."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax import diffusion
-from diffexp_jax.diffusion import Steps
+from diffexp_jax.process import ddim, gaussian_log_prob, load_process, sample_noise
+from diffexp_jax.process.ddim import Steps
+from diffexp_jax.sampling import classifier_free_guidance
 
 SD15 = {
     "beta_schedule": "scaled_linear",
@@ -28,9 +29,9 @@ SCHEDULES = {"sd15": SD15, "linear": LINEAR_OFFSET_0, "v": SD15_V, "zero_snr": Z
 
 
 def make_steps(config, n, eta, w=1.0):
-    schedule = diffusion.noise_schedule(config)
-    t = diffusion.timesteps(schedule, n)
-    return diffusion.make_steps(schedule, t, jnp.asarray(np.full(n, w, np.float32)), eta=eta)
+    schedule = ddim.noise_schedule(config)
+    t = ddim.timesteps(schedule, n)
+    return ddim.make_steps(schedule, t, jnp.asarray(np.full(n, w, np.float32)), eta=eta)
 
 
 def row(steps, i) -> Steps:
@@ -54,7 +55,7 @@ def normal(seed, *shape):
     ],
 )
 def test_literal_rows(t, alpha_bar_t, alpha_bar_prev, std):
-    schedule = diffusion.noise_schedule(SD15)
+    schedule = ddim.noise_schedule(SD15)
     assert schedule.alpha_bar.dtype == np.float64
     assert schedule.alpha_bar[t] == pytest.approx(alpha_bar_t, rel=2e-8)
     assert schedule.final_alpha_bar == schedule.alpha_bar[0] == pytest.approx(0.99915)
@@ -65,10 +66,10 @@ def test_literal_rows(t, alpha_bar_t, alpha_bar_prev, std):
 
 
 def test_literal_timesteps():
-    schedule = diffusion.noise_schedule(SD15)
-    assert diffusion.timesteps(schedule, 50).tolist() == list(range(981, 0, -20))
-    assert diffusion.timesteps(schedule, 3).tolist() == [667, 334, 1]
-    assert diffusion.timesteps(diffusion.noise_schedule(ZERO_SNR), 4).tolist() == [999, 749, 499, 249]
+    schedule = ddim.noise_schedule(SD15)
+    assert ddim.timesteps(schedule, 50).tolist() == list(range(981, 0, -20))
+    assert ddim.timesteps(schedule, 3).tolist() == [667, 334, 1]
+    assert ddim.timesteps(ddim.noise_schedule(ZERO_SNR), 4).tolist() == [999, 749, 499, 249]
 
 
 def test_sigma_is_proportional_to_eta():
@@ -78,8 +79,8 @@ def test_sigma_is_proportional_to_eta():
 
 
 def test_guidance_is_a_column():
-    schedule, w = diffusion.noise_schedule(SD15), jnp.array([1.0, 5.0, 7.5])
-    steps = diffusion.make_steps(schedule, diffusion.timesteps(schedule, 3), w, eta=0.0)
+    schedule, w = ddim.noise_schedule(SD15), jnp.array([1.0, 5.0, 7.5])
+    steps = ddim.make_steps(schedule, ddim.timesteps(schedule, 3), w, eta=0.0)
     np.testing.assert_array_equal(steps.w_t, w)
     assert {column.shape for column in steps} == {(3,)}
 
@@ -88,11 +89,11 @@ def test_offset_0_has_no_noise_at_the_last_step():
     """Why `steps_offset: 1` matters to DDPO: without it the last log-prob does not exist."""
     steps = make_steps(SD15 | {"steps_offset": 0}, 10, eta=1.0)
     assert steps.t[-1] == 0 and steps.sigma_t[-1] == 0.0 and jnp.all(steps.sigma_t[:-1] > 0)
-    assert jnp.all(jnp.isfinite(diffusion.ddim_step(jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1)), row(steps, -1))[0]))
+    assert jnp.all(jnp.isfinite(ddim.ddim_step(jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1)), row(steps, -1))[0]))
 
 
 def test_trained_betas():
-    schedule = diffusion.noise_schedule({"trained_betas": [0.1, 0.2, 0.5], "num_train_timesteps": 1000})
+    schedule = ddim.noise_schedule({"trained_betas": [0.1, 0.2, 0.5], "num_train_timesteps": 1000})
     np.testing.assert_allclose(schedule.alpha_bar, [0.9, 0.72, 0.36], rtol=1e-12)
 
 
@@ -108,19 +109,19 @@ def test_trained_betas():
 )
 def test_unknown_settings_are_refused(key, value):
     with pytest.raises(ValueError, match=f"{key}='{value}'; accepted: ") as error:
-        diffusion.noise_schedule(SD15 | {key: value})
+        load_process(SD15 | {key: value})
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["clip_sample", "thresholding", "use_flow_sigmas"])
 def test_what_would_change_every_step_is_refused(key):
     with pytest.raises(ValueError, match=f"{key}=true is not supported"):
-        diffusion.noise_schedule(SD15 | {key: True})
+        ddim.noise_schedule(SD15 | {key: True})
 
 
 def test_zero_snr_wants_v_prediction():
     with pytest.raises(ValueError, match="rescale_betas_zero_snr=true wants prediction_type='v_prediction'"):
-        diffusion.noise_schedule(ZERO_SNR | {"prediction_type": "epsilon"})
+        ddim.noise_schedule(ZERO_SNR | {"prediction_type": "epsilon"})
 
 
 def test_sdxl_base_is_read_as_ddim():
@@ -128,7 +129,7 @@ def test_sdxl_base_is_read_as_ddim():
     euler = {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": True}
     euler |= {"clip_sample": False, "sample_max_value": 1.0, "skip_prk_steps": True, "trained_betas": None}
     euler |= {"prediction_type": "epsilon", "timestep_spacing": "leading", "num_train_timesteps": 1000}
-    ours, sd15 = diffusion.noise_schedule(SD15 | euler), diffusion.noise_schedule(SD15)
+    ours, sd15 = ddim.noise_schedule(SD15 | euler), ddim.noise_schedule(SD15)
     np.testing.assert_array_equal(ours.alpha_bar, sd15.alpha_bar)
     assert ours._replace(alpha_bar=0) == sd15._replace(alpha_bar=0)
 
@@ -137,7 +138,7 @@ def test_sdxl_base_is_read_as_ddim():
 @pytest.mark.parametrize("config", [SD15, ZERO_SNR], ids=["leading", "trailing"])
 def test_impossible_numbers_of_steps_are_refused(config, n_steps):
     with pytest.raises(ValueError, match=f"{n_steps}.*1000"):
-        diffusion.timesteps(diffusion.noise_schedule(config), n_steps)
+        ddim.timesteps(ddim.noise_schedule(config), n_steps)
 
 
 # ---- diffusers
@@ -148,13 +149,13 @@ def scheduler(config, n):
     torch = pytest.importorskip("torch")
     from diffusers import DDIMScheduler
 
-    ddim = DDIMScheduler(**config, clip_sample=False)
-    ddim.set_timesteps(n)
-    float32 = ddim.alphas_cumprod
-    ddim.alphas_cumprod = torch.cumprod(1.0 - ddim.betas.double(), 0)
-    ddim.final_alpha_cumprod = torch.tensor(1.0) if config.get("set_alpha_to_one", True) else ddim.alphas_cumprod[0]
-    np.testing.assert_allclose(ddim.alphas_cumprod, float32, rtol=2e-4, atol=1e-9)
-    return ddim
+    theirs = DDIMScheduler(**config, clip_sample=False)
+    theirs.set_timesteps(n)
+    float32 = theirs.alphas_cumprod
+    theirs.alphas_cumprod = torch.cumprod(1.0 - theirs.betas.double(), 0)
+    theirs.final_alpha_cumprod = torch.tensor(1.0) if config.get("set_alpha_to_one", True) else theirs.alphas_cumprod[0]
+    np.testing.assert_allclose(theirs.alphas_cumprod, float32, rtol=2e-4, atol=1e-9)
+    return theirs
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 20, 27, 50, 64, 93, 300, 999])
@@ -163,7 +164,7 @@ def scheduler(config, n):
 def test_timesteps_are_diffusers(n, spacing, offset):
     config = SD15 | {"timestep_spacing": spacing, "steps_offset": offset}
     ours, theirs = (
-        diffusion.timesteps(diffusion.noise_schedule(config), n),
+        ddim.timesteps(ddim.noise_schedule(config), n),
         scheduler(config, n).timesteps.numpy(),
     )
     assert ours.dtype == np.int32
@@ -172,7 +173,7 @@ def test_timesteps_are_diffusers(n, spacing, offset):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_alpha_bar_is_diffusers(name):
-    ours, theirs = diffusion.noise_schedule(SCHEDULES[name]), scheduler(SCHEDULES[name], 10)
+    ours, theirs = ddim.noise_schedule(SCHEDULES[name]), scheduler(SCHEDULES[name], 10)
     np.testing.assert_allclose(ours.alpha_bar, theirs.alphas_cumprod.numpy(), rtol=1e-4, atol=1e-12)
     assert ours.final_alpha_bar == pytest.approx(float(theirs.final_alpha_cumprod), rel=1e-6)
     assert (ours.alpha_bar[-1] == 0.0) == (name == "zero_snr")
@@ -184,7 +185,7 @@ def test_pure_noise_step_at_eta_1():
     steps = jax.tree.map(lambda *columns: jnp.array([np.asarray(column)[0] for column in columns]), *runs)
     assert np.all(steps.alpha_bar_t == 0) and np.all(steps.sigma_t > 0.1)
     x_t, v = normal(0, 1, 2, 2, 3), normal(1, 1, 2, 2, 3)
-    mean, _ = jax.vmap(lambda step: diffusion.ddim_step(x_t, v, step, "v_prediction"))(steps)
+    mean, _ = jax.vmap(lambda step: ddim.ddim_step(x_t, v, step, "v_prediction"))(steps)
     np.testing.assert_allclose(mean, -jnp.sqrt(steps.alpha_bar_prev)[:, None, None, None, None] * v, atol=2e-3)
 
 
@@ -195,23 +196,23 @@ def test_every_step_is_diffusers(name, eta):
     torch = pytest.importorskip("torch")
     config, n, shape = SCHEDULES[name], 12, (2, 3, 4, 2)
     eta = min(eta, 0.9) if name == "zero_snr" else eta  # see above
-    ddim, steps = scheduler(config, n), make_steps(config, n, eta)
-    prediction_type = diffusion.noise_schedule(config).prediction_type
+    peer, steps = scheduler(config, n), make_steps(config, n, eta)
+    prediction_type = ddim.noise_schedule(config).prediction_type
     ours = theirs = normal(0, *shape)
-    for i, t in enumerate(ddim.timesteps):
+    for i, t in enumerate(peer.timesteps):
         out, noise, step = normal(1 + i, *shape), normal(100 + i, *shape), row(steps, i)
         assert int(step.t) == int(t)
 
         def their_step(x, variance_noise, out=out, t=t):
             x, out, variance_noise = (torch.from_numpy(np.array(a, np.float64)) for a in (x, out, variance_noise))
-            return ddim.step(out, t, x, eta=eta, variance_noise=variance_noise).prev_sample.numpy()
+            return peer.step(out, t, x, eta=eta, variance_noise=variance_noise).prev_sample.numpy()
 
-        mean, std = diffusion.ddim_step(theirs, out, step, prediction_type)
+        mean, std = ddim.ddim_step(theirs, out, step, prediction_type)
         want = their_step(theirs, np.zeros(shape))
         np.testing.assert_allclose(mean, want, rtol=0, atol=3e-5 * np.abs(want).max())
         np.testing.assert_allclose(std, (their_step(theirs, np.ones(shape)) - want).mean(), rtol=1e-4, atol=1e-7)
 
-        mean, std = diffusion.ddim_step(ours, out, step, prediction_type)
+        mean, std = ddim.ddim_step(ours, out, step, prediction_type)
         ours, theirs = mean + std * noise, jnp.asarray(their_step(theirs, noise), jnp.float32)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
@@ -220,7 +221,7 @@ def test_add_noise_is_diffusers():
     torch = pytest.importorskip("torch")
     x_0, eps, t = normal(0, 3, 2, 2, 4), normal(1, 3, 2, 2, 4), np.array([0, 500, 999])
     want = scheduler(SD15, 50).add_noise(*map(torch.from_numpy, (np.array(x_0), np.array(eps), t))).numpy()
-    ours = diffusion.add_noise(x_0, eps, jnp.asarray(diffusion.noise_schedule(SD15).alpha_bar[t], jnp.float32))
+    ours = ddim.add_noise(x_0, eps, jnp.asarray(ddim.noise_schedule(SD15).alpha_bar[t], jnp.float32))
     np.testing.assert_allclose(ours, want, atol=1e-5)
 
 
@@ -229,67 +230,67 @@ def test_add_noise_is_diffusers():
 
 def test_add_noise_literal():
     x_0, eps = jnp.full((2, 1, 1, 1), 2.0), jnp.full((2, 1, 1, 1), -1.0)
-    np.testing.assert_allclose(diffusion.add_noise(x_0, eps, jnp.array([0.64, 1.0])).ravel(), [1.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(ddim.add_noise(x_0, eps, jnp.array([0.64, 1.0])).ravel(), [1.0, 2.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("w, expected", [(0.0, 1.0), (1.0, 2.0), (7.5, 8.5), (0.5, 1.5), (-1.0, 0.0)])
 def test_classifier_free_guidance_literal(w, expected):
     cond, uncond = jnp.full((1, 1, 1, 2), 2.0), jnp.ones((1, 1, 1, 2))
-    np.testing.assert_allclose(diffusion.classifier_free_guidance(cond, uncond, jnp.float32(w)), expected, rtol=1e-6)
+    np.testing.assert_allclose(classifier_free_guidance(cond, uncond, jnp.float32(w)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("w, picked", [(0.0, 1), (1.0, 0)])
 def test_guidance_0_and_1_are_one_half_bit_for_bit(w, picked):
     halves = normal(0, 2, 3, 3, 4), normal(1, 2, 3, 3, 4)
-    np.testing.assert_array_equal(diffusion.classifier_free_guidance(*halves, jnp.float32(w)), halves[picked])
+    np.testing.assert_array_equal(classifier_free_guidance(*halves, jnp.float32(w)), halves[picked])
 
 
 def test_ddim_step_literal():
     """alpha_bar 0.36 -> 0.64, sigma 0.36: x_0 = (1 - 0.8 * 0.5) / 0.6 = 1, sqrt(0.36 - 0.1296) = 0.48."""
     step = Steps(jnp.int32(1), *map(jnp.float32, (0.36, 0.64, 0.36, 1.0)))
     x_t, out = jnp.ones((1, 1, 1, 1)), jnp.full((1, 1, 1, 1), 0.5)
-    mean, std = diffusion.ddim_step(x_t, out, step)
+    mean, std = ddim.ddim_step(x_t, out, step)
     assert float(mean[0, 0, 0, 0]) == pytest.approx(0.8 + 0.48 * 0.5, rel=1e-6) and float(std) == pytest.approx(0.36)
 
 
-@pytest.mark.parametrize("prediction_type", diffusion.PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", ddim.PREDICTION_TYPES)
 def test_predictions_invert_the_forward_process(prediction_type):
     x_0, eps, a = normal(0, 2, 2, 2, 3), normal(1, 2, 2, 2, 3), jnp.float32(0.3)
-    x_t = diffusion.add_noise(x_0, eps, jnp.full(2, a))
+    x_t = ddim.add_noise(x_0, eps, jnp.full(2, a))
     out = eps if prediction_type == "epsilon" else jnp.sqrt(a) * eps - jnp.sqrt(1 - a) * x_0
-    for ours, want in zip(diffusion.predictions(out, x_t, a, prediction_type), (x_0, eps), strict=True):
+    for ours, want in zip(ddim.predictions(out, x_t, a, prediction_type), (x_0, eps), strict=True):
         np.testing.assert_allclose(ours, want, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 4, 5)])
 def test_gaussian_log_prob_literal(shape):
     """-(0.5)^2 / (2 * 0.25) - log 0.5 - log(2 pi) / 2; the mean over pixels, so any size gives the same."""
-    log_prob = diffusion.gaussian_log_prob(jnp.ones(shape), jnp.full(shape, 0.5), jnp.float32(0.5))
+    log_prob = gaussian_log_prob(jnp.ones(shape), jnp.full(shape, 0.5), jnp.float32(0.5))
     np.testing.assert_allclose(log_prob, np.full(shape[0], -0.7257913526), rtol=1e-6)
 
 
 def test_gaussian_log_prob_is_per_sample():
     x = jnp.array([0.0, 1.0])[:, None, None, None] * jnp.ones((2, 2, 2, 1))
-    log_prob = diffusion.gaussian_log_prob(x, jnp.zeros_like(x), jnp.float32(1.0))
+    log_prob = gaussian_log_prob(x, jnp.zeros_like(x), jnp.float32(1.0))
     np.testing.assert_allclose(log_prob, [-0.9189385332, -1.4189385332], rtol=1e-6)
 
 
 def test_gaussian_log_prob_gradient():
     """d / d mean = (x - mean) / std^2 / number of pixels."""
     x, mean = normal(0, 1, 2, 2, 3), normal(1, 1, 2, 2, 3)
-    grad = jax.grad(lambda m: diffusion.gaussian_log_prob(x, m, jnp.float32(0.3)).sum())(mean)
+    grad = jax.grad(lambda m: gaussian_log_prob(x, m, jnp.float32(0.3)).sum())(mean)
     np.testing.assert_allclose(grad, (x - mean) / 0.09 / 12, rtol=1e-5)
 
 
 @pytest.mark.parametrize("alpha_bar, expected", [(0.5, 1.0), (5 / 6, 1.0), (0.9, 5 / 9), (0.99, 5 / 99), (0.001, 1.0)])
 def test_min_snr_weight_literal(alpha_bar, expected):
-    np.testing.assert_allclose(diffusion.min_snr_weight(jnp.array([alpha_bar])), [expected], rtol=1e-5)
-    np.testing.assert_allclose(diffusion.min_snr_weight(jnp.array([0.9]), gamma=3.0), [1 / 3], rtol=1e-5)  # SNR 9
+    np.testing.assert_allclose(ddim.min_snr_weight(jnp.array([alpha_bar])), [expected], rtol=1e-5)
+    np.testing.assert_allclose(ddim.min_snr_weight(jnp.array([0.9]), gamma=3.0), [1 / 3], rtol=1e-5)  # SNR 9
 
 
 def test_sample_noise_is_per_key_and_normal():
     keys = jax.random.split(jax.random.key(0), 50)
-    sample = jax.jit(lambda keys: diffusion.sample_noise(keys, (8, 8, 4)))
+    sample = jax.jit(lambda keys: sample_noise(keys, (8, 8, 4)))
     noise = sample(keys)
     np.testing.assert_array_equal(noise, sample(keys[::-1])[::-1])
     assert abs(float(noise.mean())) < 0.03 and abs(float(noise.std()) - 1) < 0.03
@@ -299,5 +300,5 @@ def test_sample_noise_is_per_key_and_normal():
 @pytest.mark.parametrize("key", ["clip_sample", "thresholding"])
 def test_what_is_not_honoured_is_refused(key):
     with pytest.raises(ValueError, match=f"{key}=true is not supported"):
-        diffusion.noise_schedule(SD15 | {key: True})
-    diffusion.noise_schedule(SD15 | {key: False})
+        ddim.noise_schedule(SD15 | {key: True})
+    ddim.noise_schedule(SD15 | {key: False})

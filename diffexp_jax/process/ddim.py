@@ -1,15 +1,18 @@
-"""The diffusion process: noise tables, sampling steps, and the only place where a step's mean, std or log-prob is made.
+"""DDIM (Song et al. 2021) on the noise schedules of Stable Diffusion: the paper's process.
 
 Latents are [B, h, w, c]; everything here is float32 whatever the network runs in. Timesteps t count 0..999, noise last.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from diffexp_jax import InputError
+from diffexp_jax.process.process import Process
 
 
 class NoiseSchedule(NamedTuple):
@@ -23,7 +26,7 @@ class NoiseSchedule(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """A sampling run, a row per step, noise first. Guidance is a column like any other."""
+    """A sampling run by DDIM, a row per step, noise first; see `process.Process`."""
 
     t: Int[Array, "T"]
     alpha_bar_t: Float[Array, "T"]
@@ -46,6 +49,21 @@ _SAMPLERS += ("KDPM2Discrete", "KDPM2AncestralDiscrete")
 SCHEDULERS = tuple(f"{name}Scheduler" for name in _SAMPLERS)
 
 
+def ddim(config: Mapping[str, Any]) -> Process:
+    """The process of a diffusers scheduler config.
+
+    Raises:
+      InputError: as `noise_schedule`.
+    """
+    schedule = noise_schedule(config)
+    return Process(
+        timesteps=partial(timesteps, schedule),
+        make_steps=partial(make_steps, schedule),
+        transition=partial(ddim_step, prediction_type=schedule.prediction_type),
+        add_noise=lambda x_0, eps, step: add_noise(x_0, eps, jnp.broadcast_to(step.alpha_bar_t, len(x_0))),
+    )
+
+
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     """The noise schedule of a diffusers scheduler config, read as DDIM's, whose defaults fill what it leaves out.
 
@@ -53,19 +71,16 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     (Karras sigmas, solver orders, interpolation) has no meaning here: sampling is always by DDIM.
 
     Raises:
-      ValueError: a scheduler, schedule, prediction type or spacing that is not known here.
+      InputError: a schedule, prediction type or spacing that is not known here.
     """
-
-    if (name := config.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
-        raise ValueError(f"scheduler_config.json: _class_name={name!r}; accepted: {', '.join(SCHEDULERS)}")
     for key in ("clip_sample", "thresholding", "use_flow_sigmas"):
         if config.get(key):
-            raise ValueError(f"scheduler_config.json: {key}=true is not supported; accepted: false")
+            raise InputError(f"scheduler_config.json: {key}=true is not supported; accepted: false")
 
     def one_of(key, accepted, default):
         value = config.get(key) or default
         if value not in accepted:
-            raise ValueError(f"scheduler_config.json: {key}={value!r}; accepted: {', '.join(accepted)}")
+            raise InputError(f"scheduler_config.json: {key}={value!r}; accepted: {', '.join(accepted)}")
         return value
 
     n = config.get("num_train_timesteps", 1000)
@@ -78,7 +93,7 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     prediction_type = one_of("prediction_type", PREDICTION_TYPES, "epsilon")
     if config.get("rescale_betas_zero_snr"):
         if prediction_type == "epsilon":  # x_0 = (x_t - eps) / 0 at the first step
-            raise ValueError("scheduler_config.json: rescale_betas_zero_snr=true wants prediction_type='v_prediction'")
+            raise InputError("scheduler_config.json: rescale_betas_zero_snr=true wants prediction_type='v_prediction'")
         alpha_bar = _zero_terminal_snr(alpha_bar)
     return NoiseSchedule(
         alpha_bar=alpha_bar,
@@ -99,11 +114,11 @@ def timesteps(schedule: NoiseSchedule, n_steps: int) -> Int[np.ndarray, "T"]:
     """The n_steps timesteps of a sampling run, decreasing: 981, 961, ..., 1 for 50 steps with offset 1.
 
     Raises:
-      ValueError: more steps than the schedule has, or none.
+      InputError: more steps than the schedule has, or none.
     """
     n = len(schedule.alpha_bar)
     if not 1 <= n_steps <= n:
-        raise ValueError(f"{n_steps} sampling steps; accepted: 1 to {n}, the steps of the model's noise schedule")
+        raise InputError(f"{n_steps} sampling steps; accepted: 1 to {n}, the steps of the model's noise schedule")
     if schedule.spacing == "linspace":
         return np.round(np.linspace(0, n - 1, n_steps))[::-1].astype(np.int32)
     if schedule.spacing == "trailing":
@@ -129,13 +144,6 @@ def add_noise(
     return jnp.sqrt(a) * x_0 + jnp.sqrt(1.0 - a) * eps
 
 
-def classifier_free_guidance(
-    cond: Float[Array, "B h w c"], uncond: Float[Array, "B h w c"], w_t: Float[Array, ""]
-) -> Float[Array, "B h w c"]:
-    """DiffExp Eq. 4: eps~ = w eps(x, t, c) + (1 - w) eps(x, t, null). 1 is no guidance, 0 unconditional."""
-    return w_t * cond + (1.0 - w_t) * uncond
-
-
 def predictions(
     out: Float[Array, "B h w c"], x_t: Float[Array, "B h w c"], alpha_bar_t: Float[Array, ""], prediction_type: str
 ) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
@@ -159,23 +167,7 @@ def ddim_step(
     return jnp.sqrt(step.alpha_bar_prev) * x_0 + direction * eps, step.sigma_t
 
 
-def gaussian_log_prob(
-    x: Float[Array, "B h w c"], mean: Float[Array, "B h w c"], std: Float[Array, ""]
-) -> Float[Array, "B"]:
-    """log N(x; mean, std^2 I), averaged (not summed) over h, w, c: DDPO's clip range of 1e-4 assumes the mean.
-
-    `x` and the std are given; the gradient goes through the mean.
-    """
-    log_prob = -jnp.square(x - mean) / (2.0 * jnp.square(std)) - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
-    return log_prob.mean(axis=(1, 2, 3))
-
-
 def min_snr_weight(alpha_bar_t: Float[Array, "B"], gamma: float = 5.0) -> Float[Array, "B"]:
     """Min-SNR-gamma weight of the eps loss (Hang et al. 2023): min(SNR, gamma) / SNR."""
     snr = alpha_bar_t / (1.0 - alpha_bar_t)
     return jnp.minimum(snr, gamma) / snr
-
-
-def sample_noise(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
-    """Standard normal noise, one key per sample."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -1,0 +1,153 @@
+"""What an algorithm is, what it is made from, and what several of them use."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Num
+
+from diffexp_jax.process import Process
+from diffexp_jax.sampling import Context, Denoise
+from diffexp_jax.state import TrainState
+
+AXIS = "data"  # the name of the device axis that the functions below run under
+
+
+class Policy(NamedTuple):
+    """The model and the reward, as pure functions; `frozen` holds every array that is not trained."""
+
+    denoise: Callable[[Any, Any], Denoise]  # (frozen, lora) -> guided denoiser
+    decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
+    # (frozen, images, tokens) -> rewards and their parts; None: a host adds them to the samples
+    score: Callable[..., tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]] | None
+    latent_shape: tuple[int, int, int]
+    process: Process
+
+
+class Batch(NamedTuple):
+    """One device's share of an iteration's samples; every leaf has the leading axis B."""
+
+    prompt_id: Int[Array, "B"]
+    context: Context
+    tokens: Any  # the reward's tokens of the (unweighted) prompts
+    key: jax.Array  # a PRNG key per sample, from its global index
+
+
+class Samples(NamedTuple):
+    """What a sampling program hands to the update; leading axes [chunks, ...]."""
+
+    trajectory: Any
+    rewards: Float[Array, "B"] | None  # None: not known yet, see `Policy.score`
+    parts: dict[str, Float[Array, "B"]]
+    images: Float[Array, "B H W 3"]
+
+
+class Algorithm(NamedTuple):
+    """Pure per-device functions, run under an axis named "data" (`parallel.pmap`).
+
+    sample(state, frozen, batch, steps) -> Samples, or None where the algorithm samples inside its update;
+    update(state, frozen, batch, steps, key, samples) -> (state, metrics, images), the same state and metrics on
+    every device.
+    """
+
+    init: Callable[[Any], TrainState]
+    sample: Callable[..., Samples] | None
+    update: Callable[..., tuple[TrainState, dict[str, Array], Float[Array, "B H W 3"]]]
+
+
+class Setup(NamedTuple):
+    """What a method makes its algorithm from, besides its own settings."""
+
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    n_chunks: int  # forward passes that a device's samples are split into
+    n_prompts: int  # size of the prompt set
+    remat: bool  # see `sampling.rollout`
+    full_float32: bool  # the model computes in float32 throughout, products too
+
+
+class Needs(NamedTuple):
+    """What a method asks of the rest of a run."""
+
+    reward_gradient: bool = False  # the reward's gradient in the image, so a reward in JAX
+    step_noise: bool = False  # noise at every step, whose log-prob it uses
+
+
+class Method(NamedTuple):
+    """One way to fine-tune, named by `config.algorithm`. Its settings are the config's section of that name.
+
+    check(settings, n_steps) raises InputError for settings that cannot work.
+    updates(settings) is how many optimizer updates an iteration has, each on its own share of the samples.
+    passes(settings, full_float32) names, in words, the passes of the network over the samples besides the gradients'.
+    make(setup, settings) is the algorithm.
+    """
+
+    name: str
+    needs: Needs
+    check: Callable[[Mapping[str, Any], int], None]
+    updates: Callable[[Mapping[str, Any]], int]
+    passes: Callable[[Mapping[str, Any], bool], tuple[str, ...]]
+    make: Callable[[Setup, Mapping[str, Any]], Algorithm]
+
+
+def chunked(tree: Any, n_chunks: int) -> Any:
+    """[B, ...] -> [n_chunks, B / n_chunks, ...], in order."""
+    # no -1 in the shape: a reward that reads no prompts has tokens of width 0
+    return jax.tree.map(lambda x: x.reshape(n_chunks, len(x) // n_chunks, *x.shape[1:]), tree)
+
+
+def unchunked(tree: Any) -> Any:
+    """[chunks, m, ...] -> [chunks * m, ...]."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
+
+
+def zeros_like_output(function: Callable, *args) -> Any:
+    """A tree of zeros shaped like the function's output: the start of a sum of such outputs."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *args))
+
+
+def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any) -> tuple[Any, Any]:
+    """(mean of the first, stack of the second) result of function(x) over the leading axis of xs.
+
+    A scan that holds one x's work at a time.
+    """
+    length = len(jax.tree.leaves(xs)[0])
+
+    def add(total, x):
+        to_add, to_keep = function(x)
+        return jax.tree.map(jnp.add, total, to_add), to_keep
+
+    start, _ = zeros_like_output(function, jax.tree.map(lambda x: x[0], xs))
+    total, kept = jax.lax.scan(add, start, xs)
+    return jax.tree.map(lambda x: x / length, total), kept
+
+
+def gradient_over_chunks(
+    loss: Callable[[Any, Any], tuple[Array, Any]], lora: Any, batch: Any, n_chunks: int
+) -> tuple[Array, Any, Any]:
+    """Mean over the chunks of loss(lora, chunk)[0] and of its gradient in `lora`, and all of loss(lora, chunk)[1].
+
+    A scan that holds one chunk's work at a time; the second results keep the samples' order.
+    """
+
+    def one(total, chunk):
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(lora, chunk)
+        return jax.tree.map(jnp.add, total, (value, grads)), aux
+
+    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, lora))
+    total, aux = jax.lax.scan(one, start, chunked(batch, n_chunks))
+    return *jax.tree.map(lambda x: x / n_chunks, total), unchunked(aux)
+
+
+def across_devices(x: Num[Array, "B"]) -> Num[Array, "N"]:
+    """A per-sample array of all devices, in the order of the global sample index (device d holds d, d + n, ...)."""
+    return jax.lax.all_gather(x, AXIS, axis=1).reshape(-1)
+
+
+def reward_metrics(rewards: Float[Array, "B"], parts: dict[str, Float[Array, "B"]]) -> dict[str, Array]:
+    """Mean and std of the reward over all devices, and the mean of each of its parts."""
+    everything = across_devices(rewards)
+    metrics = {"reward/mean": everything.mean(), "reward/std": everything.std()}
+    return metrics | {f"reward/{name}": jax.lax.pmean(part.mean(), AXIS) for name, part in parts.items()}
