@@ -103,7 +103,7 @@ def test_trained_betas():
         ("beta_schedule", "cosine"),
         ("prediction_type", "sample"),
         ("timestep_spacing", "karras"),
-        ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+        ("_class_name", "EDMEulerScheduler"),
         ("_class_name", "LCMScheduler"),
     ],
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffexp_jax import InputError
-from diffexp_jax.process import ddim
+from diffexp_jax.process import ddim, flow
 from diffexp_jax.process.process import Process, gaussian_log_prob, sample_noise
 
 __all__ = ["PROCESSES", "Process", "gaussian_log_prob", "load_process", "sample_noise"]
@@ -17,6 +17,7 @@ __all__ = ["PROCESSES", "Process", "gaussian_log_prob", "load_process", "sample_
 # trained for decides, not how that scheduler takes its steps.
 PROCESSES: dict[str, Callable[[Mapping[str, Any]], Process]] = {
     **dict.fromkeys(ddim.SCHEDULERS, ddim.ddim),
+    flow.SCHEDULER: flow.flow_matching,
 }
 
 
