@@ -33,7 +33,7 @@ ARGUMENTS = {"model": "emoji", "reward": "emoji_pickscore", "prompts": "animal_a
 def default() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0  # of everything random: same seed, same run
-    c.algorithm = placeholder(str)  # "ddpo" or "alignprop"
+    c.algorithm = placeholder(str)  # "ddpo", "alignprop" or "draft"
     c.iterations = 100  # optimizer iterations: a batch of samples each
 
     c.model = m = ml_collections.ConfigDict()
@@ -118,6 +118,10 @@ def default() -> ml_collections.ConfigDict:
     a.truncation_k = 1  # for "fixed": that many
     a.loss_coefficient = 0.01  # factor of the loss
     a.reward_target = placeholder(float)  # loss mean|target - r|; None: mean(-r)
+
+    c.draft = f = ml_collections.ConfigDict()
+    f.k = 1  # how many last steps carry gradient
+    f.lv_samples = 0  # DRaFT-LV (with k = 1): further noises of the last step, 2 in the paper; 0: DRaFT-K
 
     c.eval = v = ml_collections.ConfigDict()
     v.every = 10  # iterations between evaluations (without exploration); 0: never

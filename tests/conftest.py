@@ -191,10 +191,10 @@ def tiny_settings(tmp_path_factory, tiny_model, tiny_clip) -> dict:
 @pytest.fixture(scope="session")
 def make_config(tiny_settings):
     """make_config("ddpo", {"seed": 1}): the algorithm's config with the tiny numbers, and the given ones."""
-    from configs import alignprop, ddpo
+    from configs import alignprop, ddpo, draft
 
     def make(algorithm, changes=()):
-        config = {"alignprop": alignprop, "ddpo": ddpo}[algorithm].get_config()
+        config = {"alignprop": alignprop, "ddpo": ddpo, "draft": draft}[algorithm].get_config()
         config.update_from_flattened_dict(tiny_settings | dict(changes))
         return config.lock()
 
