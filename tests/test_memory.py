@@ -83,8 +83,8 @@ def test_rematerialisation_of_blocks():
     (plain, most), (again, least) = (
         compiled_gradient(lambda lora, p, remat=remat: loss(lora, p, remat), lora, params) for remat in (False, True)
     )
-    assert max(np.abs(x).max() for x in jax.tree.leaves(plain)) > 0.1
-    assert_close(again, plain)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(plain)) > 0.02
+    assert_close(again, plain, tolerance=1e-5)
     assert most > 1.5 * least
 
 

@@ -38,7 +38,8 @@ def test_the_papers_configs(name, model):
     check.check_config(config)
     check.check_config(plain)
     assert flatten_dict(config.to_dict()).keys() == flatten_dict(common.default().to_dict()).keys()
-    assert config.batch.samples == 64 and config.exploration.fraction == 0.75
+    images = 32 if model and config.algorithm == "alignprop" else 64
+    assert config.batch.samples == images and config.exploration.fraction == 0.75
     assert config.exploration.enabled == (not name.endswith("_none")) and not plain.exploration.enabled
     plain.exploration.enabled = config.exploration.enabled
     assert plain.to_dict() == config.to_dict()
