@@ -2,22 +2,20 @@
 
     python -m diffexp_jax.train --config configs/alignprop.py:model=emoji,explore=true --workdir runs/alignprop
 
-Arguments (all optional): model, reward, prompts, explore; see common.py.
+Arguments (all optional): model, reward, prompts, explore; see arguments.py.
 """
 
-from configs import common
+from configs.arguments import structured
 
 
 def get_config(argument: str | None = None):
-    config, chosen = common.structured(argument)
+    config, chosen = structured(argument)
     config.algorithm = "alignprop"
     config.sampling.guidance = 7.5
     config.sampling.eta = 0.0
     config.optim.lr = 1e-3
     config.optim.weight_decay = 0.1
     config.optim.grad_clip = 5.0
-    if common.reward_names(chosen["reward"]) == ["aesthetic"]:
-        config.alignprop.reward_target = 10.0
     if chosen["model"] == "emoji":  # some minutes on two cores
         # Of the same 2000 images, many small steps learn more than few large ones: with the learning rate 6e-3, 64
         # iterations of 32 images bring the object into 61 % of the pictures, 32 of 64 into 32 %. One run each, as the

@@ -2,14 +2,14 @@
 
     python -m diffexp_jax.train --config configs/ddpo.py:model=emoji,explore=true --workdir runs/ddpo
 
-Arguments (all optional): model, reward, prompts, explore; see common.py.
+Arguments (all optional): model, reward, prompts, explore; see arguments.py.
 """
 
-from configs import common
+from configs.arguments import structured
 
 
 def get_config(argument: str | None = None):
-    config, chosen = common.structured(argument)
+    config, chosen = structured(argument)
     config.algorithm = "ddpo"
     config.sampling.guidance = 5.0
     config.sampling.eta = 1.0

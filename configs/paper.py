@@ -25,7 +25,7 @@ guidance 5.0 (DDPO) and 7.5 (AlignProp), the learning rates, the 3/4 rule, and w
 the numbers of exploration and of iterations: those are our defaults. SDXL's settings are those of SD 1.5, at 1024
 pixels.
 
-`,model=` takes any of common.py's names. With emoji an experiment becomes its miniature: the emoji model with its own
+`,model=` takes any of models.py's names. With emoji an experiment becomes its miniature: the emoji model with its own
 settings, on prompts that it knows, with its rewards in the place of the published ones (the judge in ImageReward's).
 
 Memory by `--dry_run` in float32 on a CPU (its numbers, not a GPU's; bfloat16 halves the weights), GiB a device:
@@ -39,7 +39,8 @@ Weights, DrawBench and PartiPrompts cannot be shipped. They are looked for, the 
 
 import re
 
-from configs import alignprop, common, ddpo
+from configs import alignprop, ddpo
+from configs.arguments import parse
 
 _DOLPHIN = "a dolphin riding a bike"
 _IMAGEREWARD = "imagereward:weights/imagereward"
@@ -102,7 +103,7 @@ def get_config(argument: str | None = None):
         raise ValueError(f"config argument {name!r}: accepted: {accepted(name)}, each also with ,explore= and ,model=")
     own, algorithm, task, changes = EXPERIMENTS[name]
     options = ",".join([f"model={own}", *options])
-    model = common.parse(options)["model"]
+    model = parse(options)["model"]
     reward, prompts, unseen = (MINIATURE if model == "emoji" else PUBLISHED)[task]
     module = {"ddpo": ddpo, "alignprop": alignprop}[algorithm]
     config = module.get_config(f"{options},reward={reward},prompts={prompts}")

@@ -1,6 +1,5 @@
 """Checkpoints of a run: everything that the next iteration depends on, written whole or not at all."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from diffexp_jax import InputError, command
-
-# config keys that a continued run may change
-_FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache")
+from diffexp_jax import InputError
 
 
 class Checkpoints:
@@ -96,46 +92,3 @@ def _reason(error: Exception) -> str:
 
 def _shapes(tree: Any) -> list:
     return [(jax.tree_util.keystr(path), np.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Checks, without writing anything, that a run of this config can be in the workdir, or go on there.
-
-    Raises:
-      InputError: not writable, or it holds a run of another config (the message lists the keys that differ).
-    """
-    command.check_writable(workdir, "workdir")
-    path = workdir / "config.json"
-    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):  # else nothing of that run is there to lose
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            raise InputError(f"{path}: not readable as json; remove it or take another --workdir") from None
-        differing = sorted(k for k in _flat(old).items() ^ _flat(config).items() if k[0].split(".")[0] not in _FREE)
-        if differing:
-            names = sorted({k for k, _ in differing})
-            said = ", ".join(f"{k} ({_flat(old).get(k)} there, {_flat(config).get(k)} here)" for k in names[:6])
-            raise InputError(f"workdir {workdir}: holds a run of another config: {said}; take another --workdir")
-
-
-def open_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Creates the workdir and its config.json.
-
-    Raises:
-      InputError: that is not possible.
-    """
-    partial = workdir / "config.partial"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(workdir / "config.json")
-    except OSError as error:
-        raise InputError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    out = {}
-    for key, value in config.items():
-        nested = isinstance(value, dict)
-        out |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: json.dumps(value)}
-    return out

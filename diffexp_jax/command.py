@@ -1,12 +1,13 @@
 """What the command-line programs share: one line per mistake, and exit codes."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import logging
+from absl import flags, logging
 
 from diffexp_jax import InputError, RewardError
 
@@ -46,3 +47,21 @@ def fail(code: int, error: Exception) -> NoReturn:
     lines = str(error).strip().splitlines()
     print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
     sys.exit(code)
+
+
+def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
+    """absl's flag parsing, with a mistake in a config (a flag of ml_collections) reported in one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        getattr(config.value, "algorithm", None)  # a config file that is missing is an error only once it is used
+        return rest
+    except Exception as error:
+        while "Error whilst parsing config file" in str(error):  # a traceback around what get_config said
+            error = error.__context__
+        if isinstance(error, KeyError | AttributeError):
+            found = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', str(error))
+            message = f"no such key {found[2]!r}; did you mean {found[1]!r}?" if found else error
+            error = InputError(f"config: {message}")
+        if isinstance(error, OSError):  # a line for each place where the file was looked for
+            error = InputError(f"config: {str(error).splitlines()[-1].strip()}")
+        fail(2, error)

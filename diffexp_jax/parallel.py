@@ -6,13 +6,49 @@ number of devices, and minibatches, noise and statistics do not depend on how ma
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
+from diffexp_jax import InputError
+from diffexp_jax.limits import within
+
 AXIS = "data"
+
+
+class Split(NamedTuple):
+    """How the samples of an iteration are shared out."""
+
+    samples: int  # over all devices
+    devices: int
+    updates: int  # optimizer updates an iteration, each on its own share of the samples
+    chunks: int  # forward passes that a device's samples are split into; a multiple of the updates
+    per_forward: int  # samples of a forward pass on a device
+
+
+def split_batch(samples: int, *, per_forward: int, updates: int) -> Split:
+    """The split among this run's devices; a forward pass takes `per_forward` samples or all there are.
+
+    Raises:
+      InputError: the samples do not divide among devices, forward passes and updates.
+    """
+    devices = jax.device_count()
+    within("batch.samples", samples, 1)
+    within("batch.samples_per_forward", per_forward, 1)
+    if samples % devices:
+        raise InputError(f"batch.samples={samples}: wants a multiple of the {devices} devices")
+    if samples % (devices * updates):
+        raise InputError(f"batch.samples={samples}: wants a multiple of devices x updates = {devices} x {updates}")
+    share = samples // (devices * updates)  # what a device handles before the weights change
+    chunk = min(share, per_forward)
+    if share % chunk:
+        raise InputError(
+            f"batch.samples_per_forward={per_forward}: wants a divisor of the {share} samples that a device handles "
+            f"per update ({samples} samples, {devices} devices, {updates} updates)"
+        )
+    return Split(samples, devices, updates, samples // devices // chunk, chunk)
 
 
 def pmap(function: Callable, **kwargs) -> Callable:
@@ -58,7 +94,11 @@ def place(tree: Any) -> Any:
 
 def unshard(tree: Any) -> Any:
     """[n_local, b, ...] -> [n_local * b, ...] numpy, in the order of the global sample index."""
-    return jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1).reshape(-1, *x.shape[2:]), jax.device_get(tree))
+
+    def whole(x):
+        return np.asarray(x).swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # -1 fails for width 0
+
+    return jax.tree.map(whole, jax.device_get(tree))
 
 
 def stream(seed: int, name: str, iteration: int = 0) -> PRNGKeyArray:

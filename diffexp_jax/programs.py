@@ -1,100 +1,162 @@
-"""The compiled programs of a run, made from its settings and its problem: training and the dry run use the same."""
+"""The compiled programs of a run, mapped over the devices: training, evaluation and the dry run use the same."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from ml_collections import ConfigDict
+from jaxtyping import Array, Float, UInt8
 
-from diffexp_jax import check, evaluation, parallel
-from diffexp_jax.algorithms import METHODS, Algorithm, Policy, Samples, Setup
-from diffexp_jax.models.precision import is_full_float32
-from diffexp_jax.problem import Problem, model_dtype
+from diffexp_jax import exploration, parallel
+from diffexp_jax.algorithms import Algorithm, Samples
+from diffexp_jax.algorithms.algorithm import chunked, unchunked
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.pipelines import Conditioning, Pipeline
+from diffexp_jax.rewards import Reward
+from diffexp_jax.rewards.host import start_by_size
+from diffexp_jax.sampling import initial_latents, rollout
 
 
 class Programs(NamedTuple):
-    """One iteration, and evaluation; all but `algorithm` are mapped over the devices."""
+    """One iteration, and the images between iterations; all but `algorithm` are mapped over the devices."""
 
     algorithm: Algorithm
+    explore: Callable[..., Conditioning]
     sample: Callable | None  # None where the algorithm samples inside its update
     update: Callable
     generate: Callable
 
 
-def make_programs(config: ConfigDict, problem: Problem) -> Programs:
-    """The programs of the configured algorithm on this model and reward, whose arrays may be shapes."""
-    algorithm = make_algorithm(config, problem)
-    generate = evaluation.make_generate(
-        problem.model,
-        n_chunks=check.batch_split(config)[0],
-        lora_scale=config.lora.alpha / config.lora.rank,
-    )
-    if problem.trained.start:
-        sample = sample_and_score(config, problem)
+def make_programs(experiment: Experiment) -> Programs:
+    """The programs of an experiment, whose arrays may be shapes."""
+    algorithm, split = experiment.algorithm(), experiment.split
+    if experiment.trained.start:
+        one_chunk = experiment.algorithm(n_chunks=1).sample
+        sample = sample_and_score(one_chunk, experiment.trained, split.chunks, split.per_forward)
     else:
         sample = algorithm.sample and parallel.pmap(algorithm.sample)
-    return Programs(algorithm, sample, parallel.pmap(algorithm.update, donate_argnums=0), generate)
+    return Programs(
+        algorithm,
+        make_explore(experiment),
+        sample,
+        parallel.pmap(algorithm.update, donate_argnums=0),
+        make_generate(experiment.pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale),
+    )
 
 
-def sample_and_score(config: ConfigDict, problem: Problem) -> Callable[..., Samples]:
-    """The mapped `Algorithm.sample` for a reward in plain Python: it scores a chunk while the next one samples."""
-    (n_chunks, m), reward = check.batch_split(config), problem.trained
-    sample = parallel.pmap(make_algorithm(config, problem, n_chunks=1).sample)
-    slices = [slice(i * m, (i + 1) * m) for i in range(n_chunks)]
-    split = parallel.pmap(lambda batch: [jax.tree.map(operator.itemgetter(own), batch) for own in slices])
+def make_explore(experiment: Experiment) -> Callable[..., Conditioning]:
+    """A program (cond, null, unit ids, keys) -> the randomly reweighted prompts, one draw per image (Eq. 8)."""
+    pipeline, weight_range = experiment.pipeline, experiment.exploration.weight_range
+
+    def one(cond, null, units, key):
+        weights = exploration.sample_phrase_weights(key, units, weight_range=weight_range)
+        return pipeline.map_tokens(lambda c, n: exploration.reweight_prompt(c, n, weights), cond, null)
+
+    return parallel.pmap(jax.vmap(one))
+
+
+def sample_and_score(sample: Callable, reward: Reward, n_chunks: int, per_forward: int) -> Callable[..., Samples]:
+    """The mapped `Algorithm.sample` where the host scores too: it scores a chunk while the devices sample the next.
+
+    `sample` is the algorithm's, of a single chunk.
+    """
+    sample = parallel.pmap(sample)
+    slices = [slice(i * per_forward, (i + 1) * per_forward) for i in range(n_chunks)]
+    split = parallel.pmap(lambda batch: [jax.tree.map(operator.itemgetter(rows), batch) for rows in slices])
     join = parallel.pmap(lambda chunks: jax.tree.map(lambda *x: jnp.concatenate(x), *chunks))
-    to_bytes = parallel.pmap(evaluation.as_bytes)
+    to_bytes, add = parallel.pmap(as_bytes), parallel.pmap(add_scores)
 
     def all_chunks(state, frozen, batch, steps) -> Samples:
         chunks, waits = [], []
         for chunk in split(batch):
             chunks.append(sample(state, frozen, chunk, steps))
-            images = to_bytes(chunks[-1].images)  # not there yet: the thread is who waits for the device
+            images = to_bytes(chunks[-1].images)  # still being computed: the reward's thread waits for them
             waits.append(reward.start(partial(parallel.unshard, images), parallel.unshard(chunk.tokens)))
-        samples = jax.block_until_ready(join(chunks))  # what a reward may take is counted from here
-        return samples._replace(rewards=parallel.place(np.concatenate([wait() for wait in waits])))
+        samples = jax.block_until_ready(join(chunks))  # the reward's time limit counts from here
+        on_host = jax.tree.map(lambda *x: np.concatenate(x), *[wait() for wait in waits])
+        rewards, parts = add((samples.rewards, samples.parts), parallel.place(on_host))
+        return samples._replace(rewards=rewards, parts=parts)
 
     return all_chunks
 
 
-def make_scorers(config: ConfigDict, problem: Problem, frozen: Any) -> dict[str, Callable]:
+def add_scores(in_program: tuple, on_host: tuple) -> tuple:
+    """The scores of a reward's two halves, see `Reward.start`: rewards and parts are added, name by name."""
+    (total, parts), (more, more_parts) = in_program, on_host
+    return total + more, parts | {name: x + parts.get(name, 0.0) for name, x in more_parts.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def as_bytes(images: Float[Array, "*B H W 3"]) -> UInt8[Array, "*B H W 3"]:
+    """[0,1] -> 0..255, rounded; values outside are clipped."""
+    return jnp.round(jnp.clip(images, 0.0, 1.0) * 255).astype(jnp.uint8)
+
+
+def make_generate(pipeline: Pipeline, *, n_chunks: int, lora_scale: float) -> Callable[..., UInt8[Array, "D B H W 3"]]:
+    """A program (params, lora, context, keys, steps) -> images as bytes."""
+
+    def one(params, lora, steps, chunk):
+        context, keys = chunk
+        x_T = initial_latents(keys, pipeline.latent_shape)
+        denoise = pipeline.denoiser(params, lora, lora_scale=lora_scale)
+        x_0, _ = rollout(pipeline.process, denoise, x_T, context, steps, keys)
+        return as_bytes(pipeline.decode(params, x_0))
+
+    def generate(params, lora, context, keys, steps):
+        chunks = chunked((context, keys), n_chunks)
+        return unchunked(jax.lax.map(lambda chunk: one(params, lora, steps, chunk), chunks))
+
+    return parallel.pmap(generate)
+
+
+def make_scorers(experiment: Experiment, frozen: Any) -> dict[str, Callable]:
     """What evaluation scores with, by name: every reward on its published path."""
-    batch = check.batch_split(config)[1] * jax.device_count()
+    batch = experiment.split.per_forward * experiment.split.devices
     return {
-        name: evaluation.make_official_scorer(
-            reward, batch=batch, params=frozen["reward"] if reward is problem.trained else None
-        )
-        for name, reward in problem.rewards.items()
+        name: make_scorer(reward, batch=batch, params=frozen["reward"] if reward is experiment.trained else None)
+        for name, reward in experiment.rewards.items()
     }
 
 
-def make_algorithm(config: ConfigDict, problem: Problem, *, n_chunks: int | None = None) -> Algorithm:
-    """The configured algorithm, on the loaded model and reward; `n_chunks` None: as many as the config comes to."""
-    model, scale = problem.model, config.lora.alpha / config.lora.rank
-    reward, n_chunks = problem.trained, n_chunks or check.batch_split(config)[0]
-    policy = Policy(
-        denoise=lambda frozen, lora: evaluation.denoiser(model, frozen, lora, lora_scale=scale),
-        decode=lambda frozen, x_0: model.decode(frozen["model"], x_0),
-        score=None if reward.start else lambda frozen, *args: reward.score(frozen["reward"], *args),
-        latent_shape=model.latent_shape,
-        process=model.process,
-    )
-    o = config.optim
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(o.grad_clip),
-        optax.adamw(o.lr, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay),
-    )
-    setup = Setup(
-        policy,
-        optimizer,
-        n_chunks=n_chunks,
-        n_prompts=len(problem.train.texts),
-        remat=config.model.remat != "none",
-        full_float32=is_full_float32(config.model.matmul_precision, model_dtype(config)),
-    )
-    return METHODS[config.algorithm].make(setup, check.method_settings(config))
+def make_scorer(
+    reward: Reward, *, batch: int, params: Any = None
+) -> Callable[[Sequence[UInt8[np.ndarray, "_ _ 3"]], Any], dict[str, Float[np.ndarray, " N"]]]:
+    """A function (images, the reward's tokens of their prompts) -> {"": the reward, part: each of its parts}.
+
+    What is reported: bytes in, by the reward's published path, which has no gradient. The images may differ in size.
+
+    Args:
+      reward: any; one in plain Python is called with up to `batch` images of one size.
+      batch: images at once, over all devices (a multiple of their number). A last, smaller batch is filled up, so that
+        everything compiles once.
+      params: the reward's, on every device (`parallel.replicate`); None: put there now.
+    """
+    score_prepared = parallel.pmap(reward.score_prepared)
+    params = parallel.replicate(reward.params) if params is None else params
+
+    def in_program(images, tokens):
+        done = []
+        for start in range(0, len(images), batch):
+            rows = np.arange(start, start + batch).clip(max=len(images) - 1)
+            pixels = [reward.prepare(images[row]) for row in rows[: len(images) - start]]
+            pixels += pixels[-1:] * (batch - len(pixels))
+            stacked = jax.tree.map(lambda *x: np.stack(x), *pixels)
+            their_tokens = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], tokens)
+            scores = parallel.unshard(score_prepared(params, *parallel.shard((stacked, their_tokens), batch)))
+            done.append(jax.tree.map(lambda x, start=start: x[: len(images) - start], scores))
+        return jax.tree.map(lambda *x: np.concatenate(x), *done)
+
+    def score(images, tokens):
+        if not len(images):
+            return {}
+        wait = start_by_size(reward, images, tokens, batch=batch)
+        scores = in_program(images, tokens)
+        total, parts = add_scores(scores, wait()) if wait else scores
+        return {"": total} | parts
+
+    return score

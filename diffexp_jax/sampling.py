@@ -11,15 +11,10 @@ from diffexp_jax.process import Process, gaussian_log_prob, sample_noise
 
 
 class Context(NamedTuple):
-    """What the network is conditioned on: embeddings of the (reweighted) prompt and of the empty one.
+    """What the network is conditioned on, two trees of arrays [B, ...]: of the (reweighted) prompts, and of none."""
 
-    `added_*` are SDXL's further inputs (pooled text embedding, time ids), None elsewhere.
-    """
-
-    cond: Float[Array, "B L D"]
-    uncond: Float[Array, "B L D"]
-    added_cond: Any = None
-    added_uncond: Any = None
+    cond: Any
+    uncond: Any
 
 
 # A run's steps as columns [T], and one row of them; see `process.Process`
@@ -45,14 +40,12 @@ def classifier_free_guidance(
     return w_t * cond + (1.0 - w_t) * uncond
 
 
-def guided(unet: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
-    """Wraps unet(x, t, embedding, added) in classifier-free guidance; both halves run as one batch."""
+def guided(network: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
+    """Wraps network(x_t, t, conditioning) in classifier-free guidance; both halves run as one batch."""
 
     def denoise(x_t, step, context):
-        two = jnp.concatenate([x_t, x_t])
-        embedding = jnp.concatenate([context.cond, context.uncond])
-        added = jax.tree.map(lambda *halves: jnp.concatenate(halves), context.added_cond, context.added_uncond)
-        cond, uncond = jnp.split(unet(two, step.t, embedding, added), 2)
+        both = jax.tree.map(lambda *halves: jnp.concatenate(halves), context.cond, context.uncond)
+        cond, uncond = jnp.split(network(jnp.concatenate([x_t, x_t]), step.t, both), 2)
         return classifier_free_guidance(cond, uncond, step.w_t)
 
     return denoise
@@ -121,6 +114,18 @@ def rollout(
     return x_0, Trajectory(*kept, steps, context) if keep_trajectory else None
 
 
+def transition_log_prob(
+    process: Process,
+    out: Float[Array, "B h w c"],
+    x_t: Float[Array, "B h w c"],
+    x_tm1: Float[Array, "B h w c"],
+    step: Steps,
+) -> Float[Array, "B"]:
+    """log p_theta(x_{t-1} | x_t, c) of a transition that was sampled before, from the network's guided output."""
+    mean, std = process.transition(x_t, out, step)
+    return gaussian_log_prob(x_tm1, mean, std)
+
+
 def step_log_prob(
     process: Process,
     denoise: Denoise,
@@ -129,6 +134,5 @@ def step_log_prob(
     step: Steps,
     context: Context,
 ) -> Float[Array, "B"]:
-    """log p_theta(x_{t-1} | x_t, c) of a transition that was sampled before."""
-    mean, std = process.transition(x_t, denoise(x_t, step, context), step)
-    return gaussian_log_prob(x_tm1, mean, std)
+    """The same from the network."""
+    return transition_log_prob(process, denoise(x_t, step, context), x_t, x_tm1, step)

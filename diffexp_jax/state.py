@@ -23,7 +23,7 @@ class TrainState:
     iteration: Int[Array, ""]
     lora: Any
     opt_state: Any
-    stats: PromptStats | None = None
+    extra: Any = None  # what a method carries besides
 
 
 def init_stats(n_prompts: int, buffer_size: int) -> PromptStats:

@@ -32,11 +32,13 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from diffexp_jax import InputError, backend, check, command, dry_run, evaluation, parallel, problem
-from diffexp_jax.algorithms import Batch
-from diffexp_jax.models import families, layers, sizes, stable_diffusion
+from diffexp_jax import InputError, backend, command, dry_run, parallel
+from diffexp_jax.algorithms import Batch, Inputs
+from diffexp_jax.experiment import Experiment, model_dtype
+from diffexp_jax.models import layers
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision
+from diffexp_jax.pipelines import Pipeline, families, make_context, sizes, stable_diffusion
 from diffexp_jax.programs import Programs, make_programs
 from diffexp_jax.sampling import rollout
 
@@ -305,7 +307,7 @@ PARTS = {"vae": {"block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num
 PARTS |= {"text_encoder": TEXT, "text_encoder_2": TEXT}
 
 
-def tiny_model(name: str, dtype: str) -> tuple[stable_diffusion.StableDiffusion, int]:
+def tiny_model(name: str, dtype: str) -> tuple[Pipeline, int]:
     """A small pipeline of the family, of random weights that keep activations in size; its number of text encoders."""
     path, unet = TINY[name]
     index, parts = sizes.PIPELINES[path]
@@ -319,7 +321,7 @@ def tiny_model(name: str, dtype: str) -> tuple[stable_diffusion.StableDiffusion,
             x = x / np.sqrt(np.prod(leaf.shape[:-1]))
         else:
             x = {"scale": 1 + 0.1 * x, "bias": 0.1 * x}.get(kind, 0.5 * x)
-        return x.astype(config.vae_dtype(dtype) if path[0].key == "vae" else dtype)
+        return x.astype(config.dtype(path[0].key, dtype))
 
     params = jax.tree_util.tree_map_with_path(weights, stable_diffusion.abstract_params(config))
     return stable_diffusion.build(config, dtype=dtype)._replace(params=params), len(config.text)
@@ -334,12 +336,12 @@ def tiny_results(name: str, dtype: str, n_steps: int = 2) -> dict[str, np.ndarra
 
     @jax.jit
     def sample(params, x_T, context, steps, keys):
-        x_0, _ = rollout(model.process, evaluation.denoiser(model, {"model": params}, None), x_T, context, steps, keys)
+        x_0, _ = rollout(model.process, model.denoiser(params, None), x_T, context, steps, keys)
         return {f"{name}/latents": x_0[:, ::2, ::2], f"{name}/images": model.decode(params, x_0)[:, ::16, ::16]}
 
     rows = jax.device_get(jax.jit(model.encode)(model.params, ids))
     cond, empty = jax.tree.map(lambda x: x[:1], rows), jax.tree.map(lambda x: x[1], rows)
-    context = evaluation.make_context(cond, evaluation.unconditional(model, empty))
+    context = make_context(cond, model.unconditional(empty))
     keys = parallel.sample_keys(jax.random.key(0), 1)  # of no noise, as eta is 0
     return jax.device_get(sample(model.params, draw(2, (1, *model.latent_shape)), context, steps, keys))
 
@@ -377,7 +379,6 @@ def settings(method: str, argument: str, changes: dict[str, Any]):
             sys.path.append(str(folder))
     config = importlib.import_module(f"configs.{method}").get_config(argument)
     config.update_from_flattened_dict(changes)
-    check.check_config(config)
     return config
 
 
@@ -385,30 +386,30 @@ class Run(NamedTuple):
     """A run's programs, and what they are called with; see `train.run`."""
 
     config: Any
-    problem: problem.Problem
+    experiment: Experiment
     programs: Programs
     frozen: Any
     steps: Any
 
     def start(self, lora: Any = None) -> Any:
         """The first state, on the devices."""
-        fresh = init_lora(jax.random.key(0), self.problem.model.params["unet"], rank=self.config.lora.rank)
+        fresh = init_lora(jax.random.key(0), self.experiment.pipeline.base, rank=self.config.lora.rank)
         return parallel.replicate(jax.device_get(self.programs.algorithm.init(fresh if lora is None else lora)))
 
     def random_lora(self) -> Any:
         """One that changes something, and every part of which has a gradient."""
-        unet, rank = self.problem.model.params["unet"], self.config.lora.rank
-        leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: init_lora(jax.random.key(0), unet, rank=rank)))
+        base, rank = self.experiment.pipeline.base, self.config.lora.rank
+        leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: init_lora(jax.random.key(0), base, rank=rank)))
         return structure.unflatten([0.1 * draw(i, leaf.shape) for i, leaf in enumerate(leaves)])
 
     def batch(self, it: int) -> Batch:
         """SAMPLES samples, the same on each device."""
         rows = np.arange(self.config.batch.samples) % SAMPLES
-        task = self.problem.train
+        task = self.experiment.train
         ids = rows % len(task.texts)
-        cond, tokens = jax.tree.map(lambda x: x[ids], (task.cond, task.tokens[self.problem.reward]))
+        cond, tokens = jax.tree.map(lambda x: x[ids], (task.cond, task.tokens[self.experiment.reward]))
         keys = parallel.sample_keys(parallel.stream(0, "noise", it), SAMPLES)[rows]
-        return parallel.shard(Batch(ids, evaluation.make_context(cond, self.problem.uncond), tokens, keys), len(rows))
+        return parallel.shard(Batch(ids, make_context(cond, self.experiment.uncond), tokens, keys), len(rows))
 
     def sample(self, state: Any, batch: Batch) -> Any:
         return self.programs.sample(state, self.frozen, batch, self.steps) if self.programs.sample else None
@@ -416,7 +417,7 @@ class Run(NamedTuple):
     def update(self, state: Any, batch: Batch, samples: Any) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
         """The next state, metrics, and images of the batch."""
         key = parallel.replicate(jax.random.key(0))
-        state, metrics, images = self.programs.update(state, self.frozen, batch, self.steps, key, samples)
+        state, metrics, images = self.programs.update(state, self.frozen, Inputs(batch, self.steps, key, samples))
         return state, parallel.first(metrics), parallel.unshard(images)[:SAMPLES]
 
     def iterate(self, state: Any, batch: Batch) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
@@ -438,9 +439,9 @@ class Run(NamedTuple):
 def emoji_run(method: str, dtype: str, old_log_prob: str) -> Run:
     changes = SETTINGS | METHODS[method] | {"model.dtype": dtype, "ddpo.old_log_prob": old_log_prob}
     config = settings(method, "model=emoji,explore=false", changes | {"batch.samples": SAMPLES * jax.device_count()})
-    own = problem.load_problem(config)
-    steps = problem.sampling_steps(config, own.model.process, explore=False)
-    return Run(config, own, make_programs(config, own), problem.frozen_arrays(own), steps)
+    experiment = Experiment.build(config)
+    frozen, steps = parallel.replicate((experiment.frozen, experiment.steps(explore=False)))
+    return Run(config, experiment, make_programs(experiment), frozen, steps)
 
 
 @functools.cache
@@ -466,7 +467,7 @@ def check_ratio(dtype: str) -> Outcome:
 
 def check_learning(method: str, iterations: int, n_batches: int) -> Outcome:
     """Brightness of the same prompts and noise before and after, in the type that runs have here."""
-    dtype = str(problem.model_dtype(settings(method, "model=emoji", {})))
+    dtype = str(model_dtype(settings(method, "model=emoji", {})))
     run = emoji_run(
         method, dtype, "recomputed" if dtype == "float32" else "auto"
     )  # of the programs above, if it can be
@@ -494,13 +495,13 @@ def check_full_size(model: str, method: str) -> Outcome:
 
 def full_size(config: Any) -> Outcome:
     """Two iterations of a run's programs on random weights: seconds of the second, memory beside the dry run's."""
-    before, own, plans = peak_memory(), dry_run.abstract_problem(config), []
-    programs = make_programs(config, own)
+    before, experiment, plans = peak_memory(), Experiment.build(config, weights=False), []
+    programs = make_programs(experiment)
     sample = programs.sample and compiled_once(programs.sample, plans)
     programs = programs._replace(sample=sample, update=compiled_once(programs.update, plans))
-    weights = random_weights(problem.frozen_params(own))
-    run = Run(config, own, programs, weights, problem.sampling_steps(config, own.model.process, explore=False))
-    state, batch = run.start(), problem.draw_batch(config, own, 0, None)
+    steps = parallel.replicate(experiment.steps(explore=False))
+    run = Run(config, experiment, programs, random_weights(experiment.frozen), steps)
+    state, batch = run.start(), experiment.draw_batch(0, None)
     for _ in range(2):
         start = time.perf_counter()
         state, metrics, _ = run.iterate(state, batch)

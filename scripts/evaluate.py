@@ -12,10 +12,10 @@ import ml_collections
 import numpy as np
 
 from diffexp_jax import InputError, backend, checkpoint, command, evaluation, parallel, report
-from diffexp_jax.models.files import read_json
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.formats.files import read_json
 from diffexp_jax.models.lora import scaled
-from diffexp_jax.problem import frozen_arrays, load_problem, sampling_steps
-from diffexp_jax.programs import make_scorers
+from diffexp_jax.programs import make_generate, make_scorers
 
 
 def main(args: argparse.Namespace) -> None:
@@ -29,29 +29,29 @@ def main(args: argparse.Namespace) -> None:
     config.eval.every = 1
     config.eval.prompts = tuple(args.prompts.split(",")) if args.prompts else tuple(config.eval.prompts)
     config.eval.rewards = tuple(args.rewards.split(",")) if args.rewards else tuple(config.eval.rewards)
-    problem = load_problem(config)
+    experiment = Experiment.build(config)
     iteration, lora = checkpoint.newest_lora(args.workdir)
     batch = max(args.batch // jax.device_count(), 1) * jax.device_count()
-    generate = evaluation.make_generate(problem.model, n_chunks=1, lora_scale=1.0)
-    steps, frozen = sampling_steps(config, problem.model.process, explore=False), frozen_arrays(problem)
-    scorers = make_scorers(config, problem, frozen)
+    generate = make_generate(experiment.pipeline, n_chunks=1, lora_scale=1.0)
+    steps, frozen = parallel.replicate((experiment.steps(explore=False), experiment.frozen))
+    scorers = make_scorers(experiment, frozen)
     results: dict[str, dict] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
     results["sampling"] = config.sampling.to_dict()
-    for task in problem.evals:
+    for task in experiment.evals:
         captions = [text for text in task.texts for _ in range(args.samples_per_prompt)]
         columns = min(args.columns, len(captions))
         count = columns * min(args.rows, len(captions) // columns)
         stride = args.samples_per_prompt if count <= len(task.texts) else 1  # a prompt's first image, if they suffice
         shown = np.linspace(0, len(captions) // stride - 1, count).round().astype(int) * stride
         pictures = {}
-        for name, scale in (("base", 0.0), ("tuned", config.lora.alpha / config.lora.rank)):
+        for name, scale in (("base", 0.0), ("tuned", experiment.lora_scale)):
             images, scores = evaluation.evaluate(
                 generate,
                 scorers,
-                frozen,
+                frozen["model"],
                 parallel.replicate(scaled(lora, scale)),
                 task,
-                problem.uncond,
+                experiment.uncond,
                 steps,
                 seed=args.seed,
                 batch=batch,

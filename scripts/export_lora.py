@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from diffexp_jax import InputError, checkpoint, command
-from diffexp_jax.models.files import read_json
+from diffexp_jax.formats.files import read_json
 from diffexp_jax.models.lora import save_lora
 
 

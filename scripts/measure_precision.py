@@ -24,9 +24,10 @@ import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from tqdm import tqdm
 
-from diffexp_jax import command, evaluation, parallel
+from diffexp_jax import command, parallel
 from diffexp_jax.algorithms.ddpo import clipped_ratio_loss
-from diffexp_jax.models import lora, stable_diffusion
+from diffexp_jax.models import lora
+from diffexp_jax.pipelines import encode_empty, encode_prompts, load_pipeline, make_context
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.sampling import initial_latents, rollout, step_log_prob
 
@@ -94,44 +95,44 @@ def _body(eqn) -> ClosedJaxpr | None:
 
 def sampled(args: argparse.Namespace):
     """A batch of chains sampled by the untuned float32 model, as DDPO samples; (trajectory, prompts' context)."""
-    model = stable_diffusion.load("emoji")
+    model = load_pipeline("emoji")
     t = model.process.timesteps(args.steps)
     steps = model.process.make_steps(t, np.full(len(t), args.guidance, np.float32), eta=1.0)
     texts = load_prompts("animal_activities").texts
     rows = np.asarray(jax.random.randint(parallel.stream(args.seed, "prompts"), (args.samples,), 0, len(texts)))
-    cond, _ = evaluation.encode_prompts(model, [texts[row] for row in rows])
-    context = evaluation.make_context(cond, evaluation.unconditional(model, evaluation.encode_empty(model)))
+    cond, _ = encode_prompts(model, [texts[row] for row in rows])
+    context = make_context(cond, model.unconditional(encode_empty(model)))
     keys = parallel.sample_keys(parallel.stream(args.seed, "noise"), args.samples)
-    frozen = {"model": jax.device_put({"unet": model.params["unet"]})}
+    params = jax.device_put({model.trainable: model.base})
 
     @jax.jit
-    def sample(frozen, context, keys):
+    def sample(params, context, keys):
         x_T = initial_latents(keys, model.latent_shape)
-        denoise = evaluation.denoiser(model, frozen, None)
+        denoise = model.denoiser(params, None)
         return rollout(model.process, denoise, x_T, context, steps, keys, keep_trajectory=True)[1]
 
-    return model, sample(frozen, context, keys)
+    return model, sample(params, context, keys)
 
 
 def make_programs(precision: str):
     """(log_prob, gradient) of one step, compiled: functions of (frozen, lora, x_t, x_tm1, step, context, ...)."""
     dtype, products = PRECISIONS[precision]
-    model = stable_diffusion.load("emoji", dtype=dtype)
-    frozen = {"model": jax.device_put({"unet": model.params["unet"]})}
+    model = load_pipeline("emoji", dtype=dtype)
+    params = jax.device_put({model.trainable: model.base})
 
-    def log_prob(frozen, lora, x_t, x_tm1, step, context):
-        return step_log_prob(model.process, evaluation.denoiser(model, frozen, lora), x_t, x_tm1, step, context)
+    def log_prob(params, lora, x_t, x_tm1, step, context):
+        return step_log_prob(model.process, model.denoiser(params, lora), x_t, x_tm1, step, context)
 
-    def gradient(frozen, lora, x_t, x_tm1, step, context, old, adv, clip):
+    def gradient(params, lora, x_t, x_tm1, step, context, old, adv, clip):
         def loss(lora):
-            new = log_prob(frozen, lora, x_t, x_tm1, step, context)
+            new = log_prob(params, lora, x_t, x_tm1, step, context)
             return clipped_ratio_loss(new, jax.lax.stop_gradient(new) if old is None else old, adv, clip=clip)
 
         return jax.grad(loss)(lora)
 
     if products:
         log_prob, gradient = (with_rounded_products(f, products) for f in (log_prob, gradient))
-    return functools.partial(jax.jit(log_prob), frozen), functools.partial(jax.jit(gradient), frozen)
+    return functools.partial(jax.jit(log_prob), params), functools.partial(jax.jit(gradient), params)
 
 
 def flat(tree) -> np.ndarray:
@@ -146,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict:
     model, trajectory = sampled(args)
     half = args.samples // 2
     adv = np.random.default_rng(args.seed).standard_normal(args.samples).astype(np.float32)
-    start = lora.init_lora(parallel.stream(args.seed, "lora"), model.params["unet"], rank=4)
+    start = lora.init_lora(parallel.stream(args.seed, "lora"), model.base, rank=4)
     steps = range(len(trajectory.steps.t))
 
     def rows(i, part):

@@ -53,7 +53,7 @@ def train(stage: pretraining.Stage, workdir: Path, *, seed: int, steps: int, sav
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         decay = jnp.minimum(stage.ema, (1.0 + state["step"]) / (10.0 + state["step"]))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params)
+        ema = optax.incremental_update(params, state["ema"], 1.0 - decay)
         state = {"params": params, "ema": ema, "opt": opt, "step": state["step"] + 1}
         return state, {"loss": loss, **metrics}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from diffexp_jax import InputError, command
 from diffexp_jax.emoji.pretraining import ASSETS
 from diffexp_jax.emoji.reward_stages import judge_accuracy
-from diffexp_jax.models.files import read_json
+from diffexp_jax.formats.files import read_json
 
 START, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {

@@ -7,6 +7,7 @@ The grid has a row for each prompt where there is something to compare: --lora s
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffexp_jax import InputError, command, evaluation, exploration, parallel, report
-from diffexp_jax.models import stable_diffusion
+from diffexp_jax import InputError, command, exploration, parallel, programs, report
+from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.models.lora import load_lora, scaled
 from diffexp_jax.models.precision import DTYPES
-from diffexp_jax.models.stable_diffusion import StableDiffusion, TextEmbedding
+from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, make_context
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.files import comma_phrases
 from diffexp_jax.prompts.units import UNITS, unit_ids
@@ -38,6 +39,10 @@ class Variant(NamedTuple):
 
 
 def arguments() -> argparse.Namespace:
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from configs.base import default
+
+    ours = default().exploration
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="emoji", help="emoji, a folder in the diffusers pipeline format, or a hub id")
@@ -53,10 +58,16 @@ def arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--latents", help="float32 .npy [N,h,w,c], standard normal: the noise to start from")
     add("--explore", action="store_true", help="show what exploration does to the same seeds")
-    add("--w_low", type=float, default=1.0, help="with --explore: guidance while t > --t_thresh (Eq. 7)")
-    add("--t_thresh", type=float, default=900, help="with --explore: in training timesteps, 0..1000")
-    add("--weight_range", type=float, nargs=2, default=(1.0, 1.5), help="with --explore: of a unit's weight (Eq. 8)")
-    add("--unit", default="word", choices=UNITS, help="with --explore: what is weighted together")
+    add("--w_low", type=float, default=ours.w_low, help="with --explore: guidance while t > --t_thresh (Eq. 7)")
+    add("--t_thresh", type=float, default=ours.t_thresh, help="with --explore: in training timesteps, 0..1000")
+    add(
+        "--weight_range",
+        type=float,
+        nargs=2,
+        default=ours.weight_range,
+        help="with --explore: of a unit's weight (Eq. 8)",
+    )
+    add("--unit", default=ours.unit, choices=UNITS, help="with --explore: what is weighted together")
     add("--batch", type=int, default=16, help="images at once")
     add("--image_size", type=int, help="pixels of a side (default: what the model was trained at)")
     add("--out", required=True, help="folder for NNNN.png and grid.png")
@@ -68,15 +79,14 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     prompts = chosen_prompts(args)
     n = len(prompts)
-    model = stable_diffusion.load(
+    model = load_pipeline(
         args.model, dtype=args.dtype, image_size=args.image_size, revision=args.revision, variant=args.variant
     )
     x_T = read_latents(args.latents, n, model.latent_shape) if args.latents else None
-    lora = scaled(*load_lora(args.lora, model.params["unet"])) if args.lora else None
+    lora = scaled(*load_lora(args.lora, model.base)) if args.lora else None
     variants = make_variants(args, model, prompts, lora)
     keys = parallel.sample_keys(parallel.stream(args.seed, "sample"), n)
     x_T = initial_latents(keys, model.latent_shape) if x_T is None else x_T
-    frozen = {"model": {part: model.params[part] for part in ("unet", "vae")}}
     sample = make_sample(model)
 
     size = min(args.batch, n)
@@ -88,7 +98,9 @@ def main(args: argparse.Namespace) -> None:
         for start in starts:
             rows = np.arange(start, start + size).clip(max=n - 1)  # the last batch is filled up: one compile
             here = jax.tree.map(lambda x, rows=rows: x[rows], variant.context)
-            parts.append(np.asarray(sample(frozen, variant.lora, x_T[rows], here, variant.steps, keys[rows])))
+            parts.append(
+                np.asarray(sample(model.sampling_params, variant.lora, x_T[rows], here, variant.steps, keys[rows]))
+            )
             bar.update()
         images.append(np.concatenate(parts)[:n])
     bar.close()
@@ -118,13 +130,13 @@ def chosen_prompts(args: argparse.Namespace) -> PromptSet:
     return PromptSet("sample", texts, (*(comma_phrases(text) for text in args.prompt), *file.phrases))
 
 
-def make_variants(args: argparse.Namespace, model: StableDiffusion, prompts: PromptSet, lora: Any) -> list[Variant]:
+def make_variants(args: argparse.Namespace, model: Pipeline, prompts: PromptSet, lora: Any) -> list[Variant]:
     """What was asked for, and beside it what to compare it with."""
-    cond, cut = evaluation.encode_prompts(model, prompts.texts)
+    cond, cut = encode_prompts(model, prompts.texts)
     for text in cut:
         print(f"warning: prompt cut to {model.tokenizer.model_max_length} tokens: {text!r}")
-    empty = evaluation.encode_empty(model)
-    context = evaluation.make_context(cond, evaluation.unconditional(model, empty))
+    empty = encode_empty(model)
+    context = make_context(cond, model.unconditional(empty))
     t = model.process.timesteps(args.steps)
     steps = model.process.make_steps(t, np.full(len(t), args.guidance, np.float32), eta=args.eta)
     texts = list(prompts.texts)
@@ -150,35 +162,35 @@ def make_variants(args: argparse.Namespace, model: StableDiffusion, prompts: Pro
 
 
 def weigh(
-    args: argparse.Namespace, model: StableDiffusion, prompts: PromptSet, cond: TextEmbedding, empty: TextEmbedding
-) -> tuple[np.ndarray, list[str]]:
-    """A draw of Eq. 8 for every prompt: the embeddings [N, L, D], and what was weighted, in words."""
+    args: argparse.Namespace, model: Pipeline, prompts: PromptSet, cond: Conditioning, empty: Conditioning
+) -> tuple[Conditioning, list[str]]:
+    """A draw of Eq. 8 for every prompt: the conditioning, and what was weighted, in words."""
     units = unit_ids(model.tokenizer, prompts, args.unit)
     keys = parallel.sample_keys(parallel.stream(args.seed, "weights"), len(prompts))
     weight_range = tuple(args.weight_range)
 
     def one(key, units, cond):
         weights = exploration.sample_phrase_weights(key, units, weight_range=weight_range)
-        return exploration.reweight_prompt(cond, empty.embedding, weights), weights
+        return model.map_tokens(lambda c, n: exploration.reweight_prompt(c, n, weights), cond, empty), weights
 
-    embedding, weights = jax.device_get(jax.vmap(one)(keys, units, cond.embedding))
-    ids, _ = stable_diffusion.token_ids(model.tokenizer, prompts.texts)
+    weighted, weights = jax.device_get(jax.vmap(one)(keys, units, cond))
+    ids, _ = token_ids(model.tokenizer, prompts.texts)
     words = []
     for row, weight in zip(ids, weights, strict=True):
         chosen = weight != 1.0
         word = model.tokenizer.decode(row[chosen]).strip()
         words.append(f"{word} x {weight[chosen][0]:.2f}" if chosen.any() else "no word weighted")
-    return embedding, words
+    return weighted, words
 
 
-def make_sample(model: StableDiffusion) -> Callable[..., jax.Array]:
-    """A compiled program (frozen, lora, x_T, context, steps, keys) -> images in [0,1]."""
+def make_sample(model: Pipeline) -> Callable[..., jax.Array]:
+    """A compiled program (params, lora, x_T, context, steps, keys) -> images in [0,1]."""
 
     @jax.jit
-    def sample(frozen, lora, x_T, context, steps, keys):
-        denoise = evaluation.denoiser(model, frozen, lora)
+    def sample(params, lora, x_T, context, steps, keys):
+        denoise = model.denoiser(params, lora)
         x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
-        return model.decode(frozen["model"], x_0).clip(0.0, 1.0)
+        return model.decode(params, x_0).clip(0.0, 1.0)
 
     return sample
 
@@ -197,7 +209,7 @@ def read_latents(path: str, n: int, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def as_bytes(images: np.ndarray) -> np.ndarray:
-    return np.asarray(evaluation.as_bytes(images))
+    return np.asarray(programs.as_bytes(images))
 
 
 def write(out: Path, variants: Sequence[Variant], images: Sequence[np.ndarray], *, save_npy: bool) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffexp_jax import InputError, command
-from diffexp_jax.evaluation import make_official_scorer
-from diffexp_jax.models.files import read_json
+from diffexp_jax.formats.files import read_json
+from diffexp_jax.programs import make_scorer
 from diffexp_jax.rewards import load_reward, reward_name
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     texts = texts or [""] * len(paths)
     tokens = {name: reward.tokenize(texts) for name, reward in rewards.items()}
     batch = -(-args.batch // jax.device_count()) * jax.device_count()
-    scorers = {name: make_official_scorer(reward, batch=batch) for name, reward in rewards.items()}
+    scorers = {name: make_scorer(reward, batch=batch) for name, reward in rewards.items()}
     rows: list[dict] = []
     with tqdm(total=len(paths), desc="scoring", unit="image") as progress:
         for start in range(0, len(paths), batch):

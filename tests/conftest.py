@@ -1,5 +1,6 @@
 """What the tests share: shape checks of the whole package, and models small enough to compile in seconds."""
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -25,10 +26,11 @@ checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  #
 modules = [f"diffexp_jax.{path.stem}" for path in (ROOT / "diffexp_jax").glob("[a-z]*") if path.stem != "state"]
 jaxtyping.install_import_hook(modules, f"{__name__}.checked")
 
-from diffexp_jax import evaluation  # noqa: E402
 from diffexp_jax.algorithms import Policy  # noqa: E402
 from diffexp_jax.emoji.tokenizer import write_tokenizer  # noqa: E402
-from diffexp_jax.models import clip, convert, families, stable_diffusion  # noqa: E402
+from diffexp_jax.formats import convert  # noqa: E402
+from diffexp_jax.models import clip  # noqa: E402
+from diffexp_jax.pipelines import families, stable_diffusion  # noqa: E402
 
 
 def pytest_configure(config):
@@ -191,10 +193,9 @@ def tiny_settings(tmp_path_factory, tiny_model, tiny_clip) -> dict:
 @pytest.fixture(scope="session")
 def make_config(tiny_settings):
     """make_config("ddpo", {"seed": 1}): the algorithm's config with the tiny numbers, and the given ones."""
-    from configs import alignprop, ddpo, draft
 
     def make(algorithm, changes=()):
-        config = {"alignprop": alignprop, "ddpo": ddpo, "draft": draft}[algorithm].get_config()
+        config = importlib.import_module(f"configs.{algorithm}").get_config()
         config.update_from_flattened_dict(tiny_settings | dict(changes))
         return config.lock()
 
@@ -209,7 +210,7 @@ def as_flags(settings: dict) -> list[str]:
 def policy_of(model, score) -> Policy:
     """The model with a reward score(frozen, images) -> [B]."""
     return Policy(
-        denoise=lambda frozen, lora: evaluation.denoiser(model, frozen, lora),
+        denoise=lambda frozen, lora: model.denoiser(frozen["model"], lora),
         decode=lambda frozen, x_0: model.decode(frozen["model"], x_0),
         score=lambda frozen, images, tokens: (score(frozen, images), {}),
         latent_shape=model.latent_shape,

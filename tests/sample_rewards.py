@@ -28,7 +28,7 @@ bright_and_long_jax = of_pixels(
     tokenize=lambda texts: np.array([[len(text)] for text in texts], np.int32),
     pixels=lambda images: images,
     prepare=as_floats,
-    rate=lambda params, images, n: (images.mean((1, 2, 3)) + params["factor"] * n[:, 0], {}),
+    score_prepared=lambda params, images, n: (images.mean((1, 2, 3)) + params["factor"] * n[:, 0], {}),
 )
 
 

@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from diffexp_jax import InputError
-from diffexp_jax.models import clip, convert
+from diffexp_jax.formats import convert
+from diffexp_jax.models import clip, clip_files
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -55,7 +56,7 @@ def saved(model, folder):
 
 def loaded(module, tensors, *inputs):
     shapes = convert.abstract_params(module, *inputs)
-    return {"params": convert.from_torch(clip.canonical_text_names(tensors), shapes, where="test")}
+    return {"params": convert.from_torch(clip_files.canonical_text_names(tensors), shapes, where="test")}
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -101,7 +102,7 @@ def test_clip_model(tmp_path, act):
     )
     reference = transformers.CLIPModel(config)
     saved(reference, tmp_path)
-    module, params = clip.load(tmp_path)
+    module, params = clip_files.load(tmp_path)
     text, image, scale = module.apply({"params": params}, IDS, PIXELS)
     nchw = torch.tensor(np.asarray(PIXELS).transpose(0, 3, 1, 2))
     with torch.no_grad():
@@ -148,7 +149,7 @@ def test_names_of_older_files():
         (whole, ["text_model.final_layer_norm.bias", "text_projection.weight"]),
         (["final_layer_norm.bias"], ["final_layer_norm.bias"]),
     ]:
-        renamed = clip.canonical_text_names(dict.fromkeys(names, value))
+        renamed = clip_files.canonical_text_names(dict.fromkeys(names, value))
         assert list(renamed) == expected
         assert all(renamed[name] is value for name in expected)
 

@@ -1,8 +1,6 @@
 """Bad input: one clear line, the right exit code, nothing half-written; and the scripts' good runs on a tiny model."""
 
-import ast
 import json
-import re
 import runpy
 import shutil
 import subprocess
@@ -17,10 +15,12 @@ from conftest import ROOT, nonzero_lora
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from configs import common
-from diffexp_jax import checkpoint, command, problem, train
-from diffexp_jax.models import stable_diffusion
+from configs import base
+from diffexp_jax import checkpoint, command, train
+from diffexp_jax import workdir as workdirs
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
+from diffexp_jax.pipelines import load_pipeline
 
 CONFIG = f"--config={ROOT / 'configs' / 'alignprop.py'}"
 
@@ -63,8 +63,8 @@ def command_line(monkeypatch):
         ([f"{CONFIG}:modle=emoji"], ["'modle=emoji'", "accepted: model=..., reward=..., prompts=..., explore=..."]),
         ([f"{CONFIG}:emoji"], ["'emoji'", "accepted: model=..."]),
         ([f"{CONFIG}:explore=yes"], ["explore='yes'", "accepted: true, false"]),
-        ([f"{CONFIG}:reward=beauty"], ["reward='beauty'", "pickscore, aesthetic", "NAME:PATH"]),
-        ([f"{CONFIG}:prompts=plants"], ["prompts='plants'", "animals, animals_unseen", "prompt:TEXT", "or a file"]),
+        ([f"{CONFIG}:reward=beauty", "--workdir=x"], ["unknown reward 'beauty'", "hpsv2, aesthetic", "NAME:PATH"]),
+        ([f"{CONFIG}:prompts=plants", "--workdir=x"], ["unknown prompt set 'plants'", "animals, animals_unseen"]),
         ([f"{CONFIG}:prompts=a dog, a cat"], ["config argument ' a cat'", "accepted: model=..."]),
         ([f"{CONFIG}:prompts=no.csv:A=b|c", "--workdir=x"], ["no.csv: cannot read the prompt file"]),
         ([CONFIG, "--config.prompts=plants", "--workdir=x"], ["unknown prompt set 'plants'"]),
@@ -187,7 +187,7 @@ def test_bad_prompt_files(fails, make_config, tmp_path, content, said):
 def test_a_prompt_that_is_too_long_is_cut_and_named(make_config, tmp_path, caplog):
     long = "a dog " + "washing the dishes " * 20
     (tmp_path / "p.txt").write_text(f"a cat\n{long}\n")
-    loaded = problem.load_problem(make_config("alignprop", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0}))
+    loaded = Experiment.build(make_config("alignprop", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0}))
     assert f"prompt cut to 32 tokens: {long.strip()!r}" in caplog.text
     assert caplog.text.count("prompt cut") == 1
     cond = loaded.train.cond.embedding
@@ -251,7 +251,7 @@ def test_unwritable_workdirs(fails, make_config, tmp_path):
 
 @pytest.fixture(scope="module")
 def lora(tiny_model):
-    shapes = stable_diffusion.load(tiny_model).params["unet"]
+    shapes = load_pipeline(tiny_model).params["unet"]
     return nonzero_lora(init_lora(jax.random.key(0), shapes, rank=4), size=0.3)
 
 
@@ -259,7 +259,7 @@ def lora(tiny_model):
 def workdir(make_config, lora, tmp_path) -> Path:
     """What a run that was stopped after its seventh iteration left."""
     folder = tmp_path / "run"
-    checkpoint.open_workdir(folder, make_config("alignprop", {"lora.alpha": 8.0}).to_dict())
+    workdirs.create(folder, make_config("alignprop", {"lora.alpha": 8.0}).to_dict())
     checkpoints = checkpoint.Checkpoints(folder, keep=1)
     checkpoints.save(7, {"lora": lora, "iteration": np.array(7)})
     checkpoints.close()
@@ -280,7 +280,7 @@ def test_a_workdir_of_another_config(fails, make_config, workdir):
 
 def test_a_continued_run_may_change_what_does_not_matter(make_config, workdir):
     changes = {"lora.alpha": 8.0, "iterations": 9, "eval.every": 5, "log.images": 2, "checkpoint.every": 3}
-    checkpoint.check_workdir(workdir, make_config("alignprop", changes).to_dict())
+    workdirs.check(workdir, make_config("alignprop", changes).to_dict())
 
 
 def test_a_workdir_whose_config_is_broken(fails, make_config, workdir):
@@ -292,7 +292,7 @@ def test_a_workdir_whose_config_is_broken(fails, make_config, workdir):
 def test_a_workdir_without_a_checkpoint_is_free(make_config, workdir):
     """A run that failed before its first checkpoint leaves nothing that could be lost."""
     shutil.rmtree(workdir / "checkpoints")
-    checkpoint.check_workdir(workdir, make_config("ddpo").to_dict())
+    workdirs.check(workdir, make_config("ddpo").to_dict())
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts
@@ -440,14 +440,18 @@ def test_sample_explore(script, tiny_model, tmp_path, capsys):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "off" / f"0000{name}.png"), int), pictures[""])
 
 
-def test_sample_explores_as_training_does():
-    """The script cannot read configs/, so it repeats their defaults."""
-    source = (ROOT / "scripts/sample.py").read_text()
-    found = dict(re.findall(r'add\("--(w_low|t_thresh|weight_range|unit)".*?default=(\(.*?\)|".*?"|[\d.]+)', source))
-    wanted = common.default().exploration
-    assert {name: ast.literal_eval(value) for name, value in found.items()} == {
-        name: wanted[name] for name in ("w_low", "t_thresh", "weight_range", "unit")
-    }
+def test_sample_explores_as_training_does(script, tiny_model, tmp_path, capsys):
+    """Without flags by the numbers of configs/base.py."""
+    common = f"--model={tiny_model}", "--prompt=a dog", "--steps=10", "--explore", "--save_npy"
+    script("sample", *common, f"--out={tmp_path / 'usual'}")
+    said, e = capsys.readouterr().out, base.default().exploration
+    assert f"guidance: {e.w_low:g} in the first 1 of 10 steps" in said and e.t_thresh == 900
+    flags = f"--w_low={e.w_low}", f"--t_thresh={e.t_thresh}", f"--unit={e.unit}"
+    script("sample", *common, *flags, "--weight_range", *map(str, e.weight_range), f"--out={tmp_path / 'said'}")
+    names = [path.name for path in (tmp_path / "usual").iterdir()]
+    assert "0000-both.png" in names
+    for name in names:
+        assert (tmp_path / "usual" / name).read_bytes() == (tmp_path / "said" / name).read_bytes()
 
 
 def test_evaluate(script, workdir, tmp_path, tiny_settings):

@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, UNET, random_weights, write_part
 
 from diffexp_jax import InputError
-from diffexp_jax.models import convert, layers, unet
+from diffexp_jax.formats import convert
+from diffexp_jax.models import layers, unet
 
 
 class Net(nn.Module):
@@ -162,7 +163,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 import numpy as np
-from diffexp_jax.models import convert, files, unet
+from diffexp_jax.formats import convert, files
+from diffexp_jax.models import unet
 
 def status(key):
     return 1024 * int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

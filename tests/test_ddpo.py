@@ -8,11 +8,13 @@ import pytest
 from conftest import nonzero_lora, policy_of
 
 from diffexp_jax import parallel
-from diffexp_jax.algorithms import Batch, Policy
-from diffexp_jax.algorithms.ddpo import clipped_ratio_loss, ddpo, ratio_metrics
+from diffexp_jax.algorithms import Batch, Inputs, Policy
+from diffexp_jax.algorithms.ddpo import clipped_ratio_loss, ddpo
+from diffexp_jax.algorithms.policy_gradient import ratio_metrics
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
-from diffexp_jax.problem import draw_batch, frozen_arrays, load_problem, make_explore, sampling_steps
 from diffexp_jax.process import load_process
+from diffexp_jax.programs import make_explore
 from diffexp_jax.sampling import Context, step_log_prob
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -85,7 +87,9 @@ def iterate(**changes):
     state, batch, steps = parallel.replicate(algorithm.init(LORA)), linear_batch(), parallel.replicate(STEPS)
     samples = parallel.pmap(algorithm.sample)(state, parallel.replicate({}), batch, steps)
     key = parallel.replicate(jax.random.key(0))
-    state, metrics, images = parallel.pmap(algorithm.update)(state, parallel.replicate({}), batch, steps, key, samples)
+    state, metrics, images = parallel.pmap(algorithm.update)(
+        state, parallel.replicate({}), Inputs(batch, steps, key, samples)
+    )
     assert int(state.iteration[0]) == 1
     return parallel.first(samples), parallel.first(state.lora), parallel.first(metrics), parallel.first(images)
 
@@ -186,7 +190,7 @@ def test_the_sampling_programs_log_probs_are_not_looked_at():
     samples = parallel.pmap(algorithm.sample)(state, parallel.replicate({}), batch, steps)
     samples = samples._replace(trajectory=samples.trajectory._replace(log_prob=samples.trajectory.log_prob + 1.0))
     key = parallel.replicate(jax.random.key(0))
-    _, metrics, _ = parallel.pmap(algorithm.update)(state, parallel.replicate({}), batch, steps, key, samples)
+    _, metrics, _ = parallel.pmap(algorithm.update)(state, parallel.replicate({}), Inputs(batch, steps, key, samples))
     assert float(metrics["ratio/max_abs_log"][0]) == 0.0
 
 
@@ -273,19 +277,19 @@ class Tiny:
     """The tiny pipeline with brightness as its reward, and its compiled programs."""
 
     def __init__(self, config):
-        self.config, self.problem = config, load_problem(config)
-        self.model, self.explore = self.problem.model, make_explore(config)
+        self.config, self.experiment = config, Experiment.build(config)
+        self.model, self.explore = self.experiment.pipeline, make_explore(self.experiment)
         self.policy = policy_of(self.model, lambda frozen, images: frozen["sign"] * images.mean((1, 2, 3)))
         self.algorithm = ddpo(self.policy, optax.adam(5e-3), **SETTINGS | {"n_chunks": 2, "n_updates": 1})
         self.sample, self.update = parallel.pmap(self.algorithm.sample), parallel.pmap(self.algorithm.update)
-        self.frozen = {"model": frozen_arrays(self.problem)["model"]}
+        self.frozen = {"model": parallel.replicate(self.experiment.frozen["model"])}
         lora = init_lora(jax.random.key(0), self.model.params["unet"], rank=2)
         self.state = parallel.replicate(self.algorithm.init(nonzero_lora(lora)))
-        self.plain, self.explored = (sampling_steps(config, self.model.process, explore=on) for on in (False, True))
+        self.plain, self.explored = (parallel.replicate(self.experiment.steps(explore=on)) for on in (False, True))
         self.key = parallel.replicate(jax.random.key(0))
 
     def batch(self, it, explore=True):
-        return draw_batch(self.config, self.problem, it, self.explore if explore else None)
+        return self.experiment.draw_batch(it, self.explore if explore else None)
 
     def frozen_with(self, sign):
         return self.frozen | {"sign": np.full(len(self.key), sign, np.float32)}
@@ -300,9 +304,9 @@ def test_ratio_is_1_before_the_first_update(tiny):
     """With exploration on, at every timestep: the update scores under the very policy that sampled."""
     batch, frozen = tiny.batch(0), tiny.frozen_with(1.0)
     assert np.ptp(tiny.explored.w_t) > 1 and np.ptp(tiny.plain.w_t) == 0
-    assert np.abs(batch.context.cond - tiny.batch(0, explore=False).context.cond).max() > 0.01
+    assert np.abs(batch.context.cond.embedding - tiny.batch(0, explore=False).context.cond.embedding).max() > 0.01
     samples = tiny.sample(tiny.state, frozen, batch, tiny.explored)
-    _, metrics, _ = tiny.update(tiny.state, frozen, batch, tiny.explored, tiny.key, samples)
+    _, metrics, _ = tiny.update(tiny.state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
     assert float(metrics["ratio/max_abs_log"][0]) < 1e-5
     assert float(metrics["approx_kl"][0]) < 1e-10
     assert float(metrics["ratio/clip_fraction"][0]) == 0.0
@@ -312,7 +316,7 @@ def test_ratio_is_1_before_the_first_update(tiny):
     trajectory = samples.trajectory
     w_t = np.full(trajectory.steps.w_t.shape, tiny.config.sampling.guidance, np.float32)
     samples = samples._replace(trajectory=trajectory._replace(steps=trajectory.steps._replace(w_t=w_t)))
-    _, metrics, _ = tiny.update(tiny.state, frozen, batch, tiny.explored, tiny.key, samples)
+    _, metrics, _ = tiny.update(tiny.state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
     assert float(metrics["ratio/max_abs_log"][0]) > 1e-4
 
 
@@ -325,7 +329,7 @@ def test_learns_brightness(tiny):
         for it in range(20):
             batch = tiny.batch(it)
             samples = tiny.sample(state, frozen, batch, tiny.explored)
-            state, _, _ = tiny.update(state, frozen, batch, tiny.explored, tiny.key, samples)
+            state, _, _ = tiny.update(state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
         brightness[sign] = float(tiny.sample(state, plus, test_batch, tiny.explored).rewards.mean())
     assert brightness[-1.0] + 5e-4 < brightness[0.0] < brightness[1.0] - 5e-4, brightness
 
@@ -336,17 +340,24 @@ def test_ratio_is_1_in_bfloat16(make_config):
     With the sampling program's log-probs the same number is 0.016 (on this CPU), far outside of the clip.
     """
     config = make_config("ddpo", {"eval.every": 0, "batch.samples": 8, "model.dtype": "bfloat16"})
-    problem = load_problem(config)
-    frozen = {"model": frozen_arrays(problem)["model"]}
-    lora = nonzero_lora(init_lora(jax.random.key(0), problem.model.params["unet"], rank=2))
+    experiment = Experiment.build(config)
+    frozen = {"model": parallel.replicate(experiment.frozen["model"])}
+    lora = nonzero_lora(init_lora(jax.random.key(0), experiment.pipeline.base, rank=2))
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(frozen))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(lora))
-    policy = policy_of(problem.model, lambda frozen, images: images.mean((1, 2, 3)))
+    policy = policy_of(experiment.pipeline, lambda frozen, images: images.mean((1, 2, 3)))
     settings = SETTINGS | {"n_chunks": 2, "n_updates": 2, "old_log_prob": "recomputed"}
     algorithm = ddpo(policy, optax.sgd(0.0), **settings)
-    steps = sampling_steps(config, problem.model.process, explore=True)
-    args = parallel.replicate(algorithm.init(lora)), frozen, draw_batch(config, problem, 0, make_explore(config)), steps
+    steps = parallel.replicate(experiment.steps(explore=True))
+    args = (
+        parallel.replicate(algorithm.init(lora)),
+        frozen,
+        experiment.draw_batch(0, make_explore(experiment)),
+        steps,
+    )
     samples = parallel.pmap(algorithm.sample)(*args)
-    _, metrics, _ = parallel.pmap(algorithm.update)(*args, parallel.replicate(jax.random.key(0)), samples)
+    state, frozen, batch, steps = args
+    inputs = Inputs(batch, steps, parallel.replicate(jax.random.key(0)), samples)
+    _, metrics, _ = parallel.pmap(algorithm.update)(state, frozen, inputs)
     assert float(metrics["grad_norm"][0]) > 0
     assert float(metrics["ratio/max_abs_log"][0]) < 1e-5

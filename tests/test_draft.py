@@ -8,11 +8,11 @@ import pytest
 from conftest import nonzero_lora, policy_of
 
 from diffexp_jax import InputError, parallel
-from diffexp_jax.algorithms import METHODS, Batch, Policy
+from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy
 from diffexp_jax.algorithms.alignprop import alignprop
 from diffexp_jax.algorithms.draft import check, draft
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
-from diffexp_jax.problem import draw_batch, frozen_arrays, load_problem, sampling_steps
 from diffexp_jax.process import load_process
 from diffexp_jax.process.flow import SCHEDULER as FLOW
 from diffexp_jax.sampling import Context, initial_latents, step_noise
@@ -50,8 +50,8 @@ def update(algorithm, steps):
     cond = np.zeros((N, 1, 1), np.float32)
     batch = parallel.shard(Batch(np.zeros(N, np.int32), Context(cond, cond), None, KEYS), N)
     state = parallel.replicate(algorithm.init(LORA))
-    args = parallel.replicate({}), batch, parallel.replicate(steps), parallel.replicate(jax.random.key(0)), None
-    state, metrics, _ = parallel.pmap(algorithm.update)(state, *args)
+    inputs = Inputs(batch, *parallel.replicate((steps, jax.random.key(0))))
+    state, metrics, _ = parallel.pmap(algorithm.update)(state, parallel.replicate({}), inputs)
     change = jax.tree.map(lambda before, after: float(before - after) / RATE, LORA, parallel.first(state.lora))
     return change, parallel.first(metrics)
 
@@ -137,16 +137,16 @@ def test_settings(settings, said):
 def test_learns_brightness(make_config, lv_samples):
     """On a real, tiny model, on samples never trained on."""
     config = make_config("draft", {"eval.every": 0, "batch.samples": 16})
-    problem = load_problem(config)
-    frozen = {"model": frozen_arrays(problem)["model"]}
-    tiny = policy_of(problem.model, lambda frozen, images: images.mean((1, 2, 3)))
+    experiment = Experiment.build(config)
+    frozen = {"model": parallel.replicate(experiment.frozen["model"])}
+    tiny = policy_of(experiment.pipeline, lambda frozen, images: images.mean((1, 2, 3)))
     algorithm = draft(tiny, optax.adam(5e-3), n_chunks=2, k=1, lv_samples=lv_samples)
-    lora = nonzero_lora(init_lora(jax.random.key(0), problem.model.params["unet"], rank=2))
-    steps = sampling_steps(config, problem.model.process, explore=False)
+    lora = nonzero_lora(init_lora(jax.random.key(0), experiment.pipeline.base, rank=2))
+    steps = parallel.replicate(experiment.steps(explore=False))
     train, state = parallel.pmap(algorithm.update), parallel.replicate(algorithm.init(lora))
     key = parallel.replicate(jax.random.key(0))
     rewards = []
     for it in [99, *range(8), 99]:  # the first and the last batch have the same prompts and noise
-        state, metrics, _ = train(state, frozen, draw_batch(config, problem, it, None), steps, key, None)
+        state, metrics, _ = train(state, frozen, Inputs(experiment.draw_batch(it, None), steps, key))
         rewards.append(float(metrics["reward/mean"][0]))
     assert rewards[-1] > rewards[0] + 2e-3

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import alignprop
 from diffexp_jax import InputError, dry_run, flops
-from diffexp_jax.models import sizes, stable_diffusion
-from diffexp_jax.problem import draw_batch, load_problem, load_rewards
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.pipelines import load_pipeline, sizes
+from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
+from diffexp_jax.rewards import load_reward
 
 SD15, SD21, SDXL = sizes.PIPELINES
 
@@ -51,11 +52,11 @@ def test_flops_literal(function, args, expected):
 
 def test_flops_against_xla():
     """On a UNet, which has no loops; XLA counts elementwise operations too, and leaves out products with padding."""
-    model = dry_run.abstract_model(alignprop.get_config())
+    model = load_pipeline("emoji", weights=False)
     x, context = zeros(1, *model.latent_shape), zeros(1, 32, 64)
 
     def unet(params, x, context):
-        return model.unet(params, None, x, jnp.int32(5), context)
+        return model.denoise(params, None, x, jnp.int32(5), TextEmbedding(context))
 
     ours = flops.of(unet, model.params, x, context)
     theirs = jax.jit(unet).lower(model.params, x, context).cost_analysis()["flops"]
@@ -83,10 +84,8 @@ def test_flops_against_xla():
     ],
 )
 def test_published_sizes(path, counts, latents):
-    config = alignprop.get_config()
-    config.model.path, config.model.dtype = path, "bfloat16"
-    model = dry_run.abstract_model(config)
-    assert {part: stable_diffusion.count(tree) for part, tree in model.params.items()} == counts
+    model = load_pipeline(path, weights=False, dtype="bfloat16")
+    assert {part: dry_run.count(tree) for part, tree in model.params.items()} == counts
     assert model.latent_shape == latents
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -101,10 +100,8 @@ def test_published_sizes(path, counts, latents):
     ],
 )
 def test_published_rewards(spec, count):
-    config = alignprop.get_config()
-    config.reward, config.eval.every = spec, 0
-    _, reward, _ = load_rewards(config, shapes_only=True)
-    assert stable_diffusion.count(reward.params) == count
+    reward = load_reward(spec, shapes_only=True)
+    assert dry_run.count(reward.params) == count
     tokens = reward.tokenize(("a dog", "a cat"))
     images = zeros(2, 64, 64, 3)
     scores, _ = jax.eval_shape(reward.score, reward.params, images, tokens)
@@ -115,24 +112,24 @@ def test_published_rewards(spec, count):
 def test_shapes_are_those_of_a_run(make_config, dtype):
     """Of every array that the programs take: so these are the programs that the run compiles."""
     config = make_config("ddpo", {"model.dtype": dtype})
-    real, abstract = load_problem(config), dry_run.abstract_problem(config)
+    real, abstract = Experiment.build(config), Experiment.build(config, weights=False)
 
-    def arrays(problem):
-        rewards = {"": problem.trained} | problem.rewards
-        frozen = {"model": problem.model.params, "rewards": {n: r.params for n, r in rewards.items()}}
-        batch = draw_batch(config, problem, 0, None)
-        return frozen, batch, problem.units, problem.empty, problem.uncond, problem.train.tokens
+    def arrays(experiment):
+        rewards = {"": experiment.trained} | experiment.rewards
+        frozen = {"model": experiment.pipeline.params, "rewards": {n: r.params for n, r in rewards.items()}}
+        batch = experiment.draw_batch(0, None)
+        return frozen, batch, experiment.units, experiment.empty, experiment.uncond, experiment.train.tokens
 
     def shapes(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
     assert shapes(arrays(real)) == shapes(arrays(abstract))
-    assert real.train.texts == abstract.train.texts and real.model.latent_shape == abstract.model.latent_shape
+    assert real.train.texts == abstract.train.texts and real.pipeline.latent_shape == abstract.pipeline.latent_shape
 
 
 def test_unknown_sizes():
     with pytest.raises(InputError, match="'some/model': no such folder, and its sizes are not known; accepted: emoji"):
-        dry_run.model_config("some/model")
+        load_pipeline("some/model", weights=False)
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -143,8 +140,8 @@ def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
     config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0, "ddpo.old_log_prob": "recomputed"})
     dry_run.dry_run(config)
     said = capsys.readouterr().out
-    problem = load_problem(config)
-    assert f"{stable_diffusion.count(problem.model.params['unet']):,}  unet" in said
+    experiment = Experiment.build(config)
+    assert f"{dry_run.count(experiment.pipeline.base):,}  unet" in said
     assert "8 samples = 1 devices x 2 chunks x 4 samples per forward pass (1 chunks to each of 2 updates)" in said
     assert "8 reward queries, UNet evaluations: 64 to sample, 64 for the old log-probs" in said
     rows = [line.split() for line in said.splitlines() if line.startswith(("sample ", "update "))]

@@ -13,10 +13,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from configs import common
 from diffexp_jax import InputError
-from diffexp_jax.evaluation import make_official_scorer
-from diffexp_jax.rewards import load_reward, reward_name
+from diffexp_jax.programs import make_scorer
+from diffexp_jax.rewards import BUILTINS, load_reward, reward_name, spec
 from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.preprocess import as_floats
 from diffexp_jax.rewards.reward import of_pixels
@@ -26,7 +25,7 @@ from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 def constant(offset):
     """offset + the image's brightness x the length of its prompt; the part "length"."""
 
-    def rate(params, pixels, tokens):
+    def score_prepared(params, pixels, tokens):
         length = tokens[:, 0].astype(jnp.float32)
         return params["offset"] + pixels.mean((1, 2, 3)) * length, {"length": length}
 
@@ -34,28 +33,26 @@ def constant(offset):
         return np.array([[len(text)] for text in texts], np.int32)
 
     params = {"offset": jnp.float32(offset)}
-    return of_pixels(params, tokenize=tokenize, pixels=lambda x: x, prepare=as_floats, rate=rate)
+    return of_pixels(params, tokenize=tokenize, pixels=lambda x: x, prepare=as_floats, score_prepared=score_prepared)
 
 
 IMAGES = np.ones((2, 4, 4, 3), np.float32) * np.array([0.5, 1.0], np.float32)[:, None, None, None]
 TEXTS = ["four", "sixsix"]
 
 
-@pytest.mark.parametrize(
-    "weights, factors", [((), (10.0, 1.0, 0.05)), ((2.0, 0.0, -3.0), (2.0, 0.0, -3.0)), ((1, 1, 1), (1, 1, 1))]
-)
-@pytest.mark.parametrize("path", ["score", "rate"])
-def test_the_parts_sum_to_the_whole(weights, factors, path):
+@pytest.mark.parametrize("weights", [(10.0, 1.0, 0.05), (2.0, 0.0, -3.0), (1, 1, 1)])
+@pytest.mark.parametrize("path", ["score", "score_prepared"])
+def test_the_parts_sum_to_the_whole(weights, path):
     rewards = {"pickscore_cosine": constant(0.25), "mine": constant(3), "aesthetic": constant(5)}
     reward = ensemble(rewards, weights)
     tokens, images = reward.tokenize(TEXTS), IMAGES
-    if path == "rate":
+    if path == "score_prepared":
         prepared = [reward.prepare((image * 255).astype(np.uint8)) for image in IMAGES]
         images = jax.tree.map(lambda *x: np.stack(x), *prepared)
     total, parts = jax.jit(getattr(reward, path))(reward.params, images, tokens)
     np.testing.assert_allclose(parts["mine"], [3 + 2, 3 + 6], atol=0.05)
     np.testing.assert_array_equal(parts["mine/length"], [4, 6])
-    np.testing.assert_allclose(total, sum(f * parts[name] for f, name in zip(factors, rewards, strict=True)), rtol=1e-6)
+    np.testing.assert_allclose(total, sum(f * parts[name] for f, name in zip(weights, rewards, strict=True)), rtol=1e-6)
     assert len(parts) == 6
 
 
@@ -79,7 +76,7 @@ def test_shipped_ensemble():
 
 
 @pytest.mark.parametrize(
-    "spec, kwargs, message",
+    "text, kwargs, message",
     [
         ("emoji_pickscore+emoji_judge", {"weights": (1.0,)}, "1 weights for 2 rewards .emoji_pickscore.emoji_judge."),
         ("emoji_judge", {"weights": (1.0,)}, "1 weights for one reward; wants none"),
@@ -87,9 +84,9 @@ def test_shipped_ensemble():
         ("textnorm(emoji_pickscore)", {"contrast": "no.json"}, "no.json: the file is missing"),
     ],
 )
-def test_bad_settings(spec, kwargs, message):
+def test_bad_settings(text, kwargs, message):
     with pytest.raises(InputError, match=message):
-        load_reward(spec, **kwargs)
+        load_reward(text, **kwargs)
 
 
 SPECS = {
@@ -105,17 +102,20 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_names(spec):
-    names, reported = SPECS[spec]
-    assert reward_name(spec) == reported
-    assert common.reward_names(spec) == names
-    assert common.parse(f"reward={spec}")["reward"] == spec
+@pytest.mark.parametrize("text", SPECS)
+def test_names(text):
+    names, reported = SPECS[text]
+    parts = spec.parse(text, BUILTINS)
+    assert [part.name for part in parts] == names and reward_name(text) == reported
+    assert "+".join(f"textnorm({part.bare})" if part.normed else part.bare for part in parts) == text
 
 
-def test_bad_config_argument():
-    with pytest.raises(ValueError, match="several joined by"):
-        common.parse("reward=hpsv2:a+textnorm(beauty)")
+def test_weights_of_the_literature():
+    """DRaFT's and PRDP's 10, 2 and 0.05; the first is of a cosine, that of PickScore's logit a hundredth."""
+    weights = {name: builtin.weight for name, builtin in BUILTINS.items() if builtin.weight != 1.0}
+    cosines = {"pickscore_cosine": 10.0, "hpsv2": 2.0}
+    others = {"pickscore": 0.1, "pickscore_26": 2.6, "aesthetic": 0.05, "emoji_aesthetic": 0.05}
+    assert weights == cosines | others
 
 
 # ------------------------------------------------------------------------------------------------------------- textnorm
@@ -127,7 +127,7 @@ def test_textnorm_by_known_numbers():
     tokens = reward.tokenize(TEXTS)
     for scores, parts in (
         jax.jit(reward.score)(reward.params, IMAGES, tokens),
-        jax.jit(reward.rate)(reward.params, IMAGES, tokens),
+        jax.jit(reward.score_prepared)(reward.params, IMAGES, tokens),
     ):
         first = 1 / (1 + np.exp(-0.5) + np.exp(0.5))
         np.testing.assert_allclose(scores, [first, 1 / (1 + np.exp(-1))], rtol=1e-5)
@@ -235,7 +235,7 @@ def test_score(score, pictures, capsys):
     images = [score.read_image(pictures / name) for name in prompts]
     for name in ("emoji_pickscore", "emoji_aesthetic"):
         reward = load_reward(name)
-        expected = make_official_scorer(reward, batch=3)(images, reward.tokenize(list(prompts.values())))[""]
+        expected = make_scorer(reward, batch=3)(images, reward.tokenize(list(prompts.values())))[""]
         np.testing.assert_allclose([float(row[name]) for row in rows], expected, atol=1e-4)
     assert "emoji_aesthetic: mean" in capsys.readouterr().out
 

@@ -15,10 +15,11 @@ from flax import traverse_util
 from test_unet import SD15 as SD15_UNET
 from test_unet import SDXL as SDXL_UNET
 
-from diffexp_jax import InputError, evaluation, exploration, parallel, train
+from diffexp_jax import InputError, dry_run, exploration, parallel, train
 from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.metrics import read_metrics
-from diffexp_jax.models import families, lora, stable_diffusion
+from diffexp_jax.models import lora
+from diffexp_jax.pipelines import Pipeline, encode_prompts, families, load_pipeline, make_context, stable_diffusion
 from diffexp_jax.sampling import rollout
 
 PROMPTS = ["a dog riding a bike", "an ant"]
@@ -104,7 +105,7 @@ def pipeline(name, folder):
 
 class Both(NamedTuple):
     theirs: Any  # diffusers' pipeline
-    ours: stable_diffusion.StableDiffusion  # our model of its files
+    ours: Pipeline  # our model of its files
     folder: Path
     sample: Callable  # ours, compiled
 
@@ -121,7 +122,7 @@ def make(tmp_path_factory):
         theirs = pipeline(name, folder / "tokens")
         theirs.set_progress_bar_config(disable=True)
         theirs.save_pretrained(folder / "model")
-        ours = stable_diffusion.load(folder / "model")
+        ours = load_pipeline(folder / "model")
         return Both(theirs, ours, folder / "model", sampler(ours))
 
     return make
@@ -132,7 +133,7 @@ def sampler(model):
 
     @jax.jit
     def sample(params, collection, x_T, context, steps, keys):
-        denoise = evaluation.denoiser(model, {"model": params}, collection)
+        denoise = model.denoiser(params, collection)
         x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
         return model.decode(params, x_0).clip(0.0, 1.0)
 
@@ -156,10 +157,10 @@ def close(ours, theirs, relative=1e-4):
 
 
 def embeddings(model, texts=PROMPTS):
-    cond, cut = evaluation.encode_prompts(model, texts, chunk=2)
+    cond, cut = encode_prompts(model, texts, chunk=2)
     assert not cut
-    empty = jax.tree.map(lambda x: x[0], evaluation.encode_prompts(model, [""], chunk=2)[0])
-    return cond, empty, evaluation.unconditional(model, empty)
+    empty = jax.tree.map(lambda x: x[0], encode_prompts(model, [""], chunk=2)[0])
+    return cond, empty, model.unconditional(empty)
 
 
 def test_embeddings_are_diffusers(both):
@@ -188,7 +189,7 @@ def test_unet_is_diffusers(both):
     cond = embeddings(ours)[0]
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
     t = np.array([981, 21], np.int32)
-    out = jax.jit(ours.unet)(ours.params, None, x, t, cond.embedding, cond.added)
+    out = jax.jit(ours.denoise)(ours.params, None, x, t, cond)
     added = dict(zip(("text_embeds", "time_ids"), map(torch.tensor, cond.added or ()), strict=bool(cond.added)))
     with torch.no_grad():
         args = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(t), torch.tensor(cond.embedding)
@@ -202,7 +203,7 @@ def images(both, x_T, guidance, collection=None):
     t = model.process.timesteps(10)
     steps = model.process.make_steps(t, np.full(10, guidance), eta=0.0)
     cond, _, uncond = embeddings(model)
-    context, keys = evaluation.make_context(cond, uncond), parallel.sample_keys(jax.random.key(0), 2)
+    context, keys = make_context(cond, uncond), parallel.sample_keys(jax.random.key(0), 2)
     return np.asarray(both.sample(model.params, collection, x_T, context, steps, keys))
 
 
@@ -223,7 +224,7 @@ def test_images_are_diffusers(both, guidance):
 @pytest.mark.parametrize("dtype, most", [(jnp.bfloat16, 3e-2), (jnp.float16, 4e-3)])
 def test_images_in_half_precision(both, dtype, most):
     """Ten steps from the same noise: a pixel moves by that much at most, on average."""
-    model = stable_diffusion.load(both.folder, dtype=dtype)
+    model = load_pipeline(both.folder, dtype=dtype)
     assert {x.dtype for x in jax.tree.leaves(model.params["unet"])} == {jnp.dtype(dtype)}
     x_T = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)
     low = images(both._replace(ours=model, sample=sampler(model)), x_T, 5.0)
@@ -302,7 +303,7 @@ COUNTS = {
 def test_every_parameter_of_the_published_sizes(name):
     config = families.model_config({"_class_name": name}, PUBLISHED[name])
     shapes = stable_diffusion.abstract_params(config)
-    assert {part: stable_diffusion.count(tree) for part, tree in shapes.items()} == COUNTS[name]
+    assert {part: dry_run.count(tree) for part, tree in shapes.items()} == COUNTS[name]
 
 
 def test_sdxl_at_its_sizes():
@@ -313,7 +314,7 @@ def test_sdxl_at_its_sizes():
     with pytest.raises(InputError, match="image_size 1020: wants a multiple of 8 pixels"):
         stable_diffusion.build(config, image_size=1020)
     # its VAE overflows in float16, and in nothing else
-    kept = {dtype: np.dtype(config.vae_dtype(dtype)).name for dtype in ("float16", "bfloat16", "float32")}
+    kept = {dtype: np.dtype(config.dtype("vae", dtype)).name for dtype in ("float16", "bfloat16", "float32")}
     assert kept == {"float16": "float32", "bfloat16": "bfloat16", "float32": "float32"}
 
 
@@ -326,7 +327,7 @@ def change(path, **changes):
 
 def refused(folder, **kwargs):
     with pytest.raises(InputError) as error:
-        stable_diffusion.load(folder, **kwargs)
+        load_pipeline(folder, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -387,7 +388,7 @@ def test_an_sdxl_lora_on_sd15(make, tmp_path):
 
 def test_zeros_only_where_the_folder_says_so(sdxl):
     change(sdxl / "model_index.json", force_zeros_for_empty_prompt=False)
-    model = stable_diffusion.load(sdxl)
+    model = load_pipeline(sdxl)
     _, empty, uncond = embeddings(model)
     jax.tree.map(np.testing.assert_array_equal, uncond, empty)
 

@@ -10,7 +10,8 @@ import pytest
 from test_families import PUBLISHED
 from test_unet import SD15
 
-from diffexp_jax.models import clip, convert, files, unet
+from diffexp_jax.formats import convert, files
+from diffexp_jax.models import clip, clip_files, unet
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +67,7 @@ def test_text_encoder(tmp_path):
         want = theirs(torch.tensor(ids)).last_hidden_state.numpy()
     theirs.save_pretrained(tmp_path)
     ours = clip.TextTransformer(clip.CLIPTextConfig.from_dict(sizes))
-    tensors = clip.canonical_text_names(files.open_weights(tmp_path))
+    tensors = clip_files.canonical_text_names(files.open_weights(tmp_path))
     params = convert.from_torch(tensors, convert.abstract_params(ours, jnp.asarray(ids)), where=str(tmp_path))
     out = jax.jit(ours.apply)({"params": params}, jnp.asarray(ids)).last_hidden_state
     assert np.abs(out - want).max() <= 1e-3 * np.abs(want).max()

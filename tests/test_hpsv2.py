@@ -15,7 +15,8 @@ from reward_checks import assert_same_score_and_gradient, perturbed
 from safetensors.torch import save_file
 
 from diffexp_jax import InputError
-from diffexp_jax.models import clip, convert, open_clip, tokenizers
+from diffexp_jax.formats import convert, tokenizers
+from diffexp_jax.models import clip, clip_files, open_clip
 from diffexp_jax.rewards import load_reward, preprocess
 
 torch = pytest.importorskip("torch")
@@ -194,7 +195,7 @@ def test_full_size(original, sizes):
     torch.manual_seed(0)
     reference = build(original, sizes).eval()
     tensors = open_clip.as_transformers({name: x.numpy() for name, x in reference.state_dict().items()})
-    module, params = clip.from_tensors(open_clip.config_of(sizes), tensors, where="random")
+    module, params = clip_files.from_tensors(open_clip.config_of(sizes), tensors, where="random")
     ids, pixels = original.tokenizer.SimpleTokenizer()(TEXTS[:1]), torch.randn(1, 3, 224, 224)
     text, image, _ = jax.jit(module.apply)({"params": params}, ids.numpy(), pixels.permute(0, 2, 3, 1).numpy())
     with torch.no_grad():

@@ -16,8 +16,11 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from configs import alignprop, ddpo
 from diffexp_jax import backend, dry_run, parallel
-from diffexp_jax.models import blip, layers, sizes
-from diffexp_jax.problem import make_explore
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.models import blip, layers
+from diffexp_jax.models import sizes as clip_sizes
+from diffexp_jax.pipelines import sizes
+from diffexp_jax.programs import make_explore
 from diffexp_jax.rewards import load_reward
 
 HALF = ("bfloat16", "float16")
@@ -86,8 +89,8 @@ def small_sizes(monkeypatch):
     """The built-in sizes of models and rewards, with fewer layers."""
     for family in PARTS:
         monkeypatch.setitem(sizes.PIPELINES, family, pipeline(family))
-    monkeypatch.setattr(sizes, "CLIP_L14", CLIP_L14)
-    monkeypatch.setattr(sizes, "CLIP_H14", CLIP_L14)
+    monkeypatch.setattr(clip_sizes, "CLIP_L14", CLIP_L14)
+    monkeypatch.setattr(clip_sizes, "CLIP_H14", CLIP_L14)
     one_layer = functools.partial(blip.BLIPConfig, vision_layers=1, num_hidden_layers=1)
     monkeypatch.setattr(blip, "BLIPConfig", one_layer)
 
@@ -100,16 +103,16 @@ def lower(device, function, *args) -> str:
 
 def lower_all(device, config) -> dict[str, str]:
     """{name: text} of every program of the run."""
-    problem = dry_run.abstract_problem(config)
-    texts = {name: lower(device, function, *args) for name, function, args in dry_run.programs_of(config, problem)}
-    texts["explore"] = lower(device, make_explore(config), *explored(config, problem))
+    experiment = Experiment.build(config, weights=False)
+    texts = {name: lower(device, function, *args) for name, function, args in dry_run.programs_of(config, experiment)}
+    texts["explore"] = lower(device, make_explore(experiment), *explored(config, experiment))
     return texts
 
 
-def explored(config, problem):
+def explored(config, experiment):
     n = config.batch.samples
-    cond, units = problem.train.cond.embedding[[0] * n], problem.units[[0] * n]
-    null = np.broadcast_to(problem.empty.embedding, cond.shape)
+    cond, units = jax.tree.map(lambda x: x[[0] * n], (experiment.train.cond, experiment.units))
+    null = jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), experiment.empty)
     return parallel.shard((cond, null, units, parallel.sample_keys(jax.random.key(0), n)), n)
 
 
@@ -165,14 +168,15 @@ REWARDS += ("textnorm(pickscore)", "textnorm(imagereward)", "emoji_pickscore", "
 def test_rewards(device, small_sizes, spec, dtype):
     """Scores, their gradient in the image, and the published path."""
     reward = load_reward(spec, dtype=dtype, shapes_only=True)
-    params, tokens = dry_run.shapes_of(reward.params), reward.tokenize(["a dog riding a bike"])
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reward.params)
+    tokens = reward.tokenize(["a dog riding a bike"])
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
 
     def slope(params, images, tokens):
         return jax.grad(lambda images: reward.score(params, images, tokens)[0].sum())(images)
 
     pixels = jax.tree.map(lambda x: x[None], reward.prepare(np.zeros((64, 64, 3), np.uint8)))
-    for function, seen in ((reward.score, images), (slope, images), (reward.rate, pixels)):
+    for function, seen in ((reward.score, images), (slope, images), (reward.score_prepared, pixels)):
         found = products(lower(device, jax.jit(function), params, seen, tokens))
         if function is slope and spec == "emoji_judge":
             assert not found  # made of argmaxes, it has no gradient
@@ -189,11 +193,11 @@ def products(text: str) -> set[str]:
 def test_float32_networks_multiply_in_full(device, small_sizes):
     """By default; another setting is what the program asks for."""
     (_, function, args), *_ = dry_run.programs_of(
-        config := make("ddpo", "sd15", "float32"), dry_run.abstract_problem(config)
+        config := make("ddpo", "sd15", "float32"), Experiment.build(config, weights=False)
     )
     full = lower(device, function, *args).count("precision = [HIGHEST, HIGHEST]")
     config = make("ddpo", "sd15", "float32", **{"model.matmul_precision": "tensorfloat32", "reward_dtype": "bfloat16"})
-    (_, function, args), *_ = dry_run.programs_of(config, dry_run.abstract_problem(config))
+    (_, function, args), *_ = dry_run.programs_of(config, Experiment.build(config, weights=False))
     text = lower(device, function, *args)
     assert text.count("precision = [HIGH, HIGH]") > 20
     lora = text.count("precision = [HIGHEST, HIGHEST]")  # LoRA's own products are always in full

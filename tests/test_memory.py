@@ -7,17 +7,17 @@ import optax
 import pytest
 from conftest import UNET, nonzero_lora, random_weights
 
-from diffexp_jax import evaluation, parallel
-from diffexp_jax.algorithms import Batch, Policy
+from diffexp_jax import parallel, programs
+from diffexp_jax.algorithms import Batch, Inputs, Policy
 from diffexp_jax.algorithms.algorithm import chunked, unchunked
 from diffexp_jax.algorithms.alignprop import alignprop
 from diffexp_jax.algorithms.ddpo import ddpo
-from diffexp_jax.models import convert
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.formats import convert
 from diffexp_jax.models.lora import init_lora
-from diffexp_jax.models.stable_diffusion import StableDiffusion
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
-from diffexp_jax.problem import load_problem, sampling_steps
+from diffexp_jax.pipelines import Pipeline, make_context
 from diffexp_jax.process import load_process
 from diffexp_jax.sampling import Context, initial_latents, rollout
 
@@ -75,7 +75,9 @@ def test_rematerialisation_of_blocks():
     config = UNetConfig.from_dict(UNET | one_level | {"up_block_types": ["CrossAttnUpBlock2D"]})
     x, context = normal(0, 2, 16, 16, 4), normal(1, 2, 5, 16)
     params = random_weights(convert.abstract_params(UNet(config), x, jnp.int32(0), context), seed=0)
-    lora = nonzero_lora(init_lora(jax.random.key(0), params, rank=2))
+    lora = init_lora(jax.random.key(0), params, rank=2)
+    lora = jax.tree_util.tree_map_with_path(lambda path, x: 2**0.5 * x if path[-1].key == "A" else x, lora)
+    lora = nonzero_lora(lora)  # gradients of about 0.1
 
     def loss(lora, params, remat):
         return UNet(config, remat=remat).apply({"params": params, "lora": lora}, x, jnp.int32(500), context).sum()
@@ -83,8 +85,8 @@ def test_rematerialisation_of_blocks():
     (plain, most), (again, least) = (
         compiled_gradient(lambda lora, p, remat=remat: loss(lora, p, remat), lora, params) for remat in (False, True)
     )
-    assert max(np.abs(x).max() for x in jax.tree.leaves(plain)) > 0.02
-    assert_close(again, plain, tolerance=1e-5)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(plain)) > 0.1
+    assert_close(again, plain)
     assert most > 1.5 * least
 
 
@@ -156,21 +158,19 @@ def sample_by_ddpo(n_chunks, batch, steps):
 def sample_by_alignprop(n_chunks, batch, steps):
     algorithm = alignprop(POLICY, optax.sgd(1.0), **ALIGNPROP, n_chunks=n_chunks)
     state, key = parallel.replicate(algorithm.init(jnp.float32(0.7))), parallel.replicate(jax.random.key(0))
-    return parallel.pmap(algorithm.update)(state, parallel.replicate({}), batch, steps, key, None)[2]
+    return parallel.pmap(algorithm.update)(state, parallel.replicate({}), Inputs(batch, steps, key))[2]
 
 
 def sample_by_evaluation(n_chunks, batch, steps):
-    model = StableDiffusion(*[None] * len(StableDiffusion._fields))._replace(
+    model = Pipeline(*[None] * len(Pipeline._fields))._replace(
         latent_shape=(2, 2, 3),
         process=PROCESS,
-        unet=lambda params, lora, x, t, embedding, added: jnp.tanh(
-            lora["a"] * x + embedding.mean((1, 2), keepdims=True)[..., None]
-        ),
+        denoise=lambda params, lora, x, t, cond: jnp.tanh(lora["a"] * x + cond.mean((1, 2), keepdims=True)[..., None]),
         decode=lambda params, x_0: jax.nn.sigmoid(x_0),
     )
-    generate = evaluation.make_generate(model, n_chunks=n_chunks, lora_scale=1.0)
+    generate = programs.make_generate(model, n_chunks=n_chunks, lora_scale=1.0)
     lora = parallel.replicate({"a": jnp.float32(0.7)})
-    return generate({"model": {}}, lora, batch.context, batch.key, steps) / np.float32(255)
+    return generate({}, lora, batch.context, batch.key, steps) / np.float32(255)
 
 
 @pytest.mark.parametrize("sample", [sample_by_ddpo, sample_by_alignprop, sample_by_evaluation])
@@ -191,20 +191,20 @@ def test_images_in_bfloat16(make_config):
     """The same noise and prompts, ten steps: the network's 16 bits move a pixel by 0.03 at most, on average."""
     images = []
     for dtype in ("float32", "bfloat16"):
-        config = make_config("ddpo", {"eval.every": 0, "model.dtype": dtype, "sampling.steps": 10, "sampling.eta": 0.0})
-        problem = load_problem(config)
-        model, keys = problem.model, parallel.sample_keys(jax.random.key(0), 4)
-        lora = nonzero_lora(init_lora(jax.random.key(0), model.params["unet"], rank=2))
-        steps = jax.tree.map(lambda x: x[0], sampling_steps(config, model.process, explore=False))
-        context = evaluation.make_context(jax.tree.map(lambda x: x[:4], problem.train.cond), problem.uncond)
+        config = make_config("alignprop", {"eval.every": 0, "model.dtype": dtype, "sampling.steps": 10})
+        experiment = Experiment.build(config)
+        model, keys = experiment.pipeline, parallel.sample_keys(jax.random.key(0), 4)
+        lora = nonzero_lora(init_lora(jax.random.key(0), model.base, rank=2))
+        steps = experiment.steps(explore=False)
+        context = make_context(jax.tree.map(lambda x: x[:4], experiment.train.cond), experiment.uncond)
 
         @jax.jit
         def sample(params, context, steps, model=model, lora=lora, keys=keys):
-            denoise = evaluation.denoiser(model, {"model": params}, lora)
+            denoise = model.denoiser(params, lora)
             x_0, _ = rollout(model.process, denoise, initial_latents(keys, model.latent_shape), context, steps, keys)
             return model.decode(params, x_0).clip(0.0, 1.0)
 
-        params = {part: model.params[part] for part in ("unet", "vae")}
+        params = model.sampling_params
         assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
         images.append(np.asarray(sample(params, context, steps), np.float64))
     assert images[0].std() > 0.05

@@ -12,11 +12,11 @@ from conftest import nonzero_lora
 from PIL import Image
 
 from diffexp_jax import InputError, RewardError, command, parallel, train
-from diffexp_jax.evaluation import make_official_scorer
+from diffexp_jax.algorithms import Inputs
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import init_lora
-from diffexp_jax.problem import draw_batch, frozen_arrays, load_problem, make_explore, sampling_steps
-from diffexp_jax.programs import make_programs
+from diffexp_jax.programs import make_explore, make_programs, make_scorer
 from diffexp_jax.rewards import jpeg, load_reward, reward_name
 
 IMAGES = np.random.default_rng(0).integers(256, size=(5, 16, 16, 3)).astype(np.uint8)
@@ -25,7 +25,9 @@ TEXTS = ["a dog", "an ant", "a dog", "a cat riding a bike", "a bee"]
 
 def scores_of(spec, images=IMAGES, texts=TEXTS, **options):
     reward = load_reward(spec, **options)
-    return reward.start(images, reward.tokenize(texts))()
+    scores, parts = reward.start(images, reward.tokenize(texts))()
+    assert parts == {}
+    return scores
 
 
 # --------------------------------------------------------------------------------------------------------------- Python
@@ -44,8 +46,8 @@ def test_tokens_stand_for_the_texts():
     first, second = reward.tokenize(TEXTS), reward.tokenize(["a whale", "a dog"])
     assert first.dtype == np.int32 and first.tolist() == [0, 1, 0, 2, 3] and second.tolist() == [4, 0]
     black = np.zeros((2, 16, 16, 3), np.uint8)
-    np.testing.assert_allclose(reward.start(black, second)(), [0.07, 0.05], rtol=1e-6)
-    np.testing.assert_allclose(reward.start(black, first[2:4])(), [0.05, 0.19], rtol=1e-6)
+    np.testing.assert_allclose(reward.start(black, second)()[0], [0.07, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(reward.start(black, first[2:4])()[0], [0.05, 0.19], rtol=1e-6)
 
 
 def test_calls_run_in_threads(monkeypatch):
@@ -61,7 +63,7 @@ def test_calls_run_in_threads(monkeypatch):
     reward = load_reward("python:sample_rewards:meet", workers=3)
     waits = [reward.start(lambda: IMAGES, reward.tokenize(TEXTS)) for _ in range(3)]
     for wait in waits:
-        np.testing.assert_allclose(wait(), IMAGES.mean((1, 2, 3)), rtol=1e-6)
+        np.testing.assert_allclose(wait()[0], IMAGES.mean((1, 2, 3)), rtol=1e-6)
     assert names == {"reward python:sample_rewards:meet"}
 
 
@@ -88,7 +90,7 @@ def test_official_scores_of_pictures_of_several_sizes():
     images = [IMAGES[0], IMAGES[1], np.zeros((4, 6, 3), np.uint8), IMAGES[2]]
     for spec in ("jpeg_incompressibility", "jpeg_compressibility"):
         reward = load_reward(spec)
-        scores = make_official_scorer(reward, batch=2)(images, reward.tokenize(TEXTS[:4]))
+        scores = make_scorer(reward, batch=2)(images, reward.tokenize(TEXTS[:4]))
         assert scores.keys() == {""}
         expected = [getattr(jpeg, spec.removeprefix("jpeg_"))(image[None], [""])[0] for image in images]
         np.testing.assert_allclose(scores[""], expected, rtol=1e-6)
@@ -115,7 +117,7 @@ def test_a_function_of_jax():
     np.testing.assert_allclose(score(images), images.mean((1, 2, 3)), rtol=1e-5)
     gradient = jax.grad(lambda x: score(x)[1])(images)
     np.testing.assert_allclose(gradient.sum((1, 2, 3)), [0, 1, 0, 0, 0], rtol=1e-5)
-    official = make_official_scorer(reward, batch=2)(list(IMAGES), tokens)
+    official = make_scorer(reward, batch=2)(list(IMAGES), tokens)
     np.testing.assert_allclose(official[""], images.mean((1, 2, 3)), rtol=1e-5)
 
 
@@ -142,11 +144,7 @@ def test_a_function_of_jax_that_returns_another_shape():
         ("python:no_such_module:f", "importing no_such_module: ModuleNotFoundError: No module named"),
         ("python:sample_rewards:no_such", "sample_rewards has no function 'no_such'"),
         ("jax:sample_rewards:NUMBER", "sample_rewards has no function 'NUMBER'"),
-        (
-            "jpeg_compressibility+jax:sample_rewards:brightness",
-            "jpeg_compressibility is plain Python, which wants to be alone",
-        ),
-        ("textnorm(python:sample_rewards:words)", "is plain Python, which wants to be alone"),
+        ("textnorm(python:sample_rewards:words)", "the reward is plain Python; wants one that is computed in JAX"),
         ("sample_rewards:brightness", "unknown reward 'sample_rewards'; accepted: .*python:MODULE:FUNCTION"),
     ],
 )
@@ -175,6 +173,24 @@ def test_a_sum_with_a_function_of_jax():
     np.testing.assert_allclose(total, 0.5 * parts["emoji_aesthetic"] + 2 * parts["brightness"], rtol=1e-5)
 
 
+def test_a_sum_with_plain_python():
+    """Reported in bytes on the published path; the host's half and the program's are added."""
+    reward = load_reward("jpeg_compressibility+jax:sample_rewards:brightness", weights=(0.5, 2.0))
+    scores = make_scorer(reward, batch=2)(list(IMAGES), reward.tokenize(TEXTS))
+    kilobytes = jpeg.compressibility(IMAGES, TEXTS)
+    np.testing.assert_allclose(scores["jpeg_compressibility"], kilobytes, rtol=1e-6)
+    np.testing.assert_allclose(scores["brightness"], IMAGES.mean((1, 2, 3)) / 255, rtol=1e-5)
+    np.testing.assert_allclose(scores[""], 0.5 * kilobytes + 2 * scores["brightness"], rtol=1e-5)
+
+
+def test_a_sum_of_plain_python_alone():
+    reward = load_reward("jpeg_compressibility+python:sample_rewards:bright_and_long", weights=(1.0, 10.0))
+    scores = make_scorer(reward, batch=3)(list(IMAGES), reward.tokenize(TEXTS))
+    expected = jpeg.compressibility(IMAGES, TEXTS) + 10 * np.array(sample_rewards.bright_and_long(IMAGES, TEXTS))
+    np.testing.assert_allclose(scores[""], expected, rtol=1e-5)
+    assert scores.keys() == {"", "jpeg_compressibility", "bright_and_long"}
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 PLAIN = {"eval.every": 0, "log.images": 0}
@@ -190,16 +206,16 @@ class Tiny:
     """Single iterations of a run."""
 
     def __init__(self, config):
-        self.config, self.problem = config, load_problem(config)
-        self.programs = make_programs(config, self.problem)
-        self.frozen = frozen_arrays(self.problem)
-        lora = init_lora(jax.random.key(0), self.problem.model.params["unet"], rank=config.lora.rank)
+        self.config, self.experiment = config, Experiment.build(config)
+        self.programs = make_programs(self.experiment)
+        self.frozen = parallel.replicate(self.experiment.frozen)
+        lora = init_lora(jax.random.key(0), self.experiment.pipeline.base, rank=config.lora.rank)
         self.state = parallel.replicate(self.programs.algorithm.init(nonzero_lora(lora)))
-        self.steps = sampling_steps(config, self.problem.model.process, explore=True)
-        self.explore = make_explore(config)
+        self.steps = parallel.replicate(self.experiment.steps(explore=True))
+        self.explore = make_explore(self.experiment)
 
     def batch(self, it):
-        return draw_batch(self.config, self.problem, it, self.explore)
+        return self.experiment.draw_batch(it, self.explore)
 
     def sample(self, it):
         return self.programs.sample(self.state, self.frozen, self.batch(it), self.steps)
@@ -208,7 +224,7 @@ class Tiny:
         """Trains, and returns the metrics."""
         key = parallel.replicate(jax.random.key(it))
         batch, samples = self.batch(it), self.sample(it) if self.programs.sample else None
-        self.state, metrics, _ = self.programs.update(self.state, self.frozen, batch, self.steps, key, samples)
+        self.state, metrics, _ = self.programs.update(self.state, self.frozen, Inputs(batch, self.steps, key, samples))
         return parallel.first(metrics)
 
     def measure(self, it):
@@ -228,6 +244,20 @@ def test_samples_are_those_of_the_same_reward_on_the_device(make_config):
     np.testing.assert_allclose(samples.rewards, expected.rewards, atol=0.5 / 255)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), samples.trajectory, expected.trajectory)
     np.testing.assert_allclose(samples.images, expected.images, atol=1e-5)
+
+
+def test_samples_of_a_sum_with_plain_python(make_config):
+    """The host scores a chunk's bytes, the program its floats: the same trajectories, rewards and parts of the two."""
+    settings = PLAIN | {"batch.samples_per_forward": 2, "reward_weights": (2.0, 3.0)}
+    python, in_jax = "python:sample_rewards:bright_and_long", "jax:sample_rewards:bright_and_long_jax"
+    mixed = Tiny(make_config("ddpo", settings | {"reward": f"{python}+jax:sample_rewards:brightness"}))
+    whole = Tiny(make_config("ddpo", settings | {"reward": f"{in_jax}+jax:sample_rewards:brightness"}))
+    samples, expected = (parallel.first(run.sample(3)) for run in (mixed, whole))
+    np.testing.assert_allclose(samples.rewards, expected.rewards, atol=1.0 / 255)
+    np.testing.assert_allclose(samples.parts["bright_and_long"], expected.parts["bright_and_long_jax"], atol=0.5 / 255)
+    np.testing.assert_allclose(samples.parts["brightness"], expected.parts["brightness"], atol=1e-5)
+    metrics = mixed.measure(3)
+    assert metrics["reward/bright_and_long"] == pytest.approx(samples.parts["bright_and_long"].mean(), rel=1e-4)
 
 
 def test_ddpo_makes_images_compressible(make_config):

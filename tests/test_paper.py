@@ -3,9 +3,9 @@
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import alignprop, common, ddpo, paper
-from diffexp_jax import check
+from configs import alignprop, base, ddpo, paper
 from diffexp_jax.prompts import PROMPTS
+from diffexp_jax.settings import check_config
 
 NAMES = """
 fig1 fig4_ddpo_aesthetic fig4_ddpo_pickscore fig4_alignprop_aesthetic fig4_alignprop_pickscore
@@ -35,9 +35,9 @@ def test_the_papers_figures():
 def test_the_papers_configs(name, model):
     """Every one can run, explores, and its baseline differs in nothing else."""
     config, plain = paper.get_config(name + model), paper.get_config(f"{name},explore=false{model}")
-    check.check_config(config)
-    check.check_config(plain)
-    assert flatten_dict(config.to_dict()).keys() == flatten_dict(common.default().to_dict()).keys()
+    check_config(config)
+    check_config(plain)
+    assert flatten_dict(config.to_dict()).keys() == flatten_dict(base.default().to_dict()).keys()
     images = 32 if model and config.algorithm == "alignprop" else 64
     assert config.batch.samples == images and config.exploration.fraction == 0.75
     assert config.exploration.enabled == (not name.endswith("_none")) and not plain.exploration.enabled

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffexp_jax import InputError
-from diffexp_jax.models.pickles import open_checkpoint
+from diffexp_jax.formats.pickles import open_checkpoint
 from diffexp_jax.rewards import aesthetic
 
 torch = pytest.importorskip("torch")
@@ -194,4 +194,4 @@ def test_the_published_head():
     tensors = open_checkpoint(Path(path))
     head = {name: {"kernel": tensors[f"{name}.weight"].T, "bias": tensors[f"{name}.bias"]} for name in aesthetic.LAYERS}
     features = np.stack([np.ones(768), np.eye(768)[0]]).astype(np.float32)
-    np.testing.assert_allclose(aesthetic.rate(head, features), [4.88328485, 4.5450524], atol=1e-5)
+    np.testing.assert_allclose(aesthetic.rating(head, features), [4.88328485, 4.5450524], atol=1e-5)

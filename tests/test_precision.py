@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, nonzero_lora
 
-from diffexp_jax import backend, evaluation
-from diffexp_jax.algorithms import ddpo
-from diffexp_jax.models import families, sizes, stable_diffusion
+from diffexp_jax import backend, programs
+from diffexp_jax.algorithms import policy_gradient
+from diffexp_jax.experiment import full_float32, load_rewards
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
-from diffexp_jax.problem import model_dtype
+from diffexp_jax.pipelines import families, load_pipeline, sizes
+from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 
 RNG = np.random.default_rng(0)
 W, X = RNG.standard_normal((8, 8)).astype(np.float32), RNG.standard_normal((3, 8)).astype(np.float32)
@@ -81,21 +82,17 @@ def test_what_the_settings_come_to(monkeypatch, platform, setting, dtype, precis
     "platform, changes, wanted",
     [
         ("cpu", {}, "sampled"),
-        ("gpu", {}, "current"),  # bfloat16
-        ("tpu", {}, "current"),
-        ("gpu", {"model.dtype": "float16"}, "current"),
+        ("gpu", {}, "recomputed"),  # bfloat16
+        ("tpu", {"model.dtype": "float16"}, "recomputed"),
         ("gpu", {"model.dtype": "float32"}, "recomputed"),
-        ("gpu", {"model.dtype": "float32", "model.matmul_precision": "tensorfloat32"}, "current"),
-        ("gpu", {"ddpo.inner_epochs": 2}, "recomputed"),  # samples that are used again need a ratio
-        ("cpu", {"model.dtype": "bfloat16"}, "current"),
+        ("cpu", {"model.dtype": "bfloat16"}, "recomputed"),
         ("gpu", {"ddpo.old_log_prob": "sampled"}, "sampled"),
     ],
 )
 def test_what_ddpos_ratio_is_relative_to(monkeypatch, make_config, platform, changes, wanted):
     monkeypatch.setattr(backend, "platform", lambda: platform)
     config = make_config("ddpo", changes)
-    full = is_full_float32(config.model.matmul_precision, model_dtype(config))
-    assert ddpo.resolved_old_log_prob(config.ddpo.to_dict(), full) == wanted
+    assert policy_gradient.resolved_old_log_prob(config.ddpo.to_dict(), full_float32(config)) == wanted
 
 
 def test_default_precision_is_the_function_itself():
@@ -113,13 +110,13 @@ def test_precision_reaches_forward_and_backward():
 def test_only_sdxls_vae_is_never_float16(path, dtype):
     config = families.model_config(*sizes.PIPELINES[path])
     is_sdxl = config.family.added
-    assert jnp.dtype(config.vae_dtype(dtype)) == ("float32" if is_sdxl and dtype == "float16" else dtype)
+    assert jnp.dtype(config.dtype("vae", dtype)) == ("float32" if is_sdxl and dtype == "float16" else dtype)
 
 
 @pytest.mark.parametrize("dtype, error", [("bfloat16", 0.1), ("float16", 0.02)])
 def test_gradients_of_a_model_in_half_precision(tiny_model, dtype, error):
     """In LoRA and latent, against float32's; so small that float16 would lose it if it were not scaled."""
-    exact = stable_diffusion.load(tiny_model)
+    exact = load_pipeline(tiny_model)
     lora = nonzero_lora(init_lora(jax.random.key(0), exact.params["unet"], rank=2))
     ids = np.ones((1, 2, 32), np.int32)
     context = exact.encode(exact.params, ids).embedding
@@ -127,14 +124,14 @@ def test_gradients_of_a_model_in_half_precision(tiny_model, dtype, error):
 
     def gradients(model):
         def loss(lora, x_t):
-            out = model.unet(model.params, lora, x_t, jnp.int32(500), context, None)
+            out = model.denoise(model.params, lora, x_t, jnp.int32(500), TextEmbedding(context))
             images = model.decode(model.params, out)
             return 1e-7 * (jnp.sin(out).sum() + images.mean())
 
         return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(lora, x_t))
 
     want = np.concatenate([np.ravel(x) for x in gradients(exact)])
-    got = np.concatenate([np.ravel(x) for x in gradients(stable_diffusion.load(tiny_model, dtype=dtype))])
+    got = np.concatenate([np.ravel(x) for x in gradients(load_pipeline(tiny_model, dtype=dtype))])
     assert np.linalg.norm(got - want) < error * np.linalg.norm(want)
 
 
@@ -194,13 +191,25 @@ def test_the_documents_table_is_of_its_file():
     assert shown == script().table(json.loads((ROOT / "docs" / "precision.json").read_text())["rows"])
 
 
+def test_learning_curves_of_the_documents():
+    """docs/precision.md shows docs/precision_learning.json."""
+    arms = json.loads((ROOT / "docs" / "precision_learning.json").read_text())["arms"]
+    document = (ROOT / "docs" / "precision.md").read_text()
+    shown = document.partition("<!-- learning -->\n")[2].partition("\n<!-- /learning -->")[0].splitlines()[2:]
+    rows = []
+    for flags, found in arms.items():
+        rewards = found["reward/mean"]
+        means = [f"{np.mean(rewards[i : i + 8]):.2f}" if i < len(rewards) else "" for i in range(0, 32, 8)]
+        rows.append(f"| `{flags}` | {' | '.join(means)} | {max(found['grad_norm']):.2g} |")
+    assert shown == rows
+
+
 def test_evaluation_scores_in_float32_whatever_trains(make_config):
     """The trained reward in bfloat16 is loaded a second time for the report; in float32 it is loaded once."""
-    from diffexp_jax.problem import load_rewards
 
     _, trained, rewards = load_rewards(make_config("ddpo", {"reward_dtype": "bfloat16"}))
     types = [{str(x.dtype) for x in jax.tree.leaves(r.params) if x.ndim} for r in (trained, rewards["pickscore"])]
     assert types == [{"bfloat16"}, {"float32"}]
     _, trained, rewards = load_rewards(make_config("ddpo"))
     assert rewards["pickscore"] is trained
-    assert evaluation.make_official_scorer(trained, batch=2) is not None
+    assert programs.make_scorer(trained, batch=2) is not None

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from diffexp_jax import report
-from diffexp_jax.evaluation import as_bytes
 from diffexp_jax.metrics import MetricsWriter, read_metrics
+from diffexp_jax.programs import as_bytes
 
 ROWS = [
     {"iteration": 0, "eval/animals/emoji_judge": 0.25, "eval/animals/pickscore": 20.0},

@@ -7,7 +7,8 @@ import pytest
 
 from diffexp_jax.emoji import pictures, reward_stages, scenes
 from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
-from diffexp_jax.models import clip, convert
+from diffexp_jax.formats import convert
+from diffexp_jax.models import clip
 
 N = 4096
 N_CAPTIONS = len(ANIMALS) * (1 + len(ACTIVITIES))

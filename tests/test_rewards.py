@@ -14,16 +14,16 @@ from safetensors.numpy import save_file
 from diffexp_jax import InputError
 from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
 from diffexp_jax.emoji.tokenizer import write_tokenizer
-from diffexp_jax.evaluation import make_official_scorer
-from diffexp_jax.models import convert
+from diffexp_jax.formats import convert
 from diffexp_jax.models.classifier import Classifier, ClassifierConfig
-from diffexp_jax.rewards import REWARDS, aesthetic, check_images, judge, load_reward, preprocess
+from diffexp_jax.programs import make_scorer
+from diffexp_jax.rewards import BUILTINS, aesthetic, judge, load_reward, preprocess
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 ACCEPTED = (
-    f"accepted: {', '.join(REWARDS)}, jpeg_compressibility, jpeg_incompressibility, each also as NAME:PATH or "
+    f"accepted: {', '.join(BUILTINS)}, each also as NAME:PATH or "
     "textnorm(NAME:PATH), several joined by +; jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
 )
 SIZE, WIDTH = 24, 12  # pixels of the tower's side, width of its embedding
@@ -128,7 +128,7 @@ def test_head_layout():
         name: {"kernel": jnp.array(kernel), "bias": jnp.array(bias)}
         for name, kernel, bias in zip(aesthetic.LAYERS, kernels, biases, strict=True)
     }
-    np.testing.assert_allclose(aesthetic.rate(params, jnp.array([[3.0, 4.0], [0.3, 0.4]])), [32, 32], rtol=1e-6)
+    np.testing.assert_allclose(aesthetic.rating(params, jnp.array([[3.0, 4.0], [0.3, 0.4]])), [32, 32], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_how_far_the_two_paths_scores_are_apart(capsys):
     for name in ("emoji_pickscore", "emoji_aesthetic"):
         reward = load_reward(name)
         tokens = reward.tokenize(texts)
-        official = make_official_scorer(reward, batch=16)(images, tokens)[""]
+        official = make_scorer(reward, batch=16)(images, tokens)[""]
         ours = [
             reward.score(reward.params, jnp.asarray(image[None] / np.float32(255)), token[None])[0][0]
             for image, token in zip(images, tokens, strict=True)
@@ -286,7 +286,7 @@ def test_official_scores(clip_folder, aesthetic_folder):
     """In batches, of pictures of different sizes, one by one the same; near the differentiable path's."""
     images = [photograph(*box) for box in ((60, 51), (24, 24), (30, 45))]
     reward = load_reward(f"pickscore:{clip_folder}+aesthetic:{aesthetic_folder}")
-    scorer = make_official_scorer(reward, batch=2)
+    scorer = make_scorer(reward, batch=2)
     scores = scorer(images, reward.tokenize(TEXTS))
     assert scores.keys() == {"", "pickscore", "aesthetic"}
     np.testing.assert_allclose(scorer(images[2:], reward.tokenize(TEXTS[2:]))[""], scores[""][2:], rtol=1e-5)
@@ -323,28 +323,6 @@ def test_normalise():
     expected = [[-1.79226253, -1.75209713, -1.48021977], [1.93033625, 2.07488384, 2.14589670]]
     pixels = preprocess.clip_pixels(grey, SIZE)
     np.testing.assert_allclose(pixels, np.broadcast_to(np.array(expected)[:, None, None], pixels.shape), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "images, message",
-    [
-        (np.zeros((2, 8, 8, 3), np.uint8), "images as floats [N,H,W,3] in [0,1], found uint8 [2, 8, 8, 3]"),
-        (np.zeros((8, 8, 3)), "images as floats [N,H,W,3] in [0,1], found float64 [8, 8, 3]"),
-        (np.full((1, 8, 8, 3), 255.0), "pixels in [0,1], found 255 to 255"),
-        (np.linspace(-1, 1, 192).reshape(1, 8, 8, 3), "pixels in [0,1], found -1 to 1"),
-        (np.full((1, 8, 8, 3), np.nan), "pixels in [0,1], found nan to nan"),
-    ],
-)
-def test_bad_images(images, message):
-    with pytest.raises(InputError) as error:
-        check_images(images, "a.npy")
-    assert str(error.value) == f"a.npy: wants {message}"
-
-
-def test_good_images(images):
-    check_images(images, "a.npy")
-    check_images(images * np.float16(1), "a.npy")
-    check_images(images[:0], "a.npy")
 
 
 # ---------------------------------------------------------------------------------------------------------------- judge

@@ -293,9 +293,11 @@ def test_one_compilation_serves_every_mask():
 # ---- guidance
 
 
-def unet(x, t, embedding, added):
+def unet(x, t, cond):
+    """Of conditioning that is an array [B,L,D], or a tree of it and others [B,P]."""
+    embedding, *added = cond if isinstance(cond, tuple) else (cond,)
     out = x * embedding.mean((1, 2))[:, None, None, None] + t / 1000
-    return out if added is None else out + added[0][:, :1, None, None] + added[1][:, :1, None, None]
+    return out + sum(more[:, :1, None, None] for more in added)
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 7.5])
@@ -304,11 +306,10 @@ def test_guided_literal(w, with_added):
     """The output is linear in the embedding's mean m and in the added inputs, so both are blended by w."""
     ctx, x = context(3), normal(0, 3, *SHAPE)
     if with_added:
-        cond, uncond = (normal(3, 3, 5), normal(4, 3, 6)), (normal(5, 3, 5), normal(6, 3, 6))
-        ctx = ctx._replace(added_cond=cond, added_uncond=uncond)
+        ctx = Context((ctx.cond, normal(3, 3, 5), normal(4, 3, 6)), (ctx.uncond, normal(5, 3, 5), normal(6, 3, 6)))
     step = row(make_steps(4, w=w), 1)
     out = guided(unet)(x, step, ctx)
-    halves = [unet(x, 501, ctx.cond, ctx.added_cond), unet(x, 501, ctx.uncond, ctx.added_uncond)]
+    halves = [unet(x, 501, ctx.cond), unet(x, 501, ctx.uncond)]
     assert int(step.t) == 501
     np.testing.assert_allclose(out, w * halves[0] + (1 - w) * halves[1], rtol=1e-5, atol=1e-5)
     if w in (0.0, 1.0):
@@ -322,7 +323,7 @@ def test_guidance_of_each_step_is_its_own():
     x_0, _ = rollout(guided(unet), x_T, ctx, steps, KEYS)
     x = x_T
     for i, embedding in enumerate((ctx.cond, ctx.cond, ctx.uncond, ctx.uncond)):
-        x, _ = ddim.ddim_step(x, unet(x, steps.t[i], embedding, None), row(steps, i))
+        x, _ = ddim.ddim_step(x, unet(x, steps.t[i], embedding), row(steps, i))
     np.testing.assert_allclose(x_0, x, rtol=1e-4, atol=1e-5)
 
 

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffexp_jax import InputError
-from diffexp_jax.models import families, files, stable_diffusion
+from diffexp_jax.formats import files, tokenizers
+from diffexp_jax.pipelines import all_parts, load_pipeline, stable_diffusion
 from diffexp_jax.rewards import load_reward
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -38,18 +39,18 @@ def test_sharded_weights_equal_single(folder, tiny_model):
     (folder / UNET_FILE).unlink()
     index_file = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    assert trees_equal(stable_diffusion.load(folder).params, stable_diffusion.load(tiny_model).params)
+    assert trees_equal(load_pipeline(folder).params, load_pipeline(tiny_model).params)
 
     (folder / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match="00002-of-00002.safetensors: the file is missing"):
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
 
 
 def test_fp16_variant_is_used_when_it_is_all_there_is(folder):
     tensors = {name: value.astype(np.float16) for name, value in load_file(folder / UNET_FILE).items()}
     save_file(tensors, folder / "unet/diffusion_pytorch_model.fp16.safetensors")
     (folder / UNET_FILE).unlink()
-    kernel = stable_diffusion.load(folder).params["unet"]["conv_in"]["kernel"]
+    kernel = load_pipeline(folder).params["unet"]["conv_in"]["kernel"]
     assert kernel.dtype == np.float32
     np.testing.assert_array_equal(kernel, tensors["conv_in.weight"].astype(np.float32).transpose(2, 3, 1, 0))
 
@@ -68,7 +69,7 @@ def test_old_attention_names_of_a_vae():
 def test_missing_subfolder(folder, part):
     shutil.rmtree(folder / part)
     with pytest.raises(InputError, match=f"{part}/ is missing"):
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
 
 
 @pytest.mark.parametrize(
@@ -86,16 +87,16 @@ def test_missing_subfolder(folder, part):
 def test_missing_file(folder, file):
     (folder / file).unlink()
     with pytest.raises(InputError, match=f"{file}: the file is missing"):
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
 
 
 def test_missing_and_pickled_weights(folder):
     (folder / UNET_FILE).unlink()
     with pytest.raises(InputError, match="no weights; wants diffusion_pytorch_model.safetensors"):
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
     (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(InputError, match="only pickled weights .*safe_serialization=True"):
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000])
@@ -103,7 +104,7 @@ def test_truncated_weights(folder, size):
     path = folder / UNET_FILE
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError, match="not a whole safetensors file") as error:
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
     assert "\n" not in str(error.value)
 
 
@@ -130,7 +131,7 @@ def rewritten_header(path, change):
 def test_a_lying_header(folder, lie, said):
     rewritten_header(folder / UNET_FILE, lambda header: header["conv_in.weight"].update(lie))
     with pytest.raises(InputError) as error:
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -143,7 +144,7 @@ def test_a_type_without_numbers_of_numpy(folder):
 
     rewritten_header(folder / UNET_FILE, half_as_wide)
     with pytest.raises(InputError, match="conv_in.weight"):
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
 
 
 def test_a_file_cut_short_after_it_was_opened(folder):
@@ -161,7 +162,7 @@ def test_bfloat16_files(folder):
     tensors = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / UNET_FILE).items()}
     save_file(tensors, folder / UNET_FILE)
     for dtype in (jnp.float32, jnp.bfloat16):
-        kernel = stable_diffusion.load(folder, dtype=dtype).params["unet"]["conv_in"]["kernel"]
+        kernel = load_pipeline(folder, dtype=dtype).params["unet"]["conv_in"]["kernel"]
         assert kernel.dtype == dtype
         np.testing.assert_array_equal(kernel, tensors["conv_in.weight"].astype(dtype).transpose(2, 3, 1, 0))
 
@@ -172,7 +173,7 @@ def test_variant_chooses_between_files(folder, variant, value):
     for end, number in (("", 1.0), (".fp16", 2.0)):
         changed = tensors | {"conv_out.bias": np.full(4, number, np.float32)}
         save_file(changed, folder / f"unet/diffusion_pytorch_model{end}.safetensors")
-    params = stable_diffusion.load(folder, variant=variant).params
+    params = load_pipeline(folder, variant=variant).params
     np.testing.assert_array_equal(params["unet"]["conv_out"]["bias"], value)
 
 
@@ -197,7 +198,7 @@ def hub(monkeypatch, tmp_path, tiny_model):
 def test_a_cached_model_needs_no_network(hub, monkeypatch, tiny_model, offline):
     no_network(monkeypatch, offline)
     assert files.model_folder("org/tiny", ["unet"]) == hub
-    assert trees_equal(stable_diffusion.load("org/tiny").params, stable_diffusion.load(tiny_model).params)
+    assert trees_equal(load_pipeline("org/tiny").params, load_pipeline(tiny_model).params)
 
 
 def no_network(monkeypatch, offline):
@@ -212,7 +213,7 @@ def no_network(monkeypatch, offline):
 def test_a_hub_id_without_network(hub, monkeypatch, path, revision, offline):
     no_network(monkeypatch, offline)
     with pytest.raises(InputError) as error:
-        stable_diffusion.load(path, revision=revision)
+        load_pipeline(path, revision=revision)
     said = f"model '{path}': no such folder, no copy in the hub's cache, and it could not be downloaded ("
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
 
@@ -254,17 +255,17 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for variant, weights in ((None, [*plain, *shard]), ("fp16", fp16)):
-        assert files.model_folder("org/name", families.PARTS, variant=variant) == tmp_path
+        assert files.model_folder("org/name", all_parts(), variant=variant) == tmp_path
         assert asked["files"] - {"README.md"} == {*there[1:], *weights} and "README.md" not in asked["files"]
 
 
 def test_broken_json(folder):
     (folder / "unet/config.json").write_text("{")
     with pytest.raises(InputError, match="unet/config.json: not readable as json"):
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
     (folder / "unet/config.json").write_text("[]")
     with pytest.raises(InputError, match="wants a json object, found a list"):
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +276,12 @@ def test_unsupported_unet(folder, key, value):
     path = folder / "unet/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(InputError, match=f"{key}.*accepted"):
-        stable_diffusion.load(folder)
+        load_pipeline(folder)
 
 
 def test_unknown_folder():
     with pytest.raises(InputError, match="no such folder; accepted: emoji, a folder in diffusers' format, or a hub id"):
-        stable_diffusion.load("nowhere/at/all")
+        load_pipeline("nowhere/at/all")
 
 
 def test_tensors_are_read_when_asked_for(folder):
@@ -290,10 +291,10 @@ def test_tensors_are_read_when_asked_for(folder):
 
 
 def test_token_ids_names_what_was_cut(tiny_model):
-    tokenizer = stable_diffusion.load_tokenizer(tiny_model / "tokenizer")
+    tokenizer = tokenizers.load_tokenizer(tiny_model / "tokenizer")
     length = tokenizer.model_max_length
     fits, long = "dog " * (length - 2), "dog " * (length - 1)
-    ids, cut = stable_diffusion.token_ids(tokenizer, [fits, long, ""])
+    ids, cut = tokenizers.token_ids(tokenizer, [fits, long, ""])
     assert ids.shape == (3, length) and cut == [long]
     np.testing.assert_array_equal(ids[0], ids[1])
     assert list(ids[2, :2]) == [tokenizer.bos_token_id, tokenizer.eos_token_id]

@@ -137,4 +137,4 @@ def test_train_state_passes_through_jit():
     after = jax.jit(lambda s: s.replace(iteration=s.iteration + 1))(state)
     assert isinstance(after, TrainState) and int(after.iteration) == 4
     assert [leaf.shape for leaf in jax.tree.leaves(after)] == [(), (2,), (1,), (2, 4), (2,)]
-    assert len(jax.tree.leaves(state.replace(stats=None))) == 3  # algorithms without statistics
+    assert len(jax.tree.leaves(state.replace(extra=None))) == 3  # algorithms without statistics

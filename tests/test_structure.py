@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from configs import alignprop, common, ddpo
+from configs import alignprop, base, ddpo
 from diffexp_jax.algorithms import METHODS
-from diffexp_jax.prompts import PROMPTS
+from diffexp_jax.experiment import Exploration
 
 PACKAGE = ROOT / "diffexp_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -20,50 +20,31 @@ BELOW = {
     "limits": {"InputError"},
     "exploration": set(),
     "state": set(),
-    "parallel": set(),
+    "parallel": {"limits", "InputError"},
     "metrics": set(),
+    "flops": set(),
     "process": {"process", "InputError"},
     "sampling": {"process"},
-    "models": {"models", "process", "backend", "InputError"},
+    "formats": {"formats", "InputError"},
+    "models": {"models", "formats", "backend", "InputError"},
+    "pipelines": {"pipelines", "models", "formats", "sampling", "process", "InputError"},
     "prompts": {"prompts", "InputError"},
-    "rewards": {"rewards", "models", "emoji.names", "InputError", "RewardError"},
-    "emoji": {"emoji", "rewards", "models", "prompts", "process", "InputError"},
+    "rewards": {"rewards", "models", "formats", "emoji.names", "InputError", "RewardError"},
+    "emoji": {"emoji", "rewards", "pipelines", "models", "formats", "prompts", "process", "InputError"},
     "algorithms": {"algorithms", "sampling", "process", "state", "backend", "limits", "InputError"},
+    "settings": {"algorithms", "prompts", "models.precision", "parallel", "limits", "InputError"},
+    "experiment": {"settings", "algorithms", "exploration", "pipelines", "models", "rewards", "prompts", "sampling"}
+    | {"parallel", "backend", "InputError"},
+    "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
+    "evaluation": {"experiment", "pipelines", "sampling", "parallel"},
+    "dry_run": {"programs", "experiment", "algorithms", "models", "flops", "parallel", "backend"},
     "command": {"InputError", "RewardError"},
     "report": {"metrics"},
-    "checkpoint": {"command", "InputError"},
-    "check": {"limits", "models.precision", "algorithms", "prompts", "sampling", "InputError"},
-    "flops": set(),
-    "programs": {"models.precision", "problem", "evaluation", "algorithms", "parallel", "check"},
-    "dry_run": {
-        "algorithms",
-        "programs",
-        "problem",
-        "evaluation",
-        "flops",
-        "models",
-        "rewards",
-        "prompts",
-        "parallel",
-        "check",
-    }
-    | {"backend", "InputError"},
-    "evaluation": {"algorithms", "sampling", "process", "models", "rewards", "parallel"},
-    "problem": {"evaluation", "algorithms", "sampling", "process", "exploration", "models", "rewards", "prompts"}
-    | {"parallel", "backend", "InputError"},
-    "train": {
-        "programs",
-        "backend",
-        "dry_run",
-        "problem",
-        "evaluation",
-        "exploration",
-        "models",
-        "parallel",
-        "check",
-        "checkpoint",
-    }
-    | {"command", "metrics", "report", "InputError", "RewardError"},
+    "workdir": {"command", "InputError"},
+    "checkpoint": {"InputError"},
+    "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "exploration", "sampling"}
+    | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "report", "command"}
+    | {"InputError", "RewardError"},
     "__init__": set(),
 }
 
@@ -104,16 +85,11 @@ def of(library: str) -> set[str]:
 
 def test_where_libraries_are_used():
     assert of("flax.linen") == {"models"}  # a port to another network library touches one folder
-    assert of("ml_collections") == {
-        "train",
-        "problem",
-        "programs",
-        "dry_run",
-    }  # library functions take keyword arguments
+    assert of("ml_collections") == {"train", "dry_run", "experiment", "settings"}  # the rest takes values
     assert of("orbax") == {"checkpoint"}
     for library in ("torch", "random", "diffusers"):
         assert of(library) == set(), library
-    assert of("transformers") == {"models"}
+    assert of("transformers") == {"formats", "emoji"}
 
 
 def test_configs_import_nothing_of_the_package():
@@ -131,7 +107,7 @@ def leaves(config, prefix="") -> set[str]:
     return names
 
 
-KEYS = leaves(common.default())
+KEYS = leaves(base.default())
 
 
 def dotted(node: ast.AST) -> str | None:
@@ -142,49 +118,59 @@ def dotted(node: ast.AST) -> str | None:
 
 
 def settings_read(path: Path) -> set[str]:
-    """The keys that a file reads from a variable named config (or c), directly or by a name for a section of it."""
+    """The keys that a file reads from something named config, directly or by a name for a section of it."""
     read = set()
     for function in ast.walk(ast.parse(path.read_text())):
         if not isinstance(function, ast.FunctionDef) or function.name == "check_config":  # checking is no use
             continue
-        names = {"config": "", "c": ""}
+        names = {"config": "", "optim": "optim."}
         for node in ast.walk(function):
             if isinstance(node, ast.Assign) and len(node.targets) == 1:
                 pair = node.targets[0], node.value
                 tuples = all(isinstance(side, ast.Tuple) for side in pair)
                 for target, value in zip(*(side.elts for side in pair), strict=True) if tuples else [pair]:
-                    source = dotted(value) or ""
-                    if isinstance(target, ast.Name) and source.startswith(("config.", "c.")):
-                        names[target.id] = source.partition(".")[2] + "."
+                    _, found, section = (dotted(value) or "").rpartition("config.")
+                    if isinstance(target, ast.Name) and found:
+                        names[target.id] = f"{section}."
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and (source := dotted(node)):
-                first, _, rest = source.partition(".")
+                _, found, rest = source.rpartition("config.")
+                first, _, rest = ("config", "", rest) if found else source.partition(".")
                 if first in names:
                     read.add(names[first] + rest)
     return read
 
 
 def settings_of_method(name: str) -> set[str]:
-    """The keys that a method's file uses: as a parameter of its function, or as settings["KEY"] where it is made."""
-    tree = ast.parse((PACKAGE / "algorithms" / f"{name}.py").read_text())
+    """The keys that a method uses: as a parameter of its function, or as settings["KEY"], also in what it shares."""
     used = set()
-    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "check"):
-        loaded = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-        if function.name == name:
-            used |= {argument.arg for argument in function.args.kwonlyargs} & loaded
-        for node in ast.walk(function):
-            if isinstance(node, ast.Subscript) and dotted(node.value) == "settings":
-                used.add(node.slice.value)
-    return {f"{name}.{key}" for key in used}
+    for file in (name, "policy_gradient"):
+        tree = ast.parse((PACKAGE / "algorithms" / f"{file}.py").read_text())
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)):
+            if getattr(function, "name", "") == name:
+                loaded = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+                used |= {argument.arg for argument in function.args.kwonlyargs} & loaded
+            if not getattr(function, "name", "").startswith("check"):
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Subscript) and dotted(node.value) == "settings":
+                        used.add(node.slice.value)
+    return {f"{name}.{key}" for key in used & METHODS[name].defaults.keys()}
 
 
 def test_every_setting_is_used():
     used = set().union(*map(settings_read, FILES), *map(settings_of_method, METHODS))
+    used |= {f"exploration.{field}" for field in Exploration._fields}  # which the experiment takes as they are
     assert KEYS - used == set()
 
 
+def test_defaults_of_methods():
+    """Methods and configs say the same."""
+    config = base.default()
+    assert {name: config[name].to_dict() for name in METHODS} == {name: m.defaults for name, m in METHODS.items()}
+
+
 def test_every_setting_has_a_comment():
-    source = (ROOT / "configs" / "common.py").read_text()
+    source = (ROOT / "configs" / "base.py").read_text()
     (function,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "default")
     lines, commented = source.splitlines(), 0
     for node in function.body:
@@ -204,10 +190,6 @@ def test_the_configs_change_only_what_there_is(config, argument):
     assert config.get_config(argument).exploration.enabled == (argument == "")
 
 
-def test_the_configs_know_the_prompt_sets():
-    assert common.PROMPTS == tuple(PROMPTS)
-
-
 @pytest.mark.parametrize(
     "prompts", ["a.csv:Category=A b. |C", "prompts/a.txt", "a dolphin riding a bike", "prompt:cat"]
 )
@@ -220,8 +202,8 @@ def test_the_configs_take_other_prompts(prompts):
 
 
 def table() -> list[tuple[str, str, str]]:
-    """README's paper -> code: (equation, file, function)."""
-    rows = re.findall(r"^\| (.+?) \| .+? \| `(.+?)`: `(.+?)` \|$", (ROOT / "README.md").read_text(), flags=re.M)
+    """docs/paper.md's table: (equation, file, function)."""
+    rows = re.findall(r"^\| (.+?) \| .+? \| `(.+?)`: `(.+?)` \|$", (ROOT / "docs" / "paper.md").read_text(), flags=re.M)
     assert len(rows) >= 7
     return rows
 

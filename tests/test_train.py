@@ -19,10 +19,11 @@ from conftest import ROOT, CompileCounter, as_flags
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from diffexp_jax import InputError, checkpoint, command, parallel, report, train
+from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, report, train
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import load_lora
-from diffexp_jax.models.stable_diffusion import load
+from diffexp_jax.pipelines.stable_diffusion import load
 
 ALGORITHMS = ("alignprop", "ddpo")
 LORA = "pytorch_lora_weights.safetensors"
@@ -42,11 +43,11 @@ def finished(request, make_config, tmp_path_factory) -> Run:
     config, workdir, compiled = make_config(request.param), tmp_path_factory.mktemp(request.param) / "run", []
     with CompileCounter() as counter, pytest.MonkeyPatch.context() as patch:
 
-        def draw_batch(*args, original=train.draw_batch):
+        def draw_batch(*args, original=Experiment.draw_batch):
             compiled.append(counter.count)
             return original(*args)
 
-        patch.setattr(train, "draw_batch", draw_batch)
+        patch.setattr(Experiment, "draw_batch", draw_batch)
         keep_images(patch, workdir)
         train.run(config, workdir)
         compiled.append(counter.count)
@@ -344,7 +345,7 @@ def test_determinism_is_asked_for_before_a_device_is_used(make_config, tmp_path,
         seen.append(os.environ["XLA_FLAGS"])
         raise InputError("stop")
 
-    monkeypatch.setattr(train.check, "check_config", stop)
+    monkeypatch.setattr(train.Experiment, "build", stop)
     for on in (False, True, True):
         with pytest.raises(InputError, match="stop"):
             train.run(make_config("ddpo", {"deterministic": on}), tmp_path)
@@ -354,8 +355,13 @@ def test_determinism_is_asked_for_before_a_device_is_used(make_config, tmp_path,
 def test_a_grid_of_a_single_prompt(make_config, monkeypatch):
     """As many pictures as asked for: of one prompt on several seeds."""
     config = make_config("ddpo", {"prompts": "a dog riding a bike", "log.images": 3, "eval.every": 0})
-    problem = train.load_problem(config)
+    experiment = Experiment.build(config)
     tasks = []
-    monkeypatch.setattr(train.evaluation, "evaluate", lambda *args, **kwargs: (tasks.append(args[4]), None))
-    _, captions = train.fixed_samples(config, problem, None, None, None, None)
+
+    def evaluate(*args, **kwargs):
+        tasks.append(args[4])
+        return np.zeros((3, 8, 8, 3), np.uint8), {}
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    _, captions = evaluation.fixed_samples(experiment, lambda: None, None, None, None, n=3)
     assert captions == ("a dog riding a bike",) * 3 and tasks[0].cond.embedding.shape[0] == 3

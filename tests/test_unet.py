@@ -8,7 +8,7 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 from diffexp_jax import InputError
-from diffexp_jax.models import convert
+from diffexp_jax.formats import convert
 from diffexp_jax.models.unet import UNet, UNetConfig
 
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"

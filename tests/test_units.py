@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffexp_jax.emoji.tokenizer import write_tokenizer
-from diffexp_jax.models.stable_diffusion import load_tokenizer
+from diffexp_jax.pipelines.stable_diffusion import load_tokenizer
 from diffexp_jax.prompts import PROMPTS, PromptSet
 from diffexp_jax.prompts.units import UNITS, unit_ids
 

@@ -7,7 +7,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
-from diffexp_jax.models import convert
+from diffexp_jax.formats import convert
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
 
 # name: (config, height and width of the latents)

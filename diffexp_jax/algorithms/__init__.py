@@ -7,8 +7,8 @@ To add one: write `name.py` with a `METHOD`, enter it in `METHODS`, and give it 
 """
 
 from diffexp_jax.algorithms import alignprop, ddpo, draft
-from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Batch, Method, Needs, Policy, Samples, Setup
+from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Batch, Inputs, Method, Needs, Policy, Samples, Setup
 
-__all__ = ["AXIS", "METHODS", "Algorithm", "Batch", "Method", "Needs", "Policy", "Samples", "Setup"]
+__all__ = ["AXIS", "METHODS", "Algorithm", "Batch", "Inputs", "Method", "Needs", "Policy", "Samples", "Setup"]
 
 METHODS: dict[str, Method] = {method.name: method for method in (alignprop.METHOD, ddpo.METHOD, draft.METHOD)}

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Num
 
 from diffexp_jax.process import Process
-from diffexp_jax.sampling import Context, Denoise
+from diffexp_jax.sampling import Context, Denoise, Steps
 from diffexp_jax.state import TrainState
 
 AXIS = "data"  # the name of the device axis that the functions below run under
@@ -20,8 +21,8 @@ class Policy(NamedTuple):
 
     denoise: Callable[[Any, Any], Denoise]  # (frozen, lora) -> guided denoiser
     decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
-    # (frozen, images, tokens) -> rewards and their parts; None: a host adds them to the samples
-    score: Callable[..., tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]] | None
+    # (frozen, images, tokens) -> rewards and their parts, less what the host adds to the samples (`Reward.start`)
+    score: Callable[..., tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]]
     latent_shape: tuple[int, int, int]
     process: Process
 
@@ -39,17 +40,26 @@ class Samples(NamedTuple):
     """What a sampling program hands to the update; leading axes [chunks, ...]."""
 
     trajectory: Any
-    rewards: Float[Array, "B"] | None  # None: not known yet, see `Policy.score`
+    rewards: Float[Array, "B"]
     parts: dict[str, Float[Array, "B"]]
     images: Float[Array, "B H W 3"]
+
+
+class Inputs(NamedTuple):
+    """What an iteration gives to the update."""
+
+    batch: Batch
+    steps: Steps
+    key: jax.Array  # of the iteration, the same on every device
+    samples: Samples | None = None  # None where the algorithm samples inside its update
 
 
 class Algorithm(NamedTuple):
     """Pure per-device functions, run under an axis named "data" (`parallel.pmap`).
 
-    sample(state, frozen, batch, steps) -> Samples, or None where the algorithm samples inside its update;
-    update(state, frozen, batch, steps, key, samples) -> (state, metrics, images), the same state and metrics on
-    every device.
+    `init(lora)` is the first state.
+    `sample(state, frozen, batch, steps)` gives samples; None where the algorithm samples inside its update.
+    `update(state, frozen, inputs)` gives (state, metrics, images), state and metrics the same on every device.
     """
 
     init: Callable[[Any], TrainState]
@@ -64,8 +74,10 @@ class Setup(NamedTuple):
     optimizer: optax.GradientTransformation
     n_chunks: int  # forward passes that a device's samples are split into
     n_prompts: int  # size of the prompt set
+    n_steps: int  # of sampling
     remat: bool  # see `sampling.rollout`
     full_float32: bool  # the model computes in float32 throughout, products too
+    reward_target: float | None = None  # what AlignProp pulls the reward to, where that is published
 
 
 class Needs(NamedTuple):
@@ -73,23 +85,34 @@ class Needs(NamedTuple):
 
     reward_gradient: bool = False  # the reward's gradient in the image, so a reward in JAX
     step_noise: bool = False  # noise at every step, whose log-prob it uses
+    groups: bool = False  # several samples of each prompt (batch.group)
 
 
 class Method(NamedTuple):
     """One way to fine-tune, named by `config.algorithm`. Its settings are the config's section of that name.
 
-    check(settings, n_steps) raises InputError for settings that cannot work.
-    updates(settings) is how many optimizer updates an iteration has, each on its own share of the samples.
-    passes(settings, full_float32) names, in words, the passes of the network over the samples besides the gradients'.
-    make(setup, settings) is the algorithm.
+    `defaults` are its settings, all of them, and what they are where the section does not say.
+    `check(settings, n_steps)` raises InputError for settings that cannot work.
+    `make(setup, settings)` is the algorithm.
+    `updates(settings)` is how many optimizer updates an iteration has, each on its own share of the samples.
+    `passes(settings, full_float32)` names, in words, the passes of the network over the samples besides the gradients'.
     """
 
     name: str
     needs: Needs
+    defaults: Mapping[str, Any]
     check: Callable[[Mapping[str, Any], int], None]
-    updates: Callable[[Mapping[str, Any]], int]
-    passes: Callable[[Mapping[str, Any], bool], tuple[str, ...]]
     make: Callable[[Setup, Mapping[str, Any]], Algorithm]
+    updates: Callable[[Mapping[str, Any]], int] = lambda settings: 1
+    passes: Callable[[Mapping[str, Any], bool], tuple[str, ...]] = lambda settings, full_float32: ("to sample",)
+
+
+def rewarded(policy: Policy, frozen: Any, x_0: Float[Array, "B h w c"], tokens: Any) -> tuple[Array, dict, Array]:
+    """(rewards, their parts, images) of latents."""
+    images = policy.decode(frozen, x_0).clip(0.0, 1.0)
+    rewards, parts = policy.score(frozen, images, tokens)
+    chex.assert_shape([rewards, *parts.values()], (len(images),))  # [B,1] would broadcast against [B]
+    return rewards, parts, images
 
 
 def chunked(tree: Any, n_chunks: int) -> Any:
@@ -122,23 +145,6 @@ def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any) -> tuple[Any,
     start, _ = zeros_like_output(function, jax.tree.map(lambda x: x[0], xs))
     total, kept = jax.lax.scan(add, start, xs)
     return jax.tree.map(lambda x: x / length, total), kept
-
-
-def gradient_over_chunks(
-    loss: Callable[[Any, Any], tuple[Array, Any]], lora: Any, batch: Any, n_chunks: int
-) -> tuple[Array, Any, Any]:
-    """Mean over the chunks of loss(lora, chunk)[0] and of its gradient in `lora`, and all of loss(lora, chunk)[1].
-
-    A scan that holds one chunk's work at a time; the second results keep the samples' order.
-    """
-
-    def one(total, chunk):
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(lora, chunk)
-        return jax.tree.map(jnp.add, total, (value, grads)), aux
-
-    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, lora))
-    total, aux = jax.lax.scan(one, start, chunked(batch, n_chunks))
-    return *jax.tree.map(lambda x: x / n_chunks, total), unchunked(aux)
 
 
 def across_devices(x: Num[Array, "B"]) -> Num[Array, "N"]:

@@ -1,6 +1,7 @@
 """AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023; DRaFT: Clark et al. 2024)."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,25 +9,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PRNGKeyArray
 
-from diffexp_jax.algorithms.algorithm import (
-    AXIS,
-    Algorithm,
-    Method,
-    Needs,
-    Policy,
-    Setup,
-    gradient_over_chunks,
-    reward_metrics,
-)
+from diffexp_jax import InputError
+from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
+from diffexp_jax.algorithms.reward_gradient import reward_gradient
 from diffexp_jax.limits import one_of, within
 from diffexp_jax.sampling import initial_latents, rollout
-from diffexp_jax.state import TrainState
 
 TRUNCATIONS = ("uniform", "per_step", "fixed")
+TARGETS = ("auto", "none")
 
 
-def live_steps(key: PRNGKeyArray, n_steps: int, *, truncation: str, k: int) -> tuple[Bool[Array, "T"], Array]:
-    """Which steps' network outputs carry gradient, and how many they are.
+def live_steps(key: PRNGKeyArray, n_steps: int, *, truncation: str, k: int) -> Bool[Array, "T"]:
+    """Which steps' network outputs carry gradient.
 
     "uniform": the last K, K uniform in 1..T, one draw for the iteration. "fixed": the last k. "per_step": the cut
     is drawn anew at every step, uniform in 0..T, as in the published code: step i is live with probability
@@ -34,12 +28,10 @@ def live_steps(key: PRNGKeyArray, n_steps: int, *, truncation: str, k: int) -> t
     """
     i = jnp.arange(n_steps)
     if truncation == "per_step":
-        live = i >= jax.random.randint(key, (n_steps,), 0, n_steps + 1)
-    elif truncation == "uniform":
-        live = i >= n_steps - jax.random.randint(key, (), 1, n_steps + 1)
-    else:
-        live = i >= n_steps - k
-    return live, live.sum()
+        return i >= jax.random.randint(key, (n_steps,), 0, n_steps + 1)
+    if truncation == "uniform":
+        return i >= n_steps - jax.random.randint(key, (), 1, n_steps + 1)
+    return i >= n_steps - k
 
 
 def alignprop(
@@ -62,57 +54,54 @@ def alignprop(
       remat: see `rollout`.
     """
 
-    def init(lora) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
-
     def loss(lora, frozen, chunk, steps, live):
+        denoise = policy.denoise(frozen, lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
-        x_0, _ = rollout(
-            policy.process,
-            policy.denoise(frozen, lora),
-            x_T,
-            chunk.context,
-            steps,
-            chunk.key,
-            live=live,
-            remat=remat,
-        )
-        images = policy.decode(frozen, x_0).clip(0.0, 1.0)
-        rewards, parts = policy.score(frozen, images, chunk.tokens)
+        x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live, remat=remat)
+        rewards, parts, images = rewarded(policy, frozen, x_0, chunk.tokens)
         per_sample = -rewards if reward_target is None else jnp.abs(reward_target - rewards)
         return loss_coefficient * per_sample.mean(), (rewards, parts, images)
 
-    def update(state, frozen, batch, steps, key, samples):
-        del samples  # sampling is part of the gradient
-        live, k = live_steps(key, len(steps.t), truncation=truncation, k=truncation_k)
-
-        value, grads, (rewards, parts, images) = gradient_over_chunks(
-            lambda lora, chunk: loss(lora, frozen, chunk, steps, live), state.lora, batch, n_chunks
-        )
-        value, grads = jax.lax.pmean((value, grads), AXIS)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
-        lora = optax.apply_updates(state.lora, updates)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "truncation/k": k}
-        metrics |= reward_metrics(rewards, parts)
-        return TrainState(state.iteration + 1, lora, opt_state), metrics, images
-
-    return Algorithm(init, None, update)
+    live = partial(live_steps, truncation=truncation, k=truncation_k)
+    return reward_gradient(optimizer, loss, live, n_chunks=n_chunks)
 
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
     one_of("alignprop.truncation", settings["truncation"], TRUNCATIONS)
     within("alignprop.truncation_k", settings["truncation_k"], 1, n_steps)
+    resolved_target(settings["reward_target"], None)
+
+
+def resolved_target(setting: str, published: float | None) -> float | None:
+    """The number that `reward_target` stands for, None for none; `published` is the reward's.
+
+    Raises:
+      InputError: it is none of the words, and no number.
+    """
+    if setting in TARGETS:
+        return published if setting == "auto" else None
+    try:
+        return float(setting)
+    except ValueError:
+        accepted = ", ".join(TARGETS)
+        raise InputError(f"alignprop.reward_target={setting!r}: accepted: {accepted}, or a number") from None
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
-    return alignprop(setup.policy, setup.optimizer, n_chunks=setup.n_chunks, remat=setup.remat, **settings)
+    target = resolved_target(settings["reward_target"], setup.reward_target)
+    return alignprop(
+        setup.policy,
+        setup.optimizer,
+        n_chunks=setup.n_chunks,
+        remat=setup.remat,
+        **{**settings, "reward_target": target},
+    )
 
 
 METHOD = Method(
     name="alignprop",
     needs=Needs(reward_gradient=True),
+    defaults={"truncation": "uniform", "truncation_k": 1, "loss_coefficient": 0.01, "reward_target": "auto"},
     check=check,
-    updates=lambda settings: 1,
-    passes=lambda settings, full_float32: ("to sample",),
     make=make,
 )

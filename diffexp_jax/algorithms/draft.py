@@ -8,19 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from diffexp_jax.algorithms.algorithm import (
-    AXIS,
-    Algorithm,
-    Method,
-    Needs,
-    Policy,
-    Setup,
-    gradient_over_chunks,
-    reward_metrics,
-)
+from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
+from diffexp_jax.algorithms.reward_gradient import reward_gradient
 from diffexp_jax.limits import within
 from diffexp_jax.sampling import Denoise, Steps, initial_latents, rollout, step_noise
-from diffexp_jax.state import TrainState
 
 
 def last_step_again(
@@ -56,39 +47,24 @@ def draft(
       remat: see `rollout`.
     """
 
-    def init(lora) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+    def live_steps(key, n_steps):
+        del key  # always the last k
+        return jnp.arange(n_steps) >= n_steps - k
 
-    def loss(lora, frozen, chunk, steps):
+    def loss(lora, frozen, chunk, steps, live):
         denoise = policy.denoise(frozen, lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
-        live = jnp.arange(len(steps.t)) >= len(steps.t) - k
         x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live, remat=remat)
-
-        def rewarded(x_0):
-            images = policy.decode(frozen, x_0).clip(0.0, 1.0)
-            return *policy.score(frozen, images, chunk.tokens), images
+        rewards, parts, images = rewarded(policy, frozen, x_0, chunk.tokens)
 
         def again(total, draw):
-            rewards, _, _ = rewarded(last_step_again(policy, denoise, x_0, chunk, steps, draw))
-            return total + rewards.mean(), None
+            further = last_step_again(policy, denoise, x_0, chunk, steps, draw)
+            return total + rewarded(policy, frozen, further, chunk.tokens)[0].mean(), None
 
-        rewards, parts, images = rewarded(x_0)
         total, _ = jax.lax.scan(jax.checkpoint(again), rewards.mean(), jnp.arange(lv_samples))
         return -total, (rewards, parts, images)
 
-    def update(state, frozen, batch, steps, key, samples):
-        del key, samples  # nothing else is random, and sampling is part of the gradient
-        value, grads, (rewards, parts, images) = gradient_over_chunks(
-            lambda lora, chunk: loss(lora, frozen, chunk, steps), state.lora, batch, n_chunks
-        )
-        value, grads = jax.lax.pmean((value, grads), AXIS)
-        change, opt_state = optimizer.update(grads, state.opt_state, state.lora)
-        lora = optax.apply_updates(state.lora, change)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)} | reward_metrics(rewards, parts)
-        return TrainState(state.iteration + 1, lora, opt_state), metrics, images
-
-    return Algorithm(init, None, update)
+    return reward_gradient(optimizer, loss, live_steps, n_chunks=n_chunks)
 
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
@@ -105,8 +81,7 @@ def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
 METHOD = Method(
     name="draft",
     needs=Needs(reward_gradient=True),
+    defaults={"k": 1, "lv_samples": 0},
     check=check,
-    updates=lambda settings: 1,
-    passes=lambda settings, full_float32: ("to sample",),
     make=make,
 )

@@ -12,7 +12,7 @@ from diffexp_jax.emoji import scenes
 from diffexp_jax.emoji.names import ANIMALS
 from diffexp_jax.emoji.pretraining import load_part
 from diffexp_jax.emoji.scenes import Scene, Sprites
-from diffexp_jax.models import files
+from diffexp_jax.formats import files
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
 
 ACTIVITY_SHARE = 0.65  # of the scenes that have an object

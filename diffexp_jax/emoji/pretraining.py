@@ -13,10 +13,11 @@ from safetensors.numpy import save
 
 from diffexp_jax.emoji import scenes
 from diffexp_jax.emoji.tokenizer import MAX_LENGTH, write_tokenizer
-from diffexp_jax.models import convert, files, stable_diffusion
+from diffexp_jax.formats import convert, files
 from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
+from diffexp_jax.pipelines import stable_diffusion
 from diffexp_jax.process.ddim import add_noise, min_snr_weight, noise_schedule
 
 ASSETS = Path(__file__).parent / "assets"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
 from tqdm import tqdm
 
 from diffexp_jax.emoji import scenes
@@ -15,16 +16,11 @@ from diffexp_jax.emoji.pictures import EMPTY_SHARE, GROUP, NO_ANIMAL, draw_batch
 from diffexp_jax.emoji.pretraining import Stage, save_half, save_json
 from diffexp_jax.emoji.scenes import Scene
 from diffexp_jax.emoji.tokenizer import MAX_LENGTH, write_tokenizer
-from diffexp_jax.models import clip, convert
+from diffexp_jax.formats import convert
+from diffexp_jax.formats.tokenizers import load_tokenizer, token_ids
+from diffexp_jax.models import clip, clip_files
 from diffexp_jax.models.classifier import Classifier, ClassifierConfig
-from diffexp_jax.models.stable_diffusion import load_tokenizer, token_ids
 from diffexp_jax.rewards import aesthetic, judge, preprocess
-
-
-def cross_entropy(logits: Float[Array, "B N"], labels: Int[Array, " B"]) -> Float[Array, " B"]:
-    """-log softmax(logits)[label]."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
-
 
 # ----------------------------------------------------------------------------------------------------------------- CLIP
 
@@ -72,7 +68,7 @@ def clip_stage(
     def init(key):
         styles = jnp.zeros((len(STYLES), CLIP["projection_dim"]))
         if from_shipped:
-            return {"clip": clip.load(folder)[1], "styles": styles}
+            return {"clip": clip_files.load(folder)[1], "styles": styles}
         params = model.init(key, ids[:1], jnp.zeros((1, scenes.SIZE, scenes.SIZE, 3)))["params"]
         return {"clip": params, "styles": styles}
 
@@ -132,7 +128,7 @@ def aesthetic_stage(
     out: Path, *, from_shipped: bool = False, batch: int = 1024, n_pictures: int = 8192, chunk: int = 256
 ) -> Stage:
     """LAION's head on the frozen CLIP: it rates the art style, whatever animal and object there are."""
-    model, clip_params = clip.load(out / "reward_clip")
+    model, clip_params = clip_files.load(out / "reward_clip")
     shapes = aesthetic.head_shapes(HEAD_WIDTHS)
 
     def init(key):

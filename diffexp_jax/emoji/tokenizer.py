@@ -17,9 +17,11 @@ def write_tokenizer(folder: Path) -> None:
     Every word of the captions is one token; any other text falls apart into shorter pieces, down to bytes.
     Ids run as in CLIP: 256 bytes, 256 bytes that end a word, the merges in the order of learning, start, end.
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # seconds to import
+
     words = Counter(word for caption in scenes.captions() for word in caption.split())
     merges = learn_merges(words)
-    tokens = byte_symbols()
+    tokens = [*bytes_to_unicode().values()]  # in the order of CLIP's vocabulary, which is GPT-2's
     tokens += [symbol + WORD_END for symbol in tokens]
     tokens += [*map("".join, merges), START, END]
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
@@ -35,20 +37,6 @@ def write_tokenizer(folder: Path) -> None:
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]))
     _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
     _write(folder / "tokenizer_config.json", json.dumps(config | special, indent=2))
-
-
-def byte_symbols() -> list[str]:
-    """The character that stands for each byte, in the order of the ids (GPT-2's table, which CLIP took over).
-
-    Printable Latin-1 bytes come first and stand for themselves; the n-th of the others is chr(256 + n).
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = 256 - len(printable)
-    return [*map(chr, printable), *(chr(256 + n) for n in range(others))]
 
 
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from diffexp_jax import InputError
-from diffexp_jax.models import convert, files, pickles
+from diffexp_jax.formats import convert, files, pickles
 from diffexp_jax.models.layers import Conv, Dense, attention, gelu, layer_norm
 
 _VIT_EPSILON = 1e-6

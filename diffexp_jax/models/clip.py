@@ -2,22 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from diffexp_jax import InputError
-from diffexp_jax.models import convert, files
 from diffexp_jax.models.layers import ACTIVATIONS, Conv, Dense, attention, layer_norm
 
 _INIT_LOGIT_SCALE = math.log(1 / 0.07)
-_IMAGE_PARTS = ("vision_model.", "visual_projection.")
 LEGACY_EOS = 2  # an `eos_token_id` that says nothing about the vocabulary: see `eot_positions`
 
 # ---------------------------------------------------------------------------------------------------------------- sizes
@@ -227,79 +223,3 @@ class CLIP(nn.Module):
 def unit(features: Float[Array, "B P"]) -> Float[Array, "B P"]:
     """Features divided by their Euclidean length."""
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def canonical_text_names(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A view of CLIP tensors of any age under the names of transformers 5.
-
-    Leaves out the `position_ids` buffers that older files hold, and the prefix `text_model.` that they put
-    before every name of a bare text encoder.
-    """
-    bare = all(name.startswith("text_model.") for name in tensors)
-
-    def rename(name):
-        if name.endswith("embeddings.position_ids"):
-            return None
-        return name.removeprefix("text_model.") if bare else name
-
-    return files.Renamed(tensors, rename)
-
-
-def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[CLIP, dict[str, Any]]:
-    """Reads a CLIPModel's folder (config.json and safetensors), as transformers writes it.
-
-    Args:
-      folder: where the files are.
-      dtype: of the weights and of the arithmetic; features and `logit_scale` are float32 all the same.
-
-    Returns:
-      The network and its parameters.
-
-    Raises:
-      InputError: a file is missing or broken, or its tensors do not fit the config.
-    """
-    config = CLIPConfig.from_dict(files.read_json(folder / "config.json"))
-    tensors = canonical_text_names(files.open_weights(folder))
-    return from_tensors(config, tensors, where=str(folder), dtype=dtype)
-
-
-def load_image_tower(
-    folder: Path, tensors: Mapping[str, np.ndarray] | None = None, *, dtype: DTypeLike = jnp.float32
-) -> tuple[CLIP, dict[str, Any]]:
-    """A CLIP with the parameters of `embed_image` only, of a CLIPModel or a CLIPVisionModelWithProjection.
-
-    Args:
-      folder: holds config.json and the weights.
-      tensors: the weights where they are not the folder's safetensors; names of other parts than the image's are
-        passed over.
-      dtype: of the weights and of the arithmetic; features are float32 all the same.
-
-    Raises:
-      InputError: a file is missing or broken, or its tensors do not fit the config.
-    """
-    content = files.read_json(folder / "config.json")
-    config = CLIPConfig.from_dict(content if "vision_config" in content else content | {"vision_config": content})
-    tensors = files.open_weights(folder) if tensors is None else tensors
-    tensors = files.Renamed(canonical_text_names(tensors), lambda name: name if name.startswith(_IMAGE_PARTS) else None)
-    module, size = CLIP(config, dtype), config.vision.image_size
-    shapes = convert.abstract_params(module, jnp.zeros((1, size, size, 3)), method="embed_image")
-    shapes = {name: shape for name, shape in shapes.items() if name != "logit_scale"}
-    params = convert.from_torch(tensors, shapes, where=str(folder), dtype=dtype)
-    return module, params | {"logit_scale": np.zeros((), np.float32)}  # declared by the module, not used
-
-
-def from_tensors(
-    config: CLIPConfig, tensors: Mapping[str, np.ndarray], *, where: str, dtype: DTypeLike = jnp.float32
-) -> tuple[CLIP, dict[str, Any]]:
-    """The network of these sizes and its parameters out of tensors under transformers' names; `where` is for errors.
-
-    Raises:
-      InputError: the tensors do not fit the sizes.
-    """
-    module, size = CLIP(config, dtype), config.vision.image_size
-    shapes = convert.abstract_params(module, jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, size, size, 3)))
-    params = convert.from_torch(tensors, shapes, where=where, dtype=dtype)
-    return module, params | {"logit_scale": np.asarray(tensors["logit_scale"], np.float32)}

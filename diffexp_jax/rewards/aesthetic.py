@@ -11,9 +11,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.models import clip, convert, files, pickles
+from diffexp_jax.formats import convert, files, pickles
+from diffexp_jax.models import clip, clip_files, sizes
 from diffexp_jax.rewards.preprocess import clip_pixels, floor_half, official_crop, round_half
-from diffexp_jax.rewards.reward import Reward, of_pixels
+from diffexp_jax.rewards.reward import SHIPPED, Builtin, Reward, no_tokens, of_pixels
 
 # The linear layers among the entries of LAION's nn.Sequential; the entries between them are dropout.
 LAYERS = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
@@ -36,7 +37,7 @@ def load(path: Path, *, clip_folder: Path | None = None, dtype: DTypeLike = jnp.
     whole = any(name.startswith("vision_model.") for name in tensors)  # transformers' format
     if clip_folder is None:
         clip_folder = folder if (folder / "config.json").is_file() else folder / "clip"
-    model, clip_params = clip.load_image_tower(clip_folder, tensors if whole else None, dtype=dtype)
+    model, clip_params = clip_files.load_image_tower(clip_folder, tensors if whole else None, dtype=dtype)
     if whole:
         tensors = files.Renamed(tensors, lambda name: name if name.startswith("layers.") else None)
     shapes = head_shapes(_widths(tensors, model.config.projection_dim))
@@ -49,25 +50,22 @@ def build(model: clip.CLIP, params: Any, *, start: Callable = round_half) -> Rew
     """The reward of such an image tower and head; `params` may be shapes."""
     size = model.config.vision.image_size
 
-    def rate_pixels(
+    def score_prepared(
         params, pixels: Float[Array, "B H W 3"], tokens: Int[Array, "B 0"]
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
         features = model.apply({"params": params["clip"]}, pixels, method="embed_image")
-        return rate(params["head"], features), {}
-
-    def tokenize(texts: Sequence[str]) -> Int[np.ndarray, "B 0"]:
-        return np.zeros((len(texts), 0), np.int32)
+        return rating(params["head"], features), {}
 
     return of_pixels(
         params,
-        tokenize=tokenize,
+        tokenize=no_tokens,
         pixels=partial(clip_pixels, size=size, start=start),
         prepare=partial(official_crop, size=size, start=start),
-        rate=rate_pixels,
+        score_prepared=score_prepared,
     )
 
 
-def rate(head: Mapping[str, Any], features: Float[Array, "B P"]) -> Float[Array, " B"]:
+def rating(head: Mapping[str, Any], features: Float[Array, "B P"]) -> Float[Array, " B"]:
     """The head: five linear layers on the unit-length embedding, without activations (as published)."""
     x = clip.unit(features)
     for name in LAYERS:
@@ -101,3 +99,22 @@ def _widths(tensors: Mapping[str, np.ndarray], embedding: int) -> list[int]:
     """A head file's widths; 1 in place of a missing layer (of which `from_torch` complains)."""
     biases = [f"{name}.bias" for name in LAYERS[:-1]]
     return [embedding, *(tensors[name].shape[0] if name in tensors else 1 for name in biases), 1]
+
+
+# ------------------------------------------------------------------------------------------------------------ built in
+
+WIDTHS = (768, 1024, 128, 64, 16, 1)  # of LAION's head, from CLIP L/14's embedding to the rating
+
+
+def shapes(dtype: DTypeLike) -> Reward:
+    """The published one, without its weights."""
+    model, params = clip_files.shapes(sizes.CLIP_L14, dtype)
+    tower = {part: params[part] for part in ("vision_model", "visual_projection", "logit_scale")}
+    return build(model, {"clip": tower, "head": head_shapes(WIDTHS)})
+
+
+# The weight in a sum is DRaFT's (Clark et al. 2024) and PRDP's (Deng et al. 2024).
+BUILTINS = {
+    "aesthetic": Builtin(load, shapes=shapes, weight=0.05, target=10.0),
+    "emoji_aesthetic": Builtin(partial(load, clip_folder=SHIPPED / "reward_clip"), SHIPPED / "aesthetic", weight=0.05),
+}

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from diffexp_jax import InputError
 from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.rewards.preprocess import as_floats
-from diffexp_jax.rewards.reward import Reward, of_pixels
+from diffexp_jax.rewards.reward import Reward, no_tokens, of_pixels
 
 
 def from_jax(place: str) -> Reward:
@@ -26,7 +25,7 @@ def from_jax(place: str) -> Reward:
     if isinstance(function, Reward):
         return function
 
-    def rate(params, images: Float[Array, "B H W 3"], tokens) -> tuple[Float[Array, " B"], dict]:
+    def score_prepared(params, images: Float[Array, "B H W 3"], tokens) -> tuple[Float[Array, " B"], dict]:
         del params, tokens
         scores = jnp.asarray(function(images))
         if scores.shape != images.shape[:1]:
@@ -36,10 +35,9 @@ def from_jax(place: str) -> Reward:
             )
         return scores.astype(jnp.float32), {}
 
-    def no_tokens(texts):
-        return np.zeros((len(texts), 0), np.int32)
-
-    return of_pixels({}, tokenize=no_tokens, pixels=lambda images: images, prepare=as_floats, rate=rate)
+    return of_pixels(
+        {}, tokenize=no_tokens, pixels=lambda images: images, prepare=as_floats, score_prepared=score_prepared
+    )
 
 
 def from_python(place: str, *, timeout: float, workers: int) -> Reward:

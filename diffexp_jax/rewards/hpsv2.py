@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.models import clip, open_clip, tokenizers
-from diffexp_jax.models.files import only_file
-from diffexp_jax.models.pickles import SUFFIXES
+from diffexp_jax.formats import tokenizers
+from diffexp_jax.formats.files import only_file
+from diffexp_jax.formats.pickles import SUFFIXES
+from diffexp_jax.models import clip, clip_files, open_clip, sizes
 from diffexp_jax.rewards.preprocess import normalise, official_pad, resize_and_pad
-from diffexp_jax.rewards.reward import Reward, Tokenize, of_pixels
+from diffexp_jax.rewards.reward import Builtin, Reward, Tokenize, of_pixels, zero_tokens
 
 
 def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
@@ -31,7 +32,7 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     """
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and (path / "config.json").is_file():
-        model, params = clip.load(path, dtype=dtype)
+        model, params = clip_files.load(path, dtype=dtype)
     else:
         file = only_file(path, (*SUFFIXES, ".safetensors")) if path.is_dir() else path
         model, params = open_clip.load(file, dtype=dtype)
@@ -42,7 +43,7 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize) -> Reward:
     """The reward of such a CLIP; `params` may be shapes."""
     size = model.config.vision.image_size
 
-    def rate(
+    def score_prepared(
         params, pixels: Float[Array, "B H W 3"], ids: Int[Array, "B L"]
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
         text, image, _ = model.apply({"params": params}, ids, pixels)
@@ -53,5 +54,14 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize) -> Reward:
         tokenize=tokenize,
         pixels=lambda images: normalise(resize_and_pad(images, size)),
         prepare=partial(official_pad, size=size),
-        rate=rate,
+        score_prepared=score_prepared,
     )
+
+
+def shapes(dtype: DTypeLike) -> Reward:
+    """The published one, without its weights."""
+    return build(*clip_files.shapes(sizes.CLIP_H14, dtype), zero_tokens(77))
+
+
+# The weight in a sum is DRaFT's (Clark et al. 2024) and PRDP's (Deng et al. 2024).
+BUILTINS = {"hpsv2": Builtin(load, shapes=shapes, weight=2.0)}

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.models import blip, tokenizers
-from diffexp_jax.models.files import only_file
-from diffexp_jax.models.pickles import SUFFIXES
+from diffexp_jax.formats import tokenizers
+from diffexp_jax.formats.files import only_file
+from diffexp_jax.formats.pickles import SUFFIXES
+from diffexp_jax.models import blip
 from diffexp_jax.rewards.preprocess import clip_pixels, official_crop, round_half
-from diffexp_jax.rewards.reward import Reward, Tokenize, of_pixels
+from diffexp_jax.rewards.reward import Builtin, Reward, Tokenize, of_pixels, typed, zero_tokens
 
 # Mean and deviation of the network's output on the training set: published scores are normalised by them.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -39,7 +40,7 @@ def build(model: blip.ImageReward, params: Any, tokenize: Tokenize) -> Reward:
     """The reward of such a BLIP; `params` may be shapes."""
     size = model.config.image_size
 
-    def rate(
+    def score_prepared(
         params, pixels: Float[Array, "B H W 3"], ids: Int[Array, "B L"]
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
         return (model.apply({"params": params}, pixels, ids) - MEAN) / STD, {}
@@ -49,5 +50,14 @@ def build(model: blip.ImageReward, params: Any, tokenize: Tokenize) -> Reward:
         tokenize=tokenize,
         pixels=partial(clip_pixels, size=size, start=round_half),
         prepare=partial(official_crop, size=size, start=round_half),
-        rate=rate,
+        score_prepared=score_prepared,
     )
+
+
+def shapes(dtype: DTypeLike) -> Reward:
+    """The published one, without its weights."""
+    model = blip.ImageReward(blip.BLIPConfig(), dtype)  # its defaults are the published sizes
+    return build(model, typed(dtype, blip.abstract_params(model.config)), zero_tokens(LENGTH))
+
+
+BUILTINS = {"imagereward": Builtin(load, shapes=shapes)}

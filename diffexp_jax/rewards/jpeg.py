@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from diffexp_jax.rewards.reward import Builtin
+
 QUALITY = 95
 
 
@@ -25,3 +27,9 @@ def _size(image: UInt8[np.ndarray, "H W 3"]) -> int:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=QUALITY)
     return file.tell()
+
+
+BUILTINS = {
+    "jpeg_compressibility": Builtin(function=compressibility),
+    "jpeg_incompressibility": Builtin(function=incompressibility),
+}

@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
-from diffexp_jax.models import convert, files
+from diffexp_jax.formats import convert, files
 from diffexp_jax.models.classifier import Classifier, ClassifierConfig
 from diffexp_jax.rewards.preprocess import as_floats, resize_and_crop
-from diffexp_jax.rewards.reward import Reward, of_pixels
+from diffexp_jax.rewards.reward import SHIPPED, Builtin, Reward, of_pixels
 
 SIZE = 64  # pixels: the pictures that the judge was trained on
 
@@ -37,7 +37,7 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     shapes = convert.abstract_params(model, jnp.zeros((1, SIZE, SIZE, 3)))
     params = convert.from_torch(files.open_weights(folder), shapes, where=str(folder), dtype=dtype)
 
-    def rate(
+    def score_prepared(
         params, pixels: Float[Array, "B H W 3"], wanted: Int[Array, "B 2"]
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
         logits = model.apply({"params": params}, pixels)
@@ -54,7 +54,7 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     def prepare(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "64 64 3"]:
         return np.asarray(pixels(as_floats(image)[None])[0])
 
-    return of_pixels(params, tokenize=tokenize, pixels=pixels, prepare=prepare, rate=rate)
+    return of_pixels(params, tokenize=tokenize, pixels=pixels, prepare=prepare, score_prepared=score_prepared)
 
 
 def parse(text: str) -> tuple[int, int]:
@@ -71,3 +71,6 @@ def parse(text: str) -> tuple[int, int]:
     doing = [k for k, activity in enumerate(ACTIVITIES, start=1) if activity in rest]
     obj = 0 if not rest else doing[0] if len(doing) == 1 else _UNKNOWN
     return ANIMALS.index(animals[0][1]), obj
+
+
+BUILTINS = {"emoji_judge": Builtin(load, SHIPPED / "judge")}

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.models import clip
-from diffexp_jax.models.stable_diffusion import load_tokenizer, token_ids
+from diffexp_jax.formats.tokenizers import load_tokenizer, token_ids
+from diffexp_jax.models import clip, clip_files, sizes
 from diffexp_jax.rewards.preprocess import clip_pixels, floor_half, official_crop
-from diffexp_jax.rewards.reward import Reward, Tokenize, of_pixels
+from diffexp_jax.rewards.reward import SHIPPED, Builtin, Reward, Tokenize, of_pixels, zero_tokens
 
 # What the cosine is multiplied by, of CLIP's own factor exp(logit_scale).
 SCALES = {"logit": lambda factor: factor, "logit/26": lambda factor: factor / 26, "cosine": jnp.ones_like}
@@ -28,7 +28,7 @@ def load(folder: Path, *, scale: str = "logit", dtype: DTypeLike = jnp.float32) 
     Raises:
       InputError: a file is missing or broken, or the tensors do not fit the config.
     """
-    model, params = clip.load(folder, dtype=dtype)
+    model, params = clip_files.load(folder, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.text.max_position_embeddings)
     return build(model, params, lambda texts: token_ids(tokenizer, texts)[0], scale=scale)
@@ -38,7 +38,7 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "lo
     """The reward of such a CLIP; `params` may be shapes."""
     size = model.config.vision.image_size
 
-    def rate(
+    def score_prepared(
         params, pixels: Float[Array, "B H W 3"], ids: Int[Array, "B L"]
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
         text, image, factor = model.apply({"params": params}, ids, pixels)
@@ -50,5 +50,20 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "lo
         tokenize=tokenize,
         pixels=partial(clip_pixels, size=size),
         prepare=partial(official_crop, size=size, start=floor_half),
-        rate=rate,
+        score_prepared=score_prepared,
     )
+
+
+def shapes(dtype: DTypeLike, *, scale: str = "logit") -> Reward:
+    """The published one, without its weights."""
+    return build(*clip_files.shapes(sizes.CLIP_H14, dtype), zero_tokens(77), scale=scale)
+
+
+# Weights in a sum: DRaFT's (Clark et al. 2024) and PRDP's (Deng et al. 2024) 10 is of the cosine, about 0.2. The logit
+# is 100 times that: times 10 it would leave nothing to the other rewards.
+BUILTINS = {
+    "pickscore": Builtin(load, shapes=shapes, weight=0.1),
+    "pickscore_26": Builtin(partial(load, scale="logit/26"), shapes=partial(shapes, scale="logit/26"), weight=2.6),
+    "pickscore_cosine": Builtin(partial(load, scale="cosine"), shapes=partial(shapes, scale="cosine"), weight=10.0),
+    "emoji_pickscore": Builtin(load, SHIPPED / "reward_clip"),
+}

@@ -11,8 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from diffexp_jax import InputError
-
 # OpenAI's statistics of red, green and blue, which every published CLIP kept, and BLIP took over.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -113,21 +111,3 @@ def official_pad(image: UInt8[np.ndarray, "H W 3"], size: int) -> Float[np.ndarr
 def as_floats(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
     """Bytes to [0,1], of a reward that has no published path of its own."""
     return image.astype(np.float32) / 255
-
-
-def check_images(images: np.ndarray, where: str) -> None:
-    """Checks images from outside, on the host, before they are scored.
-
-    Args:
-      images: whatever was read.
-      where: the file or folder that they come from, for the error.
-
-    Raises:
-      InputError: not a floating-point array [N,H,W,3] with every value in [0,1].
-    """
-    if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
-        found = f"{images.dtype} {list(images.shape)}"
-        raise InputError(f"{where}: wants images as floats [N,H,W,3] in [0,1], found {found}")
-    low, high = (images.min(), images.max()) if images.size else (0.0, 1.0)
-    if not (low >= -_SLACK and high <= 1 + _SLACK):  # also true of NaN
-        raise InputError(f"{where}: wants pixels in [0,1], found {low:.4g} to {high:.4g}")

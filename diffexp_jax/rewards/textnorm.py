@@ -13,7 +13,7 @@ import numpy as np
 
 from diffexp_jax import InputError
 from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
-from diffexp_jax.models.files import read_json
+from diffexp_jax.formats.files import read_json
 from diffexp_jax.rewards.reward import Reward
 
 Contrast = Callable[[str], Sequence[str]]  # of a prompt, those that it is set against
@@ -33,8 +33,11 @@ def textnorm(reward: Reward, contrast: Contrast, *, temperature: float = 1.0) ->
       temperature: tau, in the reward's units: what difference of r counts.
 
     Raises:
-      InputError: the temperature is not positive; later, of `tokenize`, a prompt has no contrastive prompts.
+      InputError: the reward is plain Python, or the temperature not positive; later, of `tokenize`, a prompt has no
+        contrastive prompts.
     """
+    if reward.start:
+        raise InputError("textnorm: the reward is plain Python; wants one that is computed in JAX")
     if not temperature > 0:
         raise InputError(f"textnorm: temperature {temperature}: wants more than 0")
 
@@ -56,10 +59,10 @@ def textnorm(reward: Reward, contrast: Contrast, *, temperature: float = 1.0) ->
     def score(params, images, tokens):
         return normalised(lambda own: reward.score(params, images, own)[0], tokens)
 
-    def rate(params, pixels, tokens):
-        return normalised(lambda own: reward.rate(params, pixels, own)[0], tokens)
+    def score_prepared(params, pixels, tokens):
+        return normalised(lambda own: reward.score_prepared(params, pixels, own)[0], tokens)
 
-    return Reward(reward.params, tokenize, score, reward.prepare, rate)
+    return Reward(reward.params, tokenize, score, reward.prepare, score_prepared)
 
 
 def swapped(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The tokenizers of the reward models, from the files that they are published in."""
+"""The tokenizers of diffusion models and of rewards, from the files that they are published in."""
 
 import gzip
 import html
@@ -9,13 +9,31 @@ import numpy as np
 from jaxtyping import Int
 
 from diffexp_jax import InputError
-from diffexp_jax.models.stable_diffusion import load_tokenizer
 
 OPEN_CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # open_clip's own file: the merges, best first
 _MERGES = 49152 - 256 - 2  # of them, those that CLIP uses: all but the single bytes and the two special tokens
 _BERT_FILES = ("vocab.txt", "tokenizer.json")
 
 Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "B L"]]
+
+
+def load_tokenizer(folder: Path):
+    """The folder's CLIPTokenizer."""
+    from transformers import CLIPTokenizer  # seconds to import: only where it is used
+
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
+            raise InputError(f"{folder / name}: the file is missing")
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def token_ids(tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], list[str]]:
+    """Token ids padded to the tokenizer's length, and those of the texts that had to be cut."""
+    length = tokenizer.model_max_length
+    full = tokenizer(list(texts), padding="max_length", max_length=length).input_ids
+    cut = [text for text, ids in zip(texts, full, strict=True) if len(ids) > length]
+    ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids
+    return np.asarray(ids, np.int32), cut
 
 
 def open_clip(folder: Path, *, length: int = 77) -> Tokenize:
@@ -50,6 +68,7 @@ def clean(text: str) -> str:
 
 def _clip_tokenizer(folder: Path):
     from transformers import CLIPTokenizer  # seconds to import: only where it is used
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     for place in (folder, folder / "tokenizer"):
         if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
@@ -57,17 +76,11 @@ def _clip_tokenizer(folder: Path):
         if (path := place / OPEN_CLIP_VOCABULARY).is_file():
             lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : 1 + _MERGES]
             merges = [tuple(line.split()) for line in lines if line]
-            symbols = _byte_symbols()
+            symbols = bytes_to_unicode().values()  # in the order of CLIP's vocabulary, which is GPT-2's
             tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
             tokens += ["<|startoftext|>", "<|endoftext|>"]
             return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
     raise InputError(f"{folder}: no CLIP vocabulary; wants vocab.json and merges.txt, or {OPEN_CLIP_VOCABULARY}")
-
-
-def _byte_symbols() -> list[str]:
-    """The 256 characters that stand for bytes in CLIP's vocabulary (GPT-2's): printable ones for themselves, first."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
 
 
 def bert(folder: Path, *, length: int = 35) -> Tokenize:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+PREFIX = "unet."  # before a layer's name, in the files of diffusers and peft
 _ENDINGS = {
     ".lora_A.weight": "A",  # peft, diffusers
     ".lora_B.weight": "B",
@@ -32,7 +33,7 @@ def parse(name: str) -> Tensor:
         return Tensor(None, None, True)
     for ending, kind in _ENDINGS.items():
         if name.endswith(ending):
-            layer = name.removesuffix(ending).removeprefix("lora_unet_").removeprefix("unet.")
+            layer = name.removesuffix(ending).removeprefix("lora_unet_").removeprefix(PREFIX)
             return Tensor(layer, kind, False)
     return Tensor(None, None, False)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffexp_jax import InputError
-from diffexp_jax.models import files
+from diffexp_jax.formats import files
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 

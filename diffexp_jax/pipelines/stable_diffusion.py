@@ -1,4 +1,4 @@
-"""A Stable Diffusion model as a bundle of pure functions, read from a folder in diffusers' pipeline format."""
+"""Stable Diffusion 1.x, 2.x and XL from a folder in diffusers' pipeline format."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from diffexp_jax import InputError
-from diffexp_jax.models import convert, files
-from diffexp_jax.models.clip import LEGACY_EOS, CLIPTextConfig, canonical_text_names
-from diffexp_jax.models.families import PARTS, ModelConfig, read_config
+from diffexp_jax.formats import convert, files
+from diffexp_jax.formats.tokenizers import load_tokenizer
+from diffexp_jax.models.clip import LEGACY_EOS, CLIPTextConfig
+from diffexp_jax.models.clip_files import canonical_text_names
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.models.unet import UNet
 from diffexp_jax.models.vae import AutoencoderKL, in_slices
-from diffexp_jax.process import Process, load_process
-
-EMOJI = Path(__file__).parents[1] / "emoji" / "assets" / "model"  # the model that the package ships
+from diffexp_jax.pipelines.families import ModelConfig, model_config, read_jsons
+from diffexp_jax.pipelines.pipeline import Pipeline
+from diffexp_jax.process import load_process
 
 
 class TextEmbedding(NamedTuple):
@@ -31,49 +32,9 @@ class TextEmbedding(NamedTuple):
     added: tuple[Float[Array, "*B P"], Float[Array, "*B 6"]] | None = None
 
 
-class StableDiffusion(NamedTuple):
-    """Functions of (params, ...); `params` = {"unet", "vae", "text_encoder", ...} is an argument, never closed over."""
-
-    params: dict[str, Any]
-    tokenizers: tuple[Any, ...]  # transformers' CLIPTokenizers: they differ only in how they pad
-    encode: Callable[[Any, Int[Array, "E B L"]], TextEmbedding]  # (params, token ids of each tokenizer)
-    unet: Callable[..., Float[Array, "B h w c"]]  # (params, lora or None, x_t, t, embedding, added)
-    decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]  # images in [0,1], not clipped
-    process: Process  # how the UNet's outputs turn noise into a latent
-    latent_shape: tuple[int, int, int]  # (h, w, c)
-    zero_uncond: bool  # see evaluation.unconditional
-
-    @property
-    def tokenizer(self) -> Any:
-        """The first, for all that does not depend on padding."""
-        return self.tokenizers[0]
-
-
-def load(
-    path: str | Path,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    image_size: int | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    **kwargs,
-) -> StableDiffusion:
-    """Loads a pipeline from a folder or from the Hugging Face hub, or the shipped model for "emoji".
-
-    Args:
-      dtype: of the weights and the networks' arithmetic; timestep embeddings, norms, softmax and the products of LoRA
-        stay float32.
-      image_size: pixels of a square image's side; default: the size that the UNet was trained at.
-      revision: of the hub's repository: a branch, tag or commit.
-      variant: "fp16" prefers the half-precision weight files where there are both.
-      **kwargs: for `build`.
-
-    Raises:
-      InputError: a file is missing or broken, its tensors do not fit, or a config asks for what is not implemented.
-    """
-    folder = EMOJI if str(path) == "emoji" else files.model_folder(str(path), PARTS, revision=revision, variant=variant)
-    config = read_config(folder)
-    bundle = build(config, dtype=dtype, image_size=image_size, **kwargs)
+def load(folder: Path, *, dtype: DTypeLike = jnp.float32, variant: str | None = None, **options) -> Pipeline:
+    """The pipeline in a folder; see `pipelines.load_pipeline`. `options` are those of `build`."""
+    config = model_config(*read_jsons(folder), str(folder))
     tokenizers = tuple(load_tokenizer(folder / name) for name in config.family.tokenizers)
     check_tokenizers(tokenizers, config.text, str(folder))
     params = {}
@@ -83,9 +44,21 @@ def load(
             tensors = modern_attention_names(tensors)
         elif part in config.family.text_encoders:
             tensors = canonical_text_names(tensors)
-        kept = config.vae_dtype(dtype) if part == "vae" else dtype
-        params[part] = convert.from_torch(tensors, shapes, where=str(folder / part), dtype=kept)
-    return bundle._replace(params=params, tokenizers=tokenizers)
+        params[part] = convert.from_torch(tensors, shapes, where=str(folder / part), dtype=config.dtype(part, dtype))
+    return build(config, dtype=dtype, **options)._replace(params=params, tokenizers=tokenizers)
+
+
+def shapes(
+    index: Mapping[str, Any], parts: Mapping[str, Any], where: str, *, dtype: DTypeLike = jnp.float32, **options
+) -> Pipeline:
+    """The pipeline that such json files describe (see `model_config`): shapes for weights, and no tokenizers."""
+    config = model_config(index, parts, where)
+
+    def typed(part, tree):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype(part, dtype)), tree)
+
+    params = {part: typed(part, tree) for part, tree in abstract_params(config).items()}
+    return build(config, dtype=dtype, **options)._replace(params=params)
 
 
 def build(
@@ -96,7 +69,7 @@ def build(
     matmul_precision: str = "auto",
     remat_blocks: bool = False,
     vae_slice: int = 32,
-) -> StableDiffusion:
+) -> Pipeline:
     """The functions of such a model, without weights or tokenizers.
 
     `matmul_precision` is one of `precision.MATMUL_PRECISIONS`; `remat_blocks` is the UNet's `remat`; `vae_slice` is
@@ -107,7 +80,7 @@ def build(
         raise InputError(f"image_size {image_size}: wants a multiple of {scale} pixels")
     side = config.unet.sample_size if image_size is None else image_size // scale
     pixels = side * scale
-    unet, vae = UNet(config.unet, dtype, remat_blocks), AutoencoderKL(config.vae, config.vae_dtype(dtype))
+    unet, vae = UNet(config.unet, dtype, remat_blocks), AutoencoderKL(config.vae, config.dtype("vae", dtype))
     encoders = {
         part: network(cfg, dtype)
         for (part, network), cfg in zip(family.text_encoders.items(), config.text, strict=True)
@@ -124,23 +97,38 @@ def build(
             embedding, (outputs[-1].pooled.astype(jnp.float32), jnp.broadcast_to(sizes, (len(embedding), 6)))
         )
 
-    def apply_unet(params, lora, x_t, t, embedding, added=None):
+    def denoise(params, lora, x_t, t, text):
         variables = {"params": params["unet"]} | ({"lora": lora} if lora is not None else {})
-        return unet.apply(variables, x_t, t, embedding, added)
+        return unet.apply(variables, x_t, t, text.embedding, text.added)
 
     def decode(params, latents):
         return in_slices(lambda z: vae.apply({"params": params["vae"]}, z, method="decode"), latents, vae_slice)
 
-    return StableDiffusion(
+    return Pipeline(
         params={},
+        trainable="unet",
+        text_parts=tuple(family.text_encoders),
         tokenizers=(),
+        ids_shape=(len(config.text), config.text[0].max_position_embeddings),
         encode=in_precision(encode, dtype, matmul_precision),
-        unet=in_precision(apply_unet, dtype, matmul_precision),
-        decode=in_precision(decode, config.vae_dtype(dtype), matmul_precision),
+        map_tokens=map_tokens,
+        unconditional=zeros if config.zero_uncond else lambda empty: empty,
+        denoise=in_precision(denoise, dtype, matmul_precision),
+        decode=in_precision(decode, config.dtype("vae", dtype), matmul_precision),
         process=load_process(config.scheduler),
         latent_shape=(side, side, config.unet.in_channels),
-        zero_uncond=config.zero_uncond,
     )
+
+
+def map_tokens(function: Callable[..., Array], *texts: TextEmbedding) -> TextEmbedding:
+    """The first with the function's result (of all their embeddings) as its embedding: see `Pipeline`."""
+    return texts[0]._replace(embedding=function(*(text.embedding for text in texts)))
+
+
+def zeros(empty: TextEmbedding) -> TextEmbedding:
+    """What SDXL was trained with in place of no prompt. Its sizes stay; Eq. 8's null is `empty` all the same."""
+    pooled, time_ids = empty.added
+    return TextEmbedding(np.zeros_like(empty.embedding), (np.zeros_like(pooled), time_ids))
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
@@ -167,16 +155,6 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
 _PROBE = "A dolphin, riding (bikes) at 12:30 o'clock - déjà-vu?"
 
 
-def load_tokenizer(folder: Path):
-    """The folder's CLIPTokenizer."""
-    from transformers import CLIPTokenizer  # seconds to import: only where it is used
-
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
-            raise InputError(f"{folder / name}: the file is missing")
-    return CLIPTokenizer.from_pretrained(str(folder))
-
-
 def check_tokenizers(tokenizers: Sequence[Any], text: Sequence[CLIPTextConfig], where: str) -> None:
     """Raises InputError where a tokenizer's ids, length or end token are not those of its text encoder.
 
@@ -198,15 +176,6 @@ def check_tokenizers(tokenizers: Sequence[Any], text: Sequence[CLIPTextConfig], 
             raise InputError(f"{name} the first tokenizer: wants the same tokens and length; only padding may differ")
 
 
-def token_ids(tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], list[str]]:
-    """Token ids padded to the tokenizer's length, and those of the texts that had to be cut."""
-    length = tokenizer.model_max_length
-    full = tokenizer(list(texts), padding="max_length", max_length=length).input_ids
-    cut = [text for text, ids in zip(texts, full, strict=True) if len(ids) > length]
-    ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids
-    return np.asarray(ids, np.int32), cut
-
-
 # ---------------------------------------------------------------------------------------------------------------- names
 
 # Attention layers of VAEs saved before diffusers 0.18.
@@ -224,8 +193,3 @@ def modern_attention_names(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _modern(match: re.Match) -> str:
     return f"{match[1]}.{_OLD_ATTENTION[match[2]]}."
-
-
-def count(params: Any) -> int:
-    """Number of parameters in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

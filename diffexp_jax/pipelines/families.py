@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffexp_jax import InputError
-from diffexp_jax.models import files
+from diffexp_jax.formats import files
 from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer, TextTransformerWithProjection
 from diffexp_jax.models.unet import UNetConfig
 from diffexp_jax.models.vae import VAEConfig
@@ -45,7 +45,6 @@ FAMILIES = {
         zero_uncond=True,
     ),
 }
-PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))  # of any of them
 
 
 class ModelConfig(NamedTuple):
@@ -59,9 +58,10 @@ class ModelConfig(NamedTuple):
     zero_uncond: bool  # the unconditional embedding is zeros, not the encoders' of ""
     vae_overflows: bool  # in float16
 
-    def vae_dtype(self, dtype: DTypeLike) -> DTypeLike:
-        """Of a VAE in a model of this dtype: SDXL's overflows in float16; bfloat16 has float32's range."""
-        return jnp.float32 if self.vae_overflows and jnp.dtype(dtype) == jnp.float16 else dtype
+    def dtype(self, part: str, dtype: DTypeLike) -> DTypeLike:
+        """Of a part in a model of this dtype: SDXL's VAE overflows in float16; bfloat16 has float32's range."""
+        kept = part == "vae" and self.vae_overflows and jnp.dtype(dtype) == jnp.float16
+        return jnp.float32 if kept else dtype
 
 
 def model_config(index: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], where: str = "model") -> ModelConfig:
@@ -98,11 +98,11 @@ def model_config(index: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]
     return ModelConfig(family, unet, vae, text, parts["scheduler"], zero, overflows)
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """`model_config` of a folder.
+def read_jsons(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """model_index.json of a folder and the configs of its parts, for `model_config`.
 
     Raises:
-      InputError: see there; or a file or subfolder is missing or broken.
+      InputError: another family of pipelines; or a file or subfolder is missing or broken.
     """
     index = files.read_json(folder / "model_index.json")
     family = _family(index, folder / "model_index.json")
@@ -110,8 +110,7 @@ def read_config(folder: Path) -> ModelConfig:
         if not (folder / part).is_dir():
             raise InputError(f"{folder}: the subfolder {part}/ is missing; the pipeline has {', '.join(family.parts)}")
     parts = {part: files.read_json(folder / part / "config.json") for part in ("unet", "vae", *family.text_encoders)}
-    parts["scheduler"] = files.read_json(folder / "scheduler" / "scheduler_config.json")
-    return model_config(index, parts, str(folder))
+    return index, parts | {"scheduler": files.read_json(folder / "scheduler" / "scheduler_config.json")}
 
 
 def _family(index: Mapping[str, Any], where: str | Path) -> Family:

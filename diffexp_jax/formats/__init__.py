@@ -1,0 +1,1 @@
+"""Files that models are published in: safetensors, pickles, tokenizers, and the names of tensors in them."""

@@ -1,0 +1,98 @@
+"""Text-to-image models, one file a kind. Each is a `Pipeline`: all that the rest of the package knows of a model.
+
+To add a kind: write `name.py` whose `load(folder, ...)` and `shapes(...)` make a `Pipeline`, and enter them in
+`PIPELINES` under the `_class_name` of the folders' model_index.json. Its sizes in `sizes.py` let a dry run do without
+the files.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from diffexp_jax import InputError
+from diffexp_jax.formats import files
+from diffexp_jax.pipelines import families, sizes, stable_diffusion
+from diffexp_jax.pipelines.pipeline import (
+    Conditioning,
+    Pipeline,
+    encode_empty,
+    encode_prompts,
+    make_context,
+    zero_conditioning,
+)
+
+__all__ = ["PIPELINES", "Conditioning", "Kind", "Pipeline", "encode_empty", "encode_prompts", "load_pipeline"]
+__all__ += ["make_context", "zero_conditioning"]
+
+EMOJI = Path(__file__).parents[1] / "emoji" / "assets" / "model"  # the model that the package ships
+
+
+class Kind(NamedTuple):
+    """How the pipelines of one class are read."""
+
+    parts: tuple[str, ...]  # subfolders
+    load: Callable[..., Pipeline]  # (folder, dtype=, variant=, **options)
+    shapes: Callable[..., Pipeline]  # (model_index.json, configs of the parts, where, dtype=, **options)
+
+
+# By `_class_name` of model_index.json.
+PIPELINES: dict[str, Kind] = {
+    name: Kind(family.parts, stable_diffusion.load, stable_diffusion.shapes)
+    for name, family in families.FAMILIES.items()
+}
+
+
+def load_pipeline(
+    path: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    weights: bool = True,
+    **options,
+) -> Pipeline:
+    """Loads a pipeline from a folder or from the Hugging Face hub, or the shipped model for "emoji".
+
+    Args:
+      dtype: of the weights and the networks' arithmetic; timestep embeddings, norms, softmax and the products of LoRA
+        stay float32.
+      revision: of the hub's repository: a branch, tag or commit.
+      variant: "fp16" prefers the half-precision weight files where there are both.
+      weights: False gives shapes in their place and no tokenizers; published models need no files then (`sizes.py`).
+      **options: of the kind; Stable Diffusion's are image_size (pixels of a square image's side; default: what the
+        UNet was trained at) and those of `stable_diffusion.build`.
+
+    Raises:
+      InputError: a file is missing or broken, its tensors do not fit, or a config asks for what is not implemented.
+    """
+    if not weights:
+        return _load_shapes(str(path), dtype=dtype, **options)
+    folder = (
+        EMOJI
+        if str(path) == "emoji"
+        else files.model_folder(str(path), all_parts(), revision=revision, variant=variant)
+    )
+    name = files.read_json(folder / "model_index.json").get("_class_name")
+    if name not in PIPELINES:
+        accepted = ", ".join(PIPELINES)
+        raise InputError(f"{folder / 'model_index.json'}: _class_name={name!r} is not supported; accepted: {accepted}")
+    return PIPELINES[name].load(folder, dtype=dtype, variant=variant, **options)
+
+
+def all_parts() -> tuple[str, ...]:
+    """The subfolders that a pipeline of any kind may have."""
+    return tuple(dict.fromkeys(part for kind in PIPELINES.values() for part in kind.parts))
+
+
+def _load_shapes(path: str, **options) -> Pipeline:
+    folder = EMOJI if path == "emoji" else Path(path).expanduser()
+    if not folder.is_dir() and path not in sizes.PIPELINES:
+        raise InputError(
+            f"model {path!r}: no such folder, and its sizes are not known; accepted: emoji, a folder, or one of "
+            f"{', '.join(sizes.PIPELINES)}"
+        )
+    index, parts = families.read_jsons(folder) if folder.is_dir() else sizes.PIPELINES[path]
+    return PIPELINES[index["_class_name"]].shapes(index, parts, path, **options)

@@ -1,0 +1,91 @@
+"""What a text-to-image model is to the rest of the package: one value, whatever family it is of."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from diffexp_jax.formats.tokenizers import token_ids
+from diffexp_jax.models.lora import scaled
+from diffexp_jax.process import Process
+from diffexp_jax.sampling import Context, Denoise, guided
+
+# What a network is told of prompts: a tree of arrays, a row per prompt. Only its pipeline knows what is in it.
+Conditioning = Any
+
+
+class Pipeline(NamedTuple):
+    """A model as pure functions of (params, ...); `params` is an argument of them, never closed over.
+
+    `encode(params, token ids)` gives prompts' conditioning, on the host kept as numpy.
+    `denoise(params, lora or None, x_t, t, conditioning)` gives the network's output, float32.
+    `decode(params, x_0)` gives images in [0,1], not clipped.
+    `map_tokens(function, *conditionings)` changes the vectors of single tokens: function of arrays [..., L, D].
+    `unconditional(conditioning of "")` is what guidance leads away from: the same, or zeros if trained so (SDXL).
+    """
+
+    params: dict[str, Any]  # by part: arrays, or their shapes
+    trainable: str  # the part that takes LoRA
+    text_parts: tuple[str, ...]  # the parts that `encode` reads, and nothing else
+    tokenizers: tuple[Any, ...]  # transformers'; they differ only in how they pad. () where only shapes are known
+    ids_shape: tuple[int, int]  # (tokenizers, tokens of a prompt)
+    encode: Callable[[Any, Int[Array, "E B L"]], Conditioning]
+    map_tokens: Callable[..., Conditioning]
+    unconditional: Callable[[Conditioning], Conditioning]
+    denoise: Callable[..., Float[Array, "B h w c"]]
+    decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
+    process: Process  # how the network's outputs turn noise into a latent
+    latent_shape: tuple[int, int, int]  # (h, w, c)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first, for all that does not depend on padding."""
+        return self.tokenizers[0]
+
+    @property
+    def base(self) -> Any:
+        """The weights of the part that takes LoRA."""
+        return self.params[self.trainable]
+
+    @property
+    def sampling_params(self) -> dict[str, Any]:
+        """The parts that sampling reads: all but the text encoders."""
+        return {part: tree for part, tree in self.params.items() if part not in self.text_parts}
+
+    def denoiser(self, params: Any, lora: Any, *, lora_scale: float = 1.0) -> Denoise:
+        """The network under classifier-free guidance; `lora_scale` is alpha / rank."""
+        lora = scaled(lora, lora_scale)
+        return guided(lambda x_t, t, conditioning: self.denoise(params, lora, x_t, t, conditioning))
+
+
+def encode_prompts(pipeline: Pipeline, texts: Sequence[str], *, chunk: int = 64) -> tuple[Conditioning, list[str]]:
+    """The conditioning of many prompts (host arrays), `chunk` at once, and the prompts that were too long and cut."""
+    ids, cuts = zip(*(token_ids(tokenizer, texts) for tokenizer in pipeline.tokenizers), strict=True)
+    ids = np.stack(ids)  # [E, P, L]
+    encode = jax.jit(pipeline.encode)
+    params = jax.device_put({part: pipeline.params[part] for part in pipeline.text_parts})
+    chunk = min(chunk, len(texts))
+    padded = np.concatenate([ids, np.repeat(ids[:, :1], -len(texts) % chunk, axis=1)], axis=1)
+    rows = [jax.device_get(encode(params, padded[:, i : i + chunk])) for i in range(0, padded.shape[1], chunk)]
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(texts)], *rows), cuts[0]
+
+
+def encode_empty(pipeline: Pipeline) -> Conditioning:
+    """The conditioning of "", without a batch axis: Eq. 8's null."""
+    return jax.tree.map(lambda x: x[0], encode_prompts(pipeline, [""])[0])
+
+
+def zero_conditioning(pipeline: Pipeline, n: int) -> Conditioning:
+    """Zeros of the shape of n prompts' conditioning, for a pipeline of which only shapes are known."""
+    n_tokenizers, length = pipeline.ids_shape
+    ids = jax.ShapeDtypeStruct((n_tokenizers, n, length), np.int32)
+    shapes = jax.eval_shape(pipeline.encode, pipeline.params, ids)
+    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+
+
+def make_context(cond: Conditioning, uncond: Conditioning) -> Context:
+    """The conditioning of a batch: `cond` has a row per image, `uncond` is the same for all. Host arrays."""
+    n = len(jax.tree.leaves(cond)[0])
+    return Context(cond, jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), uncond))
