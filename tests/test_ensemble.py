@@ -113,7 +113,7 @@ def test_names(text):
 def test_weights_of_the_literature():
     """DRaFT's and PRDP's 10, 2 and 0.05; the first is of a cosine, that of PickScore's logit a hundredth."""
     weights = {name: builtin.weight for name, builtin in BUILTINS.items() if builtin.weight != 1.0}
-    cosines = {"pickscore_cosine": 10.0, "hpsv2": 2.0}
+    cosines = {"pickscore_cosine": 10.0, "clip_similarity": 10.0, "hpsv2": 2.0}
     others = {"pickscore": 0.1, "pickscore_26": 2.6, "aesthetic": 0.05, "emoji_aesthetic": 0.05}
     assert weights == cosines | others
 

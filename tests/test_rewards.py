@@ -94,6 +94,21 @@ def test_pickscore_as_others_report_it(clip_folder, images, name, factor):
     np.testing.assert_allclose(scores[1], scores[0] * (factor or 1 / scale), rtol=1e-5)
 
 
+def test_clip_similarity(clip_folder, images):
+    """The cosine of transformers' own embeddings."""
+    model = transformers.CLIPModel.from_pretrained(clip_folder).eval()
+    reward = load_reward(f"clip_similarity:{clip_folder}")
+    prepared = [reward.prepare((image * 255).astype(np.uint8)) for image in images]
+    tokens = reward.tokenize(TEXTS)
+    ours, parts = jax.jit(reward.score_prepared)(reward.params, np.stack(prepared), tokens)
+    with torch.no_grad():
+        pixels = torch.tensor(np.stack(prepared)).permute(0, 3, 1, 2)
+        out = model(pixel_values=pixels, input_ids=torch.tensor(tokens, dtype=torch.long))
+        want = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
+    np.testing.assert_allclose(ours, want.numpy(), atol=1e-5)
+    assert parts == {} and np.abs(ours).max() < 1
+
+
 def test_pickscore_tells_prompts_apart(clip_folder, images):
     reward = load_reward(f"pickscore:{clip_folder}")
     first = np.repeat(images[:1], 3, axis=0)

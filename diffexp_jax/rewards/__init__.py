@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from diffexp_jax import InputError
 from diffexp_jax.formats import files
 from diffexp_jax.models.precision import in_precision
-from diffexp_jax.rewards import aesthetic, functions, hpsv2, imagereward, jpeg, judge, pickscore, spec
+from diffexp_jax.rewards import aesthetic, clip_similarity, functions, hpsv2, imagereward, jpeg, judge, pickscore, spec
 from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.rewards.reward import Builtin, Reward
@@ -26,6 +26,7 @@ BUILTINS: dict[str, Builtin] = {
     **hpsv2.BUILTINS,
     **aesthetic.BUILTINS,
     **imagereward.BUILTINS,
+    **clip_similarity.BUILTINS,
     **judge.BUILTINS,
     **jpeg.BUILTINS,
 }
