@@ -11,7 +11,7 @@ from ml_collections.config_dict import placeholder
 def default() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0  # of everything random: same seed, same run
-    c.algorithm = placeholder(str)  # "ddpo", "alignprop" or "draft"
+    c.algorithm = placeholder(str)  # "ddpo", "dpok", "alignprop" or "draft"
     c.iterations = 100  # optimizer iterations: a batch of samples each
 
     c.model = m = ml_collections.ConfigDict()
@@ -103,6 +103,17 @@ def default() -> ml_collections.ConfigDict:
     c.draft = f = ml_collections.ConfigDict()
     f.k = 1  # how many last steps carry gradient
     f.lv_samples = 0  # DRaFT-LV (with k = 1): further noises of the last step, 2 in the paper; 0: DRaFT-K
+
+    c.dpok = p = ml_collections.ConfigDict()
+    p.updates = 2  # optimizer updates an iteration, each on batch.samples / updates images
+    p.inner_epochs = 1  # passes over an iteration's samples
+    p.clip = 1e-4  # of the importance ratio
+    p.reward_weight = 10.0  # factor of the policy gradient's loss
+    p.kl_weight = 0.01  # factor of the penalty for leaving the untuned model
+    p.value_baseline = True  # whether a value function is subtracted from the reward
+    p.value_lr = 1e-4  # learning rate of that function (Adam)
+    p.value_steps = 5  # Adam steps that it takes each iteration
+    p.old_log_prob = "auto"  # what the importance ratio is relative to, see ddpo.old_log_prob
 
     c.eval = v = ml_collections.ConfigDict()
     v.every = 10  # iterations between evaluations (without exploration); 0: never

@@ -1,0 +1,25 @@
+"""DPOK: policy gradient with a penalty for leaving the untuned model.
+
+    python -m diffexp_jax.train --config configs/dpok.py:model=emoji --workdir runs/dpok
+
+Arguments (all optional): model, reward, prompts, explore; see arguments.py. For a single prompt the paper's own command
+has these numbers; for many prompts it has reward_weight 1000 and kl_weight 0.1.
+"""
+
+from configs.arguments import structured
+
+
+def get_config(argument: str | None = None):
+    config, chosen = structured(argument)
+    config.algorithm = "dpok"
+    config.sampling.guidance = 7.5
+    config.sampling.eta = 1.0
+    config.optim.lr = 1e-5
+    config.optim.weight_decay = 0.0
+    config.optim.grad_clip = 0.1
+    if chosen["model"] == "emoji":  # as DDPO there
+        config.iterations = 60
+        config.sampling.guidance = 5.0
+        config.optim.lr = 6e-3
+        config.dpok.clip = 3e-3
+    return config

@@ -1,0 +1,265 @@
+"""DPOK: policy gradient with a penalty for leaving the untuned model (Fan et al. 2023, arXiv 2305.16381)."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from diffexp_jax.algorithms.algorithm import (
+    AXIS,
+    Algorithm,
+    Inputs,
+    Method,
+    Needs,
+    Policy,
+    Setup,
+    chunked,
+    reward_metrics,
+)
+from diffexp_jax.algorithms.policy_gradient import (
+    PolicyGradient,
+    Transition,
+    check_old_log_prob,
+    minibatches,
+    passes,
+    ratio_metrics,
+    resolved_old_log_prob,
+    sample,
+    several_updates,
+)
+from diffexp_jax.limits import within
+from diffexp_jax.sampling import Trajectory
+from diffexp_jax.state import TrainState
+
+WIDTH = 256  # of the value function's layers, as published
+
+
+def clamped_ratio_loss(
+    log_prob: Float[Array, "B"], old_log_prob: Float[Array, "B"], adv: Float[Array, "B"], *, clip: float
+) -> Float[Array, ""]:
+    """mean of -A clip(rho, 1 - clip, 1 + clip), rho = p / p_old: no learning outside the clip, on either side."""
+    chex.assert_equal_shape((log_prob, old_log_prob, adv))
+    ratio = jnp.exp(log_prob - old_log_prob)
+    return (-adv * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)).mean()
+
+
+def divergence(out: Float[Array, "B h w c"], untuned: Float[Array, "B h w c"]) -> Float[Array, ""]:
+    """The KL between the steps of the tuned and the untuned model, but for a factor that depends on t.
+
+    Two Gaussians of one std are |mu - mu_0|^2 / (2 std^2) apart, and mu is linear in the network's output: so the
+    published code penalises mean |eps - eps_0|^2, without that factor, and we do.
+    """
+    chex.assert_equal_shape((out, untuned))
+    return jnp.square(out - untuned).mean()
+
+
+# ------------------------------------------------------------------------------------------------------ value function
+
+
+def init_value(key: jax.Array, n_inputs: int, n_prompts: int, n_steps: int) -> dict[str, Any]:
+    """Parameters of `value`. Weights as xavier_normal, the factors of steps uniform in 0..1, as published."""
+    layers, widths = [], (n_inputs + WIDTH, WIDTH, WIDTH, WIDTH)
+    for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        kernel, factor = jax.random.split(jax.random.fold_in(key, i))
+        layers.append(
+            {
+                "kernel": jax.nn.initializers.glorot_normal()(kernel, (before, after)),
+                "bias": jnp.zeros(after),
+                "factor": jax.random.uniform(factor, (n_steps, after)),
+            }
+        )
+    last, prompts = jax.random.split(jax.random.fold_in(key, len(layers)))
+    return {
+        "prompt": jax.random.normal(prompts, (n_prompts, WIDTH)),
+        "layers": layers,
+        "last": {"kernel": jax.nn.initializers.glorot_normal()(last, (WIDTH, 1)), "bias": jnp.zeros(1)},
+    }
+
+
+def value(
+    params: Any, x_t: Float[Array, "B h w c"], prompt_id: Int[Array, "B"], i: Int[Array, ""]
+) -> Float[Array, "B"]:
+    """The reward that is expected of a chain that is at x_t before step i (0-based).
+
+    The published network, with a learned vector for each prompt in place of the prompt's CLIP features.
+    """
+    x = jnp.concatenate([x_t.reshape(len(x_t), -1), params["prompt"][prompt_id]], axis=1)
+    for layer in params["layers"]:
+        x = jax.nn.relu(layer["factor"][i] * (x @ layer["kernel"] + layer["bias"]))
+    return (x @ params["last"]["kernel"] + params["last"]["bias"])[:, 0]
+
+
+def values(params: Any, trajectory: Trajectory, prompt_id: Int[Array, "chunks m"]) -> Float[Array, "chunks T m"]:
+    """Of every state of the chains."""
+    i = jnp.arange(trajectory.x_t.shape[1])
+
+    def of_chunk(x_t, prompt_id):
+        return jax.vmap(lambda x_t, i: value(params, x_t, prompt_id, i))(x_t, i)
+
+    return jax.vmap(of_chunk)(trajectory.x_t, prompt_id)
+
+
+def fit_value(
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    opt_state: Any,
+    trajectory: Trajectory,
+    prompt_id: Int[Array, "chunks m"],
+    rewards: Float[Array, "chunks m"],
+    *,
+    n_steps: int,
+) -> tuple[Any, Any, Float[Array, ""]]:
+    """`n_steps` steps on the mean squared error over all states; (parameters, optimizer state, error at first)."""
+
+    def error(params):
+        return jnp.square(values(params, trajectory, prompt_id) - rewards[:, None]).mean()
+
+    def one(carry, _):
+        params, opt_state = carry
+        loss, grads = jax.lax.pmean(jax.value_and_grad(error)(params), AXIS)
+        change, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, change), opt_state), loss
+
+    (params, opt_state), losses = jax.lax.scan(one, (params, opt_state), length=n_steps)
+    return params, opt_state, losses[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithm
+
+
+class Extra(struct.PyTreeNode):
+    """What DPOK carries besides the LoRA: the value function and its optimizer's state."""
+
+    value: Any
+    opt_state: Any
+
+
+def dpok(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    n_prompts: int,
+    n_steps: int,
+    n_updates: int,
+    n_chunks: int,
+    inner_epochs: int,
+    clip: float,
+    reward_weight: float,
+    kl_weight: float,
+    value_baseline: bool,
+    value_lr: float,
+    value_steps: int,
+    old_log_prob: str = "sampled",
+) -> Algorithm:
+    """Makes the algorithm: the loss is reward_weight times `clamped_ratio_loss`, and kl_weight times `divergence`.
+
+    Deviation: the published code keeps a buffer of the last 1,000 states and draws its updates' states from there; here
+    every update is of all states of its share of the iteration's samples, as in DDPO.
+
+    Args:
+      n_prompts, n_steps: of the prompt set and of sampling, for the value function.
+      n_updates: optimizer updates an iteration, each on its own share of the samples.
+      n_chunks: forward passes that a device's samples are split into; a multiple of n_updates.
+      inner_epochs: passes over an iteration's samples.
+      clip: of the importance ratio.
+      value_baseline: whether an advantage is the reward less `value`, or the reward itself.
+      value_lr, value_steps: of Adam, and how many of its steps are taken an iteration, before the LoRA's.
+      old_log_prob: what the ratio is relative to, see `several_updates`.
+    """
+    value_optimizer = optax.adam(value_lr)
+
+    def init(lora) -> TrainState:
+        extra = None
+        if value_baseline:
+            key, size = jax.random.key(0), math.prod(policy.latent_shape)
+            params = init_value(key, size, n_prompts, n_steps)
+            extra = Extra(params, value_optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), extra)
+
+    def loss(log_prob, outputs, step: Transition):
+        reward = clamped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
+        return reward_weight * reward + kl_weight * divergence(*outputs)
+
+    def untuned(frozen, step: Transition, context):
+        return policy.denoise(frozen, None)(step.x_t, step.step, context)
+
+    method = PolicyGradient(policy, optimizer, loss, untuned)
+
+    def update(state, frozen, inputs: Inputs):
+        samples, extra, metrics = inputs.samples, state.extra, {}
+        rewards, prompt_id = chunked((samples.rewards, inputs.batch.prompt_id), n_chunks)  # [chunks, m]
+        weight = rewards
+        if value_baseline:
+            states = samples.trajectory, prompt_id
+            params, opt_state, error = fit_value(
+                value_optimizer, extra.value, extra.opt_state, *states, rewards, n_steps=value_steps
+            )
+            weight = rewards[:, None] - values(params, *states)
+            extra, metrics = Extra(params, opt_state), {"value/error": error}
+        (lora, opt_state), means, log_ratio = several_updates(
+            method,
+            state.lora,
+            state.opt_state,
+            frozen,
+            minibatches(samples.trajectory, weight, n_updates=n_updates),
+            epochs=inner_epochs,
+            old_log_prob=old_log_prob,
+        )
+        metrics |= {name: value.mean() for name, value in means.items()} | ratio_metrics(log_ratio, clip)
+        metrics |= reward_metrics(samples.rewards, samples.parts)
+        return TrainState(state.iteration + 1, lora, opt_state, extra), metrics, samples.images
+
+    return Algorithm(init, partial(sample, policy, n_chunks=n_chunks), update)
+
+
+def check(settings: Mapping[str, Any], n_steps: int) -> None:
+    check_old_log_prob("dpok", settings)
+    for key in ("updates", "inner_epochs", "value_steps"):
+        within(f"dpok.{key}", settings[key], 1)
+    for key in ("reward_weight", "kl_weight", "value_lr"):
+        within(f"dpok.{key}", settings[key], 0)
+
+
+def all_passes(settings: Mapping[str, Any], full_float32: bool) -> tuple[str, ...]:
+    return *passes(settings, full_float32), "of the untuned model"
+
+
+def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
+    return dpok(
+        setup.policy,
+        setup.optimizer,
+        n_prompts=setup.n_prompts,
+        n_steps=setup.n_steps,
+        n_chunks=setup.n_chunks,
+        n_updates=settings["updates"],
+        old_log_prob=resolved_old_log_prob(settings, setup.full_float32),
+        **{key: value for key, value in settings.items() if key not in ("updates", "old_log_prob")},
+    )
+
+
+METHOD = Method(
+    name="dpok",
+    needs=Needs(step_noise=True),
+    defaults={
+        "updates": 2,
+        "inner_epochs": 1,
+        "clip": 1e-4,
+        "reward_weight": 10.0,
+        "kl_weight": 0.01,
+        "value_baseline": True,
+        "value_lr": 1e-4,
+        "value_steps": 5,
+        "old_log_prob": "auto",
+    },
+    check=check,
+    make=make,
+    updates=lambda settings: settings["updates"],
+    passes=all_passes,
+)
