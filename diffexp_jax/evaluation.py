@@ -46,8 +46,8 @@ def evaluate(
     images = np.concatenate(images)[: len(rows)]
     scores = {}
     for name, scorer in scorers.items():
-        own = scorer(images, jax.tree.map(lambda x: x[rows], task.tokens[name]))
-        scores |= {f"{name}/{part}" if part else name: x for part, x in own.items()}
+        found = scorer(images, jax.tree.map(lambda x: x[rows], task.tokens[name]))
+        scores |= {f"{name}/{part}" if part else name: x for part, x in found.items()}
     return images, scores
 
 

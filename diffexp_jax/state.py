@@ -63,7 +63,7 @@ def advantages(
     filled = jnp.arange(buffers.shape[1]) < count[:, None]
     mean = jnp.where(filled, buffers, 0.0).sum(1) / jnp.maximum(count, 1)
     var = jnp.where(filled, jnp.square(buffers - mean[:, None]), 0.0).sum(1) / jnp.maximum(count, 1)
-    own = count >= min_count
-    mean = jnp.where(own, mean, batch_rewards.mean())
-    std = jnp.where(own, jnp.sqrt(var), batch_rewards.std())
+    enough = count >= min_count
+    mean = jnp.where(enough, mean, batch_rewards.mean())
+    std = jnp.where(enough, jnp.sqrt(var), batch_rewards.std())
     return jnp.clip((rewards - mean) / (std + epsilon), -clip, clip)

@@ -28,8 +28,8 @@ def check(workdir: Path, config: dict[str, Any]) -> None:
         differing = sorted(k for k in _flat(old).items() ^ _flat(config).items() if k[0].split(".")[0] not in _FREE)
         if differing:
             names = sorted({k for k, _ in differing})
-            said = ", ".join(f"{k} ({_flat(old).get(k)} there, {_flat(config).get(k)} here)" for k in names[:6])
-            raise InputError(f"workdir {workdir}: holds a run of another config: {said}; take another --workdir")
+            differences = ", ".join(f"{k} ({_flat(old).get(k)} there, {_flat(config).get(k)} here)" for k in names[:6])
+            raise InputError(f"workdir {workdir}: holds a run of another config: {differences}; take another --workdir")
 
 
 def create(workdir: Path, config: dict[str, Any]) -> None:

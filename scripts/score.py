@@ -47,13 +47,13 @@ def main(args: argparse.Namespace) -> None:
     with tqdm(total=len(paths), desc="scoring", unit="image") as progress:
         for start in range(0, len(paths), batch):
             here = slice(start, start + batch)
-            own, images, scores = paths[here], [read_image(path) for path in paths[here]], {}
+            images, scores = [read_image(path) for path in paths[here]], {}
             for name, scorer in scorers.items():
                 found = scorer(images, jax.tree.map(lambda x, here=here: x[here], tokens[name]))
                 scores |= {f"{name}/{part}" if part else name: x for part, x in found.items()}
-            for i, (path, text) in enumerate(zip(own, texts[here], strict=True)):
+            for i, (path, text) in enumerate(zip(paths[here], texts[here], strict=True)):
                 rows.append({"image": str(path), "prompt": text} | {name: f"{x[i]:.6f}" for name, x in scores.items()})
-            progress.update(len(own))
+            progress.update(len(images))
     write(args.out, rows)
     for name in list(rows[0])[2:]:
         values = np.array([float(row[name]) for row in rows])

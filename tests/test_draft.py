@@ -133,7 +133,8 @@ def test_settings(settings, said):
     assert METHODS["draft"].needs.reward_gradient and not METHODS["draft"].needs.step_noise
 
 
-@pytest.mark.parametrize("lv_samples", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("lv_samples", [0, 2])
 def test_learns_brightness(make_config, lv_samples):
     """On a real, tiny model, on samples never trained on."""
     config = make_config("draft", {"eval.every": 0, "batch.samples": 16})

@@ -260,6 +260,7 @@ def test_samples_of_a_sum_with_plain_python(make_config):
     assert metrics["reward/bright_and_long"] == pytest.approx(samples.parts["bright_and_long"].mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ddpo_makes_images_compressible(make_config):
     """On prompts and noise never trained on; in the same iterations the opposite reward makes them larger."""
     kilobytes = {}
@@ -316,6 +317,7 @@ def test_evaluation_by_python(make_config, tmp_path, monkeypatch):
     assert 0.1 < rows[4]["eval/unseen/fails_once"] < 1.3
 
 
+@pytest.mark.slow
 def test_alignprop_on_an_ensemble(make_config, tiny_clip):
     """The sum rises on prompts and noise never trained on, and so it does with negative weights: the parts fall."""
     spec, found = f"pickscore:{tiny_clip}+jax:sample_rewards:brightness", {}

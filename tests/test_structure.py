@@ -92,6 +92,16 @@ def test_where_libraries_are_used():
     assert of("transformers") == {"formats", "emoji"}
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_short_functions_and_files(path):
+    """Functions of at most 60 lines, files of at most 300; train.py of 200."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= (200 if path == PACKAGE / "train.py" else 300)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
 def test_configs_import_nothing_of_the_package():
     for path in (ROOT / "configs").glob("*.py"):
         assert {name.split(".")[0] for name in imported(path)} <= {"ml_collections", "configs", "re"}, path

@@ -171,6 +171,8 @@ def program(algorithm: str, workdir: Path, settings: dict) -> list[str]:
 
 def test_a_killed_run_continues_bit_for_bit(finished, tiny_settings, tmp_path):
     """Killed by SIGKILL at a random moment, and started again by the same command."""
+    if finished.algorithm == "alignprop":
+        pytest.skip("one algorithm is enough, and ddpo's state holds more")
     workdir, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
     line = program(finished.algorithm, workdir, tiny_settings)
     rows, delay = random.randint(1, 3), random.uniform(0.0, 0.3)

@@ -91,19 +91,14 @@ def ddpo(
             min_count=stats_min_count,
             clip=advantage_clip,
         )
-        (lora, opt_state), means, log_ratio = several_updates(
-            method,
-            state.lora,
-            state.opt_state,
-            frozen,
-            minibatches(samples.trajectory, chunked(adv, n_chunks), n_updates=n_updates),
-            epochs=inner_epochs,
-            old_log_prob=old_log_prob,
+        batches = minibatches(samples.trajectory, chunked(adv, n_chunks), n_updates=n_updates)
+        weights, means, log_ratio = several_updates(
+            method, (state.lora, state.opt_state), frozen, batches, epochs=inner_epochs, old_log_prob=old_log_prob
         )
         metrics = {name: value.mean() for name, value in means.items()} | ratio_metrics(log_ratio, clip)
         metrics |= reward_metrics(samples.rewards, samples.parts)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
-        return TrainState(state.iteration + 1, lora, opt_state, stats), metrics, samples.images
+        return TrainState(state.iteration + 1, *weights, stats), metrics, samples.images
 
     return Algorithm(init, partial(sample, policy, n_chunks=n_chunks), update)
 

@@ -192,29 +192,27 @@ def dpok(
 
     method = PolicyGradient(policy, optimizer, loss, untuned)
 
+    def weigh(extra, trajectory, prompt_id, rewards):
+        """The reward, less what was expected of each state where there is a baseline; the next extra, and metrics."""
+        if not value_baseline:
+            return rewards, None, {}
+        states = trajectory, prompt_id
+        params, opt_state, error = fit_value(
+            value_optimizer, extra.value, extra.opt_state, *states, rewards, n_steps=value_steps
+        )
+        return rewards[:, None] - values(params, *states), Extra(params, opt_state), {"value/error": error}
+
     def update(state, frozen, inputs: Inputs):
-        samples, extra, metrics = inputs.samples, state.extra, {}
+        samples = inputs.samples
         rewards, prompt_id = chunked((samples.rewards, inputs.batch.prompt_id), n_chunks)  # [chunks, m]
-        weight = rewards
-        if value_baseline:
-            states = samples.trajectory, prompt_id
-            params, opt_state, error = fit_value(
-                value_optimizer, extra.value, extra.opt_state, *states, rewards, n_steps=value_steps
-            )
-            weight = rewards[:, None] - values(params, *states)
-            extra, metrics = Extra(params, opt_state), {"value/error": error}
-        (lora, opt_state), means, log_ratio = several_updates(
-            method,
-            state.lora,
-            state.opt_state,
-            frozen,
-            minibatches(samples.trajectory, weight, n_updates=n_updates),
-            epochs=inner_epochs,
-            old_log_prob=old_log_prob,
+        weight, extra, metrics = weigh(state.extra, samples.trajectory, prompt_id, rewards)
+        batches = minibatches(samples.trajectory, weight, n_updates=n_updates)
+        weights, means, log_ratio = several_updates(
+            method, (state.lora, state.opt_state), frozen, batches, epochs=inner_epochs, old_log_prob=old_log_prob
         )
         metrics |= {name: value.mean() for name, value in means.items()} | ratio_metrics(log_ratio, clip)
         metrics |= reward_metrics(samples.rewards, samples.parts)
-        return TrainState(state.iteration + 1, lora, opt_state, extra), metrics, samples.images
+        return TrainState(state.iteration + 1, *weights, extra), metrics, samples.images
 
     return Algorithm(init, partial(sample, policy, n_chunks=n_chunks), update)
 

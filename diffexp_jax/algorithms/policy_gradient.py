@@ -123,8 +123,7 @@ def minibatches(
 
 def several_updates(
     method: PolicyGradient,
-    lora: Any,
-    opt_state: Any,
+    weights: tuple[Any, Any],
     frozen: Any,
     minibatches: Minibatch,
     *,
@@ -134,6 +133,7 @@ def several_updates(
     """One optimizer step for each minibatch, `epochs` times over.
 
     Args:
+      weights: LoRA and optimizer state.
       minibatches: leading axes [updates, chunks, ...]; their old log-probs are those of the sampling program.
       old_log_prob: what the ratio is relative to. "sampled": to those. "recomputed": to those of the update program,
         under the weights before the first update. XLA fuses the two programs differently, and on an accelerator that
@@ -144,7 +144,7 @@ def several_updates(
         the ratio is 1 and nothing is clipped: the plain policy gradient (Black et al.'s DDPO-SF).
 
     Returns:
-      (LoRA, optimizer state), {"loss", "grad_norm"} of each update, log-ratios.
+      The new weights, {"loss", "grad_norm"} of each update, log-ratios.
     """
     n_updates = len(minibatches.weight) * epochs
     record = old_log_prob == "recomputed" and n_updates > 1
@@ -169,7 +169,7 @@ def several_updates(
         return (weights, jnp.where(recording, log_prob, old) if record else old), (means, log_ratio)
 
     recording = jnp.arange(1 + epochs) == 0 if record else None  # the first pass only records
-    carry = (lora, opt_state), minibatches.old_log_prob
+    carry = weights, minibatches.old_log_prob
     (weights, _), found = jax.lax.scan(one_epoch, carry, recording, length=epochs + record)
     means, log_ratio = jax.tree.map(lambda x: x[int(record) :], found)
     return weights, means, log_ratio

@@ -36,7 +36,7 @@ def host_reward(function: HostFunction, name: str, *, timeout: float, workers: i
             future, job = jobs.get()
             try:
                 future.set_result(job())
-            except Exception as error:  # whatever a stranger's function raises; told to who waits
+            except Exception as error:  # whatever a stranger's function raises: `wait` raises it again
                 future.set_exception(error)
 
     threads: list[threading.Thread] = []
@@ -60,8 +60,8 @@ def host_reward(function: HostFunction, name: str, *, timeout: float, workers: i
                 took = str(error) or f"no scores after {timeout:g} s (host_reward.timeout)"
                 raise RewardError(f"reward {name}: {took}") from error
             except Exception as error:
-                said = str(error).strip().splitlines()
-                raise RewardError(f"reward {name}: {type(error).__name__}: {said[0] if said else ''}") from error
+                first = (str(error).strip().splitlines() or [""])[0]
+                raise RewardError(f"reward {name}: {type(error).__name__}: {first}") from error
 
         return wait
 

@@ -50,17 +50,17 @@ def textnorm(reward: Reward, contrast: Contrast, *, temperature: float = 1.0) ->
             raise InputError("textnorm: the reward reads no prompts, so there is nothing to set them against")
         return {"texts": jax.tree.map(lambda x: x.reshape(len(texts), longest, *x.shape[1:]), flat), "valid": valid}
 
-    def normalised(one, tokens):
-        """`one` scores the images with one of their prompts each; vmap keeps from it what does not depend on them."""
-        raw = jax.vmap(one, in_axes=1, out_axes=1)(tokens["texts"])  # [B, 1 + K]
+    def normalised(score_of, tokens):
+        """`score_of` takes one prompt for each image; vmap runs once what does not depend on the prompts."""
+        raw = jax.vmap(score_of, in_axes=1, out_axes=1)(tokens["texts"])  # [B, 1 + K]
         share = jax.nn.softmax(raw / temperature, axis=1, where=tokens["valid"])
         return share[:, 0], {"raw": raw[:, 0]}
 
     def score(params, images, tokens):
-        return normalised(lambda own: reward.score(params, images, own)[0], tokens)
+        return normalised(lambda one: reward.score(params, images, one)[0], tokens)
 
     def score_prepared(params, pixels, tokens):
-        return normalised(lambda own: reward.score_prepared(params, pixels, own)[0], tokens)
+        return normalised(lambda one: reward.score_prepared(params, pixels, one)[0], tokens)
 
     return Reward(reward.params, tokenize, score, reward.prepare, score_prepared)
 
