@@ -45,7 +45,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Traces are made of millions of small objects: looking at all of them for cycles took a fifth of the tests' time."""
+    """Traces are millions of small objects: searching them for cycles took a fifth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)

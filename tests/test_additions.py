@@ -84,7 +84,7 @@ def test_a_process(monkeypatch, make_config, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(SCHEDULER | {"_class_name": "HalfNoiseScheduler"}))
-    config = make_config("ddpo", PLAIN | {"model.path": str(folder)})
+    config = make_config("ddpo", PLAIN | {"model.path": str(folder), "iterations": 1})
     experiment, usual = Experiment.build(config), Experiment.build(make_config("ddpo", PLAIN))
     np.testing.assert_allclose(experiment.steps(explore=False).sigma_t, usual.steps(explore=False).sigma_t / 2)
     train.run(config, tmp_path / "run")

@@ -178,7 +178,8 @@ def test_training_that_does_not_learn(script, monkeypatch, rise, ok):
     assert script.check_learning("ddpo", 3, 1).ok is ok
 
 
-@pytest.mark.parametrize("method", [pytest.param("ddpo", marks=pytest.mark.slow), "alignprop"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ddpo", "alignprop"])
 def test_full_size_on_a_tiny_model(script, make_config, method):
     """Each program is compiled once, and called twice."""
     config = make_config(method, {"eval.every": 0, "log.images_every": 0})

@@ -187,6 +187,7 @@ def test_microbatches_are_the_same_images(sample):
 # ------------------------------------------------------------------------------------------------------------ precision
 
 
+@pytest.mark.slow
 def test_images_in_bfloat16(make_config):
     """The same noise and prompts, ten steps: the network's 16 bits move a pixel by 0.03 at most, on average."""
     images = []

@@ -269,6 +269,7 @@ def test_official_pad_is_torchs(height, width):
     np.testing.assert_allclose(preprocess.official_pad(image, 224), theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_how_far_the_two_paths_scores_are_apart(capsys):
     """Of pieces of a photograph, of many sizes: at most 0.5 % of the scores' spread on average."""
     rng, images = np.random.default_rng(0), []

@@ -26,6 +26,8 @@ from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines.stable_diffusion import load
 
 ALGORITHMS = ("alignprop", "ddpo")
+# by both only among the slow tests: ddpo has more state, and the same loop
+ONE = pytest.mark.parametrize("finished", ["ddpo", pytest.param("alignprop", marks=pytest.mark.slow)], indirect=True)
 LORA = "pytorch_lora_weights.safetensors"
 PLAIN = {"eval.every": 0, "log.images": 0}  # nothing but the training itself
 
@@ -150,6 +152,7 @@ def test_nothing_is_compiled_after_the_second_iteration(finished):
 # ---------------------------------------------------------------------------------------------------------- exploration
 
 
+@ONE
 def test_exploration_off_is_plain_bit_for_bit(finished, make_config, tmp_path):
     """Off equals a schedule without a step and weights of 1; the run with exploration is another one."""
     changes = PLAIN | {"iterations": 2}
@@ -169,10 +172,9 @@ def program(algorithm: str, workdir: Path, settings: dict) -> list[str]:
     return [sys.executable, "-m", "diffexp_jax.train", config, f"--workdir={workdir}", *as_flags(settings)]
 
 
+@ONE
 def test_a_killed_run_continues_bit_for_bit(finished, tiny_settings, tmp_path):
     """Killed by SIGKILL at a random moment, and started again by the same command."""
-    if finished.algorithm == "alignprop":
-        pytest.skip("one algorithm is enough, and ddpo's state holds more")
     workdir, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
     line = program(finished.algorithm, workdir, tiny_settings)
     rows, delay = random.randint(1, 3), random.uniform(0.0, 0.3)
@@ -292,6 +294,7 @@ def run_with_images(algorithm: str, workdir: str, settings: str) -> None:
     print(f"{jax.device_count()} devices")
 
 
+@ONE
 def test_four_devices_give_what_one_gives(finished, tiny_settings, tmp_path):
     """Images, rewards and LoRA within 1e-5 of their size. Evaluation is of bytes: a pixel may be rounded the other way.
 
