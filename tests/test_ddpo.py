@@ -326,7 +326,7 @@ def test_learns_brightness(tiny):
     brightness = {0.0: float(tiny.sample(tiny.state, plus, test_batch, tiny.explored).rewards.mean())}
     for sign in (1.0, -1.0):
         state, frozen = tiny.state, tiny.frozen_with(sign)
-        for it in range(12):
+        for it in range(20):
             batch = tiny.batch(it)
             samples = tiny.sample(state, frozen, batch, tiny.explored)
             state, _, _ = tiny.update(state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))

@@ -1,4 +1,8 @@
-"""DPOK: policy gradient with a penalty for leaving the untuned model (Fan et al. 2023, arXiv 2305.16381)."""
+"""DPOK: policy gradient with a penalty for leaving the untuned model (Fan et al. 2023, arXiv 2305.16381).
+
+Deviation: the published code keeps a buffer of the last 1,000 states and draws its updates' states from there; here
+every update is of all states of its share of the iteration's samples, as in DDPO.
+"""
 
 import math
 from collections.abc import Mapping
@@ -131,14 +135,30 @@ def fit_value(
     return params, opt_state, losses[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- algorithm
-
-
 class Extra(struct.PyTreeNode):
     """What DPOK carries besides the LoRA: the value function and its optimizer's state."""
 
     value: Any
     opt_state: Any
+
+
+def less_expected(
+    optimizer: optax.GradientTransformation,
+    extra: Extra,
+    trajectory: Trajectory,
+    prompt_id: Int[Array, "chunks m"],
+    rewards: Float[Array, "chunks m"],
+    *,
+    n_steps: int,
+) -> tuple[Float[Array, "chunks T m"], Extra, dict[str, Array]]:
+    """Rewards less what is expected of each state, after the value function was fitted to them; next Extra, metrics."""
+    fitted = fit_value(optimizer, extra.value, extra.opt_state, trajectory, prompt_id, rewards, n_steps=n_steps)
+    params, opt_state, error = fitted
+    weight = rewards[:, None] - values(params, trajectory, prompt_id)
+    return weight, Extra(params, opt_state), {"value/error": error}
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithm
 
 
 def dpok(
@@ -160,9 +180,6 @@ def dpok(
 ) -> Algorithm:
     """Makes the algorithm: the loss is reward_weight times `clamped_ratio_loss`, and kl_weight times `divergence`.
 
-    Deviation: the published code keeps a buffer of the last 1,000 states and draws its updates' states from there; here
-    every update is of all states of its share of the iteration's samples, as in DDPO.
-
     Args:
       n_prompts, n_steps: of the prompt set and of sampling, for the value function.
       n_updates: optimizer updates an iteration, each on its own share of the samples.
@@ -176,11 +193,8 @@ def dpok(
     value_optimizer = optax.adam(value_lr)
 
     def init(lora) -> TrainState:
-        extra = None
-        if value_baseline:
-            key, size = jax.random.key(0), math.prod(policy.latent_shape)
-            params = init_value(key, size, n_prompts, n_steps)
-            extra = Extra(params, value_optimizer.init(params))
+        params = init_value(jax.random.key(0), math.prod(policy.latent_shape), n_prompts, n_steps)
+        extra = Extra(params, value_optimizer.init(params)) if value_baseline else None
         return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), extra)
 
     def loss(log_prob, outputs, step: Transition):
@@ -192,20 +206,13 @@ def dpok(
 
     method = PolicyGradient(policy, optimizer, loss, untuned)
 
-    def weigh(extra, trajectory, prompt_id, rewards):
-        """The reward, less what was expected of each state where there is a baseline; the next extra, and metrics."""
-        if not value_baseline:
-            return rewards, None, {}
-        states = trajectory, prompt_id
-        params, opt_state, error = fit_value(
-            value_optimizer, extra.value, extra.opt_state, *states, rewards, n_steps=value_steps
-        )
-        return rewards[:, None] - values(params, *states), Extra(params, opt_state), {"value/error": error}
-
     def update(state, frozen, inputs: Inputs):
         samples = inputs.samples
         rewards, prompt_id = chunked((samples.rewards, inputs.batch.prompt_id), n_chunks)  # [chunks, m]
-        weight, extra, metrics = weigh(state.extra, samples.trajectory, prompt_id, rewards)
+        weight, extra, metrics = rewards, None, {}
+        if value_baseline:
+            args = value_optimizer, state.extra, samples.trajectory, prompt_id, rewards
+            weight, extra, metrics = less_expected(*args, n_steps=value_steps)
         batches = minibatches(samples.trajectory, weight, n_updates=n_updates)
         weights, means, log_ratio = several_updates(
             method, (state.lora, state.opt_state), frozen, batches, epochs=inner_epochs, old_log_prob=old_log_prob
