@@ -92,12 +92,13 @@ class Experiment(NamedTuple):
         method, settings = METHODS[config.algorithm], method_settings(config)
         reward, trained, rewards = load_rewards(config, weights=weights)
         pipeline = load_pipeline(config.model.path, weights=weights, **pipeline_options(config))
-        train, *evals = (load_prompts(name) for name in (config.prompts, *_evaluated(config, config.eval.prompts)))
+        train, evals = load_prompts(config.prompts), []
         if weights:
+            evals = [load_prompts(name) for name in _evaluated(config, config.eval.prompts)]
             empty = encode_empty(pipeline)
             units = unit_ids(pipeline.tokenizer, train, config.exploration.unit)
         else:
-            empty, evals = jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1)), []
+            empty = jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
             units = np.zeros((len(train.texts), pipeline.ids_shape[1]), np.int32)
         experiment = cls(
             pipeline=pipeline,

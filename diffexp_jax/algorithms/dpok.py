@@ -182,10 +182,7 @@ def dpok(
 
     Args:
       n_prompts, n_steps: of the prompt set and of sampling, for the value function.
-      n_updates: optimizer updates an iteration, each on its own share of the samples.
-      n_chunks: forward passes that a device's samples are split into; a multiple of n_updates.
-      inner_epochs: passes over an iteration's samples.
-      clip: of the importance ratio.
+      n_updates, n_chunks, inner_epochs, clip: as of `ddpo`.
       value_baseline: whether an advantage is the reward less `value`, or the reward itself.
       value_lr, value_steps: of Adam, and how many of its steps are taken an iteration, before the LoRA's.
       old_log_prob: what the ratio is relative to, see `several_updates`.

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from diffexp_jax import InputError
-from diffexp_jax.process.process import Process
+from diffexp_jax.process.process import Process, check_n_steps
 
 
 class NoiseSchedule(NamedTuple):
@@ -117,8 +117,7 @@ def timesteps(schedule: NoiseSchedule, n_steps: int) -> Int[np.ndarray, "T"]:
       InputError: more steps than the schedule has, or none.
     """
     n = len(schedule.alpha_bar)
-    if not 1 <= n_steps <= n:
-        raise InputError(f"{n_steps} sampling steps; accepted: 1 to {n}, the steps of the model's noise schedule")
+    check_n_steps(n_steps, n)
     if schedule.spacing == "linspace":
         return np.round(np.linspace(0, n - 1, n_steps))[::-1].astype(np.int32)
     if schedule.spacing == "trailing":

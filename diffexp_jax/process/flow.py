@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from diffexp_jax import InputError
-from diffexp_jax.process.process import Process
+from diffexp_jax.process.process import Process, check_n_steps
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 # What diffusers' config may ask for that changes the noise levels, and is not done here.
@@ -61,8 +61,7 @@ def timesteps(n_steps: int, *, n_train: int, shift: float) -> Float[np.ndarray, 
     Raises:
       InputError: more steps than the schedule has, or none.
     """
-    if not 1 <= n_steps <= n_train:
-        raise InputError(f"{n_steps} sampling steps; accepted: 1 to {n_train}, the steps of the model's noise schedule")
+    check_n_steps(n_steps, n_train)
     smallest = shifted(1.0 / n_train, shift)
     return (n_train * shifted(np.linspace(1.0, smallest, n_steps), shift)).astype(np.float32)
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from diffexp_jax import InputError
+
 
 class Process(NamedTuple):
     """How a network's outputs turn noise into a latent, step by step. Made from a model's scheduler_config.json.
@@ -27,6 +29,12 @@ class Process(NamedTuple):
         [Float[Array, "B h w c"], Float[Array, "B h w c"], Any], tuple[Float[Array, "B h w c"], Float[Array, ""]]
     ]
     add_noise: Callable[[Float[Array, "B h w c"], Float[Array, "B h w c"], Any], Float[Array, "B h w c"]]
+
+
+def check_n_steps(n_steps: int, n_train: int) -> None:
+    """Raises InputError for no steps, or more than the noise schedule has."""
+    if not 1 <= n_steps <= n_train:
+        raise InputError(f"{n_steps} sampling steps; accepted: 1 to {n_train}, the steps of the model's noise schedule")
 
 
 def gaussian_log_prob(
