@@ -321,17 +321,15 @@ def test_ratio_is_1_before_the_first_update(tiny):
 
 
 def test_learns_brightness(tiny):
-    """Brightness rises with brightness as the reward and falls with its negative, on samples never trained on."""
-    test_batch, plus = tiny.batch(1000), tiny.frozen_with(1.0)
-    brightness = {0.0: float(tiny.sample(tiny.state, plus, test_batch, tiny.explored).rewards.mean())}
-    for sign in (1.0, -1.0):
-        state, frozen = tiny.state, tiny.frozen_with(sign)
-        for it in range(20):
-            batch = tiny.batch(it)
-            samples = tiny.sample(state, frozen, batch, tiny.explored)
-            state, _, _ = tiny.update(state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
-        brightness[sign] = float(tiny.sample(state, plus, test_batch, tiny.explored).rewards.mean())
-    assert brightness[-1.0] + 5e-4 < brightness[0.0] < brightness[1.0] - 5e-4, brightness
+    """On samples never trained on."""
+    test_batch, frozen, state = tiny.batch(1000), tiny.frozen_with(1.0), tiny.state
+    before = float(tiny.sample(state, frozen, test_batch, tiny.explored).rewards.mean())
+    for it in range(20):
+        batch = tiny.batch(it)
+        samples = tiny.sample(state, frozen, batch, tiny.explored)
+        state, _, _ = tiny.update(state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
+    after = float(tiny.sample(state, frozen, test_batch, tiny.explored).rewards.mean())
+    assert before + 5e-4 < after, (before, after)
 
 
 def test_ratio_is_1_in_bfloat16(make_config):

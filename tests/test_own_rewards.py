@@ -303,6 +303,7 @@ def test_a_failing_reward_saves_what_was_trained(make_config, tmp_path, monkeypa
     assert whole == stopped and len(whole) == 5
 
 
+@pytest.mark.slow
 def test_evaluation_by_python(make_config, tmp_path, monkeypatch):
     """Reported beside the trained reward; a failure there keeps the iteration and its row."""
     evaluation = {"eval.every": 1, "eval.rewards": ("python:sample_rewards:fails_once",), "log.images": 0}

@@ -18,18 +18,15 @@ from diffexp_jax.algorithms.algorithm import (
     Setup,
     across_devices,
     chunked,
-    reward_metrics,
 )
 from diffexp_jax.algorithms.policy_gradient import (
     PolicyGradient,
     Transition,
     check_old_log_prob,
-    minibatches,
     passes,
-    ratio_metrics,
     resolved_old_log_prob,
     sample,
-    several_updates,
+    updated,
 )
 from diffexp_jax.limits import within
 from diffexp_jax.state import TrainState, advantages, init_stats, update_stats
@@ -91,14 +88,20 @@ def ddpo(
             min_count=stats_min_count,
             clip=advantage_clip,
         )
-        batches = minibatches(samples.trajectory, chunked(adv, n_chunks), n_updates=n_updates)
-        weights, means, log_ratio = several_updates(
-            method, (state.lora, state.opt_state), frozen, batches, epochs=inner_epochs, old_log_prob=old_log_prob
+        state, metrics, images = updated(
+            method,
+            state,
+            frozen,
+            samples,
+            chunked(adv, n_chunks),
+            stats,
+            clip=clip,
+            n_updates=n_updates,
+            inner_epochs=inner_epochs,
+            old_log_prob=old_log_prob,
         )
-        metrics = {name: value.mean() for name, value in means.items()} | ratio_metrics(log_ratio, clip)
-        metrics |= reward_metrics(samples.rewards, samples.parts)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
-        return TrainState(state.iteration + 1, *weights, stats), metrics, samples.images
+        return state, metrics, images
 
     return Algorithm(init, partial(sample, policy, n_chunks=n_chunks), update)
 

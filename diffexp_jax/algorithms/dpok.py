@@ -25,18 +25,15 @@ from diffexp_jax.algorithms.algorithm import (
     Policy,
     Setup,
     chunked,
-    reward_metrics,
 )
 from diffexp_jax.algorithms.policy_gradient import (
     PolicyGradient,
     Transition,
     check_old_log_prob,
-    minibatches,
     passes,
-    ratio_metrics,
     resolved_old_log_prob,
     sample,
-    several_updates,
+    updated,
 )
 from diffexp_jax.limits import within
 from diffexp_jax.sampling import Trajectory
@@ -202,6 +199,7 @@ def dpok(
         return policy.denoise(frozen, None)(step.x_t, step.step, context)
 
     method = PolicyGradient(policy, optimizer, loss, untuned)
+    updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
 
     def update(state, frozen, inputs: Inputs):
         samples = inputs.samples
@@ -210,13 +208,8 @@ def dpok(
         if value_baseline:
             args = value_optimizer, state.extra, samples.trajectory, prompt_id, rewards
             weight, extra, metrics = less_expected(*args, n_steps=value_steps)
-        batches = minibatches(samples.trajectory, weight, n_updates=n_updates)
-        weights, means, log_ratio = several_updates(
-            method, (state.lora, state.opt_state), frozen, batches, epochs=inner_epochs, old_log_prob=old_log_prob
-        )
-        metrics |= {name: value.mean() for name, value in means.items()} | ratio_metrics(log_ratio, clip)
-        metrics |= reward_metrics(samples.rewards, samples.parts)
-        return TrainState(state.iteration + 1, *weights, extra), metrics, samples.images
+        state, more, images = updated(method, state, frozen, samples, weight, extra, **updates)
+        return state, metrics | more, images
 
     return Algorithm(init, partial(sample, policy, n_chunks=n_chunks), update)
 

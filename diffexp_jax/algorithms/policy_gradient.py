@@ -14,9 +14,19 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from diffexp_jax import backend
-from diffexp_jax.algorithms.algorithm import AXIS, Policy, Samples, chunked, mean_over, rewarded, unchunked
+from diffexp_jax.algorithms.algorithm import (
+    AXIS,
+    Policy,
+    Samples,
+    chunked,
+    mean_over,
+    reward_metrics,
+    rewarded,
+    unchunked,
+)
 from diffexp_jax.limits import one_of
 from diffexp_jax.sampling import Context, Steps, Trajectory, initial_latents, rollout, transition_log_prob
+from diffexp_jax.state import TrainState
 
 # Where the log-probs of the sampling policy come from, see `several_updates` and `resolved_old_log_prob`.
 OLD_LOG_PROBS = ("sampled", "recomputed", "current")
@@ -173,6 +183,33 @@ def several_updates(
     (weights, _), found = jax.lax.scan(one_epoch, carry, recording, length=epochs + record)
     means, log_ratio = jax.tree.map(lambda x: x[int(record) :], found)
     return weights, means, log_ratio
+
+
+def updated(
+    method: PolicyGradient,
+    state: TrainState,
+    frozen: Any,
+    samples: Samples,
+    weight: Float[Array, "chunks B"] | Float[Array, "chunks T B"],
+    extra: Any,
+    *,
+    clip: float,
+    n_updates: int,
+    inner_epochs: int,
+    old_log_prob: str,
+) -> tuple[TrainState, dict[str, Array], Float[Array, "B H W 3"]]:
+    """What `Algorithm.update` returns, once the samples' weights are known; `extra` is the next state's."""
+    weights, means, log_ratio = several_updates(
+        method,
+        (state.lora, state.opt_state),
+        frozen,
+        minibatches(samples.trajectory, weight, n_updates=n_updates),
+        epochs=inner_epochs,
+        old_log_prob=old_log_prob,
+    )
+    metrics = {name: value.mean() for name, value in means.items()} | ratio_metrics(log_ratio, clip)
+    metrics |= reward_metrics(samples.rewards, samples.parts)
+    return TrainState(state.iteration + 1, *weights, extra), metrics, samples.images
 
 
 def ratio_metrics(log_ratio: Float[Array, "*N T B"], clip: float) -> dict[str, Float[Array, ""]]:
