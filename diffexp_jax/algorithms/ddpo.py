@@ -75,6 +75,7 @@ def ddpo(
         return clipped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
 
     method = PolicyGradient(policy, optimizer, loss)
+    updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
 
     def update(state, frozen, inputs: Inputs):
         batch, samples = inputs.batch, inputs.samples
@@ -88,18 +89,8 @@ def ddpo(
             min_count=stats_min_count,
             clip=advantage_clip,
         )
-        state, metrics, images = updated(
-            method,
-            state,
-            frozen,
-            samples,
-            chunked(adv, n_chunks),
-            stats,
-            clip=clip,
-            n_updates=n_updates,
-            inner_epochs=inner_epochs,
-            old_log_prob=old_log_prob,
-        )
+        weight = chunked(adv, n_chunks)
+        state, metrics, images = updated(method, state, frozen, samples, weight, stats, **updates)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return state, metrics, images
 

@@ -124,7 +124,7 @@ def minibatch_gradient(
 
 
 def minibatches(
-    trajectory: Trajectory, weight: Float[Array, "chunks B"] | Float[Array, "chunks T B"], *, n_updates: int
+    trajectory: Trajectory, weight: Float[Array, "chunks m"] | Float[Array, "chunks T m"], *, n_updates: int
 ) -> Minibatch:
     """The samples' chunks shared out to the updates, [updates, chunks, ...]; a sample's weight is that of its steps."""
     weight = jnp.broadcast_to(weight if weight.ndim == 3 else weight[:, None], trajectory.log_prob.shape)
@@ -190,7 +190,7 @@ def updated(
     state: TrainState,
     frozen: Any,
     samples: Samples,
-    weight: Float[Array, "chunks B"] | Float[Array, "chunks T B"],
+    weight: Float[Array, "chunks m"] | Float[Array, "chunks T m"],
     extra: Any,
     *,
     clip: float,
