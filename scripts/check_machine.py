@@ -604,16 +604,23 @@ def main(args: argparse.Namespace) -> None:
     if args.write_reference:
         return write_reference()
     command.check_writable(args.out.parent, "--out")
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        raise InputError(f"--only {args.only}: wants a regular expression ({error})") from None
     if not REFERENCE.is_file():
         raise InputError(f"{REFERENCE}: the file is missing; it belongs beside the script")
     start, rows = time.perf_counter(), []
     print(table_row("check", "found", "wanted", "", "seconds"), flush=True)
     with np.load(REFERENCE) as stored:
-        bar = tqdm(all_checks(dict(stored), full=args.full), unit="check", leave=False)
+        checks = [each for each in all_checks(dict(stored), full=args.full) if re.search(args.only, each.name)]
+        bar = tqdm(checks, unit="check", leave=False)
     for chosen in bar:
         bar.set_description(chosen.name)
         rows.append(run_check(chosen))
         show(rows[-1])
+    if not rows:
+        raise InputError(f"--only {args.only}: no check has such a name")
     failed, seconds = sum(row["status"] == "FAILED" for row in rows), time.perf_counter() - start
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     report = {"ready": not failed, "date": date, "command": " ".join(sys.argv), "seconds": seconds}
@@ -632,5 +639,6 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--out", type=Path, default=Path("check_machine.json"), help="the .json file to write")
     add("--full", action="store_true", help="also run SD 1.5 and SDXL at real size, on an accelerator")
+    add("--only", default="", metavar="REGEX", help="run the checks alone whose names have such a part")
     add("--write_reference", action="store_true", help="make the stored float32 results anew, on a CPU")
     command.guarded(main, parser.parse_args())

@@ -24,16 +24,36 @@ def script(monkeypatch):
     return check_machine
 
 
+def run_script(folder, *flags):
+    """(what it printed, its report) of the script as a user runs it; it must find nothing wrong."""
+    command = [sys.executable, str(ROOT / "scripts" / "check_machine.py"), "--out", "found.json", *flags]
+    # with XLA's own optimisations: the tests' way compiles faster, and then runs for minutes
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads((folder / "found.json").read_text())
+
+
+def test_the_quick_rows(tmp_path):
+    """Parity with the stored results, and nothing that learns."""
+    said, report = run_script(tmp_path, "--only", "devices|versions|float32 products|SD 1.5, float32|emoji.*float32")
+    names = ["devices", "versions", "float32 products, as the package asks", "float32 products, by default"]
+    names += ["tiny SD 1.5, float32", "emoji model's images, float32"]
+    assert [row["check"] for row in report["checks"]] == names and report["ready"]
+    assert all(row["status"] == "ok" for row in report["checks"]) and "ready: none of 6 checks failed" in said
+
+
+def test_a_name_that_no_check_has(script, tmp_path):
+    for only, said in (("xyzzy", "no check has such a name"), ("(", "wants a regular expression")):
+        with pytest.raises(InputError, match=said):
+            script.main(SimpleNamespace(out=tmp_path / "x.json", full=False, only=only, write_reference=False))
+
+
 @pytest.mark.slow  # two to three minutes
 def test_this_machine(tmp_path):
     """The short form as a user runs it: nothing fails, and the file says everything."""
-    command = [sys.executable, str(ROOT / "scripts" / "check_machine.py"), "--full", "--out", "found.json"]
-    # with XLA's own optimisations: the tests' way compiles faster, and then runs for minutes
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "found.json").read_text())
-    assert report["ready"] and report["command"].endswith("found.json") and report["seconds"] > 0
+    said, report = run_script(tmp_path, "--full")
+    assert report["ready"] and "--full" in report["command"] and report["seconds"] > 0
     here = report["machine"]
     assert here["platform"] == "cpu" and here["devices"] == here["processes"] == 1
     assert here["versions"].keys() >= {"jax", "jaxlib", "flax", "optax"} and here["XLA_FLAGS"] == ""
@@ -41,7 +61,7 @@ def test_this_machine(tmp_path):
     skipped = {name for name in status if name.startswith("attention") or "real size" in name}
     assert status == {name: "skipped" if name in skipped else "ok" for name in status}
     assert len(status) == 26 and len(skipped) == 12
-    assert all(f"\n{name} " in done.stdout for name in status)
+    assert all(f"\n{name} " in said for name in status)
 
 
 def run(script, monkeypatch, tmp_path, **checks):
@@ -50,7 +70,7 @@ def run(script, monkeypatch, tmp_path, **checks):
     monkeypatch.setattr(script, "all_checks", lambda reference, full: listed)
     code = 0
     try:
-        script.main(SimpleNamespace(out=tmp_path / "found.json", full=False, write_reference=False))
+        script.main(SimpleNamespace(out=tmp_path / "found.json", full=False, only="", write_reference=False))
     except SystemExit as stop:
         code = stop.code
     return code, {row["check"]: row for row in json.loads((tmp_path / "found.json").read_text())["checks"]}
