@@ -154,6 +154,7 @@ def test_the_value_function_learns_and_is_the_baseline():
     assert float(metrics["loss"]) == pytest.approx(-10.0 * float(expected.mean()), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_learns_brightness():
     """On samples never trained on; the penalty holds it back."""
     n, risen = 64, {}

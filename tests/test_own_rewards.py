@@ -234,6 +234,7 @@ class Tiny:
         return metrics
 
 
+@pytest.mark.slow  # of a sum they are compared by default
 def test_samples_are_those_of_the_same_reward_on_the_device(make_config):
     """Every image meets its own prompt; the trajectories are the same."""
     settings = PLAIN | {"batch.samples": 8, "batch.samples_per_forward": 2}
