@@ -105,7 +105,7 @@ class Experiment(NamedTuple):
             reward=reward,
             trained=trained,
             rewards=rewards,
-            train=make_task(pipeline, rewards, train),
+            train=make_task(pipeline, {reward: trained}, train),
             evals=[make_task(pipeline, rewards, prompts) for prompts in evals],
             units=units,
             empty=empty,
@@ -257,7 +257,7 @@ def load_rewards(config: ConfigDict, *, weights: bool = True) -> tuple[str, Rewa
             f"reward={config.reward!r}: {config.algorithm} needs the reward's gradient, and plain Python has none; "
             f"wants algorithm {others}, or a function of JAX: jax:MODULE:FUNCTION"
         )
-    once = config.reward_dtype == config.eval.reward_dtype or not config.eval.every or bool(trained.start)
+    once = config.reward_dtype == config.eval.reward_dtype or not config.eval.every
     rewards = {
         name: trained if once and spec == config.reward else load(spec, config.eval.reward_dtype)
         for name, spec in zip(names, specs, strict=True)

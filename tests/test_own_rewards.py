@@ -263,6 +263,19 @@ def test_samples_of_a_sum_with_plain_python(make_config):
     assert metrics["reward/bright_and_long"] == pytest.approx(samples.parts["bright_and_long"].mean(), rel=1e-4)
 
 
+def test_networks_beside_plain_python_are_reported_in_float32(make_config, tiny_clip):
+    """Whatever they train in; the training prompts' tokens are those of the reward that trains."""
+    reward = f"python:sample_rewards:bright_and_long+pickscore:{tiny_clip}"
+    experiment = Experiment.build(make_config("ddpo", {"reward": reward, "reward_dtype": "bfloat16"}))
+    reported = experiment.rewards[experiment.reward]
+    types = [{str(x.dtype) for x in jax.tree.leaves(r.params) if x.ndim} for r in (experiment.trained, reported)]
+    assert types == [{"bfloat16"}, {"float32"}]
+    tokens = experiment.train.tokens[experiment.reward]
+    images, texts = np.zeros((len(experiment.train.texts), 16, 16, 3), np.uint8), experiment.train.texts
+    _, parts = experiment.trained.start(images, tokens)()
+    np.testing.assert_allclose(parts["bright_and_long"], [0.01 * len(text) for text in texts], rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_ddpo_makes_images_compressible(make_config):
     """On prompts and noise never trained on; in the same iterations the opposite reward makes them larger."""
