@@ -22,9 +22,9 @@ from diffexp_jax.algorithms.algorithm import (
 from diffexp_jax.algorithms.policy_gradient import (
     PolicyGradient,
     Transition,
-    check_old_log_prob,
+    check_updates,
+    keywords,
     passes,
-    resolved_old_log_prob,
     sample,
     updated,
 )
@@ -98,22 +98,13 @@ def ddpo(
 
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
-    check_old_log_prob("ddpo", settings)
-    for key in ("updates", "inner_epochs", "stats_buffer"):
-        within(f"ddpo.{key}", settings[key], 1)
+    check_updates("ddpo", settings)
+    within("ddpo.stats_buffer", settings["stats_buffer"], 1)
     within("ddpo.stats_min_count", settings["stats_min_count"], 1, settings["stats_buffer"])
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
-    return ddpo(
-        setup.policy,
-        setup.optimizer,
-        n_prompts=setup.n_prompts,
-        n_chunks=setup.n_chunks,
-        n_updates=settings["updates"],
-        old_log_prob=resolved_old_log_prob(settings, setup.full_float32),
-        **{key: value for key, value in settings.items() if key not in ("updates", "old_log_prob")},
-    )
+    return ddpo(setup.policy, setup.optimizer, **keywords(setup, settings))
 
 
 METHOD = Method(

@@ -29,9 +29,9 @@ from diffexp_jax.algorithms.algorithm import (
 from diffexp_jax.algorithms.policy_gradient import (
     PolicyGradient,
     Transition,
-    check_old_log_prob,
+    check_updates,
+    keywords,
     passes,
-    resolved_old_log_prob,
     sample,
     updated,
 )
@@ -139,6 +139,11 @@ class Extra(struct.PyTreeNode):
     opt_state: Any
 
 
+def init_extra(optimizer: optax.GradientTransformation, n_inputs: int, n_prompts: int, n_steps: int) -> Extra:
+    params = init_value(jax.random.key(0), n_inputs, n_prompts, n_steps)
+    return Extra(params, optimizer.init(params))
+
+
 def less_expected(
     optimizer: optax.GradientTransformation,
     extra: Extra,
@@ -187,8 +192,8 @@ def dpok(
     value_optimizer = optax.adam(value_lr)
 
     def init(lora) -> TrainState:
-        params = init_value(jax.random.key(0), math.prod(policy.latent_shape), n_prompts, n_steps)
-        extra = Extra(params, value_optimizer.init(params)) if value_baseline else None
+        sizes = math.prod(policy.latent_shape), n_prompts, n_steps
+        extra = init_extra(value_optimizer, *sizes) if value_baseline else None
         return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), extra)
 
     def loss(log_prob, outputs, step: Transition):
@@ -215,9 +220,8 @@ def dpok(
 
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
-    check_old_log_prob("dpok", settings)
-    for key in ("updates", "inner_epochs", "value_steps"):
-        within(f"dpok.{key}", settings[key], 1)
+    check_updates("dpok", settings)
+    within("dpok.value_steps", settings["value_steps"], 1)
     for key in ("reward_weight", "kl_weight", "value_lr"):
         within(f"dpok.{key}", settings[key], 0)
 
@@ -227,16 +231,7 @@ def all_passes(settings: Mapping[str, Any], full_float32: bool) -> tuple[str, ..
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
-    return dpok(
-        setup.policy,
-        setup.optimizer,
-        n_prompts=setup.n_prompts,
-        n_steps=setup.n_steps,
-        n_chunks=setup.n_chunks,
-        n_updates=settings["updates"],
-        old_log_prob=resolved_old_log_prob(settings, setup.full_float32),
-        **{key: value for key, value in settings.items() if key not in ("updates", "old_log_prob")},
-    )
+    return dpok(setup.policy, setup.optimizer, n_steps=setup.n_steps, **keywords(setup, settings))
 
 
 METHOD = Method(

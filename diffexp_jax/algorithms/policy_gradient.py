@@ -18,13 +18,14 @@ from diffexp_jax.algorithms.algorithm import (
     AXIS,
     Policy,
     Samples,
+    Setup,
     chunked,
     mean_over,
     reward_metrics,
     rewarded,
     unchunked,
 )
-from diffexp_jax.limits import one_of
+from diffexp_jax.limits import one_of, within
 from diffexp_jax.sampling import Context, Steps, Trajectory, initial_latents, rollout, transition_log_prob
 from diffexp_jax.state import TrainState
 
@@ -244,8 +245,11 @@ def ratio_metrics(log_ratio: Float[Array, "*N T B"], clip: float) -> dict[str, F
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def check_old_log_prob(method: str, settings: Mapping[str, Any]) -> None:
+def check_updates(method: str, settings: Mapping[str, Any]) -> None:
+    """Raises InputError for the settings of the updates, which every such method has."""
     one_of(f"{method}.old_log_prob", settings["old_log_prob"], ("auto", *OLD_LOG_PROBS))
+    for key in ("updates", "inner_epochs"):
+        within(f"{method}.{key}", settings[key], 1)
 
 
 def resolved_old_log_prob(settings: Mapping[str, Any], full_float32: bool) -> str:
@@ -259,6 +263,13 @@ def resolved_old_log_prob(settings: Mapping[str, Any], full_float32: bool) -> st
     if settings["old_log_prob"] != "auto":
         return settings["old_log_prob"]
     return "sampled" if full_float32 and backend.platform() == "cpu" else "recomputed"
+
+
+def keywords(setup: Setup, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method's function takes by keyword: its settings, those of the updates resolved, and the split."""
+    resolved = {"n_updates": settings["updates"], "old_log_prob": resolved_old_log_prob(settings, setup.full_float32)}
+    rest = {key: value for key, value in settings.items() if key not in ("updates", "old_log_prob")}
+    return rest | resolved | {"n_chunks": setup.n_chunks, "n_prompts": setup.n_prompts}
 
 
 def passes(settings: Mapping[str, Any], full_float32: bool) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from diffexp_jax import InputError
 
@@ -85,3 +86,8 @@ def _listed(names: Iterable[str]) -> str:
 def abstract_params(module, *args, **kwargs) -> dict[str, Any]:
     """The shapes of a module's parameters, without computing anything; arguments as for `module.init`."""
     return jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+
+
+def typed(shapes: Any, dtype: DTypeLike) -> Any:
+    """The shapes of arrays of this dtype."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)

@@ -90,7 +90,7 @@ def from_tensors(
 def shapes(config: Mapping[str, Any], dtype: DTypeLike) -> tuple[CLIP, Any]:
     """The network of a config in transformers' form, and the shapes of its parameters."""
     module = CLIP(CLIPConfig.from_dict(config), dtype)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _abstract(module))
+    params = convert.typed(_abstract(module), dtype)
     return module, params | {"logit_scale": jax.ShapeDtypeStruct((), jnp.float32)}
 
 

@@ -7,7 +7,7 @@ the files.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -35,12 +35,13 @@ class Kind(NamedTuple):
 
     parts: tuple[str, ...]  # subfolders
     load: Callable[..., Pipeline]  # (folder, dtype=, variant=, **options)
+    read_jsons: Callable[[Path], tuple[Any, Any]]  # of a folder: model_index.json, configs of the parts
     shapes: Callable[..., Pipeline]  # (model_index.json, configs of the parts, where, dtype=, **options)
 
 
 # By `_class_name` of model_index.json.
 PIPELINES: dict[str, Kind] = {
-    name: Kind(family.parts, stable_diffusion.load, stable_diffusion.shapes)
+    name: Kind(family.parts, stable_diffusion.load, families.read_jsons, stable_diffusion.shapes)
     for name, family in families.FAMILIES.items()
 }
 
@@ -75,11 +76,15 @@ def load_pipeline(
         if str(path) == "emoji"
         else files.model_folder(str(path), all_parts(), revision=revision, variant=variant)
     )
-    name = files.read_json(folder / "model_index.json").get("_class_name")
+    return _kind(folder).load(folder, dtype=dtype, variant=variant, **options)
+
+
+def _kind(folder: Path) -> Kind:
+    index = folder / "model_index.json"
+    name = files.read_json(index).get("_class_name")
     if name not in PIPELINES:
-        accepted = ", ".join(PIPELINES)
-        raise InputError(f"{folder / 'model_index.json'}: _class_name={name!r} is not supported; accepted: {accepted}")
-    return PIPELINES[name].load(folder, dtype=dtype, variant=variant, **options)
+        raise InputError(f"{index}: _class_name={name!r} is not supported; accepted: {', '.join(PIPELINES)}")
+    return PIPELINES[name]
 
 
 def all_parts() -> tuple[str, ...]:
@@ -94,5 +99,5 @@ def _load_shapes(path: str, **options) -> Pipeline:
             f"model {path!r}: no such folder, and its sizes are not known; accepted: emoji, a folder, or one of "
             f"{', '.join(sizes.PIPELINES)}"
         )
-    index, parts = families.read_jsons(folder) if folder.is_dir() else sizes.PIPELINES[path]
+    index, parts = _kind(folder).read_jsons(folder) if folder.is_dir() else sizes.PIPELINES[path]
     return PIPELINES[index["_class_name"]].shapes(index, parts, path, **options)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -54,10 +53,8 @@ def shapes(
     """The pipeline that such json files describe (see `model_config`): shapes for weights, and no tokenizers."""
     config = model_config(index, parts, where)
 
-    def typed(part, tree):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.dtype(part, dtype)), tree)
-
-    params = {part: typed(part, tree) for part, tree in abstract_params(config).items()}
+    shapes = abstract_params(config)
+    params = {part: convert.typed(tree, config.dtype(part, dtype)) for part, tree in shapes.items()}
     return build(config, dtype=dtype, **options)._replace(params=params)
 
 

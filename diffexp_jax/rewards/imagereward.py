@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.formats import tokenizers
+from diffexp_jax.formats import convert, tokenizers
 from diffexp_jax.formats.files import only_file
 from diffexp_jax.formats.pickles import SUFFIXES
 from diffexp_jax.models import blip
 from diffexp_jax.rewards.preprocess import clip_pixels, official_crop, round_half
-from diffexp_jax.rewards.reward import Builtin, Reward, Tokenize, of_pixels, typed, zero_tokens
+from diffexp_jax.rewards.reward import Builtin, Reward, Tokenize, of_pixels, zero_tokens
 
 # Mean and deviation of the network's output on the training set: published scores are normalised by them.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -57,7 +57,7 @@ def build(model: blip.ImageReward, params: Any, tokenize: Tokenize) -> Reward:
 def shapes(dtype: DTypeLike) -> Reward:
     """The published one, without its weights."""
     model = blip.ImageReward(blip.BLIPConfig(), dtype)  # its defaults are the published sizes
-    return build(model, typed(dtype, blip.abstract_params(model.config)), zero_tokens(LENGTH))
+    return build(model, convert.typed(blip.abstract_params(model.config), dtype), zero_tokens(LENGTH))
 
 
 BUILTINS = {"imagereward": Builtin(load, shapes=shapes)}

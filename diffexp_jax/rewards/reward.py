@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
@@ -83,8 +82,3 @@ def no_tokens(texts: Sequence[str]):
 def zero_tokens(length: int) -> Tokenize:
     """A tokenizer where there is no vocabulary: zeros of the right shape."""
     return lambda texts: np.zeros((len(texts), length), np.int32)
-
-
-def typed(dtype: Any, shapes: Any) -> Any:
-    """The shapes of arrays of this dtype."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
