@@ -66,6 +66,8 @@ def default() -> ml_collections.ConfigDict:
     e.weight_range = (1.0, 1.5)  # Eq. 8: the weight is uniform in it (ours)
     e.unit = "word"  # Eq. 8: what is weighted together: "word", "token" or "phrase"
     e.fraction = 0.75  # of the iterations, from the first, that explore
+    # A run that is continued with more iterations keeps the number that it began with, unless this says another.
+    e.iterations = placeholder(int)  # that many of the first explore; None: by the fraction
 
     c.lora = lo = ml_collections.ConfigDict()
     lo.rank = 4  # of the update A B that is added to each projection of the attentions
@@ -126,6 +128,7 @@ def default() -> ml_collections.ConfigDict:
     log.images_every = 10  # iterations between image grids; 0: never
     log.images = 12  # pictures in a grid: fixed prompts, fixed seeds
     log.tensorboard = False  # also write TensorBoard event files to WORKDIR/tensorboard
+    log.wandb = False  # also log to Weights & Biases (pip install wandb; WANDB_MODE=offline needs no account)
 
     # On a GPU sums are made in any order: a run that is repeated or continued differs in its last bits, and soon in
     # more. True asks XLA for kernels that repeat themselves, which are slower (docs/accelerators.md). CPUs do without

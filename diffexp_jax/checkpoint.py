@@ -1,6 +1,11 @@
 """Checkpoints of a run: everything that the next iteration depends on, written whole or not at all."""
 
+import contextlib
+import errno
+import logging as python_logging
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +18,38 @@ from diffexp_jax import InputError
 
 
 class Checkpoints:
-    """The folder WORKDIR/checkpoints, one subfolder per kept iteration."""
+    """The folder WORKDIR/checkpoints, one subfolder per kept iteration; a context that closes it."""
 
     def __init__(self, workdir: Path, *, keep: int):
         self._folder = (workdir / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._manager.close()
+
     def save(self, iteration: int, state: Any) -> None:
-        """Writes `state` (host arrays) under a temporary name, then renames it: a kill leaves the older ones."""
-        self._manager.save(iteration, args=ocp.args.StandardSave(state))
+        """Writes `state` (host arrays) under a temporary name, then renames it: a kill leaves the older ones.
+
+        Raises:
+          OSError: it could not be written (the disk is full, say); the older ones are untouched.
+        """
+        try:
+            with _quiet():
+                self._manager.save(iteration, args=ocp.args.StandardSave(state))
+        except Exception as error:  # orbax and tensorstore raise many types for one full disk
+            for partial in self._folder.glob(f"{iteration}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"{self._folder}: the checkpoint of iteration {iteration} could not be written ({_reason(error)}); "
+                "the older ones are untouched"
+            ) from None
 
     def restore_newest(self, like: Any) -> tuple[int, Any] | None:
         """(iteration, state) of the newest checkpoint that is whole, None where there is none yet.
@@ -57,9 +84,6 @@ class Checkpoints:
             logging.warning("checkpoint %s: moved to %s", step, aside)
         self._manager.reload()
 
-    def close(self) -> None:
-        self._manager.close()
-
 
 def newest_lora(workdir: Path) -> tuple[int, Any]:
     """(iteration, LoRA) of a run's newest checkpoint that is whole.
@@ -85,8 +109,22 @@ def _read(folder: Path, like: Any = None) -> Any:
         return reader.restore(folder / "default", like)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax from logging the traceback of every thread that an error met."""
+    before = python_logging.root.manager.disable
+    python_logging.disable(python_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        python_logging.disable(before)
+
+
 def _reason(error: Exception) -> str:
-    """The first line of what it says."""
+    """The first line of what it says, or what the system says of the disk."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
     return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
 
 

@@ -1,9 +1,11 @@
 """What the command-line programs share: one line per mistake, and exit codes."""
 
+import ast
+import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,9 +13,33 @@ from absl import flags, logging
 
 from diffexp_jax import InputError, RewardError
 
+LISTS = ("eval.prompts", "eval.rewards")  # settings that a flag may give as words, separated by commas
+# What other trainers call a setting
+_ALSO_KNOWN_AS = {
+    "learning_rate": "optim.lr",
+    "max_grad_norm": "optim.grad_clip",
+    "adam_beta1": "optim.b1",
+    "adam_beta2": "optim.b2",
+    "batch_size": "batch.samples",
+    "train_batch_size": "batch.samples_per_forward",
+    "guidance_scale": "sampling.guidance",
+    "num_steps": "sampling.steps",
+    "num_inference_steps": "sampling.steps",
+    "num_epochs": "iterations",
+    "num_inner_epochs": "ddpo.inner_epochs",
+    "clip_range": "ddpo.clip",
+    "adv_clip_max": "ddpo.advantage_clip",
+    "resolution": "model.image_size",
+    "save_freq": "checkpoint.every",
+    "pretrained_model_name_or_path": "model.path",
+}
 
-def guarded(main: Callable[..., Any], *args: Any) -> None:
-    """Runs main(*args); bad input ends in one line on stderr and exit code 2, a failed run in exit code 1."""
+
+def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> None:
+    """Runs main(*args); bad input ends in one line on stderr and exit code 2, a failed run in exit code 1.
+
+    `stopped` is what Ctrl-C ends in, with exit code 130.
+    """
     # transformers advises at import that torch is missing: nothing here needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -24,9 +50,37 @@ def guarded(main: Callable[..., Any], *args: Any) -> None:
         fail(2, error)
     except (FloatingPointError, RewardError, OSError) as error:  # a NaN; the disk is full, say
         fail(1, error)
+    except (MemoryError, RuntimeError) as error:  # jax's own is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+        fail(1, RuntimeError(out_of_memory(error)))
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
+
+
+def quiet_interrupt() -> None:
+    """Makes Ctrl-C one line also before `guarded` runs: importing the libraries takes seconds."""
+
+    def hook(kind, error, trace):
+        if not issubclass(kind, KeyboardInterrupt):
+            return sys.__excepthook__(kind, error, trace)
+        print("\nstopped; nothing had begun", file=sys.stderr)
+
+    sys.excepthook = hook
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or bool(re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)))
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to do about it, in one line."""
+    first = (str(error).strip().splitlines() or ["MemoryError"])[0][:120]
+    return (
+        f"out of memory ({first}): lower batch.samples_per_forward (in a script --batch) or model.vae_slice, or set "
+        "model.remat=block; --dry_run says what a run needs"
+    )
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -49,19 +103,80 @@ def fail(code: int, error: Exception) -> NoReturn:
     sys.exit(code)
 
 
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """ "a,b" -> ("a", "b"). A comma before a blank is a prompt's own: "a cat, sleeping,animals" are two."""
+    return tuple(item for item in re.split(r",(?!\s)", text) if item)
+
+
 def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
     """absl's flag parsing, with a mistake in a config (a flag of ml_collections) reported in one line."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_with_lists(argv))
         getattr(config.value, "algorithm", None)  # a config file that is missing is an error only once it is used
         return rest
     except Exception as error:
         while "Error whilst parsing config file" in str(error):  # a traceback around what get_config said
             error = error.__context__
         if isinstance(error, KeyError | AttributeError):
-            found = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', str(error))
-            message = f"no such key {found[2]!r}; did you mean {found[1]!r}?" if found else error
-            error = InputError(f"config: {message}")
+            error = InputError(f"config: {_unknown_key(argv, error)}")
         if isinstance(error, OSError):  # a line for each place where the file was looked for
             error = InputError(f"config: {str(error).splitlines()[-1].strip()}")
         fail(2, error)
+
+
+def _with_lists(argv: list[str]) -> list[str]:
+    """The arguments with lists of words written as tuples, which is what ml_collections reads."""
+    out = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag.lstrip("-") not in {f"config.{key}" for key in LISTS}:
+            continue
+        at = i if equals else i + 1
+        value = value if equals else (argv[at] if at < len(argv) else "")
+        if not _is_literal(value):
+            written = repr(split_list(value))
+            out[at] = f"{flag}={written}" if equals else written
+    return out
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        return isinstance(ast.literal_eval(text), tuple | list | str)
+    except (ValueError, SyntaxError):
+        return False
+
+
+def _unknown_key(argv: list[str], error: Exception) -> str:
+    """What is said of a setting that does not exist."""
+    from diffexp_jax.settings import default_config  # the parts above this one: only where they are needed
+
+    try:
+        known = set(_dotted(default_config().to_dict()))
+    except InputError:
+        return str(error)
+    for argument in argv:
+        match = re.match(r"--?config\.([\w.]+)", argument)
+        if match and match[1] not in known:
+            near = _nearest(match[1], known)
+            return f"no such key {match[1]!r}" + (f"; did you mean {near!r}?" if near else "")
+    return str(error)
+
+
+def _dotted(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield from _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+
+def _nearest(key: str, known: Collection[str]) -> str | None:
+    """The setting that is meant: by another name, in another section, or mistyped."""
+    section, _, leaf = key.rpartition(".")
+    if leaf in _ALSO_KNOWN_AS:
+        return _ALSO_KNOWN_AS[leaf]
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
+    mistyped = difflib.get_close_matches(key, known, 1, 0.8)
+    leaves = {name.rpartition(".")[2]: name for name in sorted(known) if name.startswith(f"{section}.") or not section}
+    close = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
+    return next(iter([*sorted(elsewhere)[:1], *mistyped, *close]), None)

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from diffexp_jax import backend, flops, parallel
 from diffexp_jax.algorithms import METHODS, Inputs
-from diffexp_jax.experiment import Experiment, full_float32, model_dtype
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_programs
+from diffexp_jax.sampler import full_float32, model_dtype
 
 GIB = 2**30
 # XLA:CPU's default schedule goes for speed and holds everything: as XLA schedules for accelerators, it is for memory.
@@ -72,7 +73,7 @@ class Program(NamedTuple):
 def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]:
     """The programs of a run: of an iteration, and of the images between them."""
     programs = make_programs(experiment)
-    steps, key = parallel.replicate((experiment.steps(explore=False), jax.random.key(0)))
+    steps, key = parallel.replicate((experiment.sampler.steps(explore=False), jax.random.key(0)))
     frozen, lora = on_devices(experiment.frozen), abstract_lora(experiment)
     state = on_devices(jax.eval_shape(programs.algorithm.init, lora))
     batch, samples = experiment.draw_batch(0, None), None
@@ -87,7 +88,7 @@ def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]
 
 def abstract_lora(experiment: Experiment) -> Any:
     """The shapes of what is trained."""
-    rank, base = experiment.config.lora.rank, experiment.pipeline.base
+    rank, base = experiment.config.lora.rank, experiment.sampler.pipeline.base
     return jax.eval_shape(lambda: init_lora(jax.random.key(0), base, rank=rank))
 
 
@@ -118,7 +119,7 @@ def cost_of(name: str, function: Any, args: tuple[Any, ...]) -> Cost:
 
 def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
     """Lines that need no compilation."""
-    pipeline, method, split = experiment.pipeline, experiment.method, experiment.split
+    pipeline, method, split = experiment.sampler.pipeline, experiment.method, experiment.split
     height, width, channels = pipeline.latent_shape
     parts = {part: count(tree) for part, tree in pipeline.params.items()}
     parts |= {f"reward {name}": count(reward.params) for name, reward in experiment.rewards.items()}

@@ -25,11 +25,13 @@ def evaluate(
     seed: int,
     batch: int,
     samples_per_prompt: int = 1,
+    advance: Callable[[int], Any] = lambda n: None,
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[str, Float[np.ndarray, "N"]]]:
     """Images and scores of every prompt, `samples_per_prompt` each, with seeds that depend on nothing else.
 
     `params` are the pipeline's for sampling, on the devices as `lora` and `steps` are.
     `scorers` are rewards' names and what `programs.make_scorer` makes of them.
+    `advance` is told of images that are sampled, for a progress bar.
 
     Returns:
       The images, prompt by prompt; {"reward": [N], "reward/part": [N]} in the same order.
@@ -43,12 +45,26 @@ def evaluate(
         context = make_context(jax.tree.map(lambda x, part=part: x[part], task.cond), uncond)
         inputs = parallel.shard((context, keys[start : start + batch]), batch)
         images.append(parallel.unshard(generate(params, lora, *inputs, steps)))
+        advance(min(batch, len(rows) - start))
     images = np.concatenate(images)[: len(rows)]
+    tokens = {name: jax.tree.map(lambda x: x[rows], task.tokens[name]) for name in scorers}
+    return images, score_all(scorers, images, tokens)
+
+
+def score_all(
+    scorers: Mapping[str, Callable], images: Any, tokens: Mapping[str, Any]
+) -> dict[str, Float[np.ndarray, "N"]]:
+    """{"reward": [N], "reward/part": [N]} of several rewards.
+
+    Args:
+      images: bytes [H,W,3], which may differ in size: an array or a list.
+      tokens: of the images' prompts, by reward.
+    """
     scores = {}
     for name, scorer in scorers.items():
-        found = scorer(images, jax.tree.map(lambda x: x[rows], task.tokens[name]))
+        found = scorer(images, tokens[name])
         scores |= {f"{name}/{part}" if part else name: x for part, x in found.items()}
-    return images, scores
+    return scores
 
 
 def evaluate_all(
@@ -63,7 +79,7 @@ def evaluate_all(
             params,
             lora,
             task,
-            experiment.uncond,
+            experiment.sampler.uncond,
             steps,
             seed=config.seed,
             batch=experiment.split.samples,
@@ -81,5 +97,5 @@ def fixed_samples(
     texts = tuple(experiment.train.texts[i] for i in rows)
     task = Task("grid", texts, jax.tree.map(lambda x: x[rows], experiment.train.cond), {})
     seed, batch = experiment.config.seed, experiment.split.samples
-    images, _ = evaluate(generate, {}, params, lora, task, experiment.uncond, steps, seed=seed, batch=batch)
+    images, _ = evaluate(generate, {}, params, lora, task, experiment.sampler.uncond, steps, seed=seed, batch=batch)
     return images, texts

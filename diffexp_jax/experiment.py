@@ -1,38 +1,27 @@
 """A run's settings become values, here and nowhere else: model, rewards, prompts, method, and what an iteration draws.
 
-`Experiment.build` is what a run, its dry run, an evaluation and the scripts start from.
+`Experiment.build` is what a run and its dry run start from. What only samples starts from its first part, `Sampler`.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, backend, parallel
+from diffexp_jax import InputError, parallel
 from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Method, Policy, Setup
-from diffexp_jax.exploration import guidance_schedule
+from diffexp_jax.fingerprint import fingerprint
 from diffexp_jax.models.lora import initial_lora
-from diffexp_jax.models.precision import is_full_float32
 from diffexp_jax.parallel import Split
-from diffexp_jax.pipelines import (
-    Conditioning,
-    Pipeline,
-    encode_empty,
-    encode_prompts,
-    load_pipeline,
-    make_context,
-    zero_conditioning,
-)
-from diffexp_jax.prompts import PromptSet, load_prompts
+from diffexp_jax.pipelines import Conditioning, make_context
+from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
 from diffexp_jax.prompts.units import unit_ids
-from diffexp_jax.rewards import Reward, load_reward, reward_name
-from diffexp_jax.sampling import Steps
+from diffexp_jax.rewards import Reward, load_reward, reward_name, without_places
+from diffexp_jax.sampler import Sampler, full_float32
 from diffexp_jax.settings import batch_split, check_config, method_settings
 
 
@@ -45,34 +34,20 @@ class Task(NamedTuple):
     tokens: Mapping[str, Any]  # per reward
 
 
-class Exploration(NamedTuple):
-    """The numbers of DiffExp, see `exploration.py`; the fields are the config's keys."""
-
-    enabled: bool
-    w_low: float
-    t_thresh: float
-    weight_range: tuple[float, float]
-    unit: str
-    fraction: float
-
-
 class Experiment(NamedTuple):
     """Everything that a run works with; arrays are on the host, a row per prompt, or shapes where so built."""
 
-    pipeline: Pipeline
+    sampler: Sampler
     reward: str  # the name of the trained one
     trained: Reward  # as training uses it, in reward_dtype
     rewards: Mapping[str, Reward]  # as evaluation reports them, in eval.reward_dtype: it, and those only reported
     train: Task
     evals: list[Task]
     units: Int[np.ndarray, "P L"]  # of the training prompts, see prompts.units
-    empty: Conditioning  # of "": the null of Eq. 8
-    uncond: Conditioning  # of guidance (Eq. 4)
     method: Method
     settings: Mapping[str, Any]  # of the method
     split: Split
     group: int  # samples of each prompt drawn
-    exploration: Exploration
     optimizer: optax.GradientTransformation
     config: ConfigDict  # numbers that only one function reads
 
@@ -91,30 +66,26 @@ class Experiment(NamedTuple):
         check_config(config)
         method, settings = METHODS[config.algorithm], method_settings(config)
         reward, trained, rewards = load_rewards(config, weights=weights)
-        pipeline = load_pipeline(config.model.path, weights=weights, **pipeline_options(config))
         train, evals = load_prompts(config.prompts), []
         if weights:
-            evals = [load_prompts(name) for name in _evaluated(config, config.eval.prompts)]
-            empty = encode_empty(pipeline)
-            units = unit_ids(pipeline.tokenizer, train, config.exploration.unit)
+            evals = load_prompt_sets(_evaluated(config, config.eval.prompts))
+        sampler = Sampler.build(config, weights=weights)
+        if weights:
+            units = unit_ids(sampler.pipeline.tokenizer, train, config.exploration.unit)
         else:
-            empty = jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
-            units = np.zeros((len(train.texts), pipeline.ids_shape[1]), np.int32)
+            units = np.zeros((len(train.texts), sampler.pipeline.ids_shape[1]), np.int32)
         experiment = cls(
-            pipeline=pipeline,
+            sampler=sampler,
             reward=reward,
             trained=trained,
             rewards=rewards,
-            train=make_task(pipeline, {reward: trained}, train),
-            evals=[make_task(pipeline, rewards, prompts) for prompts in evals],
+            train=make_task(sampler, {reward: trained}, train),
+            evals=[make_task(sampler, rewards, prompts) for prompts in evals],
             units=units,
-            empty=empty,
-            uncond=pipeline.unconditional(empty),
             method=method,
             settings=settings,
             split=batch_split(config),
             group=config.batch.group,
-            exploration=Exploration(**config.exploration.to_dict()),
             optimizer=make_optimizer(config.optim),
             config=config,
         )
@@ -127,7 +98,7 @@ class Experiment(NamedTuple):
     @property
     def frozen(self) -> Any:
         """The arrays (or shapes) that training reads and leaves alone."""
-        return {"model": self.pipeline.sampling_params, "reward": self.trained.params}
+        return {"model": self.sampler.pipeline.sampling_params, "reward": self.trained.params}
 
     @property
     def lora_scale(self) -> float:
@@ -136,13 +107,23 @@ class Experiment(NamedTuple):
     def initial_lora(self) -> Any:
         """Where fine-tuning starts."""
         key, lora = parallel.stream(self.config.seed, "lora"), self.config.lora
-        return initial_lora(key, self.pipeline.base, rank=lora.rank, alpha=lora.alpha, path=lora.path)
+        return initial_lora(key, self.sampler.pipeline.base, rank=lora.rank, alpha=lora.alpha, path=lora.path)
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model, reward and prompts from others, whatever their files are called."""
+        pipeline, trained = self.sampler.pipeline, self.trained
+        texts, tokens = self.train.texts, self.train.tokens[self.reward]
+        return {
+            "model": fingerprint(pipeline.params),
+            "reward": f"{without_places(self.config.reward)} {fingerprint(trained.params, tokens)}",
+            "prompts": f"{len(texts)} {fingerprint(texts, self.units)}",
+        }
 
     # ------------------------------------------------------------------------------------------------- an iteration
 
     def algorithm(self, *, n_chunks: int | None = None) -> Algorithm:
         """The method on this model and reward; `n_chunks` None: as many as the batch is split into."""
-        pipeline, scale = self.pipeline, self.lora_scale
+        pipeline, scale = self.sampler.pipeline, self.lora_scale
         policy = Policy(
             denoise=lambda frozen, lora: pipeline.denoiser(frozen["model"], lora, lora_scale=scale),
             decode=lambda frozen, x_0: pipeline.decode(frozen["model"], x_0),
@@ -155,19 +136,12 @@ class Experiment(NamedTuple):
             self.optimizer,
             n_chunks=n_chunks or self.split.chunks,
             n_prompts=len(self.train.texts),
-            n_steps=self.config.sampling.steps,
+            n_steps=self.sampler.n_steps,
             remat=self.config.model.remat != "none",
             full_float32=full_float32(self.config),
             reward_target=self.trained.target,
         )
         return self.method.make(setup, self.settings)
-
-    def steps(self, *, explore: bool) -> Steps:
-        """The sampling steps; guidance follows Eq. 7 where `explore`, else it is constant."""
-        process, sampling, e = self.pipeline.process, self.config.sampling, self.exploration
-        t = process.timesteps(sampling.steps)
-        w_t = guidance_schedule(t, w_low=e.w_low, w_high=sampling.guidance, t_thresh=e.t_thresh, active=explore)
-        return process.make_steps(t, w_t, eta=sampling.eta)
 
     def draw_batch(self, it: int, explore: Callable[..., Conditioning] | None) -> Batch:
         """Random prompts of iteration `it` with all that the method needs of them, split among the devices.
@@ -182,35 +156,16 @@ class Experiment(NamedTuple):
         ids = np.repeat(np.asarray(drawn), self.group)
         noise = parallel.sample_keys(parallel.stream(seed, "noise", it), n)
         cond, tokens = jax.tree.map(lambda x: x[ids], (self.train.cond, self.train.tokens[self.reward]))
-        batch = parallel.shard(Batch(ids, make_context(cond, self.uncond), tokens, noise), n)
+        batch = parallel.shard(Batch(ids, make_context(cond, self.sampler.uncond), tokens, noise), n)
         if explore is not None:
             keys = parallel.sample_keys(parallel.stream(seed, "weights", it), n)
-            null = jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), self.empty)
+            null = jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), self.sampler.empty)
             null, units, keys = parallel.shard((null, self.units[ids], keys), n)
             batch = batch._replace(context=batch.context._replace(cond=explore(batch.context.cond, null, units, keys)))
         return batch
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
-
-
-def model_dtype(config: ConfigDict) -> np.dtype:
-    """What model.dtype comes to on this machine."""
-    auto = "float32" if backend.platform() == "cpu" else "bfloat16"
-    return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
-
-
-def full_float32(config: ConfigDict) -> bool:
-    """Whether the model computes in float32 throughout, matrix products too."""
-    return is_full_float32(config.model.matmul_precision, model_dtype(config))
-
-
-def pipeline_options(config: ConfigDict) -> dict[str, Any]:
-    """The settings that `load_pipeline` takes."""
-    m = config.model
-    options = {"image_size": m.image_size, "remat_blocks": m.remat == "block", "vae_slice": m.vae_slice}
-    options |= {"revision": m.revision, "variant": m.variant}
-    return {"dtype": model_dtype(config), "matmul_precision": m.matmul_precision} | options
 
 
 def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
@@ -220,14 +175,9 @@ def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
     )
 
 
-def make_task(pipeline: Pipeline, rewards: Mapping[str, Reward], prompts: PromptSet) -> Task:
-    """A prompt set, encoded by the pipeline and the rewards; zeros where the pipeline is but shapes."""
-    if pipeline.tokenizers:
-        cond, cut = encode_prompts(pipeline, prompts.texts)
-        for text in cut:
-            logging.warning("prompt cut to %d tokens: %r", pipeline.tokenizer.model_max_length, text)
-    else:
-        cond = zero_conditioning(pipeline, len(prompts.texts))
+def make_task(sampler: Sampler, rewards: Mapping[str, Reward], prompts: PromptSet) -> Task:
+    """A prompt set, encoded by the model and the rewards."""
+    cond = sampler.encode(prompts)
     tokens = {name: reward.tokenize(prompts.texts) for name, reward in rewards.items()}
     return Task(prompts.name, prompts.texts, cond, tokens)
 
@@ -275,7 +225,7 @@ def _shapes_of(tree: Any) -> Any:
 
 def check_noise(experiment: Experiment) -> None:
     """Raises InputError where a step adds no noise, hence has no log-probability, and the method needs it."""
-    if not np.all(np.asarray(experiment.steps(explore=False).sigma_t) > 0):
+    if not np.all(np.asarray(experiment.sampler.steps(explore=False).sigma_t) > 0):
         raise InputError(
             f"scheduler_config.json: a step adds no noise, and {experiment.method.name} needs some at every step; "
             "wants steps_offset=1 and set_alpha_to_one=false"

@@ -4,6 +4,8 @@ Both change only what a sampler is fed (the guidance per step, the prompt's embe
 method takes them as they are.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
@@ -51,6 +53,6 @@ def reweight_prompt(
     return jnp.where(w == 1.0, cond, null + w * (cond - null))
 
 
-def exploration_active(iteration: int, *, n_iterations: int, fraction: float) -> bool:
-    """Explore during the first `fraction` (the paper: 3/4) of fine-tuning; iterations count from 0."""
-    return iteration < fraction * n_iterations
+def exploring_iterations(n_iterations: int, *, fraction: float) -> int:
+    """How many iterations explore, from the first: `fraction` (the paper: 3/4) of fine-tuning, rounded up."""
+    return math.ceil(fraction * n_iterations)

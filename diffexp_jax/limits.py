@@ -1,18 +1,61 @@
 """Checks of single settings: each mistake is one line that says what is accepted."""
 
+import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffexp_jax import InputError
+
+
+class Number(NamedTuple):
+    """The numbers that a setting may be: finite ones from `low` to `high`. The upper ends only keep out nonsense."""
+
+    low: float
+    high: float
+    whole: bool = False
+    above: bool = False  # more than `low`, not equal to it
+    below: bool = False  # less than `high`, not equal to it
+    optional: bool = False  # None is accepted too
+    multiple: int = 1  # of this
+
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        if not math.isfinite(value) or (self.multiple > 1 and value % self.multiple):
+            return False
+        return (self.low < value if self.above else self.low <= value) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    def __str__(self) -> str:
+        low, high = f"{self.low:.10g}", f"{self.high:.10g}"
+        text = f"{low}..{high}"
+        if self.above or self.below:
+            text = f"{'more than' if self.above else 'at least'} {low}, "
+            text += f"{'less than' if self.below else 'at most'} {high}"
+        return f"a multiple of {self.multiple}, {text}" if self.multiple > 1 else text
+
+
+def whole(low: int, high: int = 10**7, **kwargs) -> Number:
+    """Whole numbers from low to high."""
+    return Number(low, high, whole=True, **kwargs)
+
+
+def positive(high: float = 1e6, **kwargs) -> Number:
+    """Numbers above 0."""
+    return Number(0.0, high, above=True, **kwargs)
+
+
+def check_number(name: str, value: Any, accepted: Number) -> None:
+    """Raises InputError where the value is no such number; `name` is what the user sets it by, "KEY=" or "--FLAG "."""
+    if not accepted.accepts(value):
+        kind = "a whole number, " if accepted.whole and not isinstance(value, int) else ""
+        raise InputError(f"{name}{value}: wants {kind}{accepted}")
 
 
 def one_of(key: str, value: Any, accepted: Collection[str]) -> None:
     """Raises InputError where the value is none of these."""
     if value not in accepted:
         raise InputError(f"{key}={value!r}: accepted: {', '.join(accepted)}")
-
-
-def within(key: str, value: float, low: float, high: float | None = None) -> None:
-    """Raises InputError where the value is below `low`, or above `high` if there is one."""
-    if value < low or (high is not None and value > high):
-        raise InputError(f"{key}={value}: wants {f'at least {low}' if high is None else f'{low}..{high}'}")

@@ -1,49 +1,119 @@
-"""metrics.jsonl: a line an iteration, always; TensorBoard on top where asked for."""
+"""metrics.jsonl: a line an iteration, always; TensorBoard and Weights & Biases on top where asked for."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+from absl import logging
+
+from diffexp_jax import InputError
 
 
 class MetricsWriter:
-    """Appends rows to WORKDIR/metrics.jsonl.
+    """Appends rows to WORKDIR/metrics.jsonl, and sends them on; a context that closes what it opened.
 
-    A continued run first drops the rows after the iteration it continues from, and a last line that a kill cut short,
-    so that the file reads as if nothing had happened.
+    Args:
+      tensorboard: also write its event files to WORKDIR/tensorboard.
+      wandb: the run's settings where Weights & Biases is to have the rows too.
+
+    Raises:
+      InputError: wandb is asked for and not installed, or cannot begin.
     """
 
-    def __init__(self, workdir: Path, *, start: int, tensorboard: bool = False):
-        self._path = workdir / "metrics.jsonl"
-        kept = [row for row in read_metrics(workdir) if row["iteration"] <= start]
+    def __init__(self, workdir: Path, *, tensorboard: bool = False, wandb: Mapping[str, Any] | None = None):
+        self._workdir, self._path = workdir, workdir / "metrics.jsonl"
+        self._wants_tensorboard, self._tensorboard = tensorboard, None
+        self._wandb = None if wandb is None else _start_wandb(workdir, wandb)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(error is not None))
+
+    def continue_from(self, iteration: int | None) -> None:
+        """Drops the rows after the iteration that is continued from, and lines that a kill cut short.
+
+        So the file reads as if nothing had happened. None: there is nothing to continue, every row goes.
+        """
+        last = -1 if iteration is None else iteration
+        kept = [row for row in read_metrics(self._workdir) if row["iteration"] <= last]
+        missing = sorted(set(range(last + 1)) - {row["iteration"] for row in kept})
+        if missing:
+            logging.warning("%s: has no rows of the iterations %s", self._path, _as_ranges(missing))
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self._path)
-        self._tensorboard = None
-        if tensorboard:
+        if self._wants_tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=last + 1)
 
     def write(self, iteration: int, values: Mapping[str, Any]) -> None:
         row = {"iteration": iteration} | {k: v if isinstance(v, int) else float(v) for k, v in values.items()}
         with open(self._path, "a") as file:
             file.write(json.dumps(row) + "\n")
+        finite = {name: x for name, x in row.items() if name != "iteration" and math.isfinite(x)}
         if self._tensorboard:
-            for name, value in row.items():
-                if name != "iteration" and math.isfinite(value):
-                    self._tensorboard.add_scalar(name, value, iteration)
+            for name, value in finite.items():
+                self._tensorboard.add_scalar(name, value, iteration)
             self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.log(finite, step=iteration)
+
+
+def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:
+    """A run of Weights & Biases; one that is continued has the id that it had before (WORKDIR/wandb-id.txt)."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("log.wandb=true: wandb is not installed; pip install wandb") from None
+    path = workdir / "wandb-id.txt"
+    name = path.read_text().strip() if path.exists() else os.urandom(4).hex()
+    try:
+        run = wandb.init(
+            project="diffexp_jax",
+            name=workdir.name,
+            id=name,
+            resume="allow",
+            dir=str(workdir),
+            config=dict(config),
+            settings=wandb.Settings(console="off"),
+        )
+    except Exception as error:  # of many types: no login, no network
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise InputError(f"log.wandb=true: {reason}; log in (wandb login) or set WANDB_MODE=offline") from None
+    path.write_text(name + "\n")
+    return run
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of WORKDIR/metrics.jsonl, in order; none where the file is missing. A line cut short is left out."""
+    """The rows of WORKDIR/metrics.jsonl, in order; none where the file is missing. What is no row is left out."""
     path, rows = workdir / "metrics.jsonl", []
     if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # cut short by a kill
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+                    rows.append(row)
     return rows
+
+
+def _as_ranges(numbers: Iterable[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3, 7"."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)

@@ -1,7 +1,7 @@
 """The compiled programs of a run, mapped over the devices: training, evaluation and the dry run use the same."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,19 +37,19 @@ def make_programs(experiment: Experiment) -> Programs:
         one_chunk = experiment.algorithm(n_chunks=1).sample
         sample = sample_and_score(one_chunk, experiment.trained, split.chunks, split.per_forward)
     else:
-        sample = algorithm.sample and parallel.pmap(algorithm.sample)
+        sample = algorithm.sample and parallel.pmap(lambda *args: algorithm.sample(*args)._replace(images=None))
     return Programs(
         algorithm,
         make_explore(experiment),
         sample,
         parallel.pmap(algorithm.update, donate_argnums=0),
-        make_generate(experiment.pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale),
+        make_generate(experiment.sampler.pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale),
     )
 
 
 def make_explore(experiment: Experiment) -> Callable[..., Conditioning]:
     """A program (cond, null, unit ids, keys) -> the randomly reweighted prompts, one draw per image (Eq. 8)."""
-    pipeline, weight_range = experiment.pipeline, experiment.exploration.weight_range
+    pipeline, weight_range = experiment.sampler.pipeline, experiment.sampler.exploration.weight_range
 
     def one(cond, null, units, key):
         weights = exploration.sample_phrase_weights(key, units, weight_range=weight_range)
@@ -74,6 +74,7 @@ def sample_and_score(sample: Callable, reward: Reward, n_chunks: int, per_forwar
         for chunk in split(batch):
             chunks.append(sample(state, frozen, chunk, steps))
             images = to_bytes(chunks[-1].images)  # still being computed: the reward's thread waits for them
+            chunks[-1] = chunks[-1]._replace(images=None)  # the bytes are enough
             waits.append(reward.start(partial(parallel.unshard, images), parallel.unshard(chunk.tokens)))
         samples = jax.block_until_ready(join(chunks))  # the reward's time limit counts from here
         on_host = jax.tree.map(lambda *x: np.concatenate(x), *[wait() for wait in waits])
@@ -115,12 +116,24 @@ def make_generate(pipeline: Pipeline, *, n_chunks: int, lora_scale: float) -> Ca
 
 
 def make_scorers(experiment: Experiment, frozen: Any) -> dict[str, Callable]:
-    """What evaluation scores with, by name: every reward on its published path."""
+    """What a run's evaluation scores with, by name: every reward on its published path."""
     batch = experiment.split.per_forward * experiment.split.devices
     return {
         name: make_scorer(reward, batch=batch, params=frozen["reward"] if reward is experiment.trained else None)
         for name, reward in experiment.rewards.items()
     }
+
+
+def batches_by_shape(trees: Iterable[Any], most: int) -> Iterator[list[Any]]:
+    """Lists of at most `most` trees of arrays that follow each other and can be stacked: of the same shapes."""
+    batch: list[Any] = []
+    for tree in trees:
+        if batch and (len(batch) == most or jax.tree.map(np.shape, tree) != jax.tree.map(np.shape, batch[0])):
+            yield batch
+            batch = []
+        batch.append(tree)
+    if batch:
+        yield batch
 
 
 def make_scorer(
@@ -132,23 +145,23 @@ def make_scorer(
 
     Args:
       reward: any; one in plain Python is called with up to `batch` images of one size.
-      batch: images at once, over all devices (a multiple of their number). A last, smaller batch is filled up, so that
-        everything compiles once.
+      batch: images at once, over all devices (a multiple of their number). A smaller one is filled up, so that what
+        the reward reads of them is compiled once for each of its sizes: for most rewards there is one.
       params: the reward's, on every device (`parallel.replicate`); None: put there now.
     """
     score_prepared = parallel.pmap(reward.score_prepared)
     params = parallel.replicate(reward.params) if params is None else params
 
     def in_program(images, tokens):
-        done = []
-        for start in range(0, len(images), batch):
-            rows = np.arange(start, start + batch).clip(max=len(images) - 1)
-            pixels = [reward.prepare(images[row]) for row in rows[: len(images) - start]]
-            pixels += pixels[-1:] * (batch - len(pixels))
-            stacked = jax.tree.map(lambda *x: np.stack(x), *pixels)
+        done, start = [], 0
+        for pixels in batches_by_shape((reward.prepare(image) for image in images), batch):
+            n = len(pixels)
+            stacked = jax.tree.map(lambda *x: np.stack(x), *pixels, *pixels[-1:] * (batch - n))
+            rows = np.arange(start, start + batch).clip(max=start + n - 1)
             their_tokens = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], tokens)
             scores = parallel.unshard(score_prepared(params, *parallel.shard((stacked, their_tokens), batch)))
-            done.append(jax.tree.map(lambda x, start=start: x[: len(images) - start], scores))
+            done.append(jax.tree.map(lambda x, n=n: x[:n], scores))
+            start += n
         return jax.tree.map(lambda *x: np.concatenate(x), *done)
 
     def score(images, tokens):

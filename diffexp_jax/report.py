@@ -1,9 +1,9 @@
 """What people look at: image grids, curves, and an HTML page of both."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,7 +12,19 @@ from PIL import Image, ImageDraw, ImageFont
 from diffexp_jax.metrics import read_metrics
 
 _CELL = 128  # pixels: smaller pictures are enlarged by a whole factor
-_TEXT = 30  # pixels of the caption strip
+_TEXT = 44  # pixels of the caption strip: three lines
+GRID = "grid.png"  # the name of a folder's grid
+COMPARISONS = ("base", "schedule", "weights", "both")  # pictures that are there to compare: NNNN-base.png, ...
+
+
+class Result(NamedTuple):
+    """A line of a run's results, in words."""
+
+    prompts: str
+    what: str
+    before: str
+    after: str
+    iterations: str
 
 
 def save_grid(
@@ -36,7 +48,7 @@ def save_grid(
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
-    """At most two lines that fit, the second cut with an ellipsis."""
+    """At most three lines that fit, the last cut with an ellipsis."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -44,7 +56,7 @@ def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str
             lines[-1] = longer
         else:
             lines.append(word)
-    return "\n".join(lines if len(lines) <= 2 else [lines[0], lines[1] + " ..."])
+    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], lines[2] + " ..."])
 
 
 def save_curves(workdir: Path) -> None:
@@ -62,7 +74,7 @@ def save_curves(workdir: Path) -> None:
         sets = [name for name in names if name.startswith("eval/") and name.split("/", 2)[2] == what]
         panels[f"evaluation: {what}"] = {name: name.split("/")[1] for name in sets}
     panels |= {name: {name: name} for name in ("grad_norm", "ratio/clip_fraction", "approx_kl")}
-    panels = {title: lines for title, lines in panels.items() if lines.keys() <= set(names)}
+    panels = {title: lines for title, lines in panels.items() if lines.keys() <= set(names) and _moves(rows, lines)}
     if not panels:
         return
     columns = min(3, len(panels))
@@ -83,37 +95,58 @@ def save_curves(workdir: Path) -> None:
     plt.close(figure)
 
 
-def save_html(workdir: Path, title: str, summary: Sequence[str]) -> None:
-    """Writes report.html: the summary in words, the curves, and the image grids from first to last."""
+def _moves(rows: Sequence[dict[str, Any]], names: Iterable[str]) -> bool:
+    """Whether one of the metrics has more than one value, or no more than one row yet."""
+    values = [[row[name] for row in rows if name in row] for name in names]
+    return any(len(set(x)) > 1 for x in values) or all(len(x) == 1 for x in values)
+
+
+def save_html(workdir: Path, title: str, results: Sequence[Result]) -> None:
+    """Writes report.html: the results as a table, the curves, and the image grids from first to last."""
     grids = sorted((workdir / "images").glob("*.png"))
     parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"]
-    parts.append("<style>body{font:15px sans-serif;margin:2em;max-width:1100px}img{max-width:100%}</style>")
-    parts += [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in summary)]
+    parts.append("<style>body{font:15px sans-serif;margin:2em;max-width:1100px}img{max-width:100%}")
+    parts.append("td,th{padding:.2em 1em .2em 0;text-align:left;border-bottom:1px solid #ddd}</style>")
+    parts.append(f"<h1>{html.escape(title)}</h1>")
+    if results:
+        parts.append("<table><tr>" + "".join(f"<th>{name}" for name in _HEADER) + "</tr>")
+        parts += ["<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in result) + "</tr>" for result in results]
+        parts.append("</table>")
     parts.append("<img src='curves.png' alt='curves'>")
     for grid in grids:
         parts.append(f"<h2>iteration {int(grid.stem)}</h2><img src='images/{grid.name}' alt='samples'>")
     (workdir / "report.html").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Before and after in plain words, from the first and the last evaluation of a run."""
+def before_and_after(rows: Sequence[dict[str, Any]]) -> list[Result]:
+    """The first and the last evaluation of a run, a result for each prompt set and reward."""
     evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
     if len(evaluated) < 2:
         return []
     first, last = evaluated[0], evaluated[-1]
-    lines = []
-    for name in sorted(last):
-        if not name.startswith("eval/") or name not in first:
-            continue
-        _, prompts, what = name.split("/", 2)
-        words = _WORDS.get(what)
-        before, after = (f"{100 * row[name]:.0f} %" if words else f"{row[name]:.3f}" for row in (first, last))
-        lines.append(f"{prompts}: {words or what}: {before} before, {after} after {last['iteration']} iterations")
-    return lines
+    results = []
+    for name in sorted(first.keys() & last.keys()):
+        if name.startswith("eval/"):
+            _, prompts, what = name.split("/", 2)
+            words = _WORDS.get(what)
+            before, after = (f"{100 * row[name]:.0f} %" if words else f"{row[name]:.3f}" for row in (first, last))
+            results.append(Result(prompts, words or what, before, after, str(last["iteration"])))
+    return results
 
 
-_WORDS = {
-    "emoji_judge": "all that the prompt names is there, in this share of the images",
-    "emoji_judge/animal": "the right animal is there",
-    "emoji_judge/object": "the right object (or none, where none is asked for) is there",
+def as_text(results: Sequence[Result]) -> str:
+    """The results as a table of plain text."""
+    if not results:
+        return ""
+    table = [_HEADER, *results]
+    widths = [max(len(row[i]) for row in table) for i in range(len(_HEADER))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+_HEADER = ("prompts", "what", "before", "after", "iterations")
+_WORDS = {  # of shares of the images
+    "emoji_judge": "all there that the prompt names",
+    "emoji_judge/animal": "the right animal there",
+    "emoji_judge/object": "the right object there (or none, as asked)",
 }

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from diffexp_jax.process import Process, gaussian_log_prob, sample_noise
 
@@ -24,13 +24,20 @@ Denoise = Callable[[Float[Array, "B h w c"], Steps, Context], Float[Array, "B h 
 
 
 class Trajectory(NamedTuple):
-    """A sampled chain and all that produced it, so that it can be scored under the very policy that sampled."""
+    """A sampled chain and all that produced it, so that it can be scored under the very policy that sampled.
 
-    x_t: Float[Array, "T B h w c"]
+    The x_{t-1} of a step is the x_t of the next: every latent is kept once.
+    """
+
+    x_T: Float[Array, "B h w c"]
     x_tm1: Float[Array, "T B h w c"]
     log_prob: Float[Array, "T B"]
     steps: Steps
     context: Context
+
+    def x_t(self, i: Int[Array, ""] | int) -> Float[Array, "B h w c"]:
+        """The latents that step i (0-based) begins with."""
+        return jnp.where(i == 0, self.x_T, self.x_tm1[i - 1])
 
 
 def classifier_free_guidance(
@@ -105,13 +112,13 @@ def rollout(
         out = denoise(x_t, step, context) if live is None else truncated(denoise)(x_t, step, context, live_i)
         mean, std = process.transition(x_t, out, step)
         x_tm1 = mean + std * step_noise(keys, i, x_t.shape[1:])
-        kept = (x_t, x_tm1, gaussian_log_prob(x_tm1, mean, std)) if keep_trajectory else None
+        kept = (x_tm1, gaussian_log_prob(x_tm1, mean, std)) if keep_trajectory else None
         return x_tm1, kept
 
     if live is not None and remat:
         body = jax.checkpoint(body)
     x_0, kept = jax.lax.scan(body, x_T, (jnp.arange(len(steps.t)), steps, live))
-    return x_0, Trajectory(*kept, steps, context) if keep_trajectory else None
+    return x_0, Trajectory(x_T, *kept, steps, context) if keep_trajectory else None
 
 
 def transition_log_prob(

@@ -1,12 +1,18 @@
-"""Checks a run's settings before anything is loaded: each mistake is one line that says what is accepted."""
+"""A run's settings before anything is loaded: read, completed, and checked; each mistake is one line."""
 
+import json
+import runpy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from diffexp_jax import InputError
 from diffexp_jax.algorithms import METHODS
-from diffexp_jax.limits import one_of, within
+from diffexp_jax.formats.files import read_json
+from diffexp_jax.limits import Number, check_number, one_of, positive, whole
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
 from diffexp_jax.parallel import Split, split_batch
 from diffexp_jax.prompts.units import UNITS
@@ -19,41 +25,57 @@ CHOICES = {
     "eval.reward_dtype": DTYPES,
     "exploration.unit": UNITS,
 }
-RANGES = {
-    "iterations": (1,),
-    "model.vae_slice": (1,),
-    "sampling.steps": (1, 1000),
-    "sampling.eta": (0, 1),
-    "exploration.t_thresh": (0, 1000),
-    "exploration.fraction": (0, 1),
-    "lora.rank": (1,),
-    "batch.group": (1,),
-    "checkpoint.every": (1,),
-    "checkpoint.keep": (1,),
-    "eval.samples_per_prompt": (1,),
-    "eval.every": (0,),
-    "log.images": (0,),
-    "log.images_every": (0,),
+GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
+# Every setting that is a number, or several; a method's own are in its `Method.numbers`.
+NUMBERS: dict[str, Number] = {
+    "seed": whole(0, 2**32 - 1),  # jax takes a seed modulo 2**32
+    "iterations": whole(1),
+    "model.image_size": whole(8, 8192, optional=True, multiple=8),
+    "model.vae_slice": whole(1),
+    "reward_weights": Number(-1e6, 1e6),
+    "host_reward.timeout": positive(1e7),
+    "host_reward.workers": whole(1, 1024),
+    "textnorm.temperature": positive(),
+    "batch.samples": whole(1, 2**20),
+    "batch.samples_per_forward": whole(1, 2**20),
+    "batch.group": whole(1, 2**20),
+    "sampling.steps": whole(1, 1000),
+    "sampling.guidance": GUIDANCE,
+    "sampling.eta": Number(0.0, 1.0),
+    "exploration.w_low": GUIDANCE,
+    "exploration.t_thresh": Number(0, 1000),
+    "exploration.weight_range": Number(0.0, 100.0),
+    "exploration.fraction": Number(0.0, 1.0),
+    "exploration.iterations": whole(0, optional=True),
+    "lora.rank": whole(1, 1024),
+    "lora.alpha": positive(),
+    "optim.lr": positive(1.0),
+    "optim.b1": Number(0.0, 1.0, below=True),
+    "optim.b2": Number(0.0, 1.0, below=True),
+    "optim.eps": positive(1.0),
+    "optim.weight_decay": Number(0.0, 100.0),
+    "optim.grad_clip": positive(),
+    "eval.every": whole(0),
+    "eval.samples_per_prompt": whole(1, 2**20),
+    "log.images": whole(0, 4096),
+    "log.images_every": whole(0),
+    "checkpoint.every": whole(1),
+    "checkpoint.keep": whole(1, 10**4),
 }
+
+
+def method_numbers() -> dict[str, Number]:
+    """The same of the methods' own settings, by METHOD.KEY."""
+    return {f"{m.name}.{key}": accepted for m in METHODS.values() for key, accepted in m.numbers.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- check
 
 
 def check_config(config: ConfigDict) -> None:
     """Raises InputError for the first setting that cannot work, before anything is loaded."""
-
-    def value(key):
-        section, _, name = key.rpartition(".")
-        return config[section][name] if section else config[name]
-
     one_of("algorithm", config.algorithm, METHODS)
-    for key, accepted in CHOICES.items():
-        one_of(key, value(key), accepted)
-    for key, limits in RANGES.items():
-        within(key, value(key), *limits)
-    weights, size = tuple(config.exploration.weight_range), config.model.image_size
-    if len(weights) != 2 or not all(isinstance(w, int | float) for w in weights) or weights[0] > weights[1]:
-        raise InputError(f"exploration.weight_range={weights}: wants (low, high) with low <= high")
-    if size is not None and (size < 8 or size % 8):
-        raise InputError(f"model.image_size={size}: wants a multiple of 8 pixels")
+    check_values(config, NUMBERS)
     method = METHODS[config.algorithm]
     method.check(method_settings(config), config.sampling.steps)
     if method.needs.step_noise and config.sampling.eta == 0:
@@ -64,6 +86,35 @@ def check_config(config: ConfigDict) -> None:
         group = config.batch.group
         raise InputError(f"batch.group={group}: {method.name} compares samples of a prompt; wants at least 2")
     batch_split(config)
+
+
+def check_values(config: ConfigDict, keys: Iterable[str], names: Mapping[str, str] = {}) -> None:
+    """Checks settings one by one: the numbers among `keys`, the methods' numbers, and the words.
+
+    Args:
+      names: what the user sets a key by, where that is not KEY=.
+
+    Raises:
+      InputError: a value that is not accepted.
+    """
+    flat = flatten_dict(config.to_dict(), sep=".")
+    numbers = {key: NUMBERS[key] for key in keys if key in NUMBERS}
+    numbers |= {key: accepted for key, accepted in method_numbers().items() if key in flat}
+    for key in (*numbers, *CHOICES):
+        if key not in flat:
+            raise InputError(f"config: has no key {key}; configs/base.py has them all")
+    for key, accepted in CHOICES.items():
+        one_of(key, flat[key], accepted)
+    for key, accepted in numbers.items():
+        name, value = names.get(key, f"{key}="), flat[key]
+        for number in value if isinstance(value, tuple | list) else [value]:
+            check_number(name, number, accepted)
+        if key == "exploration.weight_range" and not (isinstance(value, tuple | list) and _is_pair(value)):
+            raise InputError(f"{name}{value}: wants (low, high) with low <= high")
+
+
+def _is_pair(numbers: Sequence[float]) -> bool:
+    return len(numbers) == 2 and numbers[0] <= numbers[1]
 
 
 def method_settings(config: ConfigDict) -> dict[str, Any]:
@@ -88,3 +139,42 @@ def batch_split(config: ConfigDict) -> Split:
     if b.samples % b.group:
         raise InputError(f"batch.samples={b.samples}: wants a multiple of batch.group={b.group}")
     return split_batch(b.samples, per_forward=b.samples_per_forward, updates=updates)
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def default_config() -> ConfigDict:
+    """Every setting with its default, of configs/base.py.
+
+    Raises:
+      InputError: the package was installed without it.
+    """
+    path = Path(__file__).parents[1] / "configs" / "base.py"
+    if not path.is_file():
+        raise InputError(f"{path}: the file is missing; wants the package beside configs/, as in its repository")
+    return runpy.run_path(str(path))["default"]()
+
+
+def read_config(path: Path) -> tuple[ConfigDict, list[str]]:
+    """The settings of a run's config.json, and the keys that it lacks: newer ones, which get their defaults.
+
+    Raises:
+      InputError: the file is missing, is no json object, or has keys or types of values that no run has.
+    """
+    stored = flatten_dict(read_json(path), sep=".")
+    config = default_config()
+    known = flatten_dict(config.to_dict(), sep=".")
+    if unknown := sorted(stored.keys() - known.keys()):
+        raise InputError(f"{path}: no run has the keys {', '.join(unknown[:6])}; is it of another version?")
+    for key, value in stored.items():
+        try:
+            if value is None and known[key] is not None:
+                raise TypeError
+            if isinstance(value, bool) != isinstance(known[key], bool) and known[key] is not None:
+                raise TypeError
+            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+        except (TypeError, AttributeError, KeyError, ValueError):
+            wanted = "another type" if known[key] is None else f"a {type(known[key]).__name__}, as {known[key]!r}"
+            raise InputError(f"{path}: {key}={json.dumps(value)}: wants {wanted}") from None
+    return config, sorted(known.keys() - stored.keys())

@@ -5,6 +5,11 @@
 `run` is the table of contents of a training run; the same command continues a run that was stopped, bit for bit.
 """
 
+from diffexp_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupt()  # the imports take seconds
+
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +20,15 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from diffexp_jax import InputError, RewardError, backend, command, parallel, report
+from diffexp_jax import InputError, RewardError, backend, parallel, report
 from diffexp_jax import workdir as workdirs
 from diffexp_jax.algorithms import Inputs
 from diffexp_jax.checkpoint import Checkpoints
 from diffexp_jax.dry_run import dry_run
 from diffexp_jax.evaluation import evaluate_all, fixed_samples
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.exploration import exploration_active
 from diffexp_jax.metrics import MetricsWriter, read_metrics
-from diffexp_jax.models.lora import save_lora
+from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.programs import Programs, make_programs, make_scorers
 from diffexp_jax.sampling import Steps
 from diffexp_jax.settings import check_config
@@ -47,7 +51,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Trains from `config`, or continues what `workdir` holds; everything it makes is in `workdir`."""
     # ------------------------------------------------------------------------------------------------------- settings
     check_config(config)
-    workdirs.check(workdir, config.to_dict())
+    config, changes = workdirs.plan(workdir, config)
     if config.deterministic:
         backend.ask_for_determinism()
     if config.compilation_cache:
@@ -55,36 +59,39 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     # --------------------------------------------------------------------- model, rewards, prompts, compiled programs
     experiment = Experiment.build(config)
-    programs, frozen = make_programs(experiment), parallel.replicate(experiment.frozen)
-    plain, explored = (parallel.replicate(experiment.steps(explore=on)) for on in (False, True))
-    this = Run(config, workdir, experiment, programs, make_scorers(experiment, frozen), frozen, plain, explored)
+    lora = experiment.initial_lora()
+    with workdirs.claim(workdir, config, experiment.identity()):
+        programs, frozen = make_programs(experiment), parallel.replicate(experiment.frozen)
+        plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
+        this = Run(config, workdir, experiment, programs, make_scorers(experiment, frozen), frozen, plain, explored)
+        state = jax.device_get(programs.algorithm.init(lora))
+        state = resume_and_train(this, state, changes)
 
-    # -------------------------------------------------------------------------------------------------- state, resume
-    state = jax.device_get(programs.algorithm.init(experiment.initial_lora()))
-    workdirs.create(workdir, config.to_dict())
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
-    restored = checkpoints.restore_newest(state)
-    start, state = restored or (0, state)
-    if restored:
-        print(f"continuing from iteration {start}")
-    state = parallel.replicate(state)
-    writer = MetricsWriter(workdir, start=start if restored else -1, tensorboard=config.log.tensorboard)
-    if not restored:
-        writer.write(0, evaluate_and_draw(this, state.lora, 0))
-        checkpoints.save(0, parallel.first(state))
+        # ----------------------------------------------------------------------------------------------------- report
+        save_lora(workdir / LORA_FILE, parallel.first(state.lora), alpha=config.lora.alpha)
+        report.save_curves(workdir)
+        results = report.before_and_after(read_metrics(workdir))
+        report.save_html(workdir, f"{config.algorithm} on {config.reward}", results)
+        print(f"{report.as_text(results)}look at {workdir / 'report.html'} and {workdir / 'images'}")
 
-    # ----------------------------------------------------------------------------------------------------------- loop
-    try:
-        state = train(this, state, start, checkpoints, writer)
-    finally:
-        checkpoints.close()
 
-    # --------------------------------------------------------------------------------------------------------- report
-    save_lora(workdir / "pytorch_lora_weights.safetensors", parallel.first(state.lora), alpha=config.lora.alpha)
-    report.save_curves(workdir)
-    lines = report.summary(read_metrics(workdir))
-    report.save_html(workdir, f"{config.algorithm} on {config.reward}", lines)
-    print("\n".join([*lines, f"look at {workdir / 'report.html'}, {workdir / 'images'}, {workdir / 'curves.png'}"]))
+def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
+    """Trains from `state`, or from the newest checkpoint; the last state, on the devices."""
+    config, log = run.config, run.config.log
+    wandb = config.to_dict() if log.wandb else None
+    with (
+        Checkpoints(run.workdir, keep=config.checkpoint.keep) as checkpoints,
+        MetricsWriter(run.workdir, tensorboard=log.tensorboard, wandb=wandb) as writer,
+    ):
+        start, state = checkpoints.restore_newest(state) or (None, state)
+        writer.continue_from(start)
+        state = parallel.replicate(state)
+        if start is None:
+            writer.write(0, evaluate_and_draw(run, state.lora, 0))
+            checkpoints.save(0, parallel.first(state))
+        else:
+            print("\n  ".join([f"continuing from iteration {start}", *changes]))
+        return train(run, state, start or 0, checkpoints, writer)
 
 
 def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: MetricsWriter) -> Any:
@@ -120,22 +127,20 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
     Raises:
       FloatingPointError: the loss or the gradient is not finite.
     """
-    clock, exploration = time.perf_counter(), run.experiment.exploration
-    explore = exploration.enabled and exploration_active(
-        it, n_iterations=run.config.iterations, fraction=exploration.fraction
-    )
+    clock, exploration = time.perf_counter(), run.experiment.sampler.exploration
+    explore = exploration.enabled and it < exploration.iterations
     steps = run.explored if explore else run.plain
     batch = run.experiment.draw_batch(it, run.programs.explore if explore else None)
     sample = run.programs.sample
     samples = jax.block_until_ready(sample(state, run.frozen, batch, steps)) if sample else None
     sampled = time.perf_counter()
     key = parallel.replicate(parallel.stream(run.config.seed, "update", it))
-    state, metrics, _ = run.programs.update(state, run.frozen, Inputs(batch, steps, key, samples))
+    state, metrics = run.programs.update(state, run.frozen, Inputs(batch, steps, key, samples))
     values: dict[str, Any] = {name: float(value) for name, value in parallel.first(metrics).items()}
-    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+    if not np.isfinite([values["loss"], values["grad_norm"], values["lora_norm"]]).all():
         raise FloatingPointError(
-            f"iteration {it + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: stopped; "
-            f"the last checkpoint is untouched in {run.workdir / 'checkpoints'}"
+            f"iteration {it + 1}: loss {values['loss']}, norm of the gradient {values['grad_norm']}, of the LoRA "
+            f"{values['lora_norm']}: stopped; the last checkpoint is untouched in {run.workdir / 'checkpoints'}"
         )
     queries = (it + 1) * run.experiment.split.samples
     values |= {"reward_queries": queries, "unet_evaluations": queries * run.config.sampling.steps * 2}
@@ -191,4 +196,5 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: command.guarded(main, argv), flags_parser=parse_flags)
+    goes_on = "stopped; the same command continues from the last checkpoint"
+    app.run(lambda argv: command.guarded(main, argv, stopped=goes_on), flags_parser=parse_flags)

@@ -1,52 +1,158 @@
-"""The folder of a run: which runs may be in it, and its config.json."""
+"""The folder of a run: which runs may be in it or go on there, its config.json and identity.json, and its lock."""
 
+import contextlib
+import fcntl
 import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from diffexp_jax import InputError, command
+from diffexp_jax.exploration import exploring_iterations
+from diffexp_jax.sampler import model_dtype
+from diffexp_jax.settings import read_config
 
-# config keys that a continued run may change
-_FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache")
+# What a continued run may change: what it reports, and how its work is split, which moves nothing but last bits.
+_FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "exploration.iterations")
+_FREE += ("batch.samples_per_forward", "model.remat", "model.vae_slice")
+# What may be called otherwise as long as it is the same: key -> its name in identity.json
+_IDENTIFIED = {"model.path": "model", "model.revision": "model", "model.variant": "model"}
+_IDENTIFIED |= {"prompts": "prompts", "reward": "reward"}
 
 
-def check(workdir: Path, config: dict[str, Any]) -> None:
+class Plan(NamedTuple):
+    """A run's settings once it is known what the workdir holds."""
+
+    config: ConfigDict  # complete: nothing is left that another machine would choose otherwise
+    notes: list[str]  # what a continued run does otherwise than it began, in words
+
+
+def plan(workdir: Path, config: ConfigDict) -> Plan:
     """Checks, without writing anything, that a run of this config can be in the workdir, or go on there.
 
+    What a run began with goes on: its type of numbers where `model.dtype` is "auto", and its last exploring iteration,
+    whatever `iterations` is now.
+
     Raises:
-      InputError: not writable, or it holds a run of another config (the message lists the keys that differ).
+      InputError: not writable, in use, or it holds a run of another config (the message lists the keys that differ).
     """
     command.check_writable(workdir, "workdir")
+    config = config.copy_and_resolve_references()
+    config.unlock()
     path = workdir / "config.json"
-    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):  # else nothing of that run is there to lose
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            raise InputError(f"{path}: not readable as json; remove it or take another --workdir") from None
-        differing = sorted(k for k in _flat(old).items() ^ _flat(config).items() if k[0].split(".")[0] not in _FREE)
-        if differing:
-            names = sorted({k for k, _ in differing})
-            differences = ", ".join(f"{k} ({_flat(old).get(k)} there, {_flat(config).get(k)} here)" for k in names[:6])
-            raise InputError(f"workdir {workdir}: holds a run of another config: {differences}; take another --workdir")
+    if not (path.exists() and any((workdir / "checkpoints").glob("[0-9]*"))):  # nothing of a run is there to lose
+        return Plan(_complete(config, config, config.model.dtype), [])
+    with _lock(workdir):
+        old, new_keys = read_config(path)
+    identified = _IDENTIFIED if (workdir / "identity.json").is_file() else {}
+    _complete(old, old, "auto")
+    _complete(config, old, old.model.dtype)
+    before, now = (_flat(c.to_dict()) for c in (old, config))
+    differing = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
+    differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
+    wrong = {key: pair for key, pair in differing.items() if key not in identified and not _is_free(key)}
+    if wrong:
+        shown = ", ".join(f"{key} ({old} there, {new} here)" for key, (old, new) in list(wrong.items())[:6])
+        raise InputError(f"workdir {workdir}: holds a run of another config: {shown}; take another --workdir")
+    notes = [f"{key} is {new}, was {old}" for key, (old, new) in differing.items() if key not in identified]
+    if "iterations" in differing and "exploration.iterations" not in differing and config.exploration.enabled:
+        explored = config.exploration.iterations
+        notes.append(f"exploration is for the first {explored} iterations, as planned first (exploration.iterations)")
+    if new_keys:
+        notes.append(f"the run began in an older version: {', '.join(new_keys)} had the defaults")
+    return Plan(config, notes)
 
 
-def create(workdir: Path, config: dict[str, Any]) -> None:
-    """Creates the workdir and its config.json.
+def _complete(config: ConfigDict, first: ConfigDict, dtype: str) -> ConfigDict:
+    """Fills in what depends on the machine (where it is "auto") or on how many iterations were planned first."""
+    if config.model.dtype == "auto":
+        config.model.dtype = dtype
+        config.model.dtype = str(model_dtype(config))
+    if config.exploration.iterations is None:
+        e = first.exploration
+        planned = exploring_iterations(first.iterations, fraction=e.fraction)
+        config.exploration.iterations = planned if e.iterations is None else e.iterations
+    return config
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, str]:
+    """{dotted key: its value as json}."""
+    return {key: json.dumps(value) for key, value in flatten_dict(config, sep=".").items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- claim
+
+
+@contextlib.contextmanager
+def claim(workdir: Path, config: ConfigDict, identity: Mapping[str, str]) -> Iterator[None]:
+    """Makes the workdir this run's, for as long as the context lasts: its lock, config.json and identity.json.
 
     Raises:
-      InputError: that is not possible.
+      InputError: another program has it; it holds a run of other weights or prompts; it cannot be written.
     """
-    partial = workdir / "config.partial"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(workdir / "config.json")
-    except OSError as error:
+        with _lock(workdir, create=True):
+            if any((workdir / "checkpoints").glob("[0-9]*")):
+                _check_identity(workdir, config, identity)
+            _write_json(workdir / "config.json", config.to_dict())
+            _write_json(workdir / "identity.json", dict(identity))
+            yield
+    except PermissionError as error:
         raise InputError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None
 
 
-def _flat(config: dict[str, Any]) -> dict[str, str]:
-    """{dotted key: its value as json}."""
-    return {key: json.dumps(value) for key, value in flatten_dict(config, sep=".").items()}
+def _check_identity(workdir: Path, config: ConfigDict, identity: Mapping[str, str]) -> None:
+    try:
+        stored = json.loads((workdir / "identity.json").read_text())
+    except FileNotFoundError:  # of an older version: its settings were the same
+        return
+    except (OSError, ValueError):
+        raise InputError(f"{workdir / 'identity.json'}: not readable as json; wants what the run wrote") from None
+    flat = _flat(config.to_dict())
+    for name, value in identity.items():
+        if isinstance(stored, dict) and stored.get(name) != value:
+            key = next(key for key, kind in _IDENTIFIED.items() if kind == name)
+            raise InputError(
+                f"workdir {workdir}: holds a run of another {name}: {key}={flat[key]} is {value}, and it began with "
+                f"{stored.get(name)}; take another --workdir"
+            )
+
+
+@contextlib.contextmanager
+def _lock(workdir: Path, *, create: bool = False) -> Iterator[None]:
+    """Holds WORKDIR/lock. The system lets go of it when a program ends in whatever way, so none is left behind.
+
+    Raises:
+      InputError: a running program holds it.
+    """
+    path = workdir / "lock"
+    if not create and not path.exists():
+        yield
+        return
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"workdir {workdir}: in use by {file.read().strip() or 'another program'}") from None
+        if create:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+
+
+def _write_json(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)

@@ -34,13 +34,14 @@ from tqdm import tqdm
 
 from diffexp_jax import InputError, backend, command, dry_run, parallel
 from diffexp_jax.algorithms import Batch, Inputs
-from diffexp_jax.experiment import Experiment, model_dtype
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.models import layers
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.pipelines import Pipeline, families, make_context, sizes, stable_diffusion
 from diffexp_jax.programs import Programs, make_programs
-from diffexp_jax.sampling import rollout
+from diffexp_jax.sampler import model_dtype
+from diffexp_jax.sampling import initial_latents, rollout
 
 GIB = dry_run.GIB
 ROOT = Path(__file__).resolve().parents[1]
@@ -390,15 +391,16 @@ class Run(NamedTuple):
     programs: Programs
     frozen: Any
     steps: Any
+    generate: Any = None
 
     def start(self, lora: Any = None) -> Any:
         """The first state, on the devices."""
-        fresh = init_lora(jax.random.key(0), self.experiment.pipeline.base, rank=self.config.lora.rank)
+        fresh = init_lora(jax.random.key(0), self.experiment.sampler.pipeline.base, rank=self.config.lora.rank)
         return parallel.replicate(jax.device_get(self.programs.algorithm.init(fresh if lora is None else lora)))
 
     def random_lora(self) -> Any:
         """One that changes something, and every part of which has a gradient."""
-        base, rank = self.experiment.pipeline.base, self.config.lora.rank
+        base, rank = self.experiment.sampler.pipeline.base, self.config.lora.rank
         leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: init_lora(jax.random.key(0), base, rank=rank)))
         return structure.unflatten([0.1 * draw(i, leaf.shape) for i, leaf in enumerate(leaves)])
 
@@ -409,30 +411,41 @@ class Run(NamedTuple):
         ids = rows % len(task.texts)
         cond, tokens = jax.tree.map(lambda x: x[ids], (task.cond, task.tokens[self.experiment.reward]))
         keys = parallel.sample_keys(parallel.stream(0, "noise", it), SAMPLES)[rows]
-        return parallel.shard(Batch(ids, make_context(cond, self.experiment.uncond), tokens, keys), len(rows))
+        return parallel.shard(Batch(ids, make_context(cond, self.experiment.sampler.uncond), tokens, keys), len(rows))
 
     def sample(self, state: Any, batch: Batch) -> Any:
         return self.programs.sample(state, self.frozen, batch, self.steps) if self.programs.sample else None
 
-    def update(self, state: Any, batch: Batch, samples: Any) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
-        """The next state, metrics, and images of the batch."""
+    def update(self, state: Any, batch: Batch, samples: Any) -> tuple[Any, dict[str, np.ndarray]]:
+        """The next state, and metrics."""
         key = parallel.replicate(jax.random.key(0))
-        state, metrics, images = self.programs.update(state, self.frozen, Inputs(batch, self.steps, key, samples))
-        return state, parallel.first(metrics), parallel.unshard(images)[:SAMPLES]
+        state, metrics = self.programs.update(state, self.frozen, Inputs(batch, self.steps, key, samples))
+        return state, parallel.first(metrics)
 
-    def iterate(self, state: Any, batch: Batch) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
+    def iterate(self, state: Any, batch: Batch) -> tuple[Any, dict[str, np.ndarray]]:
         return self.update(state, batch, self.sample(state, batch))
 
+    def images(self, state: Any, batch: Batch) -> np.ndarray:
+        """Of the batch's prompts and noise, [SAMPLES,H,W,3] in [0,1]."""
+        images = self.generate(self.frozen["model"], state.lora, batch.context, batch.key, self.steps)
+        return parallel.unshard(images)[:SAMPLES]
+
     def brightness(self, state: Any, n_batches: int) -> np.ndarray:
-        """Of the images of noise that is not trained on; the state is still there afterwards."""
-        images = []
-        for batch in map(self.batch, range(1000, 1000 + n_batches)):
-            samples = self.sample(state, batch)
-            if samples is None:  # only the update samples, and it takes the state away
-                images.append(self.update(parallel.replicate(parallel.first(state)), batch, None)[2])
-            else:
-                images.append(parallel.unshard(samples.images)[:SAMPLES])
+        """Of the images of noise that is not trained on."""
+        images = [self.images(state, self.batch(it)) for it in range(1000, 1000 + n_batches)]
         return brightness(np.concatenate(images).astype(np.float64))
+
+
+def make_float_images(experiment: Experiment) -> Callable[..., jax.Array]:
+    """`Programs.generate` without rounding to bytes."""
+    pipeline, scale = experiment.sampler.pipeline, experiment.lora_scale
+
+    def generate(params, lora, context, keys, steps):
+        x_T, denoise = initial_latents(keys, pipeline.latent_shape), pipeline.denoiser(params, lora, lora_scale=scale)
+        x_0, _ = rollout(pipeline.process, denoise, x_T, context, steps, keys)
+        return pipeline.decode(params, x_0).clip(0.0, 1.0)
+
+    return parallel.pmap(generate)
 
 
 @functools.cache
@@ -440,15 +453,17 @@ def emoji_run(method: str, dtype: str, old_log_prob: str) -> Run:
     changes = SETTINGS | METHODS[method] | {"model.dtype": dtype, "ddpo.old_log_prob": old_log_prob}
     config = settings(method, "model=emoji,explore=false", changes | {"batch.samples": SAMPLES * jax.device_count()})
     experiment = Experiment.build(config)
-    frozen, steps = parallel.replicate((experiment.frozen, experiment.steps(explore=False)))
-    return Run(config, experiment, make_programs(experiment), frozen, steps)
+    frozen, steps = parallel.replicate((experiment.frozen, experiment.sampler.steps(explore=False)))
+    return Run(config, experiment, make_programs(experiment), frozen, steps, make_float_images(experiment))
 
 
 @functools.cache
 def emoji_results(dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Of AlignProp's update, from a LoRA of random numbers: some pixels of its images, and its gradient."""
     run = emoji_run("alignprop", dtype, "recomputed")
-    state, _, images = run.iterate(run.start(run.random_lora()), run.batch(0))
+    state, batch = run.start(run.random_lora()), run.batch(0)
+    images = run.images(state, batch)
+    state, _ = run.iterate(state, batch)
     adams_mean = optax.tree.get(parallel.first(state.opt_state), "mu")
     gradient = np.concatenate([np.ravel(x) for x in jax.tree.leaves(adams_mean)]) / (1.0 - run.config.optim.b1)
     return {"emoji/images": images[:, ::4, ::4]}, gradient
@@ -459,7 +474,7 @@ def check_ratio(dtype: str) -> Outcome:
     run = emoji_run("ddpo", dtype, "recomputed")
     state, batch = run.start(run.random_lora()), run.batch(0)
     samples = run.sample(state, batch)
-    _, metrics, _ = run.update(state, batch, samples._replace(rewards=jnp.zeros_like(samples.rewards)))
+    _, metrics = run.update(state, batch, samples._replace(rewards=jnp.zeros_like(samples.rewards)))
     largest = float(metrics["ratio/max_abs_log"])
     advice = "XLA compiles one loop in two ways here: set --config.ddpo.old_log_prob=current, and report it"
     return Outcome(f"largest |log ratio| {largest:g}", "exactly 0", largest == 0.0, advice, largest)
@@ -474,7 +489,7 @@ def check_learning(method: str, iterations: int, n_batches: int) -> Outcome:
     state = run.start()
     before = run.brightness(state, n_batches)
     for it in range(iterations):
-        state, *_ = run.iterate(state, run.batch(it))
+        state, _ = run.iterate(state, run.batch(it))
     after = run.brightness(state, n_batches)
     rise, error = (after - before).mean(), (after - before).std() / len(before) ** 0.5
     found = f"{before.mean():.4f} -> {after.mean():.4f}, +- {error:.4f}"
@@ -499,12 +514,12 @@ def full_size(config: Any) -> Outcome:
     programs = make_programs(experiment)
     sample = programs.sample and compiled_once(programs.sample, plans)
     programs = programs._replace(sample=sample, update=compiled_once(programs.update, plans))
-    steps = parallel.replicate(experiment.steps(explore=False))
+    steps = parallel.replicate(experiment.sampler.steps(explore=False))
     run = Run(config, experiment, programs, random_weights(experiment.frozen), steps)
     state, batch = run.start(), experiment.draw_batch(0, None)
     for _ in range(2):
         start = time.perf_counter()
-        state, metrics, _ = run.iterate(state, batch)
+        state, metrics = run.iterate(state, batch)
         seconds = time.perf_counter() - start
     peak, planned, compiling = peak_memory(), max(plan.bytes for plan in plans), sum(plan.seconds for plan in plans)
     loss, gradient = float(metrics["loss"]), float(metrics["grad_norm"])

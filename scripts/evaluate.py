@@ -3,74 +3,142 @@
 python scripts/evaluate.py --workdir runs/x --prompts animal_activities --rewards emoji_judge --out eval.json
 """
 
+from diffexp_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupt()  # the imports take seconds
+
 import argparse
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from diffexp_jax import InputError, backend, checkpoint, command, evaluation, parallel, report
-from diffexp_jax.experiment import Experiment
-from diffexp_jax.formats.files import read_json
+from diffexp_jax import InputError, backend, checkpoint, evaluation, parallel, report, settings
+from diffexp_jax.experiment import load_rewards, make_task
+from diffexp_jax.limits import check_number, whole
 from diffexp_jax.models.lora import scaled
-from diffexp_jax.programs import make_generate, make_scorers
+from diffexp_jax.programs import make_generate, make_scorer
+from diffexp_jax.prompts import load_prompt_sets
+from diffexp_jax.sampler import Sampler
 
 
 def main(args: argparse.Namespace) -> None:
     for flag in ("samples_per_prompt", "batch", "columns", "rows"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: wants at least 1")
+        check_number(f"--{flag} ", getattr(args, flag), whole(1, 2**20))
+    check_number("--seed ", args.seed, settings.NUMBERS["seed"])
     command.check_writable(args.out.parent, "--out")
-    config = ml_collections.ConfigDict(read_json(args.workdir / "config.json"))
+    config = run_settings(args)
     if config.deterministic:
         backend.ask_for_determinism()
-    config.eval.every = 1
-    config.eval.prompts = tuple(args.prompts.split(",")) if args.prompts else tuple(config.eval.prompts)
-    config.eval.rewards = tuple(args.rewards.split(",")) if args.rewards else tuple(config.eval.rewards)
-    experiment = Experiment.build(config)
+    prompt_sets = load_prompt_sets(config.eval.prompts)
     iteration, lora = checkpoint.newest_lora(args.workdir)
-    batch = max(args.batch // jax.device_count(), 1) * jax.device_count()
-    generate = make_generate(experiment.pipeline, n_chunks=1, lora_scale=1.0)
-    steps, frozen = parallel.replicate((experiment.steps(explore=False), experiment.frozen))
-    scorers = make_scorers(experiment, frozen)
-    results: dict[str, dict] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
+    comparison = Comparison.build(args, config, lora)
+    results: dict[str, Any] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
     results["sampling"] = config.sampling.to_dict()
-    for task in experiment.evals:
-        captions = [text for text in task.texts for _ in range(args.samples_per_prompt)]
-        columns = min(args.columns, len(captions))
-        count = columns * min(args.rows, len(captions) // columns)
-        stride = args.samples_per_prompt if count <= len(task.texts) else 1  # a prompt's first image, if they suffice
-        shown = np.linspace(0, len(captions) // stride - 1, count).round().astype(int) * stride
-        pictures = {}
-        for name, scale in (("base", 0.0), ("tuned", experiment.lora_scale)):
-            images, scores = evaluation.evaluate(
-                generate,
-                scorers,
-                frozen["model"],
-                parallel.replicate(scaled(lora, scale)),
-                task,
-                experiment.uncond,
-                steps,
-                seed=args.seed,
-                batch=batch,
-                samples_per_prompt=args.samples_per_prompt,
-            )
-            pictures[name] = images[shown]
-            summary = {
-                key: {"mean": float(x.mean()), "standard_error": float(x.std() / len(x) ** 0.5)}
-                for key, x in scores.items()
-            }
-            results.setdefault(task.name, {})[name] = summary
-            print(f"{task.name}, {name}: " + ", ".join(f"{key} {v['mean']:.3f}" for key, v in summary.items()))
-        grid = args.out.with_name(f"{args.out.stem}-{task.name}.png")
-        save_pairs(grid, pictures["base"], pictures["tuned"], [captions[i] for i in shown], columns=columns)
-    try:
-        args.out.write_text(json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
+    n_images = 2 * args.samples_per_prompt * sum(map(len, prompt_sets))
+    with tqdm(total=n_images, desc="evaluating", unit="image") as bar:
+        for prompts in prompt_sets:
+            task = make_task(comparison.sampler, comparison.rewards, prompts)
+            results[task.name] = {}
+            captions, shown = shown_images(args, task.texts)
+            pictures = {}
+            for name in ("base", "tuned"):
+                images, scores = comparison.evaluate(args, task, name, bar)
+                pictures[name] = images[shown]
+                results[task.name][name] = means(scores)
+                line = ", ".join(f"{key} {x['mean']:.3f}" for key, x in results[task.name][name].items())
+                tqdm.write(f"{task.name}, {name}: {line}")
+            grid = args.out.with_name(f"{args.out.stem}-{task.name}.png")
+            columns = min(args.columns, len(captions))
+            try:
+                save_pairs(grid, pictures["base"], pictures["tuned"], [captions[i] for i in shown], columns=columns)
+                args.out.write_text(json.dumps(results, indent=2) + "\n")  # what is there so far
+            except OSError as error:
+                raise InputError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
     print(f"written: {args.out} and image grids beside it")
+
+
+def run_settings(args: argparse.Namespace) -> ConfigDict:
+    """The run's settings, with what the flags say of evaluation.
+
+    Raises:
+      InputError: no run, or one whose settings cannot be used.
+    """
+    config, _ = settings.read_config(args.workdir / "config.json")
+    config.eval.every = 1
+    if args.prompts:
+        config.eval.prompts = command.split_list(args.prompts)
+    if args.rewards:
+        config.eval.rewards = command.split_list(args.rewards)
+    config.reward_dtype = config.eval.reward_dtype  # nothing is trained
+    settings.check_values(config, settings.NUMBERS)
+    return config
+
+
+class Comparison(NamedTuple):
+    """The two models, ready to sample and to be scored."""
+
+    sampler: Sampler
+    rewards: dict[str, Any]
+    generate: Any
+    scorers: dict[str, Any]
+    params: Any
+    loras: dict[str, Any]  # "base": an update of nothing
+    steps: Any
+    batch: int
+
+    @classmethod
+    def build(cls, args: argparse.Namespace, config: ConfigDict, lora: Any) -> "Comparison":
+        _, _, rewards = load_rewards(config)
+        sampler, n = Sampler.build(config), jax.device_count()
+        batch = max(args.batch // n, 1) * n
+        scale = config.lora.alpha / config.lora.rank
+        loras = {name: parallel.replicate(scaled(lora, x)) for name, x in (("base", 0.0), ("tuned", scale))}
+        return cls(
+            sampler,
+            rewards,
+            make_generate(sampler.pipeline, n_chunks=1, lora_scale=1.0),
+            {name: make_scorer(reward, batch=batch) for name, reward in rewards.items()},
+            parallel.replicate(sampler.pipeline.sampling_params),
+            loras,
+            parallel.replicate(sampler.steps(explore=False)),
+            batch,
+        )
+
+    def evaluate(self, args: argparse.Namespace, task: Any, name: str, bar: tqdm) -> tuple[np.ndarray, dict]:
+        return evaluation.evaluate(
+            self.generate,
+            self.scorers,
+            self.params,
+            self.loras[name],
+            task,
+            self.sampler.uncond,
+            self.steps,
+            seed=args.seed,
+            batch=self.batch,
+            samples_per_prompt=args.samples_per_prompt,
+            advance=bar.update,
+        )
+
+
+def means(scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    return {
+        key: {"mean": float(x.mean()), "standard_error": float(x.std() / len(x) ** 0.5)} for key, x in scores.items()
+    }
+
+
+def shown_images(args: argparse.Namespace, texts: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
+    """The prompt of every image, and which images the grid shows: evenly spaced, first images of prompts if they do."""
+    captions = [text for text in texts for _ in range(args.samples_per_prompt)]
+    columns = min(args.columns, len(captions))
+    count = columns * min(args.rows, len(captions) // columns)
+    stride = args.samples_per_prompt if count <= len(texts) else 1
+    return captions, np.linspace(0, len(captions) // stride - 1, count).round().astype(int) * stride
 
 
 def save_pairs(path: Path, before: np.ndarray, after: np.ndarray, captions: list[str], *, columns: int) -> None:
@@ -88,8 +156,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--workdir", type=Path, required=True, help="of the run")
-    add("--prompts", help="built-in sets or files, separated by commas (default: the run's own)")
-    add("--rewards", help="rewards to report, separated by commas (default: the run's own)")
+    add("--prompts", help="built-in sets, files or prompts, separated by commas without a blank (default: the run's)")
+    add("--rewards", help="rewards to report besides the run's, separated by commas (default: those that it reports)")
     add("--samples_per_prompt", type=int, default=4)
     add("--batch", type=int, default=64, help="images at once, over all devices")
     add("--columns", type=int, default=6, help="of the image grids")

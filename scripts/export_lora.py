@@ -3,19 +3,23 @@
 python scripts/export_lora.py --workdir runs/x --out pytorch_lora_weights.safetensors
 """
 
+from diffexp_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupt()  # the imports take seconds
+
 import argparse
 from pathlib import Path
 
-from diffexp_jax import InputError, checkpoint, command
-from diffexp_jax.formats.files import read_json
+from diffexp_jax import InputError, checkpoint, settings
 from diffexp_jax.models.lora import save_lora
 
 
 def main(args: argparse.Namespace) -> None:
-    config = read_json(args.workdir / "config.json")
+    config, _ = settings.read_config(args.workdir / "config.json")
     iteration, lora = checkpoint.newest_lora(args.workdir)
     try:
-        save_lora(args.out, lora, alpha=config["lora"]["alpha"])
+        save_lora(args.out, lora, alpha=config.lora.alpha)
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
     print(f"the LoRA after iteration {iteration}: {args.out}")

@@ -154,7 +154,7 @@ def measure(args: argparse.Namespace) -> dict:
         """The arrays of step i, of half of the samples."""
         step = jax.tree.map(lambda x: x[i], trajectory.steps)
         context = jax.tree.map(lambda x: x[part], trajectory.context)
-        return trajectory.x_t[i, part], trajectory.x_tm1[i, part], step, context
+        return trajectory.x_t(i)[part], trajectory.x_tm1[i, part], step, context
 
     first, second = slice(0, half), slice(half, None)
     bar = tqdm(total=len(PRECISIONS) * len(steps), desc="measuring", unit="step")

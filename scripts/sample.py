@@ -1,124 +1,141 @@
 """Samples images from a model, with or without a LoRA, and writes them as PNG files and a captioned grid.
 
-python scripts/sample.py --model emoji --prompt "a dog riding a bike" --lora runs/quickstart --out samples
+python scripts/sample.py --prompt "a dog riding a bike" --num_images 8 --lora runs/quickstart --out samples
 
-The grid has a row for each prompt where there is something to compare: --lora shows the model without and with it,
---explore what DiffExp's guidance schedule and prompt weights make of the same seed (the paper's Figure 3).
+The grid compares what there is to compare: --lora shows the model without and with it, --explore what DiffExp's
+guidance schedule and prompt weights make of the same seed (the paper's Figure 3). What no flag says is taken from the
+run that --lora names; where there is none, as diffusers samples: 50 steps, guidance 7.5, eta 0.
 """
 
+from diffexp_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupt()  # the imports take seconds
+
 import argparse
-import sys
+import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from diffexp_jax import InputError, command, exploration, parallel, programs, report
+from diffexp_jax import InputError, exploration, parallel, programs, report, settings
 from diffexp_jax.formats.tokenizers import token_ids
+from diffexp_jax.limits import check_number, whole
 from diffexp_jax.models.lora import load_lora, scaled
 from diffexp_jax.models.precision import DTYPES
-from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, make_context
+from diffexp_jax.pipelines import Conditioning, Pipeline, make_context
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.files import comma_phrases
 from diffexp_jax.prompts.units import UNITS, unit_ids
+from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import Context, Steps, initial_latents, rollout
+
+# What a flag sets of a run's settings
+KEYS = {
+    "model": "model.path",
+    "revision": "model.revision",
+    "variant": "model.variant",
+    "dtype": "model.dtype",
+    "image_size": "model.image_size",
+    "steps": "sampling.steps",
+    "guidance": "sampling.guidance",
+    "eta": "sampling.eta",
+    "w_low": "exploration.w_low",
+    "t_thresh": "exploration.t_thresh",
+    "weight_range": "exploration.weight_range",
+    "unit": "exploration.unit",
+    "seed": "seed",
+}
+# Where there is no run: the defaults of diffusers' pipelines
+WITHOUT_RUN = {"model.dtype": "float32", "sampling.steps": 50, "sampling.guidance": 7.5, "sampling.eta": 0.0}
+MOST_ROWS = 12  # of a grid that compares
+MOST_IMAGES = 64  # of one that does not
 
 
 class Variant(NamedTuple):
     """A way to sample the prompts: one column of the grid. The seeds are the same in all."""
 
-    suffix: str  # of its files' names; "" is what was asked for, the others are there to compare
+    name: str  # one of report.COMPARISONS; "" is what was asked for
     captions: list[str]
     lora: Any
     steps: Steps
-    context: Context  # a row per prompt
+    context: Context  # a row per image
 
 
 def arguments() -> argparse.Namespace:
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from configs.base import default
-
-    ours = default().exploration
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="emoji", help="emoji, a folder in the diffusers pipeline format, or a hub id")
-    add("--revision", help="of the hub's repository: a branch, tag or commit")
-    add("--variant", help="fp16: take the half-precision weight files")
-    add("--dtype", default="float32", choices=DTYPES, help="of the weights and networks")
     add("--prompt", action="append", default=[], help="a prompt (repeat for several)")
     add("--prompts", help="a built-in prompt set or a file, after the --prompt ones")
+    add("--num_images", type=int, default=1, help="images of each prompt")
     add("--lora", help="a LoRA file, or the workdir of a run")
-    add("--steps", type=int, default=50, help="DDIM steps, 1..1000")
-    add("--guidance", type=float, default=7.5, help="classifier-free guidance scale; 1 is none")
-    add("--eta", type=float, default=0.0, help="noise of the DDIM steps, 0..1")
-    add("--seed", type=int, default=0)
-    add("--latents", help="float32 .npy [N,h,w,c], standard normal: the noise to start from")
-    add("--explore", action="store_true", help="show what exploration does to the same seeds")
-    add("--w_low", type=float, default=ours.w_low, help="with --explore: guidance while t > --t_thresh (Eq. 7)")
-    add("--t_thresh", type=float, default=ours.t_thresh, help="with --explore: in training timesteps, 0..1000")
-    add(
-        "--weight_range",
-        type=float,
-        nargs=2,
-        default=ours.weight_range,
-        help="with --explore: of a unit's weight (Eq. 8)",
-    )
-    add("--unit", default=ours.unit, choices=UNITS, help="with --explore: what is weighted together")
-    add("--batch", type=int, default=16, help="images at once")
-    add("--image_size", type=int, help="pixels of a side (default: what the model was trained at)")
-    add("--out", required=True, help="folder for NNNN.png and grid.png")
+    add("--out", required=True, help="folder for NNNN.png, prompts.csv and grid.png")
     add("--save_npy", action="store_true", help="also write images.npy, float32 [N,H,W,3] in [0,1]")
+    add("--latents", help="float32 .npy [N,h,w,c], standard normal: the noise to start from, one for each image")
+    add("--batch", type=int, default=16, help="images at once")
+    add("--explore", action="store_true", help="show what exploration does to the same seeds")
+    group = parser.add_argument_group("settings (default: the run's that --lora names, else as said below)")
+    add = group.add_argument
+    add("--model", help="emoji (default), a folder in the diffusers pipeline format, or a hub id")
+    add("--revision", help="of the hub's repository: a branch, tag or commit")
+    add("--variant", help="fp16: take the half-precision weight files")
+    add("--dtype", choices=DTYPES, help="of the weights and networks (default: float32)")
+    add("--image_size", type=int, help="pixels of a side (default: what the model was trained at)")
+    add("--steps", type=int, help="DDIM steps, 1..1000 (default: 50)")
+    add("--guidance", type=float, help="classifier-free guidance scale; 1 is none (default: 7.5)")
+    add("--eta", type=float, help="noise of the DDIM steps, 0..1 (default: 0)")
+    add("--seed", type=int, help="(default: 0)")
+    add("--w_low", type=float, help="with --explore: guidance while t > --t_thresh (Eq. 7)")
+    add("--t_thresh", type=int, help="with --explore: in training timesteps, 0..1000")
+    add("--weight_range", type=float, nargs=2, help="with --explore: of a unit's weight (Eq. 8)")
+    add("--unit", choices=UNITS, help="with --explore: what is weighted together")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
+    config = settings_of(args)
     prompts = chosen_prompts(args)
-    n = len(prompts)
-    model = load_pipeline(
-        args.model, dtype=args.dtype, image_size=args.image_size, revision=args.revision, variant=args.variant
-    )
-    x_T = read_latents(args.latents, n, model.latent_shape) if args.latents else None
-    lora = scaled(*load_lora(args.lora, model.base)) if args.lora else None
-    variants = make_variants(args, model, prompts, lora)
-    keys = parallel.sample_keys(parallel.stream(args.seed, "sample"), n)
-    x_T = initial_latents(keys, model.latent_shape) if x_T is None else x_T
-    sample = make_sample(model)
-
-    size = min(args.batch, n)
-    starts = range(0, n, size)
-    bar = tqdm(total=len(variants) * len(starts), desc="sampling", unit="batch")
-    images = []
-    for variant in variants:
-        parts = []
-        for start in starts:
-            rows = np.arange(start, start + size).clip(max=n - 1)  # the last batch is filled up: one compile
-            here = jax.tree.map(lambda x, rows=rows: x[rows], variant.context)
-            parts.append(
-                np.asarray(sample(model.sampling_params, variant.lora, x_T[rows], here, variant.steps, keys[rows]))
-            )
-            bar.update()
-        images.append(np.concatenate(parts)[:n])
-    bar.close()
-    write(Path(args.out), variants, images, save_npy=args.save_npy)
+    noise = read_latents(args.latents) if args.latents else None
+    if noise is not None and args.num_images == 1 and len(prompts) == 1:
+        args.num_images = len(noise)
+    sampler = Sampler.build(config)
+    pipeline, rows = sampler.pipeline, np.repeat(np.arange(len(prompts)), args.num_images)
+    n = len(rows)
+    lora = scaled(*load_lora(args.lora, pipeline.base)) if args.lora else None
+    variants = make_variants(args, sampler, prompts, rows, lora)
+    keys = parallel.sample_keys(parallel.stream(config.seed, "sample"), n)
+    x_T = initial_latents(keys, pipeline.latent_shape) if noise is None else check_latents(args, noise, n, pipeline)
+    images = sample_all(make_sample(pipeline), pipeline.sampling_params, variants, x_T, keys, batch=args.batch)
+    write(args, variants, [prompts.texts[i] for i in rows], images)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises InputError for a flag that cannot work."""
-    for flag, low, high in (("steps", 1, 1000), ("eta", 0, 1), ("t_thresh", 0, 1000)):
-        if not low <= getattr(args, flag) <= high:
-            raise InputError(f"--{flag} {getattr(args, flag)}: wants {low}..{high}")
-    if args.batch < 1:
-        raise InputError(f"--batch {args.batch}: wants at least 1")
-    if args.image_size is not None and (args.image_size < 8 or args.image_size % 8):
-        raise InputError(f"--image_size {args.image_size}: wants a multiple of 8 pixels")
-    if args.weight_range[0] > args.weight_range[1]:
-        raise InputError(f"--weight_range {args.weight_range[0]} {args.weight_range[1]}: wants the lower number first")
+def settings_of(args: argparse.Namespace) -> ConfigDict:
+    """The settings to sample by: those of the run that --lora names, or the defaults, and what flags say instead.
+
+    Raises:
+      InputError: a flag that cannot work.
+    """
+    run = Path(args.lora, "config.json") if args.lora else None
+    if run is not None and run.is_file():
+        config, _ = settings.read_config(run)
+    else:
+        config = settings.default_config()
+        config.update_from_flattened_dict(WITHOUT_RUN)
+    given = {KEYS[flag]: value for flag, value in vars(args).items() if flag in KEYS and value is not None}
+    config.update_from_flattened_dict({k: tuple(x) if isinstance(x, list) else x for k, x in given.items()})
+    settings.check_values(config, KEYS.values(), {key: f"--{flag} " for flag, key in KEYS.items() if key in given})
+    check_number("--batch ", args.batch, whole(1, 2**20))
+    check_number("--num_images ", args.num_images, whole(1, 2**20))
+    if args.lora and not Path(args.lora).exists():
+        raise InputError(f"--lora {args.lora}: no such file or folder")
     command.check_writable(Path(args.out), "--out")
+    return config
 
 
 def chosen_prompts(args: argparse.Namespace) -> PromptSet:
@@ -130,105 +147,150 @@ def chosen_prompts(args: argparse.Namespace) -> PromptSet:
     return PromptSet("sample", texts, (*(comma_phrases(text) for text in args.prompt), *file.phrases))
 
 
-def make_variants(args: argparse.Namespace, model: Pipeline, prompts: PromptSet, lora: Any) -> list[Variant]:
-    """What was asked for, and beside it what to compare it with."""
-    cond, cut = encode_prompts(model, prompts.texts)
-    for text in cut:
-        print(f"warning: prompt cut to {model.tokenizer.model_max_length} tokens: {text!r}")
-    empty = encode_empty(model)
-    context = make_context(cond, model.unconditional(empty))
-    t = model.process.timesteps(args.steps)
-    steps = model.process.make_steps(t, np.full(len(t), args.guidance, np.float32), eta=args.eta)
-    texts = list(prompts.texts)
-    variants = [Variant("", texts, lora, steps, context)]
+# ------------------------------------------------------------------------------------------------------------- variants
+
+
+def make_variants(
+    args: argparse.Namespace, sampler: Sampler, prompts: PromptSet, rows: np.ndarray, lora: Any
+) -> list[Variant]:
+    """What was asked for, and beside it what to compare it with; `rows` are the images' prompts."""
+    cond = jax.tree.map(lambda x: x[rows], sampler.encode(prompts))
+    context, plain = make_context(cond, sampler.uncond), sampler.steps(explore=False)
+    texts = [prompts.texts[i] for i in rows]
+    variants = [Variant("", texts, lora, plain, context)]
     if args.lora:
         # the same program with an update of nothing
         without = jax.tree.map(np.zeros_like, lora)
-        variants = [Variant("-base", [f"without LoRA: {text}" for text in texts], without, steps, context), *variants]
+        variants = [Variant("base", [f"without LoRA: {text}" for text in texts], without, plain, context), *variants]
     if args.explore:
-        w_t = exploration.guidance_schedule(t, w_low=args.w_low, w_high=args.guidance, t_thresh=args.t_thresh)
-        low = model.process.make_steps(t, w_t, eta=args.eta)
-        weighted, words = weigh(args, model, prompts, cond, empty)
+        e, low = sampler.exploration, sampler.steps(explore=True)
+        n_low = int((np.asarray(low.w_t) != np.asarray(plain.w_t)).sum())
+        print(f"guidance: {e.w_low:g} in the first {n_low} of {sampler.n_steps} steps, then {sampler.guidance:g}")
+        weighted, words = weigh(sampler, prompts, rows, cond, seed=args.seed or 0)
         context_w = context._replace(cond=weighted)
-        said = f"guidance {args.w_low:g} while t > {args.t_thresh:g}"
-        n_low = int((t > args.t_thresh).sum())
-        print(f"guidance: {args.w_low:g} in the first {n_low} of {len(t)} steps, then {args.guidance:g}")
+        schedule = f"guidance {e.w_low:g} in {n_low} of {sampler.n_steps} steps"
         variants += [
-            Variant("-schedule", [said] * len(texts), lora, low, context),
-            Variant("-weights", words, lora, steps, context_w),
-            Variant("-both", [f"{said}, {word}" for word in words], lora, low, context_w),
+            Variant("schedule", [schedule] * len(rows), lora, low, context),
+            Variant("weights", words, lora, plain, context_w),
+            Variant("both", [f"both: {word}" for word in words], lora, low, context_w),
         ]
     return variants
 
 
 def weigh(
-    args: argparse.Namespace, model: Pipeline, prompts: PromptSet, cond: Conditioning, empty: Conditioning
+    sampler: Sampler, prompts: PromptSet, rows: np.ndarray, cond: Conditioning, *, seed: int
 ) -> tuple[Conditioning, list[str]]:
-    """A draw of Eq. 8 for every prompt: the conditioning, and what was weighted, in words."""
-    units = unit_ids(model.tokenizer, prompts, args.unit)
-    keys = parallel.sample_keys(parallel.stream(args.seed, "weights"), len(prompts))
-    weight_range = tuple(args.weight_range)
+    """A draw of Eq. 8 for every image: the conditioning, and what was weighted, in words."""
+    pipeline, e = sampler.pipeline, sampler.exploration
+    units = unit_ids(pipeline.tokenizer, prompts, e.unit)[rows]
+    keys = parallel.sample_keys(parallel.stream(seed, "weights"), len(rows))
 
     def one(key, units, cond):
-        weights = exploration.sample_phrase_weights(key, units, weight_range=weight_range)
-        return model.map_tokens(lambda c, n: exploration.reweight_prompt(c, n, weights), cond, empty), weights
+        weights = exploration.sample_phrase_weights(key, units, weight_range=e.weight_range)
+        change = pipeline.map_tokens(lambda c, n: exploration.reweight_prompt(c, n, weights), cond, sampler.empty)
+        return change, weights
 
     weighted, weights = jax.device_get(jax.vmap(one)(keys, units, cond))
-    ids, _ = token_ids(model.tokenizer, prompts.texts)
+    ids, _ = token_ids(pipeline.tokenizer, prompts.texts)
     words = []
-    for row, weight in zip(ids, weights, strict=True):
+    for row, weight in zip(ids[rows], weights, strict=True):
         chosen = weight != 1.0
-        word = model.tokenizer.decode(row[chosen]).strip()
+        word = pipeline.tokenizer.decode(row[chosen]).strip()
         words.append(f"{word} x {weight[chosen][0]:.2f}" if chosen.any() else "no word weighted")
     return weighted, words
 
 
-def make_sample(model: Pipeline) -> Callable[..., jax.Array]:
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def make_sample(pipeline: Pipeline) -> Callable[..., jax.Array]:
     """A compiled program (params, lora, x_T, context, steps, keys) -> images in [0,1]."""
 
     @jax.jit
     def sample(params, lora, x_T, context, steps, keys):
-        denoise = model.denoiser(params, lora)
-        x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
-        return model.decode(params, x_0).clip(0.0, 1.0)
+        denoise = pipeline.denoiser(params, lora)
+        x_0, _ = rollout(pipeline.process, denoise, x_T, context, steps, keys)
+        return pipeline.decode(params, x_0).clip(0.0, 1.0)
 
     return sample
 
 
-def read_latents(path: str, n: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """The user's starting noise, one per prompt."""
+def sample_all(
+    sample: Callable, params: Any, variants: Sequence[Variant], x_T: Any, keys: jax.Array, *, batch: int
+) -> list[np.ndarray]:
+    """The images [N,H,W,3] of every variant."""
+    n, size = len(x_T), min(batch, len(x_T))
+    starts = range(0, n, size)
+    images = []
+    with tqdm(total=len(variants) * n, desc="sampling", unit="image") as bar:
+        for variant in variants:
+            parts = []
+            for start in starts:
+                rows = np.arange(start, start + size).clip(max=n - 1)  # the last batch is filled up: one compile
+                context = jax.tree.map(lambda x, rows=rows: x[rows], variant.context)
+                parts.append(np.asarray(sample(params, variant.lora, x_T[rows], context, variant.steps, keys[rows])))
+                bar.update(min(size, n - start))
+            images.append(np.concatenate(parts)[:n])
+    return images
+
+
+def read_latents(path: str) -> np.ndarray:
+    """The user's starting noise."""
     try:
         latents = np.load(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--latents {path}: not a readable .npy file ({error})") from None
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--latents {path}: not a readable .npy file ({reason})") from None
     if not isinstance(latents, np.ndarray) or not np.issubdtype(latents.dtype, np.floating):
         raise InputError(f"--latents {path}: wants one array of float32")
-    if latents.shape != (n, *shape):
-        raise InputError(f"--latents {path}: shape {latents.shape}; wants {(n, *shape)}: one per prompt")
+    if not np.isfinite(latents).all():
+        raise InputError(f"--latents {path}: holds numbers that are not finite")
     return latents.astype(np.float32)
 
 
-def as_bytes(images: np.ndarray) -> np.ndarray:
-    return np.asarray(programs.as_bytes(images))
+def check_latents(args: argparse.Namespace, latents: np.ndarray, n: int, pipeline: Pipeline) -> np.ndarray:
+    """The latents, where they are as many and as large as is wanted."""
+    if latents.shape != (n, *pipeline.latent_shape):
+        wanted = (n, *pipeline.latent_shape)
+        raise InputError(f"--latents {args.latents}: shape {latents.shape}; wants {wanted}: one for each image")
+    return latents
 
 
-def write(out: Path, variants: Sequence[Variant], images: Sequence[np.ndarray], *, save_npy: bool) -> None:
-    """Writes every variant's images [N,H,W,3], a grid with a column each, and images.npy of what was asked for."""
-    n = len(images[0])
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+def write(
+    args: argparse.Namespace, variants: Sequence[Variant], texts: Sequence[str], images: Sequence[np.ndarray]
+) -> None:
+    """Writes every variant's images [N,H,W,3], their prompts, a grid, and images.npy of what was asked for."""
+    out, n, shown = Path(args.out), len(texts), shown_rows(len(texts), len(variants))
+    as_bytes = [np.asarray(programs.as_bytes(column)) for column in images]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for variant, column in zip(variants, images, strict=True):
-            for i, image in enumerate(as_bytes(column)):
-                Image.fromarray(image).save(out / f"{i:04d}{variant.suffix}.png")
-            if save_npy and not variant.suffix:
-                np.save(out / "images.npy", column.astype(np.float32))
-        by_prompt = np.stack(images, axis=1).reshape(-1, *images[0].shape[1:])  # prompt by prompt
-        captions = [variant.captions[i] for i in range(n) for variant in variants]
+        with open(out / "prompts.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(("image", "prompt"))
+            for variant, column in zip(variants, as_bytes, strict=True):
+                for i, image in enumerate(column):
+                    name = f"{i:04d}-{variant.name}.png" if variant.name else f"{i:04d}.png"
+                    Image.fromarray(image).save(out / name)
+                    table.writerow((name, texts[i]))
+        if args.save_npy:
+            np.save(out / "images.npy", images[[variant.name for variant in variants].index("")].astype(np.float32))
+        by_row = np.stack([column[shown] for column in as_bytes], axis=1).reshape(-1, *as_bytes[0].shape[1:])
+        captions = [variant.captions[i] for i in shown for variant in variants]
         columns = len(variants) if len(variants) > 1 else None
-        report.save_grid(out / "grid.png", as_bytes(by_prompt), captions, columns=columns)
+        report.save_grid(out / report.GRID, by_row, captions, columns=columns)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    print(f"{n * len(variants)} images in {out}, all together in {out / 'grid.png'}")
+    grid = "all together" if len(shown) == n else f"{len(shown)} of {n} rows"
+    print(f"{n * len(variants)} images in {out}; {grid} in {out / report.GRID}")
+
+
+def shown_rows(n: int, n_variants: int) -> np.ndarray:
+    """The images that the grid shows: all, or evenly spaced ones of many."""
+    most = MOST_ROWS if n_variants > 1 else MOST_IMAGES
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
 """Scores pictures with one or several rewards, on each reward's published path, and writes a CSV file.
 
 python scripts/score.py --reward hpsv2:HPS_v2.1_compressed.pt --reward aesthetic:LAION_DIR --images samples \
-    --prompts prompts.txt --out scores.csv
+    --out scores.csv
+
+Of a folder that scripts/sample.py wrote the prompts are known, and the pictures are those that were asked for: not the
+grid, nor those that are there to compare (name these as files to score them).
 """
+
+from diffexp_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupt()  # the imports take seconds
 
 import argparse
 import csv
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -14,8 +23,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffexp_jax import InputError, command
+from diffexp_jax import InputError, report
+from diffexp_jax.evaluation import score_all
 from diffexp_jax.formats.files import read_json
+from diffexp_jax.limits import check_number, positive, whole
 from diffexp_jax.programs import make_scorer
 from diffexp_jax.rewards import load_reward, reward_name
 
@@ -23,8 +34,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.batch < 1:
-        raise InputError(f"--batch {args.batch}: wants at least 1")
+    check_number("--batch ", args.batch, whole(1, 2**20))
+    check_number("--temperature ", args.temperature, positive())
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder; wants the .csv file to write")
     command.check_writable(args.out.parent, "--out")
@@ -32,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise InputError(f"--reward {' '.join(args.reward)}: names a reward twice")
     paths = find_images(args.images)
-    texts = find_prompts(args.prompts, paths) if args.prompts else None
+    texts = known_prompts(args.prompts, paths)
     rewards = {}
     for name, spec in zip(names, args.reward, strict=True):
         rewards[name] = load_reward(spec, temperature=args.temperature, contrast=args.contrast)
@@ -47,10 +58,8 @@ def main(args: argparse.Namespace) -> None:
     with tqdm(total=len(paths), desc="scoring", unit="image") as progress:
         for start in range(0, len(paths), batch):
             here = slice(start, start + batch)
-            images, scores = [read_image(path) for path in paths[here]], {}
-            for name, scorer in scorers.items():
-                found = scorer(images, jax.tree.map(lambda x, here=here: x[here], tokens[name]))
-                scores |= {f"{name}/{part}" if part else name: x for part, x in found.items()}
+            images = [read_image(path) for path in paths[here]]
+            scores = score_all(scorers, images, jax.tree.map(lambda x, here=here: x[here], tokens))
             for i, (path, text) in enumerate(zip(paths[here], texts[here], strict=True)):
                 rows.append({"image": str(path), "prompt": text} | {name: f"{x[i]:.6f}" for name, x in scores.items()})
             progress.update(len(images))
@@ -69,12 +78,35 @@ def find_images(places: list[Path]) -> list[Path]:
             found = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
             if not found:
                 raise InputError(f"--images {place}: no pictures in the folder; accepted: {', '.join(SUFFIXES)}")
-            paths += found
+            asked_for = [path for path in found if not beside_what_was_asked_for(path)]
+            if passed_over := len(found) - len(asked_for):
+                print(f"{place}: {passed_over} pictures passed over: {report.GRID}, and those that compare")
+            paths += asked_for or found
         elif place.is_file():
             paths.append(place)
         else:
             raise InputError(f"--images {place}: no such file or folder")
     return paths
+
+
+def beside_what_was_asked_for(path: Path) -> bool:
+    """Whether scripts/sample.py made the picture for people to compare: its grid, or NNNN-base.png and the like."""
+    if not (path.parent / "prompts.csv").is_file():
+        return False
+    return path.name == report.GRID or bool(re.fullmatch(rf"\d+-({'|'.join(report.COMPARISONS)})\.png", path.name))
+
+
+def known_prompts(file: Path | None, images: list[Path]) -> list[str] | None:
+    """A prompt per image: of the file, else of prompts.csv in the images' folders; None where there is none."""
+    if file:
+        return find_prompts(file, images)
+    folders: dict[Path, list[Path]] = {}
+    for path in images:
+        folders.setdefault(path.parent, []).append(path)
+    if not all((folder / "prompts.csv").is_file() for folder in folders):
+        return None
+    found = {folder: iter(find_prompts(folder / "prompts.csv", its)) for folder, its in folders.items()}
+    return [next(found[path.parent]) for path in images]
 
 
 def find_prompts(file: Path, images: list[Path]) -> list[str]:
@@ -128,7 +160,11 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--reward", action="append", required=True, help="as the config's `reward` (repeat for more)")
     add("--images", type=Path, nargs="+", required=True, help="folders or files")
-    add("--prompts", type=Path, help=".txt with a line per image, or .json or .csv from image names to prompts")
+    add(
+        "--prompts",
+        type=Path,
+        help=".txt with a line per image, or .json or .csv from image names to prompts (default: their prompts.csv)",
+    )
     add("--out", type=Path, required=True, help="the .csv file to write")
     add("--batch", type=int, default=16, help="images at once")
     add("--temperature", type=float, default=1.0, help="of textnorm, in the reward's units")

@@ -17,6 +17,14 @@ def brightness(images):
     return images.mean((1, 2, 3))
 
 
+FACTOR = [1.0]
+
+
+def scaled_brightness(images):
+    """For jax; the factor is part of the program."""
+    return FACTOR[0] * images.mean((1, 2, 3))
+
+
 def bright_and_long(images, prompts):
     """For python: what `bright_and_long_jax` says."""
     assert images.dtype == np.uint8 and images.shape[1:] == (16, 16, 3) and len(images) == len(prompts)

@@ -69,7 +69,7 @@ class Tiny:
 
     def __init__(self, config):
         self.config, self.experiment, self.traced = config, Experiment.build(config), 0
-        self.model, self.n = self.experiment.pipeline, config.batch.samples
+        self.model, self.n = self.experiment.sampler.pipeline, config.batch.samples
         self.policy = policy_of(self.model, self.score)
         self.algorithm = alignprop(
             self.policy,
@@ -97,9 +97,7 @@ class Tiny:
         return (images * frozen["weights"]).mean((1, 2, 3))
 
     def steps(self, w):
-        config = self.config.copy_and_resolve_references().unlock()
-        config.sampling.guidance = w
-        return parallel.replicate(self.experiment._replace(config=config).steps(explore=False))
+        return parallel.replicate(self.experiment.sampler._replace(guidance=w).steps(explore=False))
 
     def step(self, state, batch, steps, k, weights):
         frozen = parallel.replicate({"weights": np.broadcast_to(weights, (16, 16, 3)).astype(np.float32)})
@@ -126,7 +124,7 @@ class Reference:
             parameter.requires_grad_("lora_" in name)
 
     def run(self, x_T, cond, uncond, weights, *, w, n_live):
-        """(rewards [B], {name: gradient of the loss}); network outputs are detached before the last n_live steps."""
+        """(rewards [B], {name: gradient}, images); network outputs are detached before the last n_live steps."""
         torch, unet, vae, scheduler = self.torch, self.pipe.unet, self.pipe.vae, self.pipe.scheduler
         scheduler.set_timesteps(N_STEPS)
         x = torch.tensor(np.asarray(x_T).transpose(0, 3, 1, 2))
@@ -142,7 +140,7 @@ class Reference:
         rewards = (images * torch.tensor(weights.transpose(2, 0, 1))).mean((1, 2, 3))
         (-COEFFICIENT * rewards.mean()).backward()
         gradients = {n: p.grad.numpy().copy() for n, p in unet.named_parameters() if "lora_" in n}
-        return rewards.detach().numpy(), gradients
+        return rewards.detach().numpy(), gradients, images.detach().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +172,13 @@ def relative_error(ours, theirs):
 @pytest.mark.parametrize("n_live, w", [(4, 5.0), (2, 5.0), (1, 5.0), (4, 0.5), (1, 0.5)])
 def test_gradient_is_torchs(tiny, reference, n_live, w):
     batch, steps = tiny.experiment.draw_batch(0, None), tiny.steps(w)
-    state, metrics, images = tiny.step(tiny.state, batch, steps, n_live, tiny.weights)
+    state, metrics = tiny.step(tiny.state, batch, steps, n_live, tiny.weights)
     ours = as_torch_names(parallel.first(state.opt_state)[1])
     cond, uncond, keys = (x[0] for x in (batch.context.cond.embedding, batch.context.uncond.embedding, batch.key))
     x_T = initial_latents(keys, tiny.model.latent_shape)
-    rewards, theirs = reference.run(x_T, cond, uncond, tiny.weights, w=w, n_live=n_live)
+    rewards, theirs, images = reference.run(x_T, cond, uncond, tiny.weights, w=w, n_live=n_live)
     theirs = {name.removesuffix(".default_0.weight"): value for name, value in theirs.items()}
-    inside = (np.asarray(images) > 0) & (np.asarray(images) < 1)
+    inside = (images > 0) & (images < 1)
     assert inside.mean() > 0.5  # most pixels carry gradient
     assert int(metrics["truncation/k"][0]) == n_live
     assert float(metrics["reward/mean"][0]) == pytest.approx(rewards.mean(), abs=1e-4)
@@ -189,7 +187,7 @@ def test_gradient_is_torchs(tiny, reference, n_live, w):
     norm = np.sqrt(sum(np.square(value).sum() for value in theirs.values()))
     assert float(metrics["grad_norm"][0]) == pytest.approx(norm, rel=1e-3)
     if n_live < N_STEPS:  # the cut is seen: another number of live steps gives another gradient
-        _, whole = reference.run(x_T, cond, uncond, tiny.weights, w=w, n_live=N_STEPS)
+        _, whole, _ = reference.run(x_T, cond, uncond, tiny.weights, w=w, n_live=N_STEPS)
         whole = {name.removesuffix(".default_0.weight"): value for name, value in whole.items()}
         assert relative_error(ours, whole) > 0.02
 
@@ -199,7 +197,7 @@ def test_one_program_serves_every_truncation(tiny, compiles):
     tiny.step(tiny.state, batch, steps, 1, tiny.weights)  # compiled now at the latest
     compiled, traced = compiles.count, tiny.traced
     for k in range(1, N_STEPS + 1):
-        _, metrics, _ = tiny.step(tiny.state, batch, steps, k, tiny.weights)
+        _, metrics = tiny.step(tiny.state, batch, steps, k, tiny.weights)
         assert np.asarray(metrics["truncation/k"]) == [k]
     assert (compiles.count, tiny.traced) == (compiled, traced)
 
@@ -210,7 +208,7 @@ def test_learns_brightness(tiny, sign):
     state, steps, rewards = tiny.state, tiny.steps(3.0), []
     for it in range(10):
         batch = tiny.experiment.draw_batch(1000 if it in (0, 9) else it, None)
-        state, metrics, _ = tiny.step(state, batch, steps, 1 + it % 2, sign)
+        state, metrics = tiny.step(state, batch, steps, 1 + it % 2, sign)
         rewards.append(float(metrics["reward/mean"][0]))
     assert rewards[-1] > rewards[0] + 0.015  # the first and the last batch have the same prompts and noise
 
@@ -233,5 +231,5 @@ def test_loss_literal(target, loss):
     batch = Batch(np.zeros(2, np.int32), Context(cond, cond), None, parallel.sample_keys(jax.random.key(0), 2))
     state = algorithm.init(jnp.float32(0.5))
     args = (state, {}, Inputs(batch, steps, jax.random.key(0)))
-    _, metrics, _ = parallel.pmap(algorithm.update)(*parallel.replicate(args))
+    _, metrics = parallel.pmap(algorithm.update)(*parallel.replicate(args))
     assert float(metrics["loss"][0]) == pytest.approx(0.5 * loss, rel=1e-5)

@@ -70,8 +70,8 @@ def command_line(monkeypatch):
         ([CONFIG, "--config.prompts=plants", "--workdir=x"], ["unknown prompt set 'plants'"]),
         ([CONFIG, "--config.eval.prompts=('a cat, big', 'no.csv:A=b|c')", "--workdir=x"], ["no.csv: cannot read"]),
         ([f"--config={ROOT / 'configs' / 'paper.py'}:fig3"], ["fig3 trains nothing", "scripts/sample.py --model "]),
-        ([CONFIG, "--config.optim.lrr=1"], ["no such key 'lrr'", "did you mean 'lr'"]),
-        ([CONFIG, "--config.opttim.lr=1"], ["no such key 'opttim'", "did you mean 'optim'"]),
+        ([CONFIG, "--config.optim.lrr=1"], ["no such key 'optim.lrr'; did you mean 'optim.lr'"]),
+        ([CONFIG, "--config.opttim.lr=1"], ["no such key 'opttim.lr'; did you mean 'optim.lr'"]),
         ([CONFIG, "--config.optim.xyzzy=1"], ["config:", "xyzzy"]),
         ([CONFIG, "--config.sampling.steps=many"], ["--config.sampling.steps=many"]),
         ([CONFIG, "--config.exploration.enabled=maybe"], ["--config.exploration.enabled=maybe"]),
@@ -85,7 +85,7 @@ def command_line(monkeypatch):
         ([f"--config={ROOT / 'configs' / 'paper.py'}:fig99"], ["'fig99'", "accepted: fig1, "]),
         (["--workdir=x"], ["--config configs/NAME.py"]),
         ([CONFIG, "--workdir=x", "--config.sampling.steps=0"], ["sampling.steps=0: wants 1..1000"]),
-        ([CONFIG, "--workdir=x", "--config.exploration.weight_range=abc"], ["wants (low, high)"]),
+        ([CONFIG, "--workdir=x", "--config.exploration.weight_range=abc"], ["weight_range=abc: wants 0..100"]),
     ],
 )
 def test_mistakes_on_the_command_line(fails, command_line, monkeypatch, tmp_path, arguments, parts):
@@ -123,14 +123,14 @@ def test_a_real_script_says_one_line(tmp_path):
     [
         ("alignprop", "algorithm", "ppo", "algorithm='ppo': accepted: alignprop, ddpo"),
         ("alignprop", "model.dtype", "float8", "model.dtype='float8': accepted: auto, float32, bfloat16, float16"),
-        ("alignprop", "model.image_size", 100, "model.image_size=100: wants a multiple of 8 pixels"),
+        ("alignprop", "model.image_size", 100, "model.image_size=100: wants a multiple of 8, 8..8192"),
         ("alignprop", "model.remat", "all", "model.remat='all': accepted: none, step, block"),
-        ("alignprop", "model.vae_slice", 0, "model.vae_slice=0: wants at least 1"),
+        ("alignprop", "model.vae_slice", 0, "model.vae_slice=0: wants 1..10000000"),
         ("ddpo", "ddpo.old_log_prob", "yes", "old_log_prob='yes': accepted: auto, sampled, recomputed, current"),
         ("ddpo", "model.matmul_precision", "fp8", "model.matmul_precision='fp8': accepted: auto, default, bfloat16"),
         ("ddpo", "reward_dtype", "auto", "reward_dtype='auto': accepted: float32, bfloat16, float16"),
         ("ddpo", "eval.reward_dtype", "half", "eval.reward_dtype='half': accepted: float32, bfloat16, float16"),
-        ("alignprop", "iterations", 0, "iterations=0: wants at least 1"),
+        ("alignprop", "iterations", 0, "iterations=0: wants 1..10000000"),
         ("alignprop", "sampling.steps", 0, "sampling.steps=0: wants 1..1000"),
         ("ddpo", "sampling.steps", 1001, "sampling.steps=1001: wants 1..1000"),
         ("ddpo", "sampling.eta", 0.0, "sampling.eta=0: ddpo needs steps with noise"),
@@ -139,17 +139,17 @@ def test_a_real_script_says_one_line(tmp_path):
         ("ddpo", "exploration.t_thresh", 1001, "exploration.t_thresh=1001: wants 0..1000"),
         ("ddpo", "exploration.weight_range", (2.0, 1.0), "weight_range=(2.0, 1.0): wants (low, high) with low <= high"),
         ("ddpo", "exploration.weight_range", (1.0,), "weight_range=(1.0,): wants (low, high)"),
-        ("ddpo", "exploration.weight_range", ("a", "b"), "weight_range=('a', 'b'): wants (low, high)"),
+        ("ddpo", "exploration.weight_range", ("a", "b"), "exploration.weight_range=a: wants 0..100"),
         ("ddpo", "exploration.unit", "sentence", "exploration.unit='sentence': accepted: word, token, phrase"),
         ("ddpo", "exploration.fraction", 1.5, "exploration.fraction=1.5: wants 0..1"),
         ("alignprop", "alignprop.truncation", "none", "'none': accepted: uniform, per_step, fixed"),
         ("alignprop", "alignprop.truncation_k", 5, "alignprop.truncation_k=5: wants 1..4"),
-        ("alignprop", "batch.samples", 0, "batch.samples=0: wants at least 1"),
+        ("alignprop", "batch.samples", 0, "batch.samples=0: wants 1..1048576"),
         ("alignprop", "batch.samples_per_forward", 3, "wants a divisor of the 8 samples"),
         ("ddpo", "ddpo.updates", 3, "batch.samples=8: wants a multiple of devices x updates = 1 x 3"),
         ("ddpo", "ddpo.stats_min_count", 5, "ddpo.stats_min_count=5: wants 1..4"),
-        ("ddpo", "eval.every", -1, "eval.every=-1: wants at least 0"),
-        ("ddpo", "lora.rank", 0, "lora.rank=0: wants at least 1"),
+        ("ddpo", "eval.every", -1, "eval.every=-1: wants 0..10000000"),
+        ("ddpo", "lora.rank", 0, "lora.rank=0: wants 1..1024"),
         ("ddpo", "prompts", "no/such.txt", "no/such.txt: cannot read the prompt file: No such file or directory"),
         ("ddpo", "prompts", "plants", "unknown prompt set 'plants'; accepted: animals,"),
         ("ddpo", "model.path", "no/such", "model 'no/such': no such folder, no copy in the hub's cache"),
@@ -188,7 +188,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_named(make_config, tmp_path, caplo
     long = "a dog " + "washing the dishes " * 20
     (tmp_path / "p.txt").write_text(f"a cat\n{long}\n")
     loaded = Experiment.build(make_config("alignprop", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0}))
-    assert f"prompt cut to 32 tokens: {long.strip()!r}" in caplog.text
+    assert f"prompt cut to 32 tokens: {long.strip()!r:.100}\n" in caplog.text
     assert caplog.text.count("prompt cut") == 1
     cond = loaded.train.cond.embedding
     assert cond.shape == (2, 32, 16) and np.isfinite(cond).all()
@@ -259,10 +259,9 @@ def lora(tiny_model):
 def workdir(make_config, lora, tmp_path) -> Path:
     """What a run that was stopped after its seventh iteration left."""
     folder = tmp_path / "run"
-    workdirs.create(folder, make_config("alignprop", {"lora.alpha": 8.0}).to_dict())
-    checkpoints = checkpoint.Checkpoints(folder, keep=1)
-    checkpoints.save(7, {"lora": lora, "iteration": np.array(7)})
-    checkpoints.close()
+    config, _ = workdirs.plan(folder, make_config("alignprop", {"lora.alpha": 8.0}))
+    with workdirs.claim(folder, config, {}), checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(7, {"lora": lora, "iteration": np.array(7)})
     return folder
 
 
@@ -280,7 +279,8 @@ def test_a_workdir_of_another_config(fails, make_config, workdir):
 
 def test_a_continued_run_may_change_what_does_not_matter(make_config, workdir):
     changes = {"lora.alpha": 8.0, "iterations": 9, "eval.every": 5, "log.images": 2, "checkpoint.every": 3}
-    workdirs.check(workdir, make_config("alignprop", changes).to_dict())
+    _, notes = workdirs.plan(workdir, make_config("alignprop", changes))
+    assert "iterations is 9, was 4" in notes and "eval.every is 5, was 3" in notes
 
 
 def test_a_workdir_whose_config_is_broken(fails, make_config, workdir):
@@ -292,7 +292,7 @@ def test_a_workdir_whose_config_is_broken(fails, make_config, workdir):
 def test_a_workdir_without_a_checkpoint_is_free(make_config, workdir):
     """A run that failed before its first checkpoint leaves nothing that could be lost."""
     shutil.rmtree(workdir / "checkpoints")
-    workdirs.check(workdir, make_config("ddpo").to_dict())
+    assert workdirs.plan(workdir, make_config("ddpo")).notes == []
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts
@@ -313,21 +313,22 @@ def script(monkeypatch):
     "arguments, said",
     [
         (["--prompt=a dog", "--steps=1001"], "--steps 1001: wants 1..1000"),
-        (["--prompt=a dog", "--t_thresh=-1"], "--t_thresh -1.0: wants 0..1000"),
-        (["--prompt=a dog", "--weight_range", "2", "1"], "--weight_range 2.0 1.0: wants the lower number first"),
+        (["--prompt=a dog", "--t_thresh=-1"], "--t_thresh -1: wants 0..1000"),
+        (["--prompt=a dog", "--weight_range", "2", "1"], "--weight_range (2.0, 1.0): wants (low, high) with"),
         (["--prompt=a dog", "--eta=2"], "--eta 2.0: wants 0..1"),
-        (["--prompt=a dog", "--batch=0"], "--batch 0: wants at least 1"),
-        (["--prompt=a dog", "--image_size=12"], "--image_size 12: wants a multiple of 8 pixels"),
+        (["--prompt=a dog", "--batch=0"], "--batch 0: wants 1..1048576"),
+        (["--prompt=a dog", "--image_size=12"], "--image_size 12: wants a multiple of 8, 8..8192"),
         ([], "nothing to sample: give --prompt or --prompts"),
         (["--prompts=plants"], "unknown prompt set 'plants'; accepted: animals,"),
         (["--prompt=a dog", "--model=no/such"], "model 'no/such': no such folder"),
-        (["--prompt=a dog", "--lora=no/such"], "no/such: not a readable LoRA file"),
+        (["--prompt=a dog", "--lora=no/such"], "--lora no/such: no such file or folder"),
         (["--prompt=a dog", "--lora=other.safetensors"], "has shape (4, 16), the model's layer"),
         (["--prompt=a dog", "--latents=no.npy"], "--latents no.npy: not a readable .npy file"),
         (["--prompt=a dog", "--latents=text.npy"], "--latents text.npy: not a readable .npy file"),
         (["--prompt=a dog", "--latents=two.npz"], "--latents two.npz: wants one array of float32"),
         (["--prompt=a dog", "--latents=int.npy"], "--latents int.npy: wants one array of float32"),
-        (["--prompt=a dog", "--latents=x.npy"], "shape (2, 8, 8, 4); wants (1, 8, 8, 4): one per prompt"),
+        (["--prompt=a dog", "--num_images=3", "--latents=x.npy"], "shape (2, 8, 8, 4); wants (3, 8, 8, 4): one for"),
+        (["--prompt=a dog", "--latents=nan.npy"], "--latents nan.npy: holds numbers that are not finite"),
     ],
 )
 def test_bad_input_of_sample(fails, script, tiny_model, lora, tmp_path, monkeypatch, arguments, said):
@@ -335,6 +336,7 @@ def test_bad_input_of_sample(fails, script, tiny_model, lora, tmp_path, monkeypa
     x = np.zeros((2, 8, 8, 4), np.float32)
     np.save("x.npy", x)
     np.save("int.npy", x.astype(np.int32))
+    np.save("nan.npy", x * np.nan)
     np.savez("two.npz", x=x, y=x)
     Path("text.npy").write_text("no array")
     other = {"mid_block.attentions.0": {"transformer_blocks.0": {"attn1": {"to_q": {}}}}}
@@ -359,7 +361,7 @@ def test_bad_input_of_sample(fails, script, tiny_model, lora, tmp_path, monkeypa
         ("evaluate", ["--workdir=no/such", "--out=e.json"], "no/such/config.json: the file is missing"),
         ("evaluate", ["--workdir=run", "--prompts=plants", "--out=e.json"], "unknown prompt set 'plants'; accepted:"),
         ("evaluate", ["--workdir=run", "--rewards=beauty", "--out=e.json"], "unknown reward 'beauty'; accepted:"),
-        ("evaluate", ["--workdir=run", "--batch=0", "--out=e.json"], "--batch 0: wants at least 1"),
+        ("evaluate", ["--workdir=run", "--batch=0", "--out=e.json"], "--batch 0: wants 1..1048576"),
         ("evaluate", ["--workdir=run", "--out=run/config.json/e.json"], "--out run/config.json: cannot be written"),
         ("export_lora", ["--workdir=no/such", "--out=l.safetensors"], "no/such/config.json: the file is missing"),
         ("export_lora", ["--workdir=empty", "--out=l.safetensors"], "empty: no checkpoint there"),
@@ -398,7 +400,7 @@ def test_sample_is_diffusers_with_and_without_lora(script, workdir, tiny_model, 
         assert ours[name].shape == (3, 16, 16, 3) and ours[name].dtype == np.float32
         files = {path.name for path in (tmp_path / name).iterdir()}
         pngs = {f"000{i}{suffix}.png" for i in range(3) for suffix in ("", "-base")[: 1 + (name == "lora")]}
-        assert files == {*pngs, "grid.png", "images.npy"}
+        assert files == {*pngs, "grid.png", "images.npy", "prompts.csv"}
         with Image.open(tmp_path / name / "0002.png") as image:
             np.testing.assert_allclose(np.asarray(image) / 255, ours[name][2], atol=0.5 / 255 + 1e-6)
 

@@ -82,16 +82,14 @@ def linear_batch():
 
 
 def iterate(**changes):
-    """One iteration by the algorithm with plain gradient descent: (samples, LoRA after it, metrics, images)."""
+    """One iteration by the algorithm with plain gradient descent: (samples, LoRA after it, metrics)."""
     algorithm = ddpo(LINEAR, optax.sgd(RATE), **SETTINGS | changes)
     state, batch, steps = parallel.replicate(algorithm.init(LORA)), linear_batch(), parallel.replicate(STEPS)
     samples = parallel.pmap(algorithm.sample)(state, parallel.replicate({}), batch, steps)
     key = parallel.replicate(jax.random.key(0))
-    state, metrics, images = parallel.pmap(algorithm.update)(
-        state, parallel.replicate({}), Inputs(batch, steps, key, samples)
-    )
+    state, metrics = parallel.pmap(algorithm.update)(state, parallel.replicate({}), Inputs(batch, steps, key, samples))
     assert int(state.iteration[0]) == 1
-    return parallel.first(samples), parallel.first(state.lora), parallel.first(metrics), parallel.first(images)
+    return parallel.first(samples), parallel.first(state.lora), parallel.first(metrics)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +111,7 @@ def by_hand(samples, *, n_updates, inner_epochs, clip):
             for i in range(T):
                 step = jax.tree.map(lambda column, i=i: column[i], tr.steps)
                 context = jax.tree.map(lambda x: x[rows], tr.context)
-                log_prob = step_log_prob(PROCESS, linear({}, lora), tr.x_t[i][rows], tr.x_tm1[i][rows], step, context)
+                log_prob = step_log_prob(PROCESS, linear({}, lora), tr.x_t(i)[rows], tr.x_tm1[i][rows], step, context)
                 log_ratios.append(log_prob - tr.log_prob[i][rows])
                 ratio = jnp.exp(log_ratios[-1])
                 bounded = jnp.minimum(jnp.maximum(ratio, 1 - clip), 1 + clip)
@@ -162,7 +160,7 @@ def assert_same_lora(ours, theirs, rtol=1e-4):
 def test_an_iteration_is_the_plain_loops(whole, n_updates, inner_epochs, n_chunks, clip):
     samples = whole[0]
     kwargs = dict(n_updates=n_updates, inner_epochs=inner_epochs, clip=clip)
-    _, lora, metrics, _ = iterate(n_chunks=n_chunks, **kwargs)
+    _, lora, metrics = iterate(n_chunks=n_chunks, **kwargs)
     expected_lora, expected = by_hand(samples, **kwargs)
     later_updates = n_updates * inner_epochs > 1  # rounding decides there what is just inside the clip
     assert_same_lora(lora, expected_lora, rtol=5e-3 if later_updates else 1e-4)
@@ -176,8 +174,8 @@ def test_an_iteration_is_the_plain_loops(whole, n_updates, inner_epochs, n_chunk
 def test_recomputed_log_probs_change_nothing_where_numerics_agree(n_updates, inner_epochs):
     """One more pass, or none for one update: the same updates, and metrics of the updates alone."""
     settings = dict(n_updates=n_updates, inner_epochs=inner_epochs, n_chunks=2, clip=0.05)
-    _, plain_lora, plain, _ = iterate(**settings)
-    _, lora, metrics, _ = iterate(**settings, old_log_prob="recomputed")
+    _, plain_lora, plain = iterate(**settings)
+    _, lora, metrics = iterate(**settings, old_log_prob="recomputed")
     assert_same_lora(lora, plain_lora)
     for name, value in plain.items():
         assert float(metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
@@ -190,7 +188,7 @@ def test_the_sampling_programs_log_probs_are_not_looked_at():
     samples = parallel.pmap(algorithm.sample)(state, parallel.replicate({}), batch, steps)
     samples = samples._replace(trajectory=samples.trajectory._replace(log_prob=samples.trajectory.log_prob + 1.0))
     key = parallel.replicate(jax.random.key(0))
-    _, metrics, _ = parallel.pmap(algorithm.update)(state, parallel.replicate({}), Inputs(batch, steps, key, samples))
+    _, metrics = parallel.pmap(algorithm.update)(state, parallel.replicate({}), Inputs(batch, steps, key, samples))
     assert float(metrics["ratio/max_abs_log"][0]) == 0.0
 
 
@@ -212,10 +210,10 @@ def test_ratio_metrics_literal():
 def test_current_log_probs_are_the_plain_policy_gradient(whole, n_updates, inner_epochs):
     """Whatever the clip: the updates that an infinitely wide clip around ratios of 1 makes, and a ratio of 1."""
     settings = dict(n_updates=n_updates, inner_epochs=inner_epochs, n_chunks=2)
-    _, lora, metrics, _ = iterate(**settings, clip=1e-6, old_log_prob="current")
+    _, lora, metrics = iterate(**settings, clip=1e-6, old_log_prob="current")
     assert_same_lora(lora, plain_policy_gradient(whole[0], n_updates, inner_epochs))
     assert float(metrics["ratio/max_abs_log"]) == 0.0 and float(metrics["ratio/mean"]) == 1.0
-    _, clipped, _, _ = iterate(**settings, clip=1e-6)
+    _, clipped, _ = iterate(**settings, clip=1e-6)
     assert abs(float(clipped["a"] - lora["a"])) > 1e-4  # with a ratio, such a clip stops the later updates
 
 
@@ -231,7 +229,7 @@ def plain_policy_gradient(samples, n_updates, inner_epochs):
             total = 0.0
             for i in range(T):
                 step, context = jax.tree.map(lambda x, i=i: x[i], tr.steps), jax.tree.map(lambda x: x[rows], tr.context)
-                log_prob = step_log_prob(PROCESS, linear({}, lora), tr.x_t[i][rows], tr.x_tm1[i][rows], step, context)
+                log_prob = step_log_prob(PROCESS, linear({}, lora), tr.x_t(i)[rows], tr.x_tm1[i][rows], step, context)
                 total -= (adv[rows] * log_prob).mean() / T
             return total
 
@@ -244,19 +242,19 @@ def plain_policy_gradient(samples, n_updates, inner_epochs):
 
 
 def test_accumulated_gradient_is_that_of_one_chunk(whole):
-    samples, lora, metrics, images = whole
-    small_samples, small_lora, small_metrics, small_images = iterate(n_chunks=4)
-    np.testing.assert_allclose(small_images, images, atol=1e-6)
+    samples, lora, metrics = whole
+    small_samples, small_lora, small_metrics = iterate(n_chunks=4)
+    np.testing.assert_allclose(small_samples.images, samples.images, atol=1e-6)
     np.testing.assert_allclose(small_samples.rewards, samples.rewards, atol=1e-6)
-    assert small_samples.trajectory.x_t.shape == (4, T, 2, *SHAPE)
+    assert small_samples.trajectory.x_tm1.shape == (4, T, 2, *SHAPE)
     assert_same_lora(small_lora, lora)
     for name in ("loss", "grad_norm", "reward/mean", "reward/std", "reward/part"):
         assert float(small_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-4, abs=1e-6), name
 
 
 def test_reward_metrics(whole):
-    samples, _, metrics, images = whole
-    np.testing.assert_allclose(samples.rewards, images.mean((1, 2, 3)), rtol=1e-5)
+    samples, _, metrics = whole
+    np.testing.assert_allclose(samples.rewards, samples.images.mean((1, 2, 3)), rtol=1e-5)
     assert float(metrics["reward/mean"]) == pytest.approx(float(samples.rewards.mean()), rel=1e-5)
     assert float(metrics["reward/std"]) == pytest.approx(float(samples.rewards.std()), rel=1e-4)
     assert float(metrics["reward/part"]) == pytest.approx(3.5)  # the mean of the tokens 0..7
@@ -265,7 +263,7 @@ def test_reward_metrics(whole):
 
 def test_own_statistics_are_used_once_there_are_enough(whole):
     """Five prompts, eight samples: the prompts 0, 1 and 2 come twice, and two rewards are enough here."""
-    _, lora, metrics, _ = iterate(stats_min_count=2)
+    _, lora, metrics = iterate(stats_min_count=2)
     assert float(metrics["advantage/own_statistics"]) == pytest.approx(6 / 8)
     assert abs(float(lora["a"] - whole[1]["a"])) > 1e-5
 
@@ -278,14 +276,15 @@ class Tiny:
 
     def __init__(self, config):
         self.config, self.experiment = config, Experiment.build(config)
-        self.model, self.explore = self.experiment.pipeline, make_explore(self.experiment)
+        self.model, self.explore = self.experiment.sampler.pipeline, make_explore(self.experiment)
         self.policy = policy_of(self.model, lambda frozen, images: frozen["sign"] * images.mean((1, 2, 3)))
         self.algorithm = ddpo(self.policy, optax.adam(5e-3), **SETTINGS | {"n_chunks": 2, "n_updates": 1})
         self.sample, self.update = parallel.pmap(self.algorithm.sample), parallel.pmap(self.algorithm.update)
         self.frozen = {"model": parallel.replicate(self.experiment.frozen["model"])}
         lora = init_lora(jax.random.key(0), self.model.params["unet"], rank=2)
         self.state = parallel.replicate(self.algorithm.init(nonzero_lora(lora)))
-        self.plain, self.explored = (parallel.replicate(self.experiment.steps(explore=on)) for on in (False, True))
+        steps = self.experiment.sampler.steps
+        self.plain, self.explored = (parallel.replicate(steps(explore=on)) for on in (False, True))
         self.key = parallel.replicate(jax.random.key(0))
 
     def batch(self, it, explore=True):
@@ -306,7 +305,7 @@ def test_ratio_is_1_before_the_first_update(tiny):
     assert np.ptp(tiny.explored.w_t) > 1 and np.ptp(tiny.plain.w_t) == 0
     assert np.abs(batch.context.cond.embedding - tiny.batch(0, explore=False).context.cond.embedding).max() > 0.01
     samples = tiny.sample(tiny.state, frozen, batch, tiny.explored)
-    _, metrics, _ = tiny.update(tiny.state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
+    _, metrics = tiny.update(tiny.state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
     assert float(metrics["ratio/max_abs_log"][0]) < 1e-5
     assert float(metrics["approx_kl"][0]) < 1e-10
     assert float(metrics["ratio/clip_fraction"][0]) == 0.0
@@ -316,7 +315,7 @@ def test_ratio_is_1_before_the_first_update(tiny):
     trajectory = samples.trajectory
     w_t = np.full(trajectory.steps.w_t.shape, tiny.config.sampling.guidance, np.float32)
     samples = samples._replace(trajectory=trajectory._replace(steps=trajectory.steps._replace(w_t=w_t)))
-    _, metrics, _ = tiny.update(tiny.state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
+    _, metrics = tiny.update(tiny.state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
     assert float(metrics["ratio/max_abs_log"][0]) > 1e-4
 
 
@@ -327,7 +326,7 @@ def test_learns_brightness(tiny):
     for it in range(20):
         batch = tiny.batch(it)
         samples = tiny.sample(state, frozen, batch, tiny.explored)
-        state, _, _ = tiny.update(state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
+        state, _ = tiny.update(state, frozen, Inputs(batch, tiny.explored, tiny.key, samples))
     after = float(tiny.sample(state, frozen, test_batch, tiny.explored).rewards.mean())
     assert before + 5e-4 < after, (before, after)
 
@@ -340,13 +339,13 @@ def test_ratio_is_1_in_bfloat16(make_config):
     config = make_config("ddpo", {"eval.every": 0, "batch.samples": 8, "model.dtype": "bfloat16"})
     experiment = Experiment.build(config)
     frozen = {"model": parallel.replicate(experiment.frozen["model"])}
-    lora = nonzero_lora(init_lora(jax.random.key(0), experiment.pipeline.base, rank=2))
+    lora = nonzero_lora(init_lora(jax.random.key(0), experiment.sampler.pipeline.base, rank=2))
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(frozen))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(lora))
-    policy = policy_of(experiment.pipeline, lambda frozen, images: images.mean((1, 2, 3)))
+    policy = policy_of(experiment.sampler.pipeline, lambda frozen, images: images.mean((1, 2, 3)))
     settings = SETTINGS | {"n_chunks": 2, "n_updates": 2, "old_log_prob": "recomputed"}
     algorithm = ddpo(policy, optax.sgd(0.0), **settings)
-    steps = parallel.replicate(experiment.steps(explore=True))
+    steps = parallel.replicate(experiment.sampler.steps(explore=True))
     args = (
         parallel.replicate(algorithm.init(lora)),
         frozen,
@@ -356,6 +355,6 @@ def test_ratio_is_1_in_bfloat16(make_config):
     samples = parallel.pmap(algorithm.sample)(*args)
     state, frozen, batch, steps = args
     inputs = Inputs(batch, steps, parallel.replicate(jax.random.key(0)), samples)
-    _, metrics, _ = parallel.pmap(algorithm.update)(state, frozen, inputs)
+    _, metrics = parallel.pmap(algorithm.update)(state, frozen, inputs)
     assert float(metrics["grad_norm"][0]) > 0
     assert float(metrics["ratio/max_abs_log"][0]) < 1e-5

@@ -9,10 +9,12 @@ import optax
 import pytest
 from conftest import SCHEDULER
 
+from configs import base
 from diffexp_jax import InputError, parallel
 from diffexp_jax.algorithms import Batch, Inputs, Policy, dpok
 from diffexp_jax.process import load_process
 from diffexp_jax.sampling import Context, step_log_prob
+from diffexp_jax.settings import check_config
 
 PROCESS = load_process(SCHEDULER)
 T, N, SHAPE = 4, 6, (2, 2, 3)
@@ -80,7 +82,7 @@ def iterate(optimizer, **changes):
     batch = parallel.shard(Batch(ids, CONTEXT, ids, parallel.sample_keys(jax.random.key(3), N)), N)
     state, frozen, steps, key = parallel.replicate((algorithm.init(LORA), {}, STEPS, jax.random.key(0)))
     samples = parallel.pmap(algorithm.sample)(state, frozen, batch, steps)
-    after, metrics, _ = parallel.pmap(algorithm.update)(state, frozen, Inputs(batch, steps, key, samples))
+    after, metrics = parallel.pmap(algorithm.update)(state, frozen, Inputs(batch, steps, key, samples))
     return parallel.first(state), parallel.first(samples), parallel.first(after), parallel.first(metrics)
 
 
@@ -88,9 +90,9 @@ def iterate(optimizer, **changes):
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
 def test_an_iteration_is_the_plain_loop(n_chunks, kl_weight):
     _, samples, after, metrics = iterate(optax.sgd(0.1), n_chunks=n_chunks, kl_weight=kl_weight)
-    tr = jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(T, N, *SHAPE), (samples.trajectory.x_t, samples.trajectory.x_tm1)
-    )
+    kept = samples.trajectory
+    x_t = jax.vmap(lambda kept: jax.vmap(kept.x_t)(jnp.arange(T)))(kept)
+    tr = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(T, N, *SHAPE), (x_t, kept.x_tm1))
 
     def objective(lora):
         total = 0.0
@@ -174,12 +176,15 @@ def test_learns_brightness():
         before = sample(state, frozen, batch(1000), steps).rewards.mean()
         for it in range(20):
             samples = sample(state, frozen, batch(it), steps)
-            state, _, _ = update(state, frozen, Inputs(batch(it), steps, key, samples))
+            state, _ = update(state, frozen, Inputs(batch(it), steps, key, samples))
         risen[name] = float(sample(state, frozen, batch(1000), steps).rewards.mean() - before)
     assert risen["up"] > 0.1 and abs(risen["held"]) < 0.3 * risen["up"], risen
 
 
 @pytest.mark.parametrize("key, bad", [("updates", 0), ("value_steps", 0), ("kl_weight", -1.0), ("old_log_prob", "x")])
 def test_bad_settings(key, bad):
+    config = base.default()
+    config.algorithm = "dpok"
+    config.dpok[key] = bad
     with pytest.raises(InputError, match=f"dpok.{key}"):
-        dpok.check({**dpok.METHOD.defaults, key: bad}, 10)
+        check_config(config)

@@ -116,9 +116,10 @@ def test_shapes_are_those_of_a_run(make_config, dtype):
 
     def arrays(experiment):
         rewards = {"": experiment.trained} | experiment.rewards
-        frozen = {"model": experiment.pipeline.params, "rewards": {n: r.params for n, r in rewards.items()}}
+        frozen = {"model": experiment.sampler.pipeline.params, "rewards": {n: r.params for n, r in rewards.items()}}
         batch = experiment.draw_batch(0, None)
-        return frozen, batch, experiment.units, experiment.empty, experiment.uncond, experiment.train.tokens
+        sampler = experiment.sampler
+        return frozen, batch, experiment.units, sampler.empty, sampler.uncond, experiment.train.tokens
 
     def shapes(tree):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -141,7 +142,7 @@ def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
     dry_run.dry_run(config)
     said = capsys.readouterr().out
     experiment = Experiment.build(config)
-    assert f"{dry_run.count(experiment.pipeline.base):,}  unet" in said
+    assert f"{dry_run.count(experiment.sampler.pipeline.base):,}  unet" in said
     assert "8 samples = 1 devices x 2 chunks x 4 samples per forward pass (1 chunks to each of 2 updates)" in said
     assert "8 reward queries, UNet evaluations: 64 to sample, 64 for the old log-probs" in said
     rows = [line.split() for line in said.splitlines() if line.startswith(("sample ", "update "))]

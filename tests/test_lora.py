@@ -358,11 +358,11 @@ def test_our_names_are_those_that_diffusers_writes(params, tmp_path):
     metadata = theirs.peft_config["default"].to_dict()
     tensors = get_peft_model_state_dict(theirs)
     pipeline(theirs).save_lora_weights(tmp_path / "theirs", tensors, unet_lora_adapter_metadata=metadata)
-    lora.save_lora(tmp_path / "ours" / lora._FILE, random_lora(params), alpha=6.0)
+    lora.save_lora(tmp_path / "ours" / lora.LORA_FILE, random_lora(params), alpha=6.0)
 
     shapes, headers = {}, {}
     for who in ("ours", "theirs"):
-        with safe_open(tmp_path / who / lora._FILE, framework="numpy") as file:
+        with safe_open(tmp_path / who / lora.LORA_FILE, framework="numpy") as file:
             shapes[who] = {name: file.get_tensor(name).shape for name in file.keys()}
             headers[who] = json.loads(file.metadata()["lora_adapter_metadata"])
     assert shapes["ours"] == shapes["theirs"]

@@ -112,7 +112,7 @@ def lower_all(device, config) -> dict[str, str]:
 def explored(config, experiment):
     n = config.batch.samples
     cond, units = jax.tree.map(lambda x: x[[0] * n], (experiment.train.cond, experiment.units))
-    null = jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), experiment.empty)
+    null = jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), experiment.sampler.empty)
     return parallel.shard((cond, null, units, parallel.sample_keys(jax.random.key(0), n)), n)
 
 

@@ -194,10 +194,10 @@ def test_images_in_bfloat16(make_config):
     for dtype in ("float32", "bfloat16"):
         config = make_config("alignprop", {"eval.every": 0, "model.dtype": dtype, "sampling.steps": 10})
         experiment = Experiment.build(config)
-        model, keys = experiment.pipeline, parallel.sample_keys(jax.random.key(0), 4)
+        model, keys = experiment.sampler.pipeline, parallel.sample_keys(jax.random.key(0), 4)
         lora = nonzero_lora(init_lora(jax.random.key(0), model.base, rank=2))
-        steps = experiment.steps(explore=False)
-        context = make_context(jax.tree.map(lambda x: x[:4], experiment.train.cond), experiment.uncond)
+        steps = experiment.sampler.steps(explore=False)
+        context = make_context(jax.tree.map(lambda x: x[:4], experiment.train.cond), experiment.sampler.uncond)
 
         @jax.jit
         def sample(params, context, steps, model=model, lora=lora, keys=keys):

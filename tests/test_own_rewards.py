@@ -209,9 +209,9 @@ class Tiny:
         self.config, self.experiment = config, Experiment.build(config)
         self.programs = make_programs(self.experiment)
         self.frozen = parallel.replicate(self.experiment.frozen)
-        lora = init_lora(jax.random.key(0), self.experiment.pipeline.base, rank=config.lora.rank)
+        lora = init_lora(jax.random.key(0), self.experiment.sampler.pipeline.base, rank=config.lora.rank)
         self.state = parallel.replicate(self.programs.algorithm.init(nonzero_lora(lora)))
-        self.steps = parallel.replicate(self.experiment.steps(explore=True))
+        self.steps = parallel.replicate(self.experiment.sampler.steps(explore=True))
         self.explore = make_explore(self.experiment)
 
     def batch(self, it):
@@ -224,7 +224,7 @@ class Tiny:
         """Trains, and returns the metrics."""
         key = parallel.replicate(jax.random.key(it))
         batch, samples = self.batch(it), self.sample(it) if self.programs.sample else None
-        self.state, metrics, _ = self.programs.update(self.state, self.frozen, Inputs(batch, self.steps, key, samples))
+        self.state, metrics = self.programs.update(self.state, self.frozen, Inputs(batch, self.steps, key, samples))
         return parallel.first(metrics)
 
     def measure(self, it):

@@ -11,7 +11,7 @@ from conftest import ROOT, nonzero_lora
 
 from diffexp_jax import backend, programs
 from diffexp_jax.algorithms import policy_gradient
-from diffexp_jax.experiment import full_float32, load_rewards
+from diffexp_jax.experiment import load_rewards
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
 from diffexp_jax.pipelines import families, load_pipeline, sizes

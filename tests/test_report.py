@@ -43,14 +43,14 @@ def test_grid(tmp_path):
     with Image.open(path) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     size = 16 * 8
-    assert pixels.shape == (4 + 2 * (size + 30), 4 + 3 * (size + 4), 3)
+    assert pixels.shape == (4 + 2 * (size + 44), 4 + 3 * (size + 4), 3)
     for n, colour in enumerate(colours):
-        x, y = 4 + n % 3 * (size + 4), 4 + n // 3 * (size + 30)
+        x, y = 4 + n % 3 * (size + 4), 4 + n // 3 * (size + 44)
         cell = pixels[y : y + size, x : x + size]
         np.testing.assert_array_equal(cell, np.broadcast_to(colour, cell.shape))
-        strip = pixels[y + size : y + size + 30, x : x + size]
+        strip = pixels[y + size : y + size + 44, x : x + size]
         assert (strip < 128).any() == (n < 4)  # a caption is written, and none where it is empty
-    x, y = 4 + 2 * (size + 4), 4 + (size + 30)
+    x, y = 4 + 2 * (size + 4), 4 + (size + 44)
     assert (pixels[y : y + size, x : x + size] == 255).all()  # the sixth place is free
 
 
@@ -59,8 +59,8 @@ def test_grid_keeps_the_pixels_of_large_pictures(tmp_path):
     report.save_grid(tmp_path / "g.png", images, ["a", "b"], columns=1)
     with Image.open(tmp_path / "g.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
-    assert pixels.shape == (4 + 2 * 190, 4 + 134, 3)
-    np.testing.assert_array_equal(pixels[4 + 190 : 4 + 350, 4:134], images[1])
+    assert pixels.shape == (4 + 2 * 204, 4 + 134, 3)
+    np.testing.assert_array_equal(pixels[4 + 204 : 4 + 364, 4:134], images[1])
 
 
 def test_grid_wants_a_caption_each(tmp_path):
@@ -87,26 +87,30 @@ def test_html(tmp_path):
     (tmp_path / "images").mkdir()
     for n in (10, 0, 5):
         (tmp_path / "images" / f"{n:06d}.png").write_bytes(b"")
-    report.save_html(tmp_path, "ddpo on <reward>", ["a & b: 1 before"])
+    report.save_html(tmp_path, "ddpo on <reward>", [report.Result("a & b", "score", "1.0", "2.0", "10")])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<h1>ddpo on &lt;reward&gt;</h1>" in page and "<p>a &amp; b: 1 before</p>" in page
+    assert "<h1>ddpo on &lt;reward&gt;</h1>" in page and "<td>a &amp; b<td>score<td>1.0<td>2.0" in page
     order = [page.index(f"iteration {n}<") for n in (0, 5, 10)]
     assert order == sorted(order) and "src='images/000005.png'" in page and "src='curves.png'" in page
 
 
-def test_summary():
-    judge, score = report.summary(ROWS)
-    assert judge.startswith("animals: all that the prompt names is there")
-    assert judge.endswith(": 25 % before, 50 % after 2 iterations")
-    assert score == "animals: pickscore: 20.000 before, 20.500 after 2 iterations"
-    assert report.summary(ROWS[:2]) == [] and report.summary([]) == []
+def test_before_and_after():
+    judge, score = report.before_and_after(ROWS)
+    assert judge == ("animals", "all there that the prompt names", "25 %", "50 %", "2")
+    assert score == ("animals", "pickscore", "20.000", "20.500", "2")
+    assert report.before_and_after(ROWS[:2]) == [] and report.before_and_after([]) == []
+    lines = report.as_text([judge, score]).splitlines()
+    assert lines[0].split() == ["prompts", "what", "before", "after", "iterations"] and report.as_text([]) == ""
+    assert {line.index(word) for line, word in zip(lines, ("before", "25 %", "20.000"), strict=True)} == {
+        lines[0].index("before")
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
 def test_metrics_are_written_as_they_come(tmp_path):
-    writer = MetricsWriter(tmp_path, start=-1)
+    writer = MetricsWriter(tmp_path)
     writer.write(0, {})
     writer.write(1, {"reward/mean": np.float32(0.5), "reward_queries": 64})
     assert read_metrics(tmp_path) == [{"iteration": 0}, {"iteration": 1, "reward/mean": 0.5, "reward_queries": 64}]
@@ -118,23 +122,25 @@ def test_a_continued_run_drops_what_came_after(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 3, "rew')  # a kill cut it short
     assert read_metrics(tmp_path) == ROWS
-    MetricsWriter(tmp_path, start=1).write(2, {"loss": 1.0})
+    writer = MetricsWriter(tmp_path)
+    writer.continue_from(1)
+    writer.write(2, {"loss": 1.0})
     assert read_metrics(tmp_path) == [*ROWS[:2], {"iteration": 2, "loss": 1.0}]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):
     write_rows(tmp_path, ROWS)
-    MetricsWriter(tmp_path, start=-1)
+    MetricsWriter(tmp_path).continue_from(None)
     assert read_metrics(tmp_path) == []
     assert read_metrics(tmp_path / "elsewhere") == []
 
 
 def test_tensorboard_is_written_on_top(tmp_path):
     pytest.importorskip("tensorboardX")
-    writer = MetricsWriter(tmp_path, start=-1, tensorboard=True)
-    writer.write(1, {"loss": 0.5, "grad_norm": math.inf})  # what is not finite has no place in a curve
-    writer._tensorboard.close()  # else at the program's end: another thread writes
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.continue_from(None)
+        writer.write(1, {"loss": 0.5, "grad_norm": math.inf})  # what is not finite has no place in a curve
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert b"loss" in content and b"grad_norm" not in content

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from configs import alignprop, base, ddpo
 from diffexp_jax.algorithms import METHODS
-from diffexp_jax.experiment import Exploration
+from diffexp_jax.sampler import Exploration
 
 PACKAGE = ROOT / "diffexp_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -21,7 +21,8 @@ BELOW = {
     "exploration": set(),
     "state": set(),
     "parallel": {"limits", "InputError"},
-    "metrics": set(),
+    "metrics": {"InputError"},
+    "fingerprint": set(),
     "flops": set(),
     "process": {"process", "InputError"},
     "sampling": {"process"},
@@ -32,17 +33,18 @@ BELOW = {
     "rewards": {"rewards", "models", "formats", "emoji.names", "InputError", "RewardError"},
     "emoji": {"emoji", "rewards", "pipelines", "models", "formats", "prompts", "process", "InputError"},
     "algorithms": {"algorithms", "sampling", "process", "state", "backend", "limits", "InputError"},
-    "settings": {"algorithms", "prompts", "models.precision", "parallel", "limits", "InputError"},
-    "experiment": {"settings", "algorithms", "exploration", "pipelines", "models", "rewards", "prompts", "sampling"}
-    | {"parallel", "backend", "InputError"},
+    "settings": {"algorithms", "prompts", "models.precision", "formats.files", "parallel", "limits", "InputError"},
+    "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "backend"},
+    "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
+    | {"fingerprint", "InputError"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
     "evaluation": {"experiment", "pipelines", "sampling", "parallel"},
-    "dry_run": {"programs", "experiment", "algorithms", "models", "flops", "parallel", "backend"},
-    "command": {"InputError", "RewardError"},
+    "dry_run": {"programs", "experiment", "sampler", "algorithms", "models", "flops", "parallel", "backend"},
+    "command": {"settings", "InputError", "RewardError"},
     "report": {"metrics"},
-    "workdir": {"command", "InputError"},
+    "workdir": {"settings", "sampler", "exploration", "command", "InputError"},
     "checkpoint": {"InputError"},
-    "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "exploration", "sampling"}
+    "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}
     | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "report", "command"}
     | {"InputError", "RewardError"},
     "__init__": set(),
@@ -85,7 +87,14 @@ def of(library: str) -> set[str]:
 
 def test_where_libraries_are_used():
     assert of("flax.linen") == {"models"}  # a port to another network library touches one folder
-    assert of("ml_collections") == {"train", "dry_run", "experiment", "settings"}  # the rest takes values
+    assert of("ml_collections") == {
+        "train",
+        "dry_run",
+        "experiment",
+        "sampler",
+        "settings",
+        "workdir",
+    }  # the rest takes values
     assert of("orbax") == {"checkpoint"}
     for library in ("torch", "random", "diffusers"):
         assert of(library) == set(), library

@@ -3,7 +3,8 @@
 An algorithm sees a model and a reward only as the functions of `Policy`, and prompts only as a `Batch`. It does not
 know of exploration: that changes the guidance in the steps and the embeddings in `Batch.context`, nothing else.
 
-To add one: write `name.py` with a `METHOD`, enter it in `METHODS`, and give it a section of settings and a config.
+To add one: write `name.py` with a `METHOD`, enter it in `METHODS`, and give it a section of settings and a config
+(docs/adding.md).
 """
 
 from diffexp_jax.algorithms import alignprop, ddpo, dpok, draft

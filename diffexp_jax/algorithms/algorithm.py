@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Num
 
+from diffexp_jax.limits import Number
 from diffexp_jax.process import Process
 from diffexp_jax.sampling import Context, Denoise, Steps
 from diffexp_jax.state import TrainState
@@ -37,12 +38,12 @@ class Batch(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What a sampling program hands to the update; leading axes [chunks, ...]."""
+    """What a sampling program hands to the update."""
 
-    trajectory: Any
+    trajectory: Any  # leading axes [chunks, ...]
     rewards: Float[Array, "B"]
     parts: dict[str, Float[Array, "B"]]
-    images: Float[Array, "B H W 3"]
+    images: Float[Array, "B H W 3"] | None  # None where the host does not score them: nobody else reads them
 
 
 class Inputs(NamedTuple):
@@ -59,12 +60,12 @@ class Algorithm(NamedTuple):
 
     `init(lora)` is the first state.
     `sample(state, frozen, batch, steps)` gives samples; None where the algorithm samples inside its update.
-    `update(state, frozen, inputs)` gives (state, metrics, images), state and metrics the same on every device.
+    `update(state, frozen, inputs)` gives (state, metrics), the same on every device.
     """
 
     init: Callable[[Any], TrainState]
     sample: Callable[..., Samples] | None
-    update: Callable[..., tuple[TrainState, dict[str, Array], Float[Array, "B H W 3"]]]
+    update: Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 class Setup(NamedTuple):
@@ -92,8 +93,9 @@ class Method(NamedTuple):
     """One way to fine-tune, named by `config.algorithm`. Its settings are the config's section of that name.
 
     `defaults` are its settings, all of them, and what they are where the section does not say.
-    `check(settings, n_steps)` raises InputError for settings that cannot work.
+    `numbers` says which values those that are numbers may have.
     `make(setup, settings)` is the algorithm.
+    `check(settings, n_steps)` raises InputError for settings that cannot work although their numbers may.
     `updates(settings)` is how many optimizer updates an iteration has, each on its own share of the samples.
     `passes(settings, full_float32)` names, in words, the passes of the network over the samples besides the gradients'.
     """
@@ -101,13 +103,16 @@ class Method(NamedTuple):
     name: str
     needs: Needs
     defaults: Mapping[str, Any]
-    check: Callable[[Mapping[str, Any], int], None]
+    numbers: Mapping[str, Number]
     make: Callable[[Setup, Mapping[str, Any]], Algorithm]
+    check: Callable[[Mapping[str, Any], int], None] = lambda settings, n_steps: None
     updates: Callable[[Mapping[str, Any]], int] = lambda settings: 1
     passes: Callable[[Mapping[str, Any], bool], tuple[str, ...]] = lambda settings, full_float32: ("to sample",)
 
 
-def rewarded(policy: Policy, frozen: Any, x_0: Float[Array, "B h w c"], tokens: Any) -> tuple[Array, dict, Array]:
+def rewarded(
+    policy: Policy, frozen: Any, x_0: Float[Array, "B h w c"], tokens: Any
+) -> tuple[Float[Array, "B"], dict[str, Float[Array, "B"]], Float[Array, "B H W 3"]]:
     """(rewards, their parts, images) of latents."""
     images = policy.decode(frozen, x_0).clip(0.0, 1.0)
     rewards, parts = policy.score(frozen, images, tokens)

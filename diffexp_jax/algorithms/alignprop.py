@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 from diffexp_jax import InputError
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
 from diffexp_jax.algorithms.reward_gradient import reward_gradient
-from diffexp_jax.limits import one_of, within
+from diffexp_jax.limits import Number, check_number, one_of, positive, whole
 from diffexp_jax.sampling import initial_latents, rollout
 
 TRUNCATIONS = ("uniform", "per_step", "fixed")
@@ -58,9 +58,9 @@ def alignprop(
         denoise = policy.denoise(frozen, lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live, remat=remat)
-        rewards, parts, images = rewarded(policy, frozen, x_0, chunk.tokens)
+        rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
         per_sample = -rewards if reward_target is None else jnp.abs(reward_target - rewards)
-        return loss_coefficient * per_sample.mean(), (rewards, parts, images)
+        return loss_coefficient * per_sample.mean(), (rewards, parts)
 
     live = partial(live_steps, truncation=truncation, k=truncation_k)
     return reward_gradient(optimizer, loss, live, n_chunks=n_chunks)
@@ -68,7 +68,7 @@ def alignprop(
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
     one_of("alignprop.truncation", settings["truncation"], TRUNCATIONS)
-    within("alignprop.truncation_k", settings["truncation_k"], 1, n_steps)
+    check_number("alignprop.truncation_k=", settings["truncation_k"], whole(1, n_steps))
     resolved_target(settings["reward_target"], None)
 
 
@@ -76,15 +76,17 @@ def resolved_target(setting: str, published: float | None) -> float | None:
     """The number that `reward_target` stands for, None for none; `published` is the reward's.
 
     Raises:
-      InputError: it is none of the words, and no number.
+      InputError: it is none of the words, and no finite number.
     """
     if setting in TARGETS:
         return published if setting == "auto" else None
     try:
-        return float(setting)
+        target = float(setting)
     except ValueError:
         accepted = ", ".join(TARGETS)
         raise InputError(f"alignprop.reward_target={setting!r}: accepted: {accepted}, or a number") from None
+    check_number("alignprop.reward_target=", target, Number(-1e6, 1e6))
+    return target
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
@@ -102,6 +104,7 @@ METHOD = Method(
     name="alignprop",
     needs=Needs(reward_gradient=True),
     defaults={"truncation": "uniform", "truncation_k": 1, "loss_coefficient": 0.01, "reward_target": "auto"},
+    numbers={"truncation_k": whole(1, 1000), "loss_coefficient": positive()},
     check=check,
     make=make,
 )

@@ -20,6 +20,7 @@ from diffexp_jax.algorithms.algorithm import (
     chunked,
 )
 from diffexp_jax.algorithms.policy_gradient import (
+    NUMBERS,
     PolicyGradient,
     Transition,
     check_updates,
@@ -28,7 +29,7 @@ from diffexp_jax.algorithms.policy_gradient import (
     sample,
     updated,
 )
-from diffexp_jax.limits import within
+from diffexp_jax.limits import check_number, positive, whole
 from diffexp_jax.state import TrainState, advantages, init_stats, update_stats
 
 
@@ -90,17 +91,17 @@ def ddpo(
             clip=advantage_clip,
         )
         weight = chunked(adv, n_chunks)
-        state, metrics, images = updated(method, state, frozen, samples, weight, stats, **updates)
+        state, metrics = updated(method, state, frozen, samples, weight, stats, **updates)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
-        return state, metrics, images
+        return state, metrics
 
     return Algorithm(init, partial(sample, policy, n_chunks=n_chunks), update)
 
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
     check_updates("ddpo", settings)
-    within("ddpo.stats_buffer", settings["stats_buffer"], 1)
-    within("ddpo.stats_min_count", settings["stats_min_count"], 1, settings["stats_buffer"])
+    buffer = settings["stats_buffer"]
+    check_number(f"ddpo.stats_buffer={buffer}, ddpo.stats_min_count=", settings["stats_min_count"], whole(1, buffer))
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
@@ -119,6 +120,8 @@ METHOD = Method(
         "old_log_prob": "auto",
         "stats_min_count": 16,
     },
+    numbers=NUMBERS
+    | {"advantage_clip": positive(), "stats_buffer": whole(1, 2**20), "stats_min_count": whole(1, 2**20)},
     check=check,
     make=make,
     updates=lambda settings: settings["updates"],

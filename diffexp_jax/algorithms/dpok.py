@@ -27,6 +27,7 @@ from diffexp_jax.algorithms.algorithm import (
     chunked,
 )
 from diffexp_jax.algorithms.policy_gradient import (
+    NUMBERS,
     PolicyGradient,
     Transition,
     check_updates,
@@ -35,7 +36,7 @@ from diffexp_jax.algorithms.policy_gradient import (
     sample,
     updated,
 )
-from diffexp_jax.limits import within
+from diffexp_jax.limits import Number, positive, whole
 from diffexp_jax.sampling import Trajectory
 from diffexp_jax.state import TrainState
 
@@ -99,12 +100,12 @@ def value(
 
 def values(params: Any, trajectory: Trajectory, prompt_id: Int[Array, "chunks m"]) -> Float[Array, "chunks T m"]:
     """Of every state of the chains."""
-    i = jnp.arange(trajectory.x_t.shape[1])
+    i = jnp.arange(trajectory.x_tm1.shape[1])
 
-    def of_chunk(x_t, prompt_id):
-        return jax.vmap(lambda x_t, i: value(params, x_t, prompt_id, i))(x_t, i)
+    def of_chunk(kept, prompt_id):
+        return jax.vmap(lambda i: value(params, kept.x_t(i), prompt_id, i))(i)
 
-    return jax.vmap(of_chunk)(trajectory.x_t, prompt_id)
+    return jax.vmap(of_chunk)(trajectory, prompt_id)
 
 
 def fit_value(
@@ -213,17 +214,14 @@ def dpok(
         if value_baseline:
             args = value_optimizer, state.extra, samples.trajectory, prompt_id, rewards
             weight, extra, metrics = less_expected(*args, n_steps=value_steps)
-        state, more, images = updated(method, state, frozen, samples, weight, extra, **updates)
-        return state, metrics | more, images
+        state, more = updated(method, state, frozen, samples, weight, extra, **updates)
+        return state, metrics | more
 
     return Algorithm(init, partial(sample, policy, n_chunks=n_chunks), update)
 
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
     check_updates("dpok", settings)
-    within("dpok.value_steps", settings["value_steps"], 1)
-    for key in ("reward_weight", "kl_weight", "value_lr"):
-        within(f"dpok.{key}", settings[key], 0)
 
 
 def all_passes(settings: Mapping[str, Any], full_float32: bool) -> tuple[str, ...]:
@@ -247,6 +245,13 @@ METHOD = Method(
         "value_lr": 1e-4,
         "value_steps": 5,
         "old_log_prob": "auto",
+    },
+    numbers=NUMBERS
+    | {
+        "reward_weight": Number(0.0, 1e6),
+        "kl_weight": Number(0.0, 1e6),
+        "value_lr": positive(1.0),
+        "value_steps": whole(1, 10**4),
     },
     check=check,
     make=make,

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from diffexp_jax import InputError
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
 from diffexp_jax.algorithms.reward_gradient import reward_gradient
-from diffexp_jax.limits import within
+from diffexp_jax.limits import check_number, whole
 from diffexp_jax.sampling import Denoise, Steps, initial_latents, rollout, step_noise
 
 
@@ -55,23 +56,22 @@ def draft(
         denoise = policy.denoise(frozen, lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live, remat=remat)
-        rewards, parts, images = rewarded(policy, frozen, x_0, chunk.tokens)
+        rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
 
         def again(total, draw):
             further = last_step_again(policy, denoise, x_0, chunk, steps, draw)
             return total + rewarded(policy, frozen, further, chunk.tokens)[0].mean(), None
 
         total, _ = jax.lax.scan(jax.checkpoint(again), rewards.mean(), jnp.arange(lv_samples))
-        return -total, (rewards, parts, images)
+        return -total, (rewards, parts)
 
     return reward_gradient(optimizer, loss, live_steps, n_chunks=n_chunks)
 
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
-    within("draft.k", settings["k"], 1, n_steps)
-    within("draft.lv_samples", settings["lv_samples"], 0)
-    if settings["lv_samples"]:
-        within("draft.k with draft.lv_samples", settings["k"], 1, 1)
+    check_number("draft.k=", settings["k"], whole(1, n_steps))
+    if settings["lv_samples"] and settings["k"] != 1:
+        raise InputError(f"draft.k={settings['k']}: with draft.lv_samples wants 1: DRaFT-LV is of the last step")
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
@@ -82,6 +82,7 @@ METHOD = Method(
     name="draft",
     needs=Needs(reward_gradient=True),
     defaults={"k": 1, "lv_samples": 0},
+    numbers={"k": whole(1, 1000), "lv_samples": whole(0, 1024)},
     check=check,
     make=make,
 )

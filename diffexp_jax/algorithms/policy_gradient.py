@@ -25,7 +25,7 @@ from diffexp_jax.algorithms.algorithm import (
     rewarded,
     unchunked,
 )
-from diffexp_jax.limits import one_of, within
+from diffexp_jax.limits import Number, one_of, positive, whole
 from diffexp_jax.sampling import Context, Steps, Trajectory, initial_latents, rollout, transition_log_prob
 from diffexp_jax.state import TrainState
 
@@ -46,7 +46,7 @@ class Transition(NamedTuple):
 class Minibatch(NamedTuple):
     """What one optimizer step is made of."""
 
-    trajectory: Trajectory  # leading axes [chunks, T], of its context [chunks]
+    trajectory: Trajectory  # a leading axis [chunks]
     weight: Float[Array, "chunks T B"]
     old_log_prob: Float[Array, "chunks T B"] | None
 
@@ -117,8 +117,14 @@ def minibatch_gradient(
 
     def over_steps(chunk):
         kept = chunk.trajectory
-        transitions = Transition(kept.x_t, kept.x_tm1, chunk.weight, chunk.old_log_prob, kept.steps)
-        return mean_over(lambda step: step_gradient(method, lora, frozen, step, kept.context, recording), transitions)
+
+        def one(xs):
+            i, weight, old_log_prob, step = xs
+            transition = Transition(kept.x_t(i), kept.x_tm1[i], weight, old_log_prob, step)
+            return step_gradient(method, lora, frozen, transition, kept.context, recording)
+
+        xs = jnp.arange(len(kept.x_tm1)), chunk.weight, chunk.old_log_prob, kept.steps
+        return mean_over(one, xs)
 
     means, log_prob = mean_over(over_steps, minibatch)
     return jax.lax.pmean(means, AXIS), log_prob
@@ -198,7 +204,7 @@ def updated(
     n_updates: int,
     inner_epochs: int,
     old_log_prob: str,
-) -> tuple[TrainState, dict[str, Array], Float[Array, "B H W 3"]]:
+) -> tuple[TrainState, dict[str, Array]]:
     """What `Algorithm.update` returns, once the samples' weights are known; `extra` is the next state's."""
     weights, means, log_ratio = several_updates(
         method,
@@ -209,8 +215,8 @@ def updated(
         old_log_prob=old_log_prob,
     )
     metrics = {name: value.mean() for name, value in means.items()} | ratio_metrics(log_ratio, clip)
-    metrics |= reward_metrics(samples.rewards, samples.parts)
-    return TrainState(state.iteration + 1, *weights, extra), metrics, samples.images
+    metrics |= {"lora_norm": optax.tree.norm(weights[0])} | reward_metrics(samples.rewards, samples.parts)
+    return TrainState(state.iteration + 1, *weights, extra), metrics
 
 
 def ratio_metrics(log_ratio: Float[Array, "*N T B"], clip: float) -> dict[str, Float[Array, ""]]:
@@ -245,11 +251,13 @@ def ratio_metrics(log_ratio: Float[Array, "*N T B"], clip: float) -> dict[str, F
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
+# Of the updates, which every such method has. A ratio that nothing clips is a clip that is large.
+NUMBERS: dict[str, Number] = {"updates": whole(1, 4096), "inner_epochs": whole(1, 4096), "clip": positive()}
+
+
 def check_updates(method: str, settings: Mapping[str, Any]) -> None:
-    """Raises InputError for the settings of the updates, which every such method has."""
+    """Raises InputError for the words among those settings."""
     one_of(f"{method}.old_log_prob", settings["old_log_prob"], ("auto", *OLD_LOG_PROBS))
-    for key in ("updates", "inner_epochs"):
-        within(f"{method}.{key}", settings[key], 1)
 
 
 def resolved_old_log_prob(settings: Mapping[str, Any], full_float32: bool) -> str:

@@ -12,7 +12,7 @@ from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Batch, Inputs, chu
 from diffexp_jax.sampling import Steps
 from diffexp_jax.state import TrainState
 
-# (LoRA, frozen arrays, a chunk of the batch, steps, live steps) -> the loss, and (rewards, parts, images)
+# (LoRA, frozen arrays, a chunk of the batch, steps, live steps) -> the loss, and (rewards, parts)
 Loss = Callable[[Any, Any, Batch, Steps, Array], tuple[Array, Any]]
 
 
@@ -35,15 +35,15 @@ def reward_gradient(
 
     def update(state, frozen, inputs: Inputs):
         live = live_steps(inputs.key, len(inputs.steps.t))
-        value, grads, (rewards, parts, images) = gradient_over_chunks(
+        value, grads, (rewards, parts) = gradient_over_chunks(
             lambda lora, chunk: loss(lora, frozen, chunk, inputs.steps, live), state.lora, inputs.batch, n_chunks
         )
         value, grads = jax.lax.pmean((value, grads), AXIS)
         change, opt_state = optimizer.update(grads, state.opt_state, state.lora)
         lora = optax.apply_updates(state.lora, change)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "truncation/k": live.sum()}
-        metrics |= reward_metrics(rewards, parts)
-        return TrainState(state.iteration + 1, lora, opt_state), metrics, images
+        metrics |= {"lora_norm": optax.tree.norm(lora)} | reward_metrics(rewards, parts)
+        return TrainState(state.iteration + 1, lora, opt_state), metrics
 
     return Algorithm(init, None, update)
 

@@ -21,8 +21,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: the file is missing") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as json ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as json ({_one_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: wants a json object, found a {type(content).__name__}")
     return content

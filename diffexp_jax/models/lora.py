@@ -24,7 +24,8 @@ from diffexp_jax import InputError
 from diffexp_jax.formats import lora_names
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention
-_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
+METADATA = "lora_adapter_metadata"  # the header's entry for peft's settings
 _SHOWN = 3  # names printed in an error
 
 
@@ -99,8 +100,21 @@ def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float) -> Non
     adapter = {f"{lora_names.PREFIX}{key}": value for key, value in adapter.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not save_file: that makes files that nobody but their owner can read
-    path.write_bytes(save(tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(adapter)}))
+    partial = path.with_name(f"{path.name}.partial")  # a full disk leaves the old file as it was
+    try:
+        # not save_file: that makes files that nobody but their owner can read
+        partial.write_bytes(_sorted_header(save(tensors, {"format": "pt", METADATA: json.dumps(adapter)})))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """A safetensors file with its header in order: the library writes metadata in another order each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the numbers begin at a multiple of 8, as the library has it
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
@@ -116,7 +130,7 @@ def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, An
       InputError: not a safetensors file, or its tensors do not fit the network.
     """
     path = Path(path)
-    path = path / _FILE if path.is_dir() else path
+    path = path / LORA_FILE if path.is_dir() else path
     tensors, header = _read(path)
     layers = {
         ".".join(names[:-1]): (names[:-1], kernel.shape)
@@ -144,11 +158,16 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The file's tensors, and peft's settings for the UNet from its header."""
     try:
         with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            header = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        said = f"{error}".partition("\n")[0]
-        raise InputError(f"{path}: not a readable LoRA file in safetensors format ({said})") from None
+        reason = f"{error}".partition("\n")[0][:200]
+        raise InputError(f"{path}: not a readable LoRA file in safetensors format ({reason})") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: {METADATA} in the header is no json object")
+    for name, value in tensors.items():
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise InputError(f"{path}: tensor {name} holds numbers that are not finite: a run that diverged?")
     header = {key.removeprefix(lora_names.PREFIX): value for key, value in header.items()}
     for key in ("use_rslora", "use_dora"):
         if header.get(key):

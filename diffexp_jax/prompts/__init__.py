@@ -6,6 +6,7 @@ To add a set, write its words in a file beside this one and enter it in `PROMPTS
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,22 @@ def load_prompts(spec: str | Path) -> PromptSet:
     texts = files.read_prompts(path, rows)
     name = path.stem if rows is None else f"{path.stem}-{short_name(rows.column.lower(), *rows.values)}"
     return PromptSet(name, texts, tuple(files.comma_phrases(text) for text in texts))
+
+
+def load_prompt_sets(specs: Sequence[str]) -> list[PromptSet]:
+    """Several, each with a name of its own: its results are stored under it.
+
+    Raises:
+      InputError: as `load_prompts`; or two have the same name.
+    """
+    sets = [load_prompts(spec) for spec in specs]
+    first: dict[str, str] = {}
+    for prompts, spec in zip(sets, specs, strict=True):
+        if prompts.name in first:
+            both = f"{first[prompts.name]!r} and {spec!r}"
+            raise InputError(f"prompt sets {both}: both are named {prompts.name!r}; wants each name once")
+        first[prompts.name] = spec
+    return sets
 
 
 def one_prompt(text: str) -> PromptSet:

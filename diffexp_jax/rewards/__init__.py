@@ -19,7 +19,7 @@ from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.rewards.reward import Builtin, Reward
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 
-__all__ = ["BUILTINS", "Builtin", "Reward", "load_reward", "reward_name"]
+__all__ = ["BUILTINS", "Builtin", "Reward", "load_reward", "reward_name", "without_places"]
 
 BUILTINS: dict[str, Builtin] = {
     **pickscore.BUILTINS,
@@ -83,6 +83,12 @@ def load_reward(
 def reward_name(text: str) -> str:
     """What a spec's scores are reported under: "hpsv2:a.pt+textnorm(pickscore:b)" -> "hpsv2+textnorm_pickscore"."""
     return "+".join(part.reported for part in spec.parse(text, BUILTINS))
+
+
+def without_places(text: str) -> str:
+    """A spec without the places of weights: "hpsv2:a.pt+python:m:f" -> "hpsv2+python:m:f"."""
+    parts = [(part, part.bare if part.name in spec.FUNCTIONS else part.name) for part in spec.parse(text, BUILTINS)]
+    return "+".join(f"textnorm({name})" if part.normed else name for part, name in parts)
 
 
 def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int, shapes_only: bool) -> Reward:

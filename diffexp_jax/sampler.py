@@ -1,0 +1,101 @@
+"""A model with the settings that it is sampled by: what training, evaluation and scripts/sample.py have in common."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from diffexp_jax import backend
+from diffexp_jax.exploration import guidance_schedule
+from diffexp_jax.models.precision import is_full_float32
+from diffexp_jax.pipelines import (
+    Conditioning,
+    Pipeline,
+    encode_empty,
+    encode_prompts,
+    load_pipeline,
+    zero_conditioning,
+)
+from diffexp_jax.prompts import PromptSet
+from diffexp_jax.sampling import Steps
+
+
+class Exploration(NamedTuple):
+    """The numbers of DiffExp, see `exploration.py`; the fields are the config's keys."""
+
+    enabled: bool
+    w_low: float
+    t_thresh: float
+    weight_range: tuple[float, float]
+    unit: str
+    fraction: float
+    iterations: int | None
+
+
+class Sampler(NamedTuple):
+    """A model, and how it is sampled; arrays are on the host, or shapes where so built."""
+
+    pipeline: Pipeline
+    empty: Conditioning  # of "": the null of Eq. 8
+    uncond: Conditioning  # of guidance (Eq. 4)
+    n_steps: int
+    guidance: float
+    eta: float
+    exploration: Exploration
+
+    @classmethod
+    def build(cls, config: ConfigDict, *, weights: bool = True) -> "Sampler":
+        """Loads the model that the settings name.
+
+        Args:
+          config: checked by `settings.check_values`.
+          weights: False gives shapes in place of weights, and zeros for conditioning.
+
+        Raises:
+          InputError: a file of the model is missing or does not fit.
+        """
+        pipeline = load_pipeline(config.model.path, weights=weights, **pipeline_options(config))
+        empty = encode_empty(pipeline) if weights else jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
+        s, e = config.sampling, config.exploration
+        exploration = Exploration(**e.to_dict())
+        return cls(pipeline, empty, pipeline.unconditional(empty), s.steps, s.guidance, s.eta, exploration)
+
+    def steps(self, *, explore: bool) -> Steps:
+        """The sampling steps; guidance follows Eq. 7 where `explore`, else it is constant."""
+        process, e = self.pipeline.process, self.exploration
+        t = process.timesteps(self.n_steps)
+        w_t = guidance_schedule(t, w_low=e.w_low, w_high=self.guidance, t_thresh=e.t_thresh, active=explore)
+        return process.make_steps(t, w_t, eta=self.eta)
+
+    def encode(self, prompts: PromptSet) -> Conditioning:
+        """The prompts' conditioning, a row each; zeros where there are no weights. Warns of prompts that are cut."""
+        if not self.pipeline.tokenizers:
+            return zero_conditioning(self.pipeline, len(prompts.texts))
+        cond, cut = encode_prompts(self.pipeline, prompts.texts)
+        if cut:
+            longest, others = self.pipeline.tokenizer.model_max_length, len(cut) - 1
+            more = f" (and {others} others)" if others else ""
+            logging.warning("prompt cut to %d tokens: %.100r%s", longest, cut[0], more)
+        return cond
+
+
+def model_dtype(config: ConfigDict) -> np.dtype:
+    """What model.dtype comes to on this machine."""
+    auto = "float32" if backend.platform() == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
+
+
+def full_float32(config: ConfigDict) -> bool:
+    """Whether the model computes in float32 throughout, matrix products too."""
+    return is_full_float32(config.model.matmul_precision, model_dtype(config))
+
+
+def pipeline_options(config: ConfigDict) -> dict[str, Any]:
+    """The settings that `load_pipeline` takes."""
+    m = config.model
+    options = {"image_size": m.image_size, "remat_blocks": m.remat == "block", "vae_slice": m.vae_slice}
+    options |= {"revision": m.revision, "variant": m.variant}
+    return {"dtype": model_dtype(config), "matmul_precision": m.matmul_precision} | options
