@@ -43,7 +43,7 @@ NUMBERS: dict[str, Number] = {
     "sampling.guidance": GUIDANCE,
     "sampling.eta": Number(0.0, 1.0),
     "exploration.w_low": GUIDANCE,
-    "exploration.t_thresh": Number(0, 1000),
+    "exploration.t_thresh": whole(0, 1000),
     "exploration.weight_range": Number(0.0, 100.0),
     "exploration.fraction": Number(0.0, 1.0),
     "exploration.iterations": whole(0, optional=True),

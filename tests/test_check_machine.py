@@ -189,7 +189,7 @@ def test_training_that_does_not_learn(script, monkeypatch, rise, ok):
             return it
 
         def iterate(self, state, batch):
-            return state + 1, {}, None
+            return state + 1, {}
 
         def brightness(self, state, n_batches):
             return noise[0] + (rise + noise[1] if state == 3 else 0.0)

@@ -125,7 +125,10 @@ def test_shapes_are_those_of_a_run(make_config, dtype):
         return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
     assert shapes(arrays(real)) == shapes(arrays(abstract))
-    assert real.train.texts == abstract.train.texts and real.pipeline.latent_shape == abstract.pipeline.latent_shape
+    assert (
+        real.train.texts == abstract.train.texts
+        and real.sampler.pipeline.latent_shape == abstract.sampler.pipeline.latent_shape
+    )
 
 
 def test_unknown_sizes():

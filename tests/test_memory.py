@@ -8,10 +8,10 @@ import pytest
 from conftest import UNET, nonzero_lora, random_weights
 
 from diffexp_jax import parallel, programs
-from diffexp_jax.algorithms import Batch, Inputs, Policy
+from diffexp_jax.algorithms import Batch, Policy
 from diffexp_jax.algorithms.algorithm import chunked, unchunked
-from diffexp_jax.algorithms.alignprop import alignprop
 from diffexp_jax.algorithms.ddpo import ddpo
+from diffexp_jax.algorithms.reward_gradient import gradient_over_chunks
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.formats import convert
 from diffexp_jax.models.lora import init_lora
@@ -146,7 +146,6 @@ def brightness(frozen, images, tokens):
 
 POLICY = Policy(linear, lambda frozen, x_0: jax.nn.sigmoid(x_0), brightness, (2, 2, 3), PROCESS)
 DDPO = dict(n_prompts=5, n_updates=1, inner_epochs=1, clip=1e-4, advantage_clip=5.0, stats_buffer=4, stats_min_count=2)
-ALIGNPROP = dict(loss_coefficient=1.0, reward_target=None, truncation="fixed", truncation_k=3)
 
 
 def sample_by_ddpo(n_chunks, batch, steps):
@@ -155,10 +154,16 @@ def sample_by_ddpo(n_chunks, batch, steps):
     return parallel.pmap(algorithm.sample)(state, parallel.replicate({}), batch, steps).images
 
 
-def sample_by_alignprop(n_chunks, batch, steps):
-    algorithm = alignprop(POLICY, optax.sgd(1.0), **ALIGNPROP, n_chunks=n_chunks)
-    state, key = parallel.replicate(algorithm.init(jnp.float32(0.7))), parallel.replicate(jax.random.key(0))
-    return parallel.pmap(algorithm.update)(state, parallel.replicate({}), Inputs(batch, steps, key))[2]
+def sample_by_reward_gradients(n_chunks, batch, steps):
+    def one(batch, steps):
+        def loss(lora, chunk):
+            x_T = initial_latents(chunk.key, (2, 2, 3))
+            x_0, _ = rollout(PROCESS, linear({}, lora), x_T, chunk.context, steps, chunk.key)
+            return x_0.mean(), jax.nn.sigmoid(x_0)
+
+        return gradient_over_chunks(loss, jnp.float32(0.7), batch, n_chunks)[2]
+
+    return parallel.pmap(one)(batch, steps)
 
 
 def sample_by_evaluation(n_chunks, batch, steps):
@@ -173,7 +178,7 @@ def sample_by_evaluation(n_chunks, batch, steps):
     return generate({}, lora, batch.context, batch.key, steps) / np.float32(255)
 
 
-@pytest.mark.parametrize("sample", [sample_by_ddpo, sample_by_alignprop, sample_by_evaluation])
+@pytest.mark.parametrize("sample", [sample_by_ddpo, sample_by_reward_gradients, sample_by_evaluation])
 def test_microbatches_are_the_same_images(sample):
     """Eight at once, or two at a time: noise and prompts belong to the sample."""
     ids, keys = np.arange(8, dtype=np.int32), parallel.sample_keys(jax.random.key(3), 8)

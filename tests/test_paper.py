@@ -64,7 +64,7 @@ def test_the_miniatures_numbers(name):
     """The emoji model's own: what is set for a figure is its rewards, prompts and exploration."""
     config = paper.get_config(f"{name},model=emoji")
     usual = {"ddpo": ddpo, "alignprop": alignprop}[config.algorithm].get_config("model=emoji")
-    usual.update(reward=config.reward, prompts=config.prompts, exploration=config.exploration)
+    usual.update(reward=config.reward, prompts=config.prompts, exploration=config.exploration.to_dict())
     usual.eval.prompts = config.eval.prompts
     if name == "fig1":
         usual.ddpo.stats_buffer = usual.eval.samples_per_prompt = 64

@@ -4,6 +4,7 @@ import builtins
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_hostile_pickles_are_refused(tmp_path, name, kind, protocol):
     try:
         content = pickle.dumps(HOSTILE[name](payload), protocol)
     except (pickle.PicklingError, TypeError):  # getattr's first argument is a module
-        content = b"cbuiltins\ngetattr\n(cos\nsystem\nX\x06\x00\x00\x00__call__tR."
+        content = b"cbuiltins\ngetattr\n(cos\nsystem\nX\x08\x00\x00\x00__call__tR."
     if kind == "zip":
         zipped(content, path)
     elif kind == "legacy":
@@ -154,6 +155,37 @@ def test_broken_and_lying_files(tmp_path, content):
     with pytest.raises(InputError, match="a.pt: not a readable PyTorch checkpoint") as error:
         open_checkpoint(tmp_path / "a.pt")
     assert "\n" not in str(error.value)
+
+
+BOMBS = {
+    "a table of 2^26 objects": stacked(b"Nr\xff\xff\xff\x03"),
+    "a table, in text": stacked(b"Np67108863\n"),
+    "2^40 bytes": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
+    "a string of 2^40": b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b".",
+    "a text of 2^40": b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b".",
+}
+
+
+@pytest.mark.parametrize("name", [*BOMBS, "a deflated one", "too long"])
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_memory_is_in_proportion_to_the_file(tmp_path, name, kind):
+    """Python's own count of what is allocated at once; the first of them took 512 MB."""
+    path, content = tmp_path / "a.pt", BOMBS.get(name, b"\x80\x02" + b"N0" * 2**23 + b"}.")
+    if kind == "legacy":
+        start = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        path.write_bytes(b"".join(pickle.dumps(x, 2) for x in start) + content)
+    elif name == "a deflated one":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", content)
+        assert path.stat().st_size < 50_000
+    else:
+        zipped(content, path)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="a.pt: not a readable PyTorch checkpoint"):
+        open_checkpoint(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20 + 3 * (path.stat().st_size if name == "too long" else 0)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
 from diffexp_jax.pipelines import families, load_pipeline, sizes
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
+from diffexp_jax.sampler import full_float32
 
 RNG = np.random.default_rng(0)
 W, X = RNG.standard_normal((8, 8)).astype(np.float32), RNG.standard_normal((3, 8)).astype(np.float32)

@@ -7,11 +7,14 @@ which the package does not; of the torch-free readers on PyPI (ptloader 0.3, say
 be trusted more than these lines. Everything else is an error that names what was asked for, and nothing has run.
 
 Tensors are views of the memory-mapped file, read when they are asked for; their sizes are checked against the file.
+What a pickle takes of memory is bounded by its size: it is looked through before it is run (`_check`).
 """
 
 import io
 import math
+import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +31,11 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how torch before 1.6 begins a file
 _ZIP_HEADER, _ZIP_LENGTHS = 30, 26  # bytes of a local header, and where in it the lengths of name and extra are
+
+_MOST_BYTES = 2**26  # of a zip file's data.pkl; a state dict's has some hundred kilobytes
+_MOST_STEPS = 4_000_000  # of a pickle
+# Steps that no checkpoint has: they reserve memory by a number alone, or take objects from elsewhere.
+_UNKNOWN = {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4"}
 
 _STORAGES = {
     "FloatStorage": "float32",
@@ -104,7 +112,7 @@ _NAMES = {
 class _Unpickler(pickle.Unpickler):
     """Knows `_NAMES` and storages; `dtypes` collects those of the storages that it met."""
 
-    def __init__(self, file: io.BufferedIOBase):
+    def __init__(self, file: Any):
         super().__init__(file)
         self.dtypes: dict[str, str] = {}
 
@@ -120,6 +128,29 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError("a storage that is none")
         self.dtypes[str(key)] = dtype
         return _Storage(str(key), dtype, count)
+
+
+def _check(file: Any) -> None:
+    """Looks through the next pickle of a file (or a memory map), and goes back to where it begins.
+
+    Raises:
+      UnpicklingError: it is long beyond reason, or would take memory that is not in proportion to its size: the
+        unpickler's table of objects is as long as the largest number that a step gives one.
+    """
+    start = file.tell()
+    for n, (step, argument, _) in enumerate(pickletools.genops(file)):
+        if step.name in _UNKNOWN:
+            raise pickle.UnpicklingError(f"a step {step.name}")
+        if n > _MOST_STEPS or (step.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > n):
+            raise pickle.UnpicklingError("more objects than a checkpoint has")
+    file.seek(start)
+
+
+def _run(file: Any) -> tuple[Any, dict[str, str]]:
+    """The object of the next pickle of a file, once it is looked through; and the types of its storages."""
+    _check(file)
+    unpickler = _Unpickler(file)
+    return unpickler.load(), unpickler.dtypes
 
 
 class Pickled(Mapping[str, np.ndarray]):
@@ -178,9 +209,13 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         entries = {info.filename: info for info in archive.infolist()}
         (pickled,) = (name for name in entries if name.rpartition("/")[2] == "data.pkl")
         root = pickled.removesuffix("data.pkl")
+        for name in (pickled, f"{root}byteorder"):
+            info = entries.get(name)
+            if info and (info.compress_type != zipfile.ZIP_STORED or info.file_size > _MOST_BYTES):
+                raise pickle.UnpicklingError(f"{name} is compressed or too long")
         if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
             raise pickle.UnpicklingError("big-endian")
-        content = _Unpickler(io.BytesIO(archive.read(pickled))).load()
+        content, _ = _run(io.BytesIO(archive.read(pickled)))
         places = {}
         for name, info in entries.items():
             if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED:
@@ -192,21 +227,21 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
 
 def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The same of a file as torch before 1.6 wrote it: pickles one after another, then the storages."""
-    with open(path, "rb") as file:
-        if [_Unpickler(file).load() for _ in range(2)] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
+    # A map reads no more than there is, whatever a pickle says of its strings; a file reserves the memory first.
+    with open(path, "rb") as whole, mmap.mmap(whole.fileno(), 0, access=mmap.ACCESS_READ) as file:
+        if [_run(file)[0] for _ in range(2)] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
             raise pickle.UnpicklingError("no torch checkpoint")
-        if not _Unpickler(file).load().get("little_endian", True):
+        if not _run(file)[0].get("little_endian", True):
             raise pickle.UnpicklingError("big-endian")
-        unpickler = _Unpickler(file)
-        content = unpickler.load()
-        places, end = {}, path.stat().st_size
-        for key in _Unpickler(file).load():
+        content, dtypes = _run(file)
+        places, end = {}, len(file)
+        for key in _run(file)[0]:
             (count,) = struct.unpack("<q", file.read(8))
-            size = count * _dtype(unpickler.dtypes[key]).itemsize
+            size = count * _dtype(dtypes[key]).itemsize
             if not 0 <= size <= end - file.tell():
                 raise pickle.UnpicklingError("the data are cut short")
             places[key] = (file.tell(), size)
-            file.seek(size, 1)
+            file.seek(file.tell() + size)
     return content, places
 
 

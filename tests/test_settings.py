@@ -1,0 +1,220 @@
+"""Settings: every number has a range that is checked before anything is loaded; config.json is read as it should be."""
+
+import json
+import math
+
+import pytest
+from conftest import as_flags
+from flax.traverse_util import flatten_dict
+
+from configs import base
+from diffexp_jax import InputError, command, settings
+from diffexp_jax.algorithms import METHODS
+from diffexp_jax.limits import Number, check_number, positive, whole
+
+DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")
+TABLE = settings.NUMBERS | settings.method_numbers()
+OPTIONAL = {"model.image_size", "exploration.iterations"}  # of None by default
+SEVERAL = {"reward_weights", "exploration.weight_range"}
+WORDS = {"alignprop.reward_target"}  # a word or a number; the method reads it
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+NUMERIC = {key for key, value in DEFAULTS.items() if is_number(value)} | OPTIONAL | SEVERAL
+
+
+def test_every_number_has_a_range():
+    assert TABLE.keys() == NUMERIC
+    for key, accepted in TABLE.items():
+        if is_number(DEFAULTS[key]):
+            assert accepted.accepts(DEFAULTS[key]), key
+            assert accepted.whole == isinstance(DEFAULTS[key], int), key
+
+
+def bad_values(key: str) -> list:
+    """Zero where it means nothing, negative, absurdly large, and of floats what is not finite."""
+    accepted = TABLE[key]
+    values = [-1, 10**30] if accepted.whole else [-1.0, 1e30, math.nan, math.inf, -math.inf]
+    if not accepted.accepts(0):
+        values.append(0)
+    return [value for value in values if not (value == -1.0 and accepted.low < 0)]
+
+
+def config_with(key: str, value):
+    config = base.default()
+    config.algorithm = key.split(".")[0] if key.split(".")[0] in METHODS else "ddpo"
+    value = {"reward_weights": (1.0, value), "exploration.weight_range": (value, value)}.get(key, value)
+    with config.unlocked():
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = value
+    return config
+
+
+@pytest.mark.parametrize("key", sorted(TABLE))
+def test_numbers_that_make_no_sense(key):
+    for value in bad_values(key):
+        with pytest.raises(InputError) as error:
+            settings.check_config(config_with(key, value))
+        said = str(error.value)
+        assert key.rpartition(".")[2] in said and "wants" in said and "\n" not in said, (value, said)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e9", "up"])
+def test_a_target_that_makes_no_sense(value):
+    config = config_with("alignprop.truncation_k", 1)
+    config.alignprop.reward_target = value
+    with pytest.raises(InputError, match="alignprop.reward_target="):
+        settings.check_config(config)
+
+
+def test_what_seeds_mean():
+    """2^32 would be 0 again, and a longer one no number for jax."""
+    settings.check_config(config_with("seed", 2**32 - 1))
+    for seed in (2**32, 10**40):
+        with pytest.raises(InputError, match="seed=.*wants 0..4294967295"):
+            settings.check_config(config_with("seed", seed))
+
+
+def test_ranges_literal():
+    assert whole(1, 3).accepts(3) and not whole(1, 3).accepts(2.0) and not whole(1, 3).accepts(True)
+    assert not positive().accepts(0.0) and positive().accepts(1e-30)
+    assert Number(0.0, 1.0, below=True).accepts(0) and not Number(0.0, 1.0, below=True).accepts(1.0)
+    assert whole(8, 64, optional=True, multiple=8).accepts(None) and not whole(8, 64, multiple=8).accepts(12)
+    for accepted, said in (
+        (whole(1, 1000), "steps=0: wants 1..1000"),
+        (positive(1.0), "steps=0: wants more than 0, at most 1"),
+        (Number(0.5, 1.0, below=True), "steps=0: wants at least 0.5, less than 1"),
+        (whole(8, 64, multiple=8), "steps=0: wants a multiple of 8, 8..64"),
+    ):
+        with pytest.raises(InputError) as error:
+            check_number("steps=", 0, accepted)
+        assert str(error.value) == said
+    with pytest.raises(InputError, match="steps=1.5: wants a whole number, 1..3"):
+        check_number("steps=", 1.5, whole(1, 3))
+
+
+def test_a_config_without_a_key():
+    config = base.default()
+    config.algorithm = "ddpo"
+    del config.optim["eps"]
+    with pytest.raises(InputError, match=r"config: has no key optim.eps; configs/base.py has them all"):
+        settings.check_config(config)
+
+
+# --------------------------------------------------------------------------------------------------------- config.json
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """stored(change) writes a config.json that `change` has changed, and gives its path."""
+
+    def write(change):
+        content = json.loads(json.dumps(base.default().to_dict()))
+        content["algorithm"] = "ddpo"
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(change(content)))
+        return path
+
+    return write
+
+
+def test_a_config_comes_back_as_it_was(stored):
+    config, new = settings.read_config(stored(lambda c: c))
+    expected = base.default()
+    expected.algorithm = "ddpo"
+    assert config.to_dict() == expected.to_dict() and new == []
+
+
+def without(*keys):
+    def change(content):
+        for key in keys:
+            section, _, name = key.rpartition(".")
+            del (content[section] if section else content)[name]
+        return content
+
+    return change
+
+
+def test_what_an_older_version_did_not_know(stored):
+    path = stored(without("exploration.iterations", "host_reward", "log.wandb"))
+    config, new = settings.read_config(path)
+    assert new == ["exploration.iterations", "host_reward.timeout", "host_reward.workers", "log.wandb"]
+    assert config.host_reward.timeout == DEFAULTS["host_reward.timeout"]
+
+
+def changed(key, value):
+    def change(content):
+        section, _, name = key.rpartition(".")
+        (content[section] if section else content)[name] = value
+        return content
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda c: [c], "wants a json object, found a list"),
+        (lambda c: 3, "wants a json object, found a int"),
+        (lambda c: c | {"optim": 3}, "no run has the keys optim"),
+        (lambda c: c | {"ddpo": {"recompute_log_prob": True}}, "no run has the keys ddpo.recompute_log_prob"),
+        (changed("optim.lr", "fast"), 'optim.lr="fast": wants a float, as 0.0003'),
+        (changed("optim.lr", None), "optim.lr=null: wants a float"),
+        (changed("iterations", 1.5), "iterations=1.5: wants a int, as 100"),
+        (changed("iterations", True), "iterations=true: wants a int"),
+        (changed("log.tensorboard", 1), "log.tensorboard=1: wants a bool"),
+        (changed("model.image_size", "large"), 'model.image_size="large": wants another type'),
+        (changed("eval.prompts", 3), "eval.prompts=3: wants a tuple"),
+        (changed("reward", ["a"]), 'reward=["a"]: wants a str'),
+    ],
+)
+def test_configs_that_no_run_wrote(stored, change, said):
+    path = stored(change)
+    with pytest.raises(InputError) as error:
+        settings.read_config(path)
+    assert str(error.value).startswith(str(path)) and said in str(error.value), error.value
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("animals", ("animals",)),
+        ("animals,animals_unseen", ("animals", "animals_unseen")),
+        ("hpsv2:w,imagereward:w", ("hpsv2:w", "imagereward:w")),
+        ("a cat, big,animals", ("a cat, big", "animals")),
+        ("a.csv:Category=A b.|C,animals", ("a.csv:Category=A b.|C", "animals")),
+        ("", ()),
+    ],
+)
+def test_lists_of_words(text, expected):
+    assert command.split_list(text) == expected
+    for argv in (["x", f"--config.eval.prompts={text}"], ["x", "--config.eval.prompts", text]):
+        written = command._with_lists(argv)
+        assert eval(written[-1].rpartition("=")[2] if len(written) == 2 and "=" not in text else repr(expected)) == (
+            expected
+        )
+    literal = as_flags({"eval.prompts": expected})
+    assert command._with_lists(literal) == literal
+
+
+@pytest.mark.parametrize(
+    "key, near",
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("batch_size", "batch.samples"),
+        ("guidance_scale", "sampling.guidance"),
+        ("sampling.step", "sampling.steps"),
+        ("explorations.w_low", "exploration.w_low"),
+        ("train.xyzzy", None),
+    ],
+)
+def test_names_that_no_setting_has(key, near):
+    said = command._unknown_key(["train", f"--config.{key}=1"], KeyError(key))
+    assert said == f"no such key {key!r}" + (f"; did you mean {near!r}?" if near else "")
