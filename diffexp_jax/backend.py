@@ -24,6 +24,11 @@ def cuda_capability() -> tuple[int, int] | None:
     return int(major), int(minor or 0)
 
 
+def host_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def ask_for_determinism() -> None:
     """Makes XLA choose GPU kernels that give the same bits each time; call it before anything uses a device."""
     flag = "--xla_gpu_deterministic_ops=true"

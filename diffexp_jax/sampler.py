@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffexp_jax import backend
+from diffexp_jax import InputError, backend
 from diffexp_jax.exploration import guidance_schedule
 from diffexp_jax.models.precision import is_full_float32
 from diffexp_jax.pipelines import (
@@ -71,7 +71,18 @@ class Sampler(NamedTuple):
         return process.make_steps(t, w_t, eta=self.eta)
 
     def encode(self, prompts: PromptSet) -> Conditioning:
-        """The prompts' conditioning, a row each; zeros where there are no weights. Warns of prompts that are cut."""
+        """The prompts' conditioning, a row each; zeros where there are no weights. Warns of prompts that are cut.
+
+        Raises:
+          InputError: there are so many that it would take more than half of the machine's memory.
+        """
+        needed = len(prompts) * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.empty))
+        if needed > backend.host_memory() // 2:
+            most = len(prompts) * (backend.host_memory() // 2) // needed
+            raise InputError(
+                f"prompts {prompts.name!r}: {len(prompts):,} of them would take {needed / 2**30:.1f} GiB of this "
+                f"machine's memory once they are encoded; wants at most {most:,}, half of it"
+            )
         if not self.pipeline.tokenizers:
             return zero_conditioning(self.pipeline, len(prompts.texts))
         cond, cut = encode_prompts(self.pipeline, prompts.texts)

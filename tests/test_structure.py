@@ -34,7 +34,7 @@ BELOW = {
     "emoji": {"emoji", "rewards", "pipelines", "models", "formats", "prompts", "process", "InputError"},
     "algorithms": {"algorithms", "sampling", "process", "state", "backend", "limits", "InputError"},
     "settings": {"algorithms", "prompts", "models.precision", "formats.files", "parallel", "limits", "InputError"},
-    "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "backend"},
+    "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "backend", "InputError"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
     | {"fingerprint", "InputError"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},

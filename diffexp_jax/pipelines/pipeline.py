@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
+from tqdm import tqdm
 
 from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.process import Process
 from diffexp_jax.sampling import Context, Denoise, guided
+
+SHOWN = 4096  # prompts whose encoding takes long enough for a progress bar
 
 # What a network is told of prompts: a tree of arrays, a row per prompt. Only its pipeline knows what is in it.
 Conditioning = Any
@@ -68,7 +71,8 @@ def encode_prompts(pipeline: Pipeline, texts: Sequence[str], *, chunk: int = 64)
     params = jax.device_put({part: pipeline.params[part] for part in pipeline.text_parts})
     chunk = min(chunk, len(texts))
     padded = np.concatenate([ids, np.repeat(ids[:, :1], -len(texts) % chunk, axis=1)], axis=1)
-    rows = [jax.device_get(encode(params, padded[:, i : i + chunk])) for i in range(0, padded.shape[1], chunk)]
+    starts = tqdm(range(0, padded.shape[1], chunk), desc="encoding prompts", disable=len(texts) < SHOWN)
+    rows = [jax.device_get(encode(params, padded[:, i : i + chunk])) for i in starts]
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(texts)], *rows), cuts[0]
 
 
