@@ -122,7 +122,7 @@ def _quiet() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """The first line of what it says, or what the system says of the disk."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
         if os.strerror(number) in str(error):
             return os.strerror(number)
     return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__

@@ -28,7 +28,7 @@ class Cost(NamedTuple):
     """Of one program on one device; bytes by XLA's memory analysis."""
 
     name: str
-    flops: float
+    flops: float  # of an iteration
     arguments: int
     temporaries: int
     outputs: int  # less those that are written over arguments
@@ -68,6 +68,7 @@ class Program(NamedTuple):
     name: str
     function: Any
     args: tuple[Any, ...]
+    calls: int = 1  # an iteration; where the host scores, it samples chunk by chunk
 
 
 def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]:
@@ -77,7 +78,12 @@ def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]
     frozen, lora = on_devices(experiment.frozen), abstract_lora(experiment)
     state = on_devices(jax.eval_shape(programs.algorithm.init, lora))
     batch, samples = experiment.draw_batch(0, None), None
-    if programs.sample:
+    if programs.sample_chunk:
+        chunk = jax.tree.map(lambda x: x[:, : experiment.split.per_forward], batch)
+        yield Program("sample", programs.sample_chunk, (state, frozen, chunk, steps), experiment.split.chunks)
+        samples = jax.eval_shape(parallel.pmap(programs.algorithm.sample), state, frozen, batch, steps)
+        samples = samples._replace(images=None)
+    elif programs.sample:
         yield Program("sample", programs.sample, (state, frozen, batch, steps))
         samples = jax.eval_shape(programs.sample, state, frozen, batch, steps)
     yield Program("update", programs.update, (state, frozen, Inputs(batch, steps, key, samples)))
@@ -98,10 +104,10 @@ def on_devices(tree: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct((n, *s.shape), s.dtype), tree)
 
 
-def cost_of(name: str, function: Any, args: tuple[Any, ...]) -> Cost:
+def cost_of(name: str, function: Any, args: tuple[Any, ...], calls: int = 1) -> Cost:
     """Traces and compiles a program for these arguments or shapes of them."""
     start = time.perf_counter()
-    work = flops.of(function, *args)
+    work = calls * flops.of(function, *args)
     options = _CPU_OPTIONS if backend.platform() == "cpu" else {}
     memory = function.lower(*args).compile(compiler_options=options).memory_analysis()
     return Cost(

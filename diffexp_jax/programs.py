@@ -28,14 +28,15 @@ class Programs(NamedTuple):
     sample: Callable | None  # None where the algorithm samples inside its update
     update: Callable
     generate: Callable
+    sample_chunk: Callable | None = None  # what `sample` calls for each chunk, where the host scores
 
 
 def make_programs(experiment: Experiment) -> Programs:
     """The programs of an experiment, whose arrays may be shapes."""
-    algorithm, split = experiment.algorithm(), experiment.split
+    algorithm, split, sample_chunk = experiment.algorithm(), experiment.split, None
     if experiment.trained.start:
-        one_chunk = experiment.algorithm(n_chunks=1).sample
-        sample = sample_and_score(one_chunk, experiment.trained, split.chunks, split.per_forward)
+        sample_chunk = parallel.pmap(experiment.algorithm(n_chunks=1).sample)
+        sample = sample_and_score(sample_chunk, experiment.trained, split.chunks, split.per_forward)
     else:
         sample = algorithm.sample and parallel.pmap(lambda *args: algorithm.sample(*args)._replace(images=None))
     return Programs(
@@ -44,6 +45,7 @@ def make_programs(experiment: Experiment) -> Programs:
         sample,
         parallel.pmap(algorithm.update, donate_argnums=0),
         make_generate(experiment.sampler.pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale),
+        sample_chunk,
     )
 
 
@@ -61,9 +63,8 @@ def make_explore(experiment: Experiment) -> Callable[..., Conditioning]:
 def sample_and_score(sample: Callable, reward: Reward, n_chunks: int, per_forward: int) -> Callable[..., Samples]:
     """The mapped `Algorithm.sample` where the host scores too: it scores a chunk while the devices sample the next.
 
-    `sample` is the algorithm's, of a single chunk.
+    `sample` is the mapped one of a single chunk.
     """
-    sample = parallel.pmap(sample)
     slices = [slice(i * per_forward, (i + 1) * per_forward) for i in range(n_chunks)]
     split = parallel.pmap(lambda batch: [jax.tree.map(operator.itemgetter(rows), batch) for rows in slices])
     join = parallel.pmap(lambda chunks: jax.tree.map(lambda *x: jnp.concatenate(x), *chunks))

@@ -1,10 +1,12 @@
 """Bad input: one clear line, the right exit code, nothing half-written; and the scripts' good runs on a tiny model."""
 
+import csv
 import json
 import runpy
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import jax
@@ -14,9 +16,10 @@ from absl.testing import flagsaver
 from conftest import ROOT, nonzero_lora
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 
 from configs import base
-from diffexp_jax import checkpoint, command, train
+from diffexp_jax import InputError, checkpoint, command, train
 from diffexp_jax import workdir as workdirs
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
@@ -192,6 +195,64 @@ def test_a_prompt_that_is_too_long_is_cut_and_named(make_config, tmp_path, caplo
     assert caplog.text.count("prompt cut") == 1
     cond = loaded.train.cond.embedding
     assert cond.shape == (2, 32, 16) and np.isfinite(cond).all()
+
+
+# ---------------------------------------------------------------------------------------------------- what runs out
+
+
+def test_out_of_memory_names_what_saves_it(fails):
+    """Asked of the machine for real: more than any has."""
+
+    def ask():
+        jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros((2**44,), jax.numpy.float32) + 1)())
+
+    said = fails(1, command.guarded, ask)
+    assert "out of memory (" in said and "batch.samples_per_forward" in said and "model.remat=block" in said
+    assert "out of memory (Unable to allocate" in fails(1, command.guarded, lambda: np.zeros(2**57))
+
+
+def test_another_failure_is_not_taken_for_it():
+    with pytest.raises(RuntimeError, match="a bug"):
+        command.guarded(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from diffexp_jax import checkpoint, command
+
+def main():
+    numbers = np.random.default_rng(0).standard_normal((300, 100)).astype(np.float32)
+    with checkpoint.Checkpoints(Path(sys.argv[1]), keep=3) as checkpoints:
+        checkpoints.save(1, {"lora": numbers})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may be longer than that from now on
+        checkpoints.save(2, {"lora": numbers + 1})
+
+command.guarded(main)
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path):
+    """One line, the older one untouched, nothing left of the new one."""
+    done = run_program("-c", FULL, tmp_path, cwd=tmp_path)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(said) == 1, done.stderr
+    assert "error: " in said[0] and "the checkpoint of iteration 2 could not be written (File too large)" in said[0]
+    assert checkpoint.newest_lora(tmp_path)[0] == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("command.quiet_interrupt(); raise KeyboardInterrupt", "stopped; nothing had begun"),
+        ("command.guarded(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))", "stopped"),
+    ],
+)
+def test_ctrl_c_is_one_line(tmp_path, code, said):
+    done = run_program("-c", f"from diffexp_jax import command; {code}", cwd=tmp_path)
+    assert done.stderr == f"\n{said}\n" and done.returncode in (130, -2)
 
 
 # -------------------------------------------------------------------------------------------------------- broken models
@@ -442,6 +503,68 @@ def test_sample_explore(script, tiny_model, tmp_path, capsys):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "off" / f"0000{name}.png"), int), pictures[""])
 
 
+def sample_settings(**flags):
+    """What scripts/sample.py samples by, with these flags and no others."""
+    script = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")
+    usual = dict.fromkeys(script["KEYS"]) | {"lora": None, "batch": 16, "num_images": 1, "out": "out"}
+    return script["settings_of"](Namespace(**usual | flags))
+
+
+def test_sample_by_the_settings_of_the_run(workdir, tiny_model, lora, tmp_path):
+    """Of --lora RUN: its model, steps, guidance and eta, unless a flag says otherwise; of a LoRA file the defaults."""
+    config = sample_settings(lora=str(workdir))
+    assert (config.sampling.steps, config.sampling.guidance, config.sampling.eta) == (4, 3.0, 0.0)
+    assert config.model.path == str(tiny_model) and config.exploration.t_thresh == 500
+    config = sample_settings(lora=str(workdir), steps=7, eta=0.5, w_low=2.0, weight_range=[1.0, 3.0])
+    assert (config.sampling.steps, config.sampling.guidance, config.sampling.eta) == (7, 3.0, 0.5)
+    assert config.exploration.w_low == 2.0 and config.exploration.weight_range == (1.0, 3.0)
+    save_lora(tmp_path / "l.safetensors", lora, alpha=4.0)
+    config = sample_settings(lora=str(tmp_path / "l.safetensors"))
+    assert (config.sampling.steps, config.sampling.guidance, config.sampling.eta) == (50, 7.5, 0.0)
+    assert config.model.path == "emoji" and config.model.dtype == "float32"
+
+
+FLAGS = ("image_size", "steps", "guidance", "eta", "seed", "w_low", "t_thresh", "batch", "num_images")
+
+
+@pytest.mark.parametrize("flag", [*FLAGS, "weight_range"])
+def test_flags_of_sample_that_make_no_sense(flag):
+    """Negative, zero where that is nothing, not finite, absurdly large; before a model is looked for."""
+    whole = flag not in ("guidance", "eta", "w_low", "weight_range")
+    values = [-1, 10**30] if whole else [-1.0, 1e30, np.nan, np.inf]
+    values += [0] if flag in ("image_size", "steps", "batch", "num_images") else []
+    for value in values:
+        given = [value, value] if flag == "weight_range" else value
+        with pytest.raises(InputError, match=f"^--{flag} .*: wants [^\n]*$"):
+            sample_settings(model="no/such", **{flag: given})
+
+
+def test_several_images_of_a_prompt(script, tiny_model, tmp_path):
+    """As many as --num_images says or, of one prompt, as there are latents; each with its own noise, and its prompt."""
+    latents = np.random.default_rng(0).standard_normal((3, 8, 8, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", latents)
+    common = [f"--model={tiny_model}", "--steps=3", "--save_npy"]
+    script("sample", *common, "--prompt=a dog", f"--latents={tmp_path / 'x.npy'}", f"--out={tmp_path / 'one'}")
+    images = np.load(tmp_path / "one" / "images.npy")
+    assert len(images) == 3 and np.abs(images[0] - images[1]).max() > 0.02
+    script("sample", *common, "--prompt=a dog", "--prompt=a cat", "--num_images=2", f"--out={tmp_path / 'two'}")
+    assert len(np.load(tmp_path / "two" / "images.npy")) == 4
+    with open(tmp_path / "two" / "prompts.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    names = [f"{i:04d}.png" for i in range(4)]
+    assert rows == [["image", "prompt"], *zip(names, ["a dog"] * 2 + ["a cat"] * 2, strict=True)] or rows == [
+        ["image", "prompt"],
+        *map(list, zip(names, ["a dog"] * 2 + ["a cat"] * 2, strict=True)),
+    ]
+
+
+def test_what_a_grid_shows_of_many():
+    shown_rows = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")["shown_rows"]
+    assert shown_rows(5, 4).tolist() == [0, 1, 2, 3, 4]
+    assert len(shown_rows(135, 4)) == 12 and shown_rows(135, 2)[[0, -1]].tolist() == [0, 134]
+    assert len(shown_rows(500, 1)) == 64
+
+
 def test_sample_explores_as_training_does(script, tiny_model, tmp_path, capsys):
     """Without flags by the numbers of configs/base.py."""
     common = f"--model={tiny_model}", "--prompt=a dog", "--steps=10", "--explore", "--save_npy"
@@ -454,6 +577,23 @@ def test_sample_explores_as_training_does(script, tiny_model, tmp_path, capsys):
     assert "0000-both.png" in names
     for name in names:
         assert (tmp_path / "usual" / name).read_bytes() == (tmp_path / "said" / name).read_bytes()
+
+
+def test_evaluate_on_other_devices(script, workdir, tmp_path, monkeypatch):
+    """Of which training's batch is no multiple: only --batch counts."""
+    config = json.loads((workdir / "config.json").read_text())
+    config["batch"]["samples"] = 7  # no multiple of anything here: as a run on seven devices
+    config["batch"]["samples_per_forward"] = 1
+    config["prompts"] = "gone.txt"  # what was trained on is not read
+    (workdir / "config.json").write_text(json.dumps(config))
+    seen = []
+    monkeypatch.setattr(tqdm, "update", lambda self, n=1: seen.append(n))
+    prompts = "--prompts=a dog, big,prompt:cat"
+    script("evaluate", f"--workdir={workdir}", prompts, "--samples_per_prompt=1", f"--out={tmp_path / 'e.json'}")
+    found = json.loads((tmp_path / "e.json").read_text())
+    names = [key for key in found if isinstance(found[key], dict) and "base" in found[key]]
+    assert [name.partition("-")[0] for name in names] == ["a_dog__big", "cat"]
+    assert sum(seen) == 4  # the progress bar: two images of two models
 
 
 def test_evaluate(script, workdir, tmp_path, tiny_settings):

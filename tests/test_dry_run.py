@@ -156,6 +156,19 @@ def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reward_in_plain_python(make_config):
+    """It samples chunk by chunk, so an iteration is as much work as of a reward in JAX."""
+    work = {}
+    for reward in ("python:sample_rewards:bright_and_long", "jax:sample_rewards:bright_and_long_jax"):
+        config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0, "reward": reward})
+        programs = list(dry_run.programs_of(config, Experiment.build(config, weights=False)))
+        assert [program.name for program in programs] == ["sample", "update"]
+        assert programs[0].calls == (2 if reward.startswith("python") else 1)
+        work[reward] = sum(program.calls * flops.of(program.function, *program.args) for program in programs)
+    python, jax_ = work.values()
+    assert python == pytest.approx(jax_, rel=1e-3)
+
+
 def test_bytes_are_xlas():
     """A program with 4 MB of arguments, 4 MB of results, and no room for the product in between to hide."""
 

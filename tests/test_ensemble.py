@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 from diffexp_jax import InputError
-from diffexp_jax.programs import make_scorer
+from diffexp_jax.programs import batches_by_shape, make_scorer
 from diffexp_jax.rewards import BUILTINS, load_reward, reward_name, spec
 from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.preprocess import as_floats
@@ -240,6 +240,52 @@ def test_score(score, pictures, capsys):
     assert "emoji_aesthetic: mean" in capsys.readouterr().out
 
 
+@pytest.fixture
+def sampled(tmp_path):
+    """What scripts/sample.py leaves of two prompts with --lora."""
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "prompts.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("image", "prompt"))
+        for i, text in enumerate(("a dog", "a cat, big")):
+            for name in (f"{i:04d}.png", f"{i:04d}-base.png"):
+                Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / name)
+                table.writerow((name, text))
+    Image.fromarray(np.zeros((99, 99, 3), np.uint8)).save(tmp_path / "grid.png")
+    return tmp_path
+
+
+def test_score_what_was_sampled(score, sampled, capsys):
+    """Without --prompts: the pictures that were asked for, not the grid, nor those beside them unless named."""
+    score.main(arguments(sampled, reward=["emoji_pickscore"], prompts=None))
+    assert "3 pictures passed over: grid.png, and those that compare" in capsys.readouterr().out
+    with open(sampled / "scores.csv", newline="") as table:
+        rows = [(Path(row["image"]).name, row["prompt"]) for row in csv.DictReader(table)]
+    assert rows == [("0000.png", "a dog"), ("0001.png", "a cat, big")]
+    base = [sampled / "0000-base.png", sampled / "0001-base.png"]
+    assert score.find_images(base) == base and score.known_prompts(None, base) == ["a dog", "a cat, big"]
+
+
+def test_a_picture_of_that_name_elsewhere_counts(score, pictures):
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(pictures / "grid.png")
+    assert "grid.png" in [path.name for path in score.find_images([pictures])]
+
+
+def test_score_by_a_function_that_takes_any_size(score, pictures):
+    """In batches of two: those that follow each other and are of one size."""
+    score.main(arguments(pictures, reward=["jax:sample_rewards:brightness"], prompts=None))
+    with open(pictures / "scores.csv", newline="") as table:
+        found = {Path(row["image"]).name: float(row["brightness"]) for row in csv.DictReader(table)}
+    for name, value in found.items():
+        assert value == pytest.approx(score.read_image(pictures / name).mean() / 255, abs=1e-5)
+
+
+def test_batches_by_shape():
+    trees = [{"x": np.zeros(n)} for n in (1, 1, 1, 2, 1)]
+    assert [len(batch) for batch in batches_by_shape(iter(trees), 2)] == [2, 1, 1, 1]
+    assert list(batches_by_shape([], 2)) == []
+
+
 def test_score_without_prompts(score, pictures):
     score.main(arguments(pictures, reward=["emoji_aesthetic"], prompts=None, images=[pictures / "b.png"]))
     with pytest.raises(InputError, match="--prompts is missing: the reward 'emoji_pickscore' reads prompts"):
@@ -251,7 +297,7 @@ def test_score_without_prompts(score, pictures):
     [
         ({}, "a\nb", "p.txt: 2 lines for 3 images; wants one for each"),
         ({}, None, "p.txt: cannot be read"),
-        ({"batch": 0}, "a\nb\nc", "--batch 0: wants at least 1"),
+        ({"batch": 0}, "a\nb\nc", "--batch 0: wants 1.."),
         ({"reward": ["beauty"]}, "a\nb\nc", "unknown reward 'beauty'"),
         ({"reward": ["emoji_judge", "emoji_judge"]}, "a\nb\nc", "names a reward twice"),
         ({"images": [Path("no")]}, "a\nb\nc", "--images no: no such file or folder"),

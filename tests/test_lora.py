@@ -231,6 +231,32 @@ def test_half_a_pair(params, tmp_path):
     assert "a pair (lora_A, lora_B) per layer" in wrong_file(tmp_path, params, drop_one_a_and_another_b)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite(params, tmp_path, value):
+    def change(tensors):
+        name = next(iter(tensors))
+        tensors[name] = tensors[name] * value
+        change.name = name
+
+    assert "tensor {} holds numbers that are not finite" in wrong_file(tmp_path, params, change).replace(
+        change.name, "{}"
+    )
+
+
+def test_the_same_bytes_each_time(params, tmp_path):
+    """The library writes the header's entries in another order each time."""
+    collection, path = random_lora(params), tmp_path / "l.safetensors"
+    written = set()
+    for _ in range(8):
+        lora.save_lora(path, collection, alpha=6.0)
+        written.add(path.read_bytes())
+    assert len(written) == 1 and [p.name for p in tmp_path.iterdir()] == ["l.safetensors"]
+    size = int.from_bytes(next(iter(written))[:8], "little")
+    assert size % 8 == 0
+    header = json.loads(next(iter(written))[8 : 8 + size])
+    assert list(header) == sorted(header) and header["__metadata__"]["format"] == "pt"
+
+
 def test_no_tensors(params, tmp_path):
     assert "holds no LoRA of a UNet" in wrong_file(tmp_path, params, dict.clear)
 

@@ -2,12 +2,13 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffexp_jax import report
+from diffexp_jax import InputError, report
 from diffexp_jax.metrics import MetricsWriter, read_metrics
 from diffexp_jax.programs import as_bytes
 
@@ -83,6 +84,26 @@ def test_curves(tmp_path):
     assert whole == (pytest.approx(1.5 * width, rel=0.01), pytest.approx(2 * height, rel=0.01))
 
 
+def panels(folder, rows, monkeypatch):
+    """The titles of the panels that are drawn of these rows."""
+    from matplotlib.axes import Axes
+
+    titles = []
+    monkeypatch.setattr(Axes, "set", lambda self, *, title, xlabel: titles.append(title))
+    write_rows(folder, rows)
+    report.save_curves(folder)
+    return titles
+
+
+def test_curves_leave_out_what_never_moves(tmp_path, monkeypatch):
+    """approx_kl is 0 all along; one evaluation is no line yet, and is shown."""
+    rows = [*ROWS, {"iteration": 3, "reward/mean": 0.7, "grad_norm": 2.5, "approx_kl": 0.0}]
+    rows[-1]["ratio/clip_fraction"] = 0.2
+    titles = panels(tmp_path, rows, monkeypatch)
+    assert "ratio/clip_fraction" in titles and "grad_norm" in titles and "approx_kl" not in titles
+    assert "evaluation: pickscore" in titles
+
+
 def test_html(tmp_path):
     (tmp_path / "images").mkdir()
     for n in (10, 0, 5):
@@ -129,6 +150,19 @@ def test_a_continued_run_drops_what_came_after(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_rows_that_are_missing_are_said(tmp_path, caplog):
+    """What a cut took, or somebody's editing; what can be read is kept, and lines after a bad one too."""
+    write_rows(tmp_path, [{"iteration": i} for i in (0, 1, 5, 7)])
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text.replace('{"iteration": 5}', '{"iteration": 5, "lo') + "[1]\n")
+    MetricsWriter(tmp_path).continue_from(8)
+    assert "has no rows of the iterations 2-6, 8" in caplog.text
+    assert [row["iteration"] for row in read_metrics(tmp_path)] == [0, 1, 7]
+    caplog.clear()
+    MetricsWriter(tmp_path).continue_from(1)
+    assert not caplog.text
+
+
 def test_a_new_run_starts_an_empty_file(tmp_path):
     write_rows(tmp_path, ROWS)
     MetricsWriter(tmp_path).continue_from(None)
@@ -145,3 +179,25 @@ def test_tensorboard_is_written_on_top(tmp_path):
     content = events.read_bytes()
     assert b"loss" in content and b"grad_norm" not in content
     assert read_metrics(tmp_path)[0]["loss"] == 0.5
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    """Without an account; the id is kept, so that a continued run is the same run there."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    names = []
+    for start in (None, 1):
+        with MetricsWriter(tmp_path, wandb={"seed": 3}) as writer:
+            writer.continue_from(start)
+            writer.write(1 if start is None else 2, {"loss": 0.5, "grad_norm": math.inf})
+        names.append((tmp_path / "wandb-id.txt").read_text())
+    assert names[0] == names[1]
+    logs = [path.read_bytes() for path in tmp_path.glob(f"wandb/offline-run-*/run-{names[0].strip()}.wandb")]
+    assert len(logs) == 2 and all(b"loss" in log and b"grad_norm" not in log for log in logs)
+    assert [row["iteration"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_weights_and_biases_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="log.wandb=true: wandb is not installed; pip install wandb"):
+        MetricsWriter(tmp_path, wandb={})

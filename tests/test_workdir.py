@@ -1,0 +1,170 @@
+"""A workdir: which runs may go on in it and what they may change, its lock, and how it knows weights again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from configs import alignprop
+from diffexp_jax import InputError, backend, workdir
+from diffexp_jax.fingerprint import fingerprint
+
+IDENTITY = {"model": "1", "reward": "pickscore 2", "prompts": "3 4"}
+
+
+def settings(**changes):
+    config = alignprop.get_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config.lock()
+
+
+def begin(folder, **changes):
+    """What a run of these settings leaves that has saved its first checkpoint."""
+    plan = workdir.plan(folder, settings(**changes))
+    with workdir.claim(folder, plan.config, IDENTITY):
+        (folder / "checkpoints" / "0").mkdir(parents=True)
+    return plan.config
+
+
+def stored(folder) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------ what is planned
+
+
+def test_what_auto_came_to_goes_on(tmp_path, monkeypatch):
+    """A run that began on a CPU stays in float32 where a new one would take bfloat16."""
+    begin(tmp_path)
+    assert stored(tmp_path)["model"]["dtype"] == "float32"
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    assert workdir.plan(tmp_path, settings()).config.model.dtype == "float32"
+    assert workdir.plan(tmp_path / "new", settings()).config.model.dtype == "bfloat16"
+    with pytest.raises(InputError, match='model.dtype \\("float32" there, "bfloat16" here\\)'):
+        workdir.plan(tmp_path, settings(model__dtype="bfloat16"))
+
+
+def test_more_iterations_explore_no_more(tmp_path):
+    """Three quarters of what was planned first; another number only where it is asked for."""
+    begin(tmp_path, iterations=100)
+    assert stored(tmp_path)["exploration"]["iterations"] == 75
+    config, notes = workdir.plan(tmp_path, settings(iterations=200))
+    assert config.exploration.iterations == 75
+    assert notes == [
+        "iterations is 200, was 100",
+        "exploration is for the first 75 iterations, as planned first (exploration.iterations)",
+    ]
+    with workdir.claim(tmp_path, config, IDENTITY):
+        pass
+    assert workdir.plan(tmp_path, settings(iterations=400)).config.exploration.iterations == 75
+    config, notes = workdir.plan(tmp_path, settings(iterations=200, exploration__iterations=150))
+    assert config.exploration.iterations == 150 and notes == ["exploration.iterations is 150, was 75"]
+    assert workdir.plan(tmp_path / "new", settings(iterations=10)).config.exploration.iterations == 8
+    other = workdir.plan(tmp_path / "new", settings(iterations=10, exploration__iterations=3)).config
+    assert other.exploration.iterations == 3
+
+
+def test_how_the_work_is_split_may_change(tmp_path):
+    begin(tmp_path)
+    changes = {"batch__samples_per_forward": 4, "model__remat": "block", "model__vae_slice": 1, "eval__every": 0}
+    _, notes = workdir.plan(tmp_path, settings(**changes))
+    assert notes == [
+        "batch.samples_per_forward is 4, was 32",
+        "eval.every is 0, was 30",
+        'model.remat is "block", was "step"',
+        "model.vae_slice is 1, was 32",
+    ]
+
+
+def test_keys_that_an_older_version_did_not_know(tmp_path):
+    begin(tmp_path)
+    content = stored(tmp_path)
+    del content["textnorm"], content["exploration"]["iterations"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "identity.json").unlink()
+    config, notes = workdir.plan(tmp_path, settings(iterations=120))
+    assert config.exploration.iterations == 45  # of the 60 that it began with
+    assert notes[-1] == (
+        "the run began in an older version: exploration.iterations, textnorm.contrast, textnorm.temperature had the "
+        "defaults"
+    )
+    with pytest.raises(InputError, match=r"textnorm.temperature \(1.0 there, 0.5 here\)"):
+        workdir.plan(tmp_path, settings(textnorm__temperature=0.5))
+    with pytest.raises(InputError, match='prompts \\("animal_activities" there, "animals" here\\)'):
+        workdir.plan(tmp_path, settings(prompts="animals"))  # nothing else says that they are the same
+
+
+# ------------------------------------------------------------------------------------------------------- what it is of
+
+
+@pytest.mark.parametrize("key", ["model.path", "prompts", "reward"])
+def test_other_names_for_the_same(tmp_path, key):
+    """A moved folder or file goes on; other weights or prompts do not, whatever they are called."""
+    begin(tmp_path)
+    config, notes = workdir.plan(tmp_path, settings(**{key.replace(".", "__"): "elsewhere"}))
+    assert notes == []
+    with workdir.claim(tmp_path, config, IDENTITY):
+        pass
+    name = {"model.path": "model"}.get(key, key)
+    before = stored(tmp_path)
+    with pytest.raises(InputError) as error, workdir.claim(tmp_path, config, IDENTITY | {name: "9"}):
+        pass
+    assert f"holds a run of another {name}: {key}=" in str(error.value) and "take another" in str(error.value)
+    assert stored(tmp_path) == before
+
+
+def test_fingerprints():
+    tree = {"a": np.arange(10_000, dtype=np.float32), "b": (jnp.ones((3, 2), jnp.bfloat16), np.array("text"))}
+    assert fingerprint(tree) == fingerprint({"a": tree["a"].copy(), "b": tree["b"]}) and len(fingerprint(tree)) == 8
+    for other in (
+        {"a": tree["a"] + 1e-3, "b": tree["b"]},
+        {"a": tree["a"].reshape(100, 100), "b": tree["b"]},
+        {"c": tree["a"], "b": tree["b"]},
+        {"a": tree["a"].astype(np.float64), "b": tree["b"]},
+        {"a": tree["a"], "b": (tree["b"][0], np.array("texts"))},
+    ):
+        assert fingerprint(other) != fingerprint(tree)
+    assert fingerprint(("a", "b"), np.zeros(0)) != fingerprint(("a", "c"), np.zeros(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------- lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from configs import alignprop
+from diffexp_jax import workdir
+folder = Path(sys.argv[1])
+with workdir.claim(folder, workdir.plan(folder, alignprop.get_config()).config, {}):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_workdir_in_use(tmp_path):
+    """A second program is refused at once; when the first is killed, the lock that it leaves is no hindrance."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", HOLD, str(tmp_path)]
+    holder = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+    try:
+        for use in (
+            lambda: workdir.plan(tmp_path, settings()),
+            lambda: workdir.claim(tmp_path, settings(), {}).__enter__(),
+        ):
+            with pytest.raises(InputError, match=f"in use by process {holder.pid} on "):
+                use()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert (tmp_path / "lock").exists()
+    config, _ = workdir.plan(tmp_path, settings())
+    with workdir.claim(tmp_path, config, {}):
+        assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
