@@ -279,8 +279,7 @@ def write(
             np.save(out / "images.npy", images[[variant.name for variant in variants].index("")].astype(np.float32))
         by_row = np.stack([column[shown] for column in as_bytes], axis=1).reshape(-1, *as_bytes[0].shape[1:])
         captions = [variant.captions[i] for i in shown for variant in variants]
-        columns = len(variants) if len(variants) > 1 else None
-        report.save_grid(out / report.GRID, by_row, captions, columns=columns)
+        report.save_grid(out / report.GRID, by_row, captions, columns=n_columns(len(shown), len(variants)))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     grid = "all together" if len(shown) == n else f"{len(shown)} of {n} rows"
@@ -291,6 +290,11 @@ def shown_rows(n: int, n_variants: int) -> np.ndarray:
     """The images that the grid shows: all, or evenly spaced ones of many."""
     most = MOST_ROWS if n_variants > 1 else MOST_IMAGES
     return np.linspace(0, n - 1, min(n, most)).round().astype(int)
+
+
+def n_columns(n: int, n_variants: int) -> int:
+    """Of a grid of n images of each variant that is about as high as wide; an image's variants stay side by side."""
+    return n_variants * max(round((n * n_variants) ** 0.5 / n_variants), 1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """README and docs: every command there can be given, every example runs, every link leads somewhere."""
 
+import csv
 import importlib.util
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 
 import jax
@@ -10,8 +15,11 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 from conftest import ROOT
+from PIL import Image
 
 from diffexp_jax import train
+from diffexp_jax.models.lora import load_lora
+from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.rewards import load_reward
 from diffexp_jax.settings import check_config
 
@@ -58,6 +66,47 @@ def test_links_and_names(path):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.slow  # seven minutes
+def test_the_first_hour(tmp_path):
+    """The README's quickstart and what follows it, line by line as they stand there, in a fresh copy of the files.
+
+    Only the packages are there already: .venv/bin/python is this one.
+    """
+    text = (ROOT / "README.md").read_text().partition("## Quickstart")[2].partition("## Results")[0]
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if "scripts/test.sh" not in line]
+    assert [shlex.split(line)[1] for line in lines] == [
+        f"scripts/{name}"
+        for name in ("quickstart.sh", "sample.py", "score.py", "sample.py", "evaluate.py", "export_lora.py")
+    ]
+    folder = tmp_path / "diffexp_jax"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "samples", "__pycache__"))
+    binaries = folder / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (binaries / "python").chmod(0o755)
+    shutil.copy(folder / "requirements.txt", folder / ".venv" / "requirements.installed")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+    environment = kept | {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(folder), "HOME": str(tmp_path)}
+    for line in lines:
+        done = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, f"{line}\n{done.stdout}\n{done.stderr}"
+    run = folder / "runs" / "quickstart"
+    assert {"report.html", "curves.png", "metrics.jsonl", "images", "checkpoints"} <= {x.name for x in run.iterdir()}
+    evaluation = json.loads((run / "eval.json").read_text())["animal_activities"]
+    base, tuned = (evaluation[name]["emoji_judge"]["mean"] for name in ("base", "tuned"))
+    assert tuned > base + 0.1, (base, tuned)
+    with open(folder / "samples" / "dog.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and {row["prompt"] for row in rows} == {"a dog riding a bike"}
+    assert max(float(row["emoji_judge"]) for row in rows) == 1.0  # a bike can be seen
+    for name in ("dog", "explored"):
+        with Image.open(folder / "samples" / name / "grid.png") as grid:
+            assert max(grid.size) < 1600, name
+    lora, scale = load_lora(folder / "samples", load_pipeline("emoji").base)
+    assert scale == 1.0 and lora
 
 
 def test_your_own_rewards(monkeypatch):
