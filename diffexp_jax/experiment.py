@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
 from diffexp_jax.prompts.units import unit_ids
-from diffexp_jax.rewards import Reward, load_reward, reward_name, without_places
+from diffexp_jax.rewards import Reward, check_reward, load_reward, reward_name, without_places
 from diffexp_jax.sampler import Sampler, full_float32
 from diffexp_jax.settings import batch_split, check_config, method_settings
 
@@ -65,10 +66,11 @@ class Experiment(NamedTuple):
         """
         check_config(config)
         method, settings = METHODS[config.algorithm], method_settings(config)
-        reward, trained, rewards = load_rewards(config, weights=weights)
+        check_files(config, weights=weights)
         train, evals = load_prompts(config.prompts), []
         if weights:
             evals = load_prompt_sets(_evaluated(config, config.eval.prompts))
+        reward, trained, rewards = load_rewards(config, weights=weights)
         sampler = Sampler.build(config, weights=weights)
         if weights:
             units = unit_ids(sampler.pipeline.tokenizer, train, config.exploration.unit)
@@ -180,6 +182,18 @@ def make_task(sampler: Sampler, rewards: Mapping[str, Reward], prompts: PromptSe
     cond = sampler.encode(prompts)
     tokens = {name: reward.tokenize(prompts.texts) for name, reward in rewards.items()}
     return Task(prompts.name, prompts.texts, cond, tokens)
+
+
+def check_files(config: ConfigDict, *, weights: bool) -> None:
+    """Checks, before anything is loaded, that the files of rewards and of the LoRA to start from are there.
+
+    Raises:
+      InputError: one is not, or a reward is unknown.
+    """
+    for reward in (config.reward, *_evaluated(config, config.eval.rewards)):
+        check_reward(reward, shapes_only=not weights)
+    if config.lora.path is not None and not Path(config.lora.path).exists():
+        raise InputError(f"lora.path={config.lora.path}: no such file or folder")
 
 
 def load_rewards(config: ConfigDict, *, weights: bool = True) -> tuple[str, Reward, dict[str, Reward]]:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffexp_jax import InputError, backend, checkpoint, evaluation, parallel, report, settings
-from diffexp_jax.experiment import load_rewards, make_task
+from diffexp_jax.experiment import check_files, load_rewards, make_task
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.programs import make_generate, make_scorer
@@ -77,6 +77,7 @@ def run_settings(args: argparse.Namespace) -> ConfigDict:
         config.eval.rewards = command.split_list(args.rewards)
     config.reward_dtype = config.eval.reward_dtype  # nothing is trained
     settings.check_values(config, settings.NUMBERS)
+    check_files(config, weights=True)
     return config
 
 

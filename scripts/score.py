@@ -28,7 +28,7 @@ from diffexp_jax.evaluation import score_all
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.limits import check_number, positive, whole
 from diffexp_jax.programs import make_scorer
-from diffexp_jax.rewards import load_reward, reward_name
+from diffexp_jax.rewards import check_reward, load_reward, reward_name
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -42,6 +42,8 @@ def main(args: argparse.Namespace) -> None:
     names = [reward_name(spec) for spec in args.reward]
     if len(set(names)) < len(names):
         raise InputError(f"--reward {' '.join(args.reward)}: names a reward twice")
+    for spec in args.reward:
+        check_reward(spec)
     paths = find_images(args.images)
     texts = known_prompts(args.prompts, paths)
     rewards = {}

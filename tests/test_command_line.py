@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from configs import base
-from diffexp_jax import InputError, checkpoint, command, train
+from diffexp_jax import InputError, checkpoint, command, experiment, sampler, train
 from diffexp_jax import workdir as workdirs
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
@@ -163,6 +163,27 @@ def test_bad_settings(fails, make_config, tmp_path, algorithm, key, value, said)
     line = fails(2, command.guarded, train.run, make_config(algorithm, {key: value}), tmp_path / "run")
     assert said in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("reward", "pickscore:no/such/one", "reward 'pickscore:no/such/one': no/such/one: no such file or folder"),
+        ("eval.rewards", ("aesthetic",), "reward 'aesthetic' needs its weights: aesthetic:PATH"),
+        ("lora.path", "no/such.safetensors", "lora.path=no/such.safetensors: no such file or folder"),
+        ("prompts", "no/such.txt", "no/such.txt: cannot read the prompt file"),
+        ("eval.prompts", ("no/such.txt",), "no/such.txt: cannot read the prompt file"),
+        ("eval.prompts", ("a/x.txt", "b/x.txt"), "prompt sets 'a/x.txt' and 'b/x.txt': both are named 'x'; wants each"),
+    ],
+)
+def test_files_are_looked_for_before_anything_is_loaded(fails, make_config, tmp_path, monkeypatch, key, value, said):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "x.txt").write_text("a dog")
+    monkeypatch.setattr(experiment, "load_reward", None)
+    monkeypatch.setattr(sampler, "load_pipeline", None)
+    assert said in fails(2, command.guarded, train.run, make_config("ddpo", {key: value}), tmp_path / "run")
 
 
 def test_batch_is_not_divisible_by_the_devices(fails, make_config, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import optax
 import pytest
 from conftest import UNET, nonzero_lora, random_weights
 
-from diffexp_jax import parallel, programs
+from diffexp_jax import dry_run, parallel, programs
 from diffexp_jax.algorithms import Batch, Policy
 from diffexp_jax.algorithms.algorithm import chunked, unchunked
 from diffexp_jax.algorithms.ddpo import ddpo
@@ -187,6 +187,18 @@ def test_microbatches_are_the_same_images(sample):
     whole, parts = (np.asarray(sample(n_chunks, batch, steps)) for n_chunks in (1, 4))
     assert whole.shape[1:] == (8, 2, 2, 3) and np.ptp(whole.mean((2, 3, 4))) > 0.05
     np.testing.assert_allclose(parts, whole, atol=1.01 / 255 if sample is sample_by_evaluation else 1e-6)
+
+
+def test_what_a_sampling_program_hands_on(make_config):
+    """Every latent once, no images."""
+    config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0})
+    experiment = Experiment.build(config, weights=False)
+    sampling, *_ = dry_run.programs_of(config, experiment)
+    samples = jax.eval_shape(sampling.function, *sampling.args)
+    latent, b, t = experiment.sampler.pipeline.latent_shape, config.batch.samples, config.sampling.steps
+    assert samples.images is None
+    of_latents = [x.size for x in jax.tree.leaves(samples) if x.shape[-3:] == latent]
+    assert sum(of_latents) == b * (t + 1) * np.prod(latent)
 
 
 # ------------------------------------------------------------------------------------------------------------ precision

@@ -76,7 +76,12 @@ def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
             np.save(workdir.parent / f"images-{next(iterations):06d}.npy", parallel.unshard(images))
             return programs.update(state, frozen, inputs)
 
-        return programs._replace(update=update)
+        def sample(*args):
+            with open(workdir.parent / "live.txt", "a") as file:
+                file.write(f"{sum(x.nbytes for x in jax.live_arrays())}\n")
+            return programs.sample(*args)
+
+        return programs._replace(update=update, sample=programs.sample and sample)
 
     patch.setattr(report, "save_grid", save_grid)
     patch.setattr(train, "make_programs", make_programs)
@@ -152,6 +157,13 @@ def test_nothing_is_compiled_after_the_second_iteration(finished):
     """Evaluations, image grids, checkpoints and the end of exploration come later, and bring nothing new."""
     assert len(finished.compiled) == 5 and finished.compiled[0] > 0
     assert finished.compiled[2:] == [finished.compiled[2]] * 3
+
+
+def test_nothing_is_kept_from_the_iteration_before(finished):
+    """When an iteration begins to sample there is as much on the devices as the one before found."""
+    if finished.algorithm == "ddpo":
+        live = [int(line) for line in (finished.workdir.parent / "live.txt").read_text().split()]
+        assert len(live) == 4 and live[1:] == [live[1]] * 3 and live[0] <= live[1] <= 1.01 * live[0], live
 
 
 # ---------------------------------------------------------------------------------------------------------- exploration

@@ -19,7 +19,7 @@ from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.rewards.reward import Builtin, Reward
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 
-__all__ = ["BUILTINS", "Builtin", "Reward", "load_reward", "reward_name", "without_places"]
+__all__ = ["BUILTINS", "Builtin", "Reward", "check_reward", "load_reward", "reward_name", "without_places"]
 
 BUILTINS: dict[str, Builtin] = {
     **pickscore.BUILTINS,
@@ -85,6 +85,39 @@ def reward_name(text: str) -> str:
     return "+".join(part.reported for part in spec.parse(text, BUILTINS))
 
 
+def check_reward(text: str, *, shapes_only: bool = False) -> None:
+    """Checks a spec's names and that its files are there, without reading any; arguments as of `load_reward`.
+
+    Raises:
+      InputError: an unknown name, no path where one is needed, or nothing at the path.
+    """
+    for part in spec.parse(text, BUILTINS):
+        if part.name not in spec.FUNCTIONS:
+            check_part(part, shapes_only=shapes_only)
+
+
+def check_part(part: spec.Part, *, shapes_only: bool) -> None:
+    """The same of one part that is no function."""
+    if part.name not in BUILTINS:
+        raise InputError(
+            f"unknown reward {part.name!r}; accepted: {', '.join(BUILTINS)}, each also as NAME:PATH or "
+            "textnorm(NAME:PATH), several joined by +; jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
+        )
+    builtin = BUILTINS[part.name]
+    if builtin.function or _only_shapes(part, shapes_only):
+        return
+    if not part.place and not builtin.path:
+        raise InputError(f"reward {part.name!r} needs its weights: {part.name}:PATH")
+    if part.place:
+        files.check_place(part.place, what=f"reward {part.bare!r}")
+
+
+def _only_shapes(part: spec.Part, shapes_only: bool) -> bool:
+    """Whether shapes do, and are known, for weights that are not there."""
+    there = part.place and Path(part.place).expanduser().exists()
+    return bool(shapes_only and BUILTINS[part.name].shapes and not there)
+
+
 def without_places(text: str) -> str:
     """A spec without the places of weights: "hpsv2:a.pt+python:m:f" -> "hpsv2+python:m:f"."""
     parts = [(part, part.bare if part.name in spec.FUNCTIONS else part.name) for part in spec.parse(text, BUILTINS)]
@@ -96,18 +129,12 @@ def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int
         return functions.from_jax(part.place)
     if part.name == "python":
         return functions.from_python(part.place, timeout=timeout, workers=workers)
-    if part.name not in BUILTINS:
-        raise InputError(
-            f"unknown reward {part.name!r}; accepted: {', '.join(BUILTINS)}, each also as NAME:PATH or "
-            "textnorm(NAME:PATH), several joined by +; jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
-        )
+    check_part(part, shapes_only=shapes_only)
     builtin = BUILTINS[part.name]
     if builtin.function:
         return host_reward(builtin.function, part.name, timeout=timeout, workers=workers)
-    if shapes_only and builtin.shapes and not (part.place and Path(part.place).exists()):
+    if _only_shapes(part, shapes_only):
         reward = builtin.shapes(dtype)
-    elif not part.place and not builtin.path:
-        raise InputError(f"reward {part.name!r} needs its weights: {part.name}:PATH")
     else:
         path = files.file_or_folder(part.place, what=f"reward {part.bare!r}") if part.place else builtin.path
         reward = builtin.load(path, dtype=dtype)
