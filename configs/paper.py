@@ -101,8 +101,8 @@ def get_config(argument: str | None = None):
         raise ValueError(f"fig3 trains nothing; it is {samplers(','.join(['model=sd15', *options]))}")
     if name not in EXPERIMENTS:
         raise ValueError(f"config argument {name!r}: accepted: {accepted(name)}, each also with ,explore= and ,model=")
-    own, algorithm, task, changes = EXPERIMENTS[name]
-    options = ",".join([f"model={own}", *options])
+    usual, algorithm, task, changes = EXPERIMENTS[name]
+    options = ",".join([f"model={usual}", *options])
     model = parse(options)["model"]
     reward, prompts, unseen = (MINIATURE if model == "emoji" else PUBLISHED)[task]
     module = {"ddpo": ddpo, "alignprop": alignprop}[algorithm]

@@ -54,7 +54,7 @@ class Checkpoints:
     def restore_newest(self, like: Any) -> tuple[int, Any] | None:
         """(iteration, state) of the newest checkpoint that is whole, None where there is none yet.
 
-        Broken ones that are newer are set aside as WORKDIR/checkpoints-broken/ITERATION, and said so.
+        Broken ones that are newer are moved to WORKDIR/checkpoints-broken/ITERATION, with a warning.
 
         Raises:
           InputError: there are checkpoints, and none of them is whole.

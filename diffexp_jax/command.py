@@ -43,7 +43,7 @@ def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> N
     # transformers advises at import that torch is missing: nothing here needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.set_verbosity(logging.WARNING)  # orbax tells every file that it touches
+    logging.set_verbosity(logging.WARNING)  # orbax logs every file that it touches
     try:
         main(*args)
     except InputError as error:
@@ -118,7 +118,7 @@ def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
         getattr(config.value, "algorithm", None)  # a config file that is missing is an error only once it is used
         return rest
     except Exception as error:
-        while "Error whilst parsing config file" in str(error):  # a traceback around what get_config said
+        while "Error whilst parsing config file" in str(error):  # a traceback around get_config's message
             error = error.__context__
         if isinstance(error, KeyError | AttributeError):
             error = InputError(f"config: {_unknown_key(argv, error)}")
@@ -150,7 +150,7 @@ def _is_literal(text: str) -> bool:
 
 
 def _unknown_key(argv: list[str], error: Exception) -> str:
-    """What is said of a setting that does not exist."""
+    """The error message about a setting that does not exist."""
     from diffexp_jax.settings import default_config  # the parts above this one: only where they are needed
 
     try:

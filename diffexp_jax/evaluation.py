@@ -31,7 +31,7 @@ def evaluate(
 
     `params` are the pipeline's for sampling, on the devices as `lora` and `steps` are.
     `scorers` are rewards' names and what `programs.make_scorer` makes of them.
-    `advance` is told of images that are sampled, for a progress bar.
+    `advance` is called with the number of images just sampled: a progress bar's update.
 
     Returns:
       The images, prompt by prompt; {"reward": [N], "reward/part": [N]} in the same order.

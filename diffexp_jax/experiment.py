@@ -21,7 +21,7 @@ from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
 from diffexp_jax.prompts.units import unit_ids
-from diffexp_jax.rewards import Reward, check_reward, load_reward, reward_name, without_places
+from diffexp_jax.rewards import Reward, check_reward, load_reward, reward_name, without_locations
 from diffexp_jax.sampler import Sampler, full_float32
 from diffexp_jax.settings import batch_split, check_config, method_settings
 
@@ -112,12 +112,12 @@ class Experiment(NamedTuple):
         return initial_lora(key, self.sampler.pipeline.base, rank=lora.rank, alpha=lora.alpha, path=lora.path)
 
     def identity(self) -> dict[str, str]:
-        """What tells this model, reward and prompts from others, whatever their files are called."""
+        """Fingerprints of the model, the reward and the prompts, which do not depend on the names of their files."""
         pipeline, trained = self.sampler.pipeline, self.trained
         texts, tokens = self.train.texts, self.train.tokens[self.reward]
         return {
             "model": fingerprint(pipeline.params),
-            "reward": f"{without_places(self.config.reward)} {fingerprint(trained.params, tokens)}",
+            "reward": f"{without_locations(self.config.reward)} {fingerprint(trained.params, tokens)}",
             "prompts": f"{len(texts)} {fingerprint(texts, self.units)}",
         }
 
@@ -210,8 +210,8 @@ def load_rewards(config: ConfigDict, *, weights: bool = True) -> tuple[str, Rewa
         raise InputError(f"reward and eval.rewards: two of {', '.join(specs)} have the same name")
 
     def load(spec, dtype):
-        own_weights = tuple(config.reward_weights) if spec == config.reward else ()
-        reward = load_reward(spec, weights=own_weights, dtype=dtype, **options)
+        part_weights = tuple(config.reward_weights) if spec == config.reward else ()
+        reward = load_reward(spec, weights=part_weights, dtype=dtype, **options)
         return reward if weights else reward._replace(params=_shapes_of(reward.params))
 
     trained = load(config.reward, config.reward_dtype)

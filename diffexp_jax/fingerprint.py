@@ -1,4 +1,4 @@
-"""Knows weights again, whatever their files are called."""
+"""Fingerprints of weights and texts: they recognise the same contents under another file name."""
 
 import zlib
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-_SAMPLED = 4096  # numbers of an array that count, about
+_SAMPLED = 4096  # numbers of each array that it covers, about
 
 
 def fingerprint(*trees: Any) -> str:
-    """Eight hexadecimal digits that tell trees of arrays or texts from others, in no time.
+    """A checksum of trees of arrays and texts, as eight hexadecimal digits; fast also for gigabytes.
 
-    They are a checksum of every array's place, type, shape, and of numbers evenly spaced in it: enough to know weights
-    again, not to find a flipped bit.
+    It covers every leaf's path, type and shape, and numbers evenly spaced in it: enough to recognise weights, not to
+    find a flipped bit.
     """
     checksum = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(trees):

@@ -83,8 +83,8 @@ def shard(tree: Any, n_samples: int) -> Any:
     return _put(jax.tree.map(lambda x: x[index], tree))
 
 
-def place(tree: Any) -> Any:
-    """The opposite of `unshard`: this host's share [n_local * b, ...] -> [n_local, b, ...] on its devices."""
+def shard_local(tree: Any) -> Any:
+    """The inverse of `unshard`: this host's share [n_local * b, ...] -> [n_local, b, ...] on its devices."""
     n = jax.local_device_count()
     return _put(jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), tree))
 

@@ -80,7 +80,7 @@ def sample_and_score(sample: Callable, reward: Reward, n_chunks: int, per_forwar
         samples = jax.block_until_ready(join(chunks))  # the reward's time limit counts from here
         del chunks  # or all would be there twice while the reward is waited for
         on_host = jax.tree.map(lambda *x: np.concatenate(x), *[wait() for wait in waits])
-        rewards, parts = add((samples.rewards, samples.parts), parallel.place(on_host))
+        rewards, parts = add((samples.rewards, samples.parts), parallel.shard_local(on_host))
         return samples._replace(rewards=rewards, parts=parts)
 
     return all_chunks

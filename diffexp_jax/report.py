@@ -60,7 +60,7 @@ def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str
 
 
 def save_curves(workdir: Path) -> None:
-    """Draws curves.png from metrics.jsonl: the reward, the evaluations, and what tells whether training is healthy."""
+    """Draws curves.png from metrics.jsonl: the reward, the evaluations, and signs of healthy training."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -26,7 +26,7 @@ CHOICES = {
     "exploration.unit": UNITS,
 }
 GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
-# Every setting that is a number, or several; a method's own are in its `Method.numbers`.
+# Every setting that is a number or several numbers; those of a method's section are in its `Method.numbers`.
 NUMBERS: dict[str, Number] = {
     "seed": whole(0, 2**32 - 1),  # jax takes a seed modulo 2**32
     "iterations": whole(1),
@@ -65,7 +65,7 @@ NUMBERS: dict[str, Number] = {
 
 
 def method_numbers() -> dict[str, Number]:
-    """The same of the methods' own settings, by METHOD.KEY."""
+    """The same for the sections of the methods, by METHOD.KEY."""
     return {f"{m.name}.{key}": accepted for m in METHODS.values() for key, accepted in m.numbers.items()}
 
 

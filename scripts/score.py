@@ -72,26 +72,26 @@ def main(args: argparse.Namespace) -> None:
     print(f"written: {args.out}")
 
 
-def find_images(places: list[Path]) -> list[Path]:
+def find_images(given: list[Path]) -> list[Path]:
     """The files, and of folders the pictures in them, by name."""
     paths: list[Path] = []
-    for place in places:
-        if place.is_dir():
-            found = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
+    for path in given:
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
             if not found:
-                raise InputError(f"--images {place}: no pictures in the folder; accepted: {', '.join(SUFFIXES)}")
-            asked_for = [path for path in found if not beside_what_was_asked_for(path)]
+                raise InputError(f"--images {path}: no pictures in the folder; accepted: {', '.join(SUFFIXES)}")
+            asked_for = [file for file in found if not is_for_comparison(file)]
             if passed_over := len(found) - len(asked_for):
-                print(f"{place}: {passed_over} pictures passed over: {report.GRID}, and those that compare")
+                print(f"{path}: {passed_over} pictures passed over: {report.GRID}, and those that compare")
             paths += asked_for or found
-        elif place.is_file():
-            paths.append(place)
+        elif path.is_file():
+            paths.append(path)
         else:
-            raise InputError(f"--images {place}: no such file or folder")
+            raise InputError(f"--images {path}: no such file or folder")
     return paths
 
 
-def beside_what_was_asked_for(path: Path) -> bool:
+def is_for_comparison(path: Path) -> bool:
     """Whether scripts/sample.py made the picture for people to compare: its grid, or NNNN-base.png and the like."""
     if not (path.parent / "prompts.csv").is_file():
         return False

@@ -97,24 +97,24 @@ def contrastive_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """InfoNCE of both directions, and of each picture against the seven captions of its animal.
 
-    A picture without an animal has no caption of its own, but counts against everyone else's.
+    A picture without an animal has no caption, but is a negative of every caption.
     """
     captioned = scene.animal != NO_ANIMAL
-    own = jnp.where(captioned, scenes.caption_id(scene.animal, scene.obj), 0)  # [B]
-    to_text = cross_entropy(logits, own)
+    caption = jnp.where(captioned, scenes.caption_id(scene.animal, scene.obj), 0)  # [B]
+    to_text = cross_entropy(logits, caption)
 
-    row = jnp.arange(len(own))
-    also_fits = (own[:, None] == own) & captioned & (row[:, None] != row)  # no negatives of this caption
-    to_image = cross_entropy(jnp.where(also_fits, -jnp.inf, logits[:, own].T), row)  # [B captions, B pictures]
+    row = jnp.arange(len(caption))
+    also_fits = (caption[:, None] == caption) & captioned & (row[:, None] != row)  # no negatives of this caption
+    to_image = cross_entropy(jnp.where(also_fits, -jnp.inf, logits[:, caption].T), row)  # [B captions, B pictures]
 
-    siblings = logits.reshape(len(own), len(ANIMALS), -1)  # [B, animals, 1 + activities]
+    siblings = logits.reshape(len(caption), len(ANIMALS), -1)  # [B, animals, 1 + activities]
     siblings = jnp.take_along_axis(siblings, (own // siblings.shape[-1])[:, None, None], axis=1)[:, 0]
     to_siblings = cross_entropy(siblings, scene.obj)
 
     def mean(per_picture):
         return jnp.where(captioned, per_picture, 0).sum() / captioned.sum()
 
-    right = {"caption": logits.argmax(1) == own, "object": siblings.argmax(1) == scene.obj}
+    right = {"caption": logits.argmax(1) == caption, "object": siblings.argmax(1) == scene.obj}
     return 0.5 * mean(to_text + to_image + to_siblings), {name: mean(x) for name, x in right.items()}
 
 

@@ -144,13 +144,13 @@ def file_or_folder(path: str, *, what: str) -> Path:
     Raises:
       InputError: neither is there; `what` begins the message.
     """
-    check_place(path, what=what)
+    check_location(path, what=what)
     if (local := Path(path).expanduser()).exists():
         return local
     return _from_hub(path, ["*.json", "merges.txt", "vocab.txt", "*.safetensors"], what=what)
 
 
-def check_place(path: str, *, what: str) -> None:
+def check_location(path: str, *, what: str) -> None:
     """Raises InputError, without any download, where nothing is at the path and it is no hub id."""
     if not Path(path).expanduser().exists() and not _HUB_ID.fullmatch(path):
         raise InputError(f"{what}: {path}: no such file or folder")

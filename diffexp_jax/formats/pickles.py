@@ -163,14 +163,14 @@ class Pickled(Mapping[str, np.ndarray]):
     def __init__(self, path: Path):
         self._path = path
         try:
-            content, self._places = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+            content, self._extents = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
             if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
                 content = content["state_dict"]
             items = content.items() if isinstance(content, dict) else ()
             self._tensors = {name: x for name, x in items if isinstance(name, str) and isinstance(x, _Tensor)}
             end = path.stat().st_size
             for tensor in self._tensors.values():
-                start, size = self._places.get(tensor.storage.key, (0, -1))
+                start, size = self._extents.get(tensor.storage.key, (0, -1))
                 size = min(size, end - start)
                 if tensor.storage.count * np.dtype(_dtype(tensor.storage.dtype)).itemsize > size:
                     raise pickle.UnpicklingError("the data are cut short")
@@ -188,7 +188,7 @@ class Pickled(Mapping[str, np.ndarray]):
         (key, dtype, count), offset, shape, strides = self._tensors[name]
         if not math.prod(shape):
             return np.zeros(shape, _dtype(dtype))
-        data = np.memmap(self._path, _dtype(dtype), "r", self._places[key][0], (count,))
+        data = np.memmap(self._path, _dtype(dtype), "r", self._extents[key][0], (count,))
         steps = [step * data.itemsize for step in strides]
         return np.lib.stride_tricks.as_strided(data[offset:], shape, steps, writeable=False)
 
@@ -216,13 +216,13 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
             raise pickle.UnpicklingError("big-endian")
         content, _ = _run(io.BytesIO(archive.read(pickled)))
-        places = {}
+        extents = {}
         for name, info in entries.items():
             if name.startswith(f"{root}data/") and info.compress_type == zipfile.ZIP_STORED:
                 file.seek(info.header_offset + _ZIP_LENGTHS)
                 start = info.header_offset + _ZIP_HEADER + sum(struct.unpack("<HH", file.read(4)))
-                places[name.removeprefix(f"{root}data/")] = (start, info.file_size)
-    return content, places
+                extents[name.removeprefix(f"{root}data/")] = (start, info.file_size)
+    return content, extents
 
 
 def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
@@ -234,15 +234,15 @@ def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         if not _run(file)[0].get("little_endian", True):
             raise pickle.UnpicklingError("big-endian")
         content, dtypes = _run(file)
-        places, end = {}, len(file)
+        extents, end = {}, len(file)
         for key in _run(file)[0]:
             (count,) = struct.unpack("<q", file.read(8))
             size = count * _dtype(dtypes[key]).itemsize
             if not 0 <= size <= end - file.tell():
                 raise pickle.UnpicklingError("the data are cut short")
-            places[key] = (file.tell(), size)
+            extents[key] = (file.tell(), size)
             file.seek(file.tell() + size)
-    return content, places
+    return content, extents
 
 
 def open_checkpoint(path: Path) -> Mapping[str, np.ndarray]:

@@ -70,10 +70,10 @@ def _clip_tokenizer(folder: Path):
     from transformers import CLIPTokenizer  # seconds to import: only where it is used
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    for place in (folder, folder / "tokenizer"):
-        if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
-            return load_tokenizer(place)
-        if (path := place / OPEN_CLIP_VOCABULARY).is_file():
+    for candidate in (folder, folder / "tokenizer"):
+        if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
+            return load_tokenizer(candidate)
+        if (path := candidate / OPEN_CLIP_VOCABULARY).is_file():
             lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : 1 + _MERGES]
             merges = [tuple(line.split()) for line in lines if line]
             symbols = bytes_to_unicode().values()  # in the order of CLIP's vocabulary, which is GPT-2's

@@ -124,7 +124,8 @@ def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, An
     convolutions, with a rank and an alpha per layer. Tensors for the text encoders are left out, with a warning.
 
     Returns:
-      The collection and its scale, alpha / rank. Where layers differ in that, their own is in B and the scale is 1.
+      The collection and its scale, alpha / rank. Where layers have different scales, each is multiplied into its
+      layer's B, and the scale that is returned is 1.
 
     Raises:
       InputError: not a safetensors file, or its tensors do not fit the network.
@@ -218,7 +219,7 @@ def _pair(path: Path, parts: Mapping[str, tuple[str, np.ndarray]], shape: tuple[
 
 
 def _alpha(header: Mapping[str, Any], layer: str, rank: int) -> float:
-    """alpha of a layer by peft's settings: of the first pattern that fits its name; where nothing is said, the rank."""
+    """alpha of a layer in peft's settings: that of the first pattern that matches its name; the rank by default."""
     for pattern, alpha in (header.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             return alpha

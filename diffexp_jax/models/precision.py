@@ -16,7 +16,7 @@ MATMUL_PRECISIONS = ("auto", "default", "bfloat16", "tensorfloat32", "float32")
 
 
 def matmul_precision(setting: str, dtype: DTypeLike) -> str:
-    """What a setting of MATMUL_PRECISIONS comes to: who asks for float32 networks gets float32 products."""
+    """What a setting of MATMUL_PRECISIONS means: "auto" gives networks in float32 full float32 products."""
     if setting != "auto":
         return setting
     return "float32" if jnp.dtype(dtype) == jnp.float32 and backend.platform() != "cpu" else "default"

@@ -15,7 +15,7 @@ from diffexp_jax.sampling import Context, Denoise, guided
 
 SHOWN = 4096  # prompts whose encoding takes long enough for a progress bar
 
-# What a network is told of prompts: a tree of arrays, a row per prompt. Only its pipeline knows what is in it.
+# What conditions a network on prompts: a tree of arrays, a row per prompt. Only the pipeline knows what is in it.
 Conditioning = Any
 
 

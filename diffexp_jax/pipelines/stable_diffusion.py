@@ -24,7 +24,7 @@ from diffexp_jax.process import load_process
 
 
 class TextEmbedding(NamedTuple):
-    """What the UNet is told of a prompt (or of a batch of prompts: B first)."""
+    """What conditions the UNet: the embedding of a prompt (or of a batch of prompts: B first)."""
 
     embedding: Float[Array, "*B L D"]  # a vector per token
     # SDXL, else None: a vector of the whole prompt; original size, crop corner and target size in pixels (y, x each)
@@ -123,7 +123,7 @@ def map_tokens(function: Callable[..., Array], *texts: TextEmbedding) -> TextEmb
 
 
 def zeros(empty: TextEmbedding) -> TextEmbedding:
-    """What SDXL was trained with in place of no prompt. Its sizes stay; Eq. 8's null is `empty` all the same."""
+    """SDXL's unconditional embedding: zeros, but the same sizes. The null of Eq. 8 stays the embedding of ""."""
     pooled, time_ids = empty.added
     return TextEmbedding(np.zeros_like(empty.embedding), (np.zeros_like(pooled), time_ids))
 

@@ -56,7 +56,7 @@ def shifted(level: Float[np.ndarray, "T"] | float, shift: float) -> Float[np.nda
 
 
 def timesteps(n_steps: int, *, n_train: int, shift: float) -> Float[np.ndarray, "T"]:
-    """diffusers' own: evenly from 1 to the smallest shifted level, and shifted (again).
+    """As diffusers: evenly spaced from 1 to the smallest shifted level, and then shifted (again).
 
     Raises:
       InputError: more steps than the schedule has, or none.

@@ -16,7 +16,7 @@ class Process(NamedTuple):
 
     `timesteps(n)` gives the n steps' timesteps [T] in training units (0..1000), noise first.
     `make_steps(t, w_t, eta=)` gives all that these steps need, as a NamedTuple of columns [T]. Three of them every
-    process has: `t`, which the network is told; `w_t`, the guidance scale; `sigma_t`, the std of the noise that the
+    process has: `t`, the network's timestep; `w_t`, the guidance scale; `sigma_t`, the std of the noise that the
     step adds, which eta scales (0 is none).
     `transition(x_t, out, row)` gives the mean [B h w c] and the std [] of p(x_{t-1} | x_t), from the network's guided
     output and one row of the steps. What the network predicts is known here and nowhere else.

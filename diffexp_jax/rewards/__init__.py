@@ -19,7 +19,7 @@ from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.rewards.reward import Builtin, Reward
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 
-__all__ = ["BUILTINS", "Builtin", "Reward", "check_reward", "load_reward", "reward_name", "without_places"]
+__all__ = ["BUILTINS", "Builtin", "Reward", "check_reward", "load_reward", "reward_name", "without_locations"]
 
 BUILTINS: dict[str, Builtin] = {
     **pickscore.BUILTINS,
@@ -106,29 +106,29 @@ def check_part(part: spec.Part, *, shapes_only: bool) -> None:
     builtin = BUILTINS[part.name]
     if builtin.function or _only_shapes(part, shapes_only):
         return
-    if not part.place and not builtin.path:
+    if not part.location and not builtin.path:
         raise InputError(f"reward {part.name!r} needs its weights: {part.name}:PATH")
-    if part.place:
-        files.check_place(part.place, what=f"reward {part.bare!r}")
+    if part.location:
+        files.check_location(part.location, what=f"reward {part.bare!r}")
 
 
 def _only_shapes(part: spec.Part, shapes_only: bool) -> bool:
     """Whether shapes do, and are known, for weights that are not there."""
-    there = part.place and Path(part.place).expanduser().exists()
+    there = part.location and Path(part.location).expanduser().exists()
     return bool(shapes_only and BUILTINS[part.name].shapes and not there)
 
 
-def without_places(text: str) -> str:
-    """A spec without the places of weights: "hpsv2:a.pt+python:m:f" -> "hpsv2+python:m:f"."""
+def without_locations(text: str) -> str:
+    """A spec without where the weights are: "hpsv2:a.pt+python:m:f" -> "hpsv2+python:m:f"."""
     parts = [(part, part.bare if part.name in spec.FUNCTIONS else part.name) for part in spec.parse(text, BUILTINS)]
     return "+".join(f"textnorm({name})" if part.normed else name for part, name in parts)
 
 
 def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int, shapes_only: bool) -> Reward:
     if part.name == "jax":
-        return functions.from_jax(part.place)
+        return functions.from_jax(part.location)
     if part.name == "python":
-        return functions.from_python(part.place, timeout=timeout, workers=workers)
+        return functions.from_python(part.location, timeout=timeout, workers=workers)
     check_part(part, shapes_only=shapes_only)
     builtin = BUILTINS[part.name]
     if builtin.function:
@@ -136,7 +136,7 @@ def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int
     if _only_shapes(part, shapes_only):
         reward = builtin.shapes(dtype)
     else:
-        path = files.file_or_folder(part.place, what=f"reward {part.bare!r}") if part.place else builtin.path
+        path = files.file_or_folder(part.location, what=f"reward {part.bare!r}") if part.location else builtin.path
         reward = builtin.load(path, dtype=dtype)
     return reward._replace(
         score=in_precision(reward.score, dtype),

@@ -15,13 +15,13 @@ from diffexp_jax.rewards.preprocess import as_floats
 from diffexp_jax.rewards.reward import Reward, no_tokens, of_pixels
 
 
-def from_jax(place: str) -> Reward:
+def from_jax(location: str) -> Reward:
     """The reward of a pure function f(images in [0,1], [B,H,W,3]) -> [B], or a `Reward` (with parameters, or prompts).
 
     Raises:
       InputError: there is no such thing at MODULE:FUNCTION; later, while tracing, it returns another shape.
     """
-    function = _find(place)
+    function = _find(location)
     if isinstance(function, Reward):
         return function
 
@@ -30,7 +30,7 @@ def from_jax(place: str) -> Reward:
         scores = jnp.asarray(function(images))
         if scores.shape != images.shape[:1]:
             raise InputError(
-                f"reward jax:{place}: returned shape {list(scores.shape)} for {len(images)} images; wants "
+                f"reward jax:{location}: returned shape {list(scores.shape)} for {len(images)} images; wants "
                 f"[{len(images)}]"
             )
         return scores.astype(jnp.float32), {}
@@ -40,27 +40,27 @@ def from_jax(place: str) -> Reward:
     )
 
 
-def from_python(place: str, *, timeout: float, workers: int) -> Reward:
+def from_python(location: str, *, timeout: float, workers: int) -> Reward:
     """The reward of f(images uint8 [N,H,W,3], prompts) -> N floats, see `host_reward`.
 
     Raises:
       InputError: there is no such function at MODULE:FUNCTION.
     """
-    return host_reward(_find(place), f"python:{place}", timeout=timeout, workers=workers)
+    return host_reward(_find(location), f"python:{location}", timeout=timeout, workers=workers)
 
 
-def _find(place: str) -> Callable[..., Any] | Reward:
+def _find(location: str) -> Callable[..., Any] | Reward:
     """What MODULE:FUNCTION names; modules of the current folder count."""
-    module_name, _, name = place.partition(":")
+    module_name, _, name = location.partition(":")
     if not module_name or not name:
-        raise InputError(f"reward {place!r}: wants MODULE:FUNCTION, as in python:my_rewards:redness")
+        raise InputError(f"reward {location!r}: wants MODULE:FUNCTION, as in python:my_rewards:redness")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a stranger's module may raise anything
-        raise InputError(f"reward {place!r}: importing {module_name}: {type(error).__name__}: {error}") from error
+        raise InputError(f"reward {location!r}: importing {module_name}: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not callable(found) and not isinstance(found, Reward):
-        raise InputError(f"reward {place!r}: {module.__name__} has no function {name!r}")
+        raise InputError(f"reward {location!r}: {module.__name__} has no function {name!r}")
     return found

@@ -19,7 +19,7 @@ from diffexp_jax.rewards.reward import Builtin, Reward, Tokenize, of_pixels, zer
 def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     """cos(image, text): 0.2 to 0.35 or so with the published weights (tables print it times 100).
 
-    v2.0 and v2.1 are different weights, whose scores cannot be compared. Images are made square by black borders, not
+    v2.0 and v2.1 are different weights; their scores are not comparable. Images are made square by black borders, not
     by a crop, as the published scoring does (`img_score.py`; antialiased, as torchvision does it since 0.17).
 
     Args:

@@ -39,7 +39,7 @@ def longest_to(size: int, h: int, w: int) -> tuple[int, int]:
 
 
 def floor_half(spare: int) -> int:
-    """Where a centre crop begins if `spare` pixels are too many: transformers' rule."""
+    """Where a centre crop begins that leaves out `spare` pixels: transformers' rule."""
     return spare // 2
 
 
@@ -64,7 +64,7 @@ def resize(images: Float[Array, "B H W 3"], h: int, w: int) -> Float[Array, "B h
 def resize_and_crop(
     images: Float[Array, "B H W 3"], size: int, start: Callable[[int], int] = floor_half
 ) -> Float[Array, "B size size 3"]:
-    """The shortest side to `size` pixels, then the square in the centre, which `start` says the beginning of."""
+    """The shortest side to `size` pixels, then the square in the centre; `start` gives where it begins."""
     h, w = shortest_to(size, *images.shape[1:3])
     top, left = start(h - size), start(w - size)
     return resize(images, h, w)[:, top : top + size, left : left + size]

@@ -14,18 +14,18 @@ class Part(NamedTuple):
     """One of the rewards that a spec joins."""
 
     name: str  # of the table, or one of FUNCTIONS
-    place: str  # what follows its ":"; "" if nothing does
+    location: str  # what follows its ":"; "" if nothing does
     normed: bool  # in textnorm(...)
 
     @property
     def bare(self) -> str:
         """As the user wrote it, without textnorm()."""
-        return f"{self.name}:{self.place}" if self.place else self.name
+        return f"{self.name}:{self.location}" if self.location else self.name
 
     @property
     def reported(self) -> str:
         """What its scores are reported under; a function under its own name."""
-        name = self.place.rpartition(":")[2] if self.name in FUNCTIONS else self.name
+        name = self.location.rpartition(":")[2] if self.name in FUNCTIONS else self.name
         return f"textnorm_{name}" if self.normed else name
 
 
@@ -38,6 +38,6 @@ def parse(spec: str, names: Collection[str]) -> list[Part]:
     parts = []
     for text in re.split(rf"\+(?=textnorm\(|(?:{known})(?:[:+]|$))", spec):
         wrapped = re.fullmatch(r"textnorm\((.*)\)", text)
-        name, _, place = (wrapped[1] if wrapped else text).partition(":")
-        parts.append(Part(name, place, bool(wrapped)))
+        name, _, location = (wrapped[1] if wrapped else text).partition(":")
+        parts.append(Part(name, location, bool(wrapped)))
     return parts
