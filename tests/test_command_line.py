@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from configs import base
-from diffexp_jax import InputError, checkpoint, command, experiment, sampler, train
+from diffexp_jax import InputError, checkpoint, command, experiment, sampler, settings, train
 from diffexp_jax import workdir as workdirs
+from diffexp_jax.algorithms import METHODS
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.pipelines import load_pipeline
@@ -95,6 +96,23 @@ def test_mistakes_on_the_command_line(fails, command_line, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     said = fails(2, command_line, *arguments)
     assert all(part in said for part in parts), said
+    assert not list(tmp_path.iterdir())
+
+
+TABLE = settings.NUMBERS | settings.method_numbers()
+
+
+@pytest.mark.parametrize("key", sorted(TABLE))
+def test_numbers_that_make_no_sense(fails, command_line, monkeypatch, tmp_path, key):
+    """Negative, zero, not finite, absurdly large: a line each and exit code 2, before anything is loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "Experiment", None)
+    method = key.split(".")[0] if key.split(".")[0] in METHODS else "ddpo"
+    config, accepted = f"--config={ROOT / 'configs' / f'{method}.py'}", TABLE[key]
+    for value in ("-1", "0", "nan", "inf", "-inf", "1e30", f"1{'0' * 30}"):
+        several = {"reward_weights": f"(1.0, {value})", "exploration.weight_range": f"({value}, {value})"}
+        if not accepted.accepts(int(value) if value.lstrip("-").isdigit() else float(value)):
+            fails(2, command_line, config, f"--config.{key}={several.get(key, value)}", "--workdir=x")
     assert not list(tmp_path.iterdir())
 
 

@@ -108,7 +108,7 @@ def contrastive_loss(
     to_image = cross_entropy(jnp.where(also_fits, -jnp.inf, logits[:, caption].T), row)  # [B captions, B pictures]
 
     siblings = logits.reshape(len(caption), len(ANIMALS), -1)  # [B, animals, 1 + activities]
-    siblings = jnp.take_along_axis(siblings, (own // siblings.shape[-1])[:, None, None], axis=1)[:, 0]
+    siblings = jnp.take_along_axis(siblings, (caption // siblings.shape[-1])[:, None, None], axis=1)[:, 0]
     to_siblings = cross_entropy(siblings, scene.obj)
 
     def mean(per_picture):

@@ -75,7 +75,7 @@ def swapped(text: str) -> list[str]:
     """
     found = list(_ANIMAL.finditer(text))
     if len(found) != 1:
-        raise InputError(f"textnorm: no contrastive prompts for {text!r}; give a json file of them")
+        raise InputError(f"textnorm: no contrastive prompts for {text!r:.100}; give a json file of them")
     match, animal = found[0], found[0][2].lower()
     before, after = text[: match.start()], text[match.end() :]
     doing = next((activity for activity in ACTIVITIES if activity in after), None)
@@ -96,11 +96,11 @@ def from_file(path: Path) -> Contrast:
     table: Mapping[str, Sequence[str]] = read_json(path)
     for text, others in table.items():
         if not isinstance(others, list) or not others or not all(isinstance(other, str) for other in others):
-            raise InputError(f"{path}: {text!r}: wants a list of prompts, at least one")
+            raise InputError(f"{path}: {text!r:.100}: wants a list of prompts, at least one")
 
     def contrast(text: str) -> Sequence[str]:
         if text not in table:
-            raise InputError(f"{path}: has no contrastive prompts for {text!r}")
+            raise InputError(f"{path}: has no contrastive prompts for {text!r:.100}")
         return table[text]
 
     return contrast
