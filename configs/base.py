@@ -92,6 +92,10 @@ def default() -> ml_collections.ConfigDict:
     # forward pass. "current": each update's own, so that there is no ratio and no clip. "auto": "sampled" in float32 on
     # a CPU, else "recomputed" (docs/precision.md).
     d.old_log_prob = "auto"  # what the importance ratio is relative to
+    # "onepass": each sample's gradient is made while it is sampled, for ddpo.updates = ddpo.inner_epochs = 1 alone: no
+    # second pass of the network, no stored chains, but a gradient per sample. "twopass": after the rewards are known.
+    # "auto": in one pass where an iteration is one update and the gradients take at most 2 GiB a device.
+    d.gradient = "auto"  # when the gradient is made
     d.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
 
     c.alignprop = a = ml_collections.ConfigDict()

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from diffexp_jax import backend, flops, parallel
 from diffexp_jax.algorithms import METHODS, Inputs
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_programs
 from diffexp_jax.sampler import full_float32, model_dtype
 
@@ -75,7 +74,7 @@ def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]
     """The programs of a run: of an iteration, and of the images between them."""
     programs = make_programs(experiment)
     steps, key = parallel.replicate((experiment.sampler.steps(explore=False), jax.random.key(0)))
-    frozen, lora = on_devices(experiment.frozen), abstract_lora(experiment)
+    frozen, lora = on_devices(experiment.frozen), experiment.lora_shapes()
     state = on_devices(jax.eval_shape(programs.algorithm.init, lora))
     batch, samples = experiment.draw_batch(0, None), None
     if programs.sample_chunk:
@@ -90,12 +89,6 @@ def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]
     if config.eval.every or (config.log.images and config.log.images_every):
         args = (frozen["model"], on_devices(lora), batch.context, batch.key, steps)
         yield Program("evaluate", programs.generate, args)
-
-
-def abstract_lora(experiment: Experiment) -> Any:
-    """The shapes of what is trained."""
-    rank, base = experiment.config.lora.rank, experiment.sampler.pipeline.base
-    return jax.eval_shape(lambda: init_lora(jax.random.key(0), base, rank=rank))
 
 
 def on_devices(tree: Any) -> Any:
@@ -136,7 +129,7 @@ def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
         f"latents     {height} x {width} x {channels}, networks in {model_dtype(config)}, "
         f"remat {config.model.remat}, VAE slices of {config.model.vae_slice}",
         *(f"parameters  {n:>15,}  {part}" for part, n in parts.items()),
-        f"LoRA        {count(abstract_lora(experiment)):>15,}  float32, rank {config.lora.rank}, and twice it in AdamW",
+        f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {config.lora.rank}, and twice it in AdamW",
         f"batch       {split.samples} samples = {split.devices} devices x {split.chunks} chunks x "
         f"{split.per_forward} samples per forward pass ({split.chunks // split.updates} chunks to each of "
         f"{split.updates} updates), {split.samples // experiment.group} prompts x {experiment.group}",

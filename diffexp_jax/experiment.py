@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from diffexp_jax import InputError, parallel
 from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Method, Policy, Setup
 from diffexp_jax.fingerprint import fingerprint
-from diffexp_jax.models.lora import initial_lora
+from diffexp_jax.models.lora import init_lora, initial_lora
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
@@ -111,6 +111,11 @@ class Experiment(NamedTuple):
         key, lora = parallel.stream(self.config.seed, "lora"), self.config.lora
         return initial_lora(key, self.sampler.pipeline.base, rank=lora.rank, alpha=lora.alpha, path=lora.path)
 
+    def lora_shapes(self) -> Any:
+        """The shapes of what is trained."""
+        base = self.sampler.pipeline.base
+        return jax.eval_shape(lambda: init_lora(jax.random.key(0), base, rank=self.config.lora.rank))
+
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model, the reward and the prompts, which do not depend on the names of their files."""
         pipeline, trained = self.sampler.pipeline, self.trained
@@ -136,10 +141,12 @@ class Experiment(NamedTuple):
         setup = Setup(
             policy,
             self.optimizer,
+            n_samples=self.split.samples // self.split.devices,
             n_chunks=n_chunks or self.split.chunks,
             n_prompts=len(self.train.texts),
             n_steps=self.sampler.n_steps,
             remat=self.config.model.remat != "none",
+            lora_size=sum(leaf.size for leaf in jax.tree.leaves(self.lora_shapes())),
             full_float32=full_float32(self.config),
             reward_target=self.trained.target,
         )

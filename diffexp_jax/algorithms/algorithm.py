@@ -40,10 +40,11 @@ class Batch(NamedTuple):
 class Samples(NamedTuple):
     """What a sampling program hands to the update."""
 
-    trajectory: Any  # leading axes [chunks, ...]
+    trajectory: Any  # the chains, leading axes [chunks, ...]; None where the gradients are there already
     rewards: Float[Array, "B"]
     parts: dict[str, Float[Array, "B"]]
     images: Float[Array, "B H W 3"] | None  # None where the host does not score them: nobody else reads them
+    gradients: Any = None  # of each sample, [B, ...] (`one_pass.py`)
 
 
 class Inputs(NamedTuple):
@@ -73,10 +74,12 @@ class Setup(NamedTuple):
 
     policy: Policy
     optimizer: optax.GradientTransformation
-    n_chunks: int  # forward passes that a device's samples are split into
+    n_samples: int  # of an iteration, on a device
+    n_chunks: int  # forward passes that they are split into
     n_prompts: int  # size of the prompt set
     n_steps: int  # of sampling
     remat: bool  # see `sampling.rollout`
+    lora_size: int  # numbers that are trained
     full_float32: bool  # the model computes in float32 throughout, products too
     reward_target: float | None = None  # what AlignProp pulls the reward to, where that is published
 

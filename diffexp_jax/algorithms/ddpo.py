@@ -5,20 +5,26 @@ from functools import partial
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from diffexp_jax import InputError
 from diffexp_jax.algorithms.algorithm import (
+    AXIS,
     Algorithm,
     Inputs,
     Method,
     Needs,
     Policy,
+    Samples,
     Setup,
     across_devices,
     chunked,
+    reward_metrics,
 )
+from diffexp_jax.algorithms.one_pass import gradient_of_loss, sample_with_gradients
 from diffexp_jax.algorithms.policy_gradient import (
     NUMBERS,
     PolicyGradient,
@@ -29,7 +35,7 @@ from diffexp_jax.algorithms.policy_gradient import (
     sample,
     updated,
 )
-from diffexp_jax.limits import check_number, positive, whole
+from diffexp_jax.limits import check_number, one_of, positive, whole
 from diffexp_jax.state import TrainState, advantages, init_stats, update_stats
 
 
@@ -55,6 +61,7 @@ def ddpo(
     stats_buffer: int,
     stats_min_count: int,
     old_log_prob: str = "sampled",
+    one_pass: bool = False,
 ) -> Algorithm:
     """Makes the algorithm.
 
@@ -66,6 +73,7 @@ def ddpo(
       clip: of the importance ratio (1e-4: log-probs are means over a latent's entries).
       advantage_clip, stats_buffer, stats_min_count: see `state.advantages`.
       old_log_prob: what the ratio is relative to, see `several_updates`.
+      one_pass: make the gradient while sampling, see `one_pass.py`; for a single update an iteration.
     """
 
     def init(lora) -> TrainState:
@@ -90,22 +98,61 @@ def ddpo(
             min_count=stats_min_count,
             clip=advantage_clip,
         )
-        weight = chunked(adv, n_chunks)
-        state, metrics = updated(method, state, frozen, samples, weight, stats, **updates)
+        if one_pass:
+            state, metrics = updated_in_one_pass(optimizer, state, samples, adv, stats)
+        else:
+            state, metrics = updated(method, state, frozen, samples, chunked(adv, n_chunks), stats, **updates)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return state, metrics
 
-    return Algorithm(init, partial(sample, policy, n_chunks=n_chunks), update)
+    return Algorithm(init, partial(sample_with_gradients if one_pass else sample, policy, n_chunks=n_chunks), update)
+
+
+def updated_in_one_pass(
+    optimizer: optax.GradientTransformation, state: TrainState, samples: Samples, adv: Float[Array, "B"], extra: Any
+) -> tuple[TrainState, dict[str, Array]]:
+    """`policy_gradient.updated`, by gradients that the samples bring along. The loss is that of ratios of 1."""
+    grads = gradient_of_loss(samples.gradients, adv)
+    change, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+    lora = optax.apply_updates(state.lora, change)
+    metrics = {"loss": -jax.lax.pmean(adv.mean(), AXIS), "grad_norm": optax.tree.norm(grads)}
+    metrics |= {"lora_norm": optax.tree.norm(lora)} | reward_metrics(samples.rewards, samples.parts)
+    return TrainState(state.iteration + 1, lora, opt_state, extra), metrics
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+GRADIENTS = ("auto", "onepass", "twopass")
+MOST_BYTES = 2 * 2**30  # of the samples' gradients on a device, up to which "auto" makes them while sampling
 
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
     check_updates("ddpo", settings)
+    one_of("ddpo.gradient", settings["gradient"], GRADIENTS)
+    if settings["gradient"] == "onepass" and _several_updates(settings):
+        raise InputError(
+            "ddpo.gradient='onepass': wants ddpo.updates=1 and ddpo.inner_epochs=1: after an update the samples' "
+            "gradients are of other weights"
+        )
     buffer = settings["stats_buffer"]
     check_number(f"ddpo.stats_buffer={buffer}, ddpo.stats_min_count=", settings["stats_min_count"], whole(1, buffer))
 
 
+def _several_updates(settings: Mapping[str, Any]) -> bool:
+    return settings["updates"] * settings["inner_epochs"] > 1
+
+
+def in_one_pass(settings: Mapping[str, Any], n_samples: int, lora_size: int) -> bool:
+    """What `gradient` means for this many samples a device and numbers that are trained."""
+    if settings["gradient"] != "auto":
+        return settings["gradient"] == "onepass"
+    return not _several_updates(settings) and 4 * n_samples * lora_size <= MOST_BYTES
+
+
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
-    return ddpo(setup.policy, setup.optimizer, **keywords(setup, settings))
+    one_pass = in_one_pass(settings, setup.n_samples, setup.lora_size)
+    rest = {key: value for key, value in settings.items() if key != "gradient"}
+    return ddpo(setup.policy, setup.optimizer, **keywords(setup, rest), one_pass=one_pass)
 
 
 METHOD = Method(
@@ -118,6 +165,7 @@ METHOD = Method(
         "advantage_clip": 5.0,
         "stats_buffer": 32,
         "old_log_prob": "auto",
+        "gradient": "auto",
         "stats_min_count": 16,
     },
     numbers=NUMBERS
