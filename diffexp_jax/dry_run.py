@@ -17,6 +17,7 @@ from diffexp_jax.algorithms import METHODS, Inputs
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.programs import make_programs
 from diffexp_jax.sampler import full_float32, model_dtype
+from diffexp_jax.sampling import evaluations
 
 GIB = 2**30
 # XLA:CPU's default schedule goes for speed and holds everything: as XLA schedules for accelerators, it is for memory.
@@ -122,7 +123,7 @@ def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
     height, width, channels = pipeline.latent_shape
     parts = {part: count(tree) for part, tree in pipeline.params.items()}
     parts |= {f"reward {name}": count(reward.params) for name, reward in experiment.rewards.items()}
-    evaluations = split.samples * config.sampling.steps * 2
+    evaluated = split.samples * int(evaluations(experiment.sampler.steps(explore=False).w_t))
     passes = method.passes(experiment.settings, full_float32(config))
     return [
         f"dry run of {method.name} on {config.model.path}: shapes and programs, no weights; nothing is written",
@@ -134,7 +135,7 @@ def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
         f"{split.per_forward} samples per forward pass ({split.chunks // split.updates} chunks to each of "
         f"{split.updates} updates), {split.samples // experiment.group} prompts x {experiment.group}",
         f"iteration   {split.samples} reward queries, UNet evaluations: "
-        + ", ".join(f"{evaluations:,} {why}" for why in passes),
+        + ", ".join(f"{evaluated:,} {why}" for why in passes),
     ]
 
 

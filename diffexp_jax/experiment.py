@@ -152,6 +152,10 @@ class Experiment(NamedTuple):
         )
         return self.method.make(setup, self.settings)
 
+    def explores(self, it: int) -> bool:
+        """Whether iteration `it`, counted from 0, explores."""
+        return self.sampler.exploration.enabled and it < self.sampler.exploration.iterations
+
     def draw_batch(self, it: int, explore: Callable[..., Conditioning] | None) -> Batch:
         """Random prompts of iteration `it` with all that the method needs of them, split among the devices.
 

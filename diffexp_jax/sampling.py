@@ -1,6 +1,7 @@
 """Sampling as one `lax.scan` over the steps; the differentiable variant is the same function."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,23 +48,79 @@ def classifier_free_guidance(
     return w_t * cond + (1.0 - w_t) * uncond
 
 
-def guided(network: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
-    """Wraps network(x_t, t, conditioning) in classifier-free guidance; both halves run as one batch."""
+def guided(network: Callable[..., Float[Array, "B h w c"]]) -> Denoise:
+    """Wraps network(x_t, t, conditioning) in classifier-free guidance.
+
+    The two halves run one after the other, in a scan, so that one whose weight is 0 is not computed: where w_t is 1 a
+    step costs one evaluation (DiffExp's first steps at w_low = 1), and a program holds the network once.
+    """
 
     def denoise(x_t, step, context):
-        both = jax.tree.map(lambda *halves: jnp.concatenate(halves), context.cond, context.uncond)
-        cond, uncond = jnp.split(network(jnp.concatenate([x_t, x_t]), step.t, both), 2)
+        def half(_, xs):
+            conditioning, weight = xs
+            run = partial(network, x_t, step.t, conditioning)
+            return None, jax.lax.cond(weight != 0.0, run, lambda: jnp.zeros_like(x_t))
+
+        halves = jax.tree.map(lambda *x: jnp.stack(x), context.cond, context.uncond)
+        _, (cond, uncond) = jax.lax.scan(half, None, (halves, jnp.stack([step.w_t, 1.0 - step.w_t])))
         return classifier_free_guidance(cond, uncond, step.w_t)
 
     return denoise
 
 
-def truncated(denoise: Denoise) -> Callable[..., Float[Array, "B h w c"]]:
-    """`denoise` with a further argument `live`: where it is False, the output carries no gradient.
+def evaluations(w_t: Float[Array, "T"]) -> Int[Array, ""]:
+    """Evaluations of the network that a sample takes with this guidance, see `guided`."""
+    return (w_t != 0.0).sum() + (1.0 - w_t != 0.0).sum()
 
-    A `lax.cond`, not a `where`: the backward pass of a step that is not live runs no network at all, so the cost
-    follows the number of live steps although that number is traced.
+
+# ------------------------------------------------------------------------------------------------ differentiable chains
+
+# As Denoise, with a further argument: where it is False, the output carries no gradient
+LiveDenoise = Callable[[Float[Array, "B h w c"], Steps, Context, Bool[Array, ""]], Float[Array, "B h w c"]]
+
+
+def differentiable(denoise: Callable[[Any], Denoise], lora: Any, *, remat: bool) -> LiveDenoise:
+    """The network for a chain whose gradient in `lora` is wanted, for `rollout` with live steps.
+
+    Args:
+      denoise: lora -> the guided network.
+      remat: the backward pass of a live step computes its activations again, so that one latent per step is all that
+        a chain keeps; False keeps every activation of every step.
     """
+    return recomputed(denoise, lora) if remat else truncated(denoise(lora))
+
+
+def recomputed(denoise: Callable[[Any], Denoise], lora: Any) -> LiveDenoise:
+    """See `differentiable`. The backward pass of a step that is not live runs no network at all.
+
+    The condition is in the backward pass alone: so a program holds the network once to sample and once for the
+    gradient, and the cost follows the number of live steps although that number is traced.
+    """
+
+    @jax.custom_vjp
+    def evaluate(lora, x_t, step, context, live):
+        del live
+        return denoise(lora)(x_t, step, context)
+
+    def forward(*args):
+        return evaluate(*args), args
+
+    def backward(args, gradient):
+        lora, x_t, step, context, live = args
+
+        def run():
+            _, pull_back = jax.vjp(lambda lora, x_t: denoise(lora)(x_t, step, context), lora, x_t)
+            return pull_back(gradient)
+
+        nothing = jax.tree.map(jnp.zeros_like, (lora, x_t))
+        return *jax.lax.cond(live, run, lambda: nothing), None, None, None
+
+    evaluate.defvjp(forward, backward)
+    return partial(evaluate, lora)
+
+
+def truncated(denoise: Denoise) -> LiveDenoise:
+    """See `differentiable`: the same by a condition around the network, whose activations are kept."""
 
     def detached(*args):
         return jax.lax.stop_gradient(denoise(*args))
@@ -72,6 +129,9 @@ def truncated(denoise: Denoise) -> Callable[..., Float[Array, "B h w c"]]:
         return jax.lax.cond(live, denoise, detached, x_t, step, context)
 
     return step_denoise
+
+
+# -------------------------------------------------------------------------------------------------------------- chains
 
 
 def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
@@ -86,37 +146,32 @@ def step_noise(keys: jax.Array, i: Array, shape: tuple[int, ...]) -> Float[Array
 
 def rollout(
     process: Process,
-    denoise: Denoise,
+    denoise: Denoise | LiveDenoise,
     x_T: Float[Array, "B h w c"],
     context: Context,
     steps: Steps,
     keys: jax.Array,
     *,
     live: Bool[Array, "T"] | None = None,
-    remat: bool = True,
     keep_trajectory: bool = False,
 ) -> tuple[Float[Array, "B h w c"], Trajectory | None]:
     """Samples x_0 by the process' steps (stochastic where sigma_t > 0).
 
     Args:
       keys: one PRNG key per sample; the noise depends on nothing else, so not on how samples are batched.
-      live: makes the chain differentiable. The network's output carries gradient at the live steps only; the linear
-        recursion always does.
-      remat: with `live`: the backward pass computes each step's activations again, so that one latent per step is
-        all that the chain keeps (`jax.checkpoint` of the scan's body); False keeps every activation of every step.
+      live: makes the chain differentiable: the steps at which the network's output carries gradient, which `denoise`
+        gets as a fourth argument (`differentiable`). The linear recursion always carries it.
       keep_trajectory: also return the chain with its log-probs (needs sigma_t > 0 at every step).
     """
 
     def body(x_t, xs):
         i, step, live_i = xs
-        out = denoise(x_t, step, context) if live is None else truncated(denoise)(x_t, step, context, live_i)
+        out = denoise(x_t, step, context) if live is None else denoise(x_t, step, context, live_i)
         mean, std = process.transition(x_t, out, step)
         x_tm1 = mean + std * step_noise(keys, i, x_t.shape[1:])
         kept = (x_tm1, gaussian_log_prob(x_tm1, mean, std)) if keep_trajectory else None
         return x_tm1, kept
 
-    if live is not None and remat:
-        body = jax.checkpoint(body)
     x_0, kept = jax.lax.scan(body, x_T, (jnp.arange(len(steps.t)), steps, live))
     return x_0, Trajectory(x_T, *kept, steps, context) if keep_trajectory else None
 

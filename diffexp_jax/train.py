@@ -11,6 +11,7 @@ if __name__ == "__main__":
     command.quiet_interrupt()  # the imports take seconds
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import MetricsWriter, read_metrics
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.programs import Programs, make_programs, make_scorers
-from diffexp_jax.sampling import Steps
+from diffexp_jax.sampling import Steps, evaluations
 from diffexp_jax.settings import check_config
 
 
@@ -45,6 +46,7 @@ class Run(NamedTuple):
     frozen: Any
     plain: Steps
     explored: Steps
+    evaluations: tuple[int, int]  # of the network for a sample: by the plain steps, by the explored ones
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -62,10 +64,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     lora = experiment.initial_lora()
     with workdirs.claim(workdir, config, experiment.identity()):
         programs, frozen = make_programs(experiment), parallel.replicate(experiment.frozen)
-        plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
-        this = Run(config, workdir, experiment, programs, make_scorers(experiment, frozen), frozen, plain, explored)
-        state = jax.device_get(programs.algorithm.init(lora))
-        state = resume_and_train(this, state, changes)
+        steps = [experiment.sampler.steps(explore=on) for on in (False, True)]
+        costs, scorers = tuple(int(evaluations(x.w_t)) for x in steps), make_scorers(experiment, frozen)
+        this = Run(config, workdir, experiment, programs, scorers, frozen, *map(parallel.replicate, steps), costs)
+        state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
         save_lora(workdir / LORA_FILE, parallel.first(state.lora), alpha=config.lora.alpha)
@@ -127,8 +129,7 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
     Raises:
       FloatingPointError: the loss or the gradient is not finite.
     """
-    clock, exploration = time.perf_counter(), run.experiment.sampler.exploration
-    explore = exploration.enabled and it < exploration.iterations
+    clock, explore = time.perf_counter(), run.experiment.explores(it)
     steps = run.explored if explore else run.plain
     batch = run.experiment.draw_batch(it, run.programs.explore if explore else None)
     sample = run.programs.sample
@@ -142,8 +143,9 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
             f"iteration {it + 1}: loss {values['loss']}, norm of the gradient {values['grad_norm']}, of the LoRA "
             f"{values['lora_norm']}: stopped; the last checkpoint is untouched in {run.workdir / 'checkpoints'}"
         )
-    queries = (it + 1) * run.experiment.split.samples
-    values |= {"reward_queries": queries, "unet_evaluations": queries * run.config.sampling.steps * 2}
+    values["reward_queries"] = (it + 1) * run.experiment.split.samples
+    so_far = sum(run.evaluations[run.experiment.explores(i)] for i in range(it + 1))
+    values["unet_evaluations"] = so_far * run.experiment.split.samples
     return state, values | {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
 
 
@@ -191,9 +193,7 @@ def main(argv: list[str]) -> None:
         run(_CONFIG.value, Path(_WORKDIR.value))
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    return command.parse_flags(argv, _CONFIG)
-
+parse_flags = partial(command.parse_flags, config=_CONFIG)
 
 if __name__ == "__main__":
     goes_on = "stopped; the same command continues from the last checkpoint"

@@ -19,7 +19,7 @@ from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
 from diffexp_jax.pipelines import Pipeline, make_context
 from diffexp_jax.process import load_process
-from diffexp_jax.sampling import Context, initial_latents, rollout
+from diffexp_jax.sampling import Context, differentiable, initial_latents, rollout
 
 PROCESS = load_process({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
 STEPS = PROCESS.make_steps(PROCESS.timesteps(3), np.full(3, 2.0, np.float32), eta=1.0)
@@ -55,12 +55,16 @@ def test_rematerialisation_of_steps():
     weights = normal(3, 5, 4, 64), normal(4, 5, 64, 4) / 10
 
     def loss(weights, remat):
-        def denoise(x, step, context):
-            for w1, w2 in zip(*weights, strict=True):
-                x = x + jnp.sin(x @ w1) @ w2
-            return x
+        def network(weights):
+            def denoise(x, step, context):
+                for w1, w2 in zip(*weights, strict=True):
+                    x = x + jnp.sin(x @ w1) @ w2
+                return x
 
-        x_0, _ = rollout(PROCESS, denoise, x, context, STEPS, keys, live=jnp.array([False, True, True]), remat=remat)
+            return denoise
+
+        denoise = differentiable(network, weights, remat=remat)
+        x_0, _ = rollout(PROCESS, denoise, x, context, STEPS, keys, live=jnp.array([False, True, True]))
         return jnp.square(x_0).sum()
 
     (plain, most), (again, least) = (

@@ -9,7 +9,7 @@ import pytest
 
 from diffexp_jax import sampling
 from diffexp_jax.process import ddim, load_process
-from diffexp_jax.sampling import Context, guided, step_log_prob
+from diffexp_jax.sampling import Context, differentiable, guided, step_log_prob
 
 compiled_rollout = jax.jit(sampling.rollout, static_argnums=(0, 1), static_argnames="keep_trajectory")
 step_noise = jax.jit(sampling.step_noise, static_argnums=2)
@@ -56,6 +56,8 @@ def constant(x_t, step, context):
 def tanh(x_t, step, context):
     return jnp.tanh(x_t + context.cond.mean((1, 2))[:, None, None, None]) * 0.7 + 0.1 * x_t
 
+
+TANH_LIVE = differentiable(lambda lora: tanh, None, remat=True)  # made once: the compiled chain knows it again
 
 # ---- the chain
 
@@ -172,8 +174,9 @@ def test_noise_differs_between_steps_samples_and_the_start():
 @pytest.mark.parametrize("live", [None, jnp.ones(4, bool)])
 def test_eta_0_does_not_look_at_the_keys(live):
     x_T, steps, other = normal(0, 3, *SHAPE), make_steps(4), jax.random.split(jax.random.key(8), 3)
-    a, _ = rollout(tanh, x_T, context(3), steps, KEYS, live=live)
-    b, _ = rollout(tanh, x_T, context(3), steps, other, live=live)
+    denoise = tanh if live is None else TANH_LIVE
+    a, _ = rollout(denoise, x_T, context(3), steps, KEYS, live=live)
+    b, _ = rollout(denoise, x_T, context(3), steps, other, live=live)
     np.testing.assert_array_equal(a, b)
 
 
@@ -193,14 +196,15 @@ def network(theta):
 THETA = jnp.array([0.8, 0.5, -0.3])
 
 
-def loss(theta, x_T, live, denoise=network, eta=0.0):
+def loss(theta, x_T, live, denoise=network, eta=0.0, remat=True):
     """What AlignProp differentiates."""
     steps = make_steps(N, eta)
-    x_0, _ = sampling.rollout(PROCESS, denoise(theta), x_T, context(3), steps, KEYS, live=live)
+    chosen = denoise(theta) if live is None else differentiable(denoise, theta, remat=remat)
+    x_0, _ = sampling.rollout(PROCESS, chosen, x_T, context(3), steps, KEYS, live=live)
     return jnp.sum(jnp.square(x_0 - 1.0))
 
 
-GRAD = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnames=("eta",))
+GRAD = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnames=("eta", "remat"))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -238,6 +242,7 @@ def test_truncated_gradient_is_stop_gradient(mask):
     x_T, live = normal(0, 3, *SHAPE), jnp.array(mask, bool)
     ours, theirs = GRAD(THETA, x_T, live), where_grad(THETA, x_T, live)
     assert_same(ours, theirs)
+    assert_same(GRAD(THETA, x_T, live, remat=False), theirs)
     assert np.all(np.asarray(ours[1][0]) != 0) == any(mask)
 
 
@@ -253,8 +258,9 @@ def test_no_live_step_leaves_the_linear_recursion_only():
     np.testing.assert_allclose(d_x, coefficient * 2 * (x_0 - 1.0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("remat", [True, False])
 @pytest.mark.parametrize("n_live", [0, 4])
-def test_backward_runs_the_network_at_the_live_steps_only(n_live):
+def test_backward_runs_the_network_at_the_live_steps_only(n_live, remat):
     """Counts the runs of the network's backward pass: the cost of truncation follows a traced K."""
     calls = []
 
@@ -273,23 +279,17 @@ def test_backward_runs_the_network_at_the_live_steps_only(n_live):
         return lambda x_t, step, context: net(theta, x_t)
 
     live = jnp.arange(N) >= N - n_live
-    grad = jax.jit(jax.grad(lambda *args: loss(*args, denoise)))(THETA, normal(0, 3, *SHAPE), live)
+    grad = jax.jit(jax.grad(lambda *args: loss(*args, denoise, remat=remat)))(THETA, normal(0, 3, *SHAPE), live)
     jax.block_until_ready(grad)
     jax.effects_barrier()
     assert len(calls) == n_live
 
 
 def test_one_compilation_serves_every_mask():
-    traced = []
-
-    def denoise(theta):
-        traced.append(1)
-        return network(theta)
-
-    grad = jax.jit(jax.grad(lambda theta, x, live: loss(theta, x, live, denoise)))
+    grad = jax.jit(jax.grad(lambda theta, x, live: loss(theta, x, live)))
     x_T = normal(0, 3, *SHAPE)
     results = [grad(THETA, x_T, jnp.arange(N) >= N - k) for k in range(N + 1)]
-    assert len(traced) == grad._cache_size() == 1
+    assert grad._cache_size() == 1
     assert len({tuple(np.asarray(g).tolist()) for g in results}) == N + 1  # and each is another gradient
 
 
@@ -316,7 +316,7 @@ def test_guided_literal(w, with_added):
     assert int(step.t) == 501
     np.testing.assert_allclose(out, w * halves[0] + (1 - w) * halves[1], rtol=1e-5, atol=1e-5)
     if w in (0.0, 1.0):
-        np.testing.assert_array_equal(out, halves[0 if w else 1])
+        np.testing.assert_allclose(out, halves[0 if w else 1], rtol=1e-6, atol=1e-6)  # no blend
 
 
 def test_guidance_of_each_step_is_its_own():
@@ -328,6 +328,44 @@ def test_guidance_of_each_step_is_its_own():
     for i, embedding in enumerate((ctx.cond, ctx.cond, ctx.uncond, ctx.uncond)):
         x, _ = ddim.ddim_step(x, unet(x, steps.t[i], embedding), row(steps, i))
     np.testing.assert_allclose(x_0, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "w, halves", [([1.0, 1.0, 7.5, 7.5], 6), ([0.0] * 4, 4), ([1.0] * 4, 4), ([2.0, 0.0, 1.0, 0.5], 6)]
+)
+def test_a_half_of_weight_0_is_not_computed(w, halves):
+    """Neither to sample nor in the backward pass; `evaluations` counts what is."""
+    calls = {"forward": 0, "backward": 0}
+
+    def count(name):
+        def one():
+            calls[name] += 1
+
+        jax.debug.callback(one)
+
+    @jax.custom_vjp
+    def net(x):
+        count("forward")
+        return jnp.tanh(x)
+
+    def backward(x, g):
+        count("backward")
+        return (g * (1 - jnp.tanh(x) ** 2),)
+
+    net.defvjp(lambda x: (net(x), x), backward)
+    denoise = guided(lambda x, t, cond: net(x * cond.mean()))
+    steps = make_steps(4, w=jnp.array(w))
+    assert int(sampling.evaluations(steps.w_t)) == halves
+
+    def chain(x_T):
+        return sampling.rollout(PROCESS, denoise, x_T, context(3), steps, KEYS)[0].sum()
+
+    jax.block_until_ready(jax.jit(chain)(normal(0, 3, *SHAPE)))
+    jax.effects_barrier()
+    assert calls == {"forward": halves, "backward": 0}
+    jax.block_until_ready(jax.jit(jax.grad(chain))(normal(0, 3, *SHAPE)))
+    jax.effects_barrier()
+    assert calls == {"forward": 2 * halves, "backward": halves}
 
 
 def test_both_halves_of_the_guidance_carry_gradient():

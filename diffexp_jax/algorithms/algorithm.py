@@ -78,7 +78,7 @@ class Setup(NamedTuple):
     n_chunks: int  # forward passes that they are split into
     n_prompts: int  # size of the prompt set
     n_steps: int  # of sampling
-    remat: bool  # see `sampling.rollout`
+    remat: bool  # see `sampling.differentiable`
     lora_size: int  # numbers that are trained
     full_float32: bool  # the model computes in float32 throughout, products too
     reward_target: float | None = None  # what AlignProp pulls the reward to, where that is published

@@ -13,7 +13,7 @@ from diffexp_jax import InputError
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
 from diffexp_jax.algorithms.reward_gradient import reward_gradient
 from diffexp_jax.limits import Number, check_number, one_of, positive, whole
-from diffexp_jax.sampling import initial_latents, rollout
+from diffexp_jax.sampling import differentiable, initial_latents, rollout
 
 TRUNCATIONS = ("uniform", "per_step", "fixed")
 TARGETS = ("auto", "none")
@@ -51,13 +51,13 @@ def alignprop(
       n_chunks: forward passes that a device's samples are split into; their gradients are averaged.
       loss_coefficient: the loss is this times mean |reward_target - r|, or times mean(-r) without a target.
       truncation: "uniform", "per_step" or "fixed" (then the last `truncation_k` steps), see `live_steps`.
-      remat: see `rollout`.
+      remat: see `sampling.differentiable`.
     """
 
     def loss(lora, frozen, chunk, steps, live):
-        denoise = policy.denoise(frozen, lora)
+        denoise = differentiable(partial(policy.denoise, frozen), lora, remat=remat)
         x_T = initial_latents(chunk.key, policy.latent_shape)
-        x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live, remat=remat)
+        x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
         per_sample = -rewards if reward_target is None else jnp.abs(reward_target - rewards)
         return loss_coefficient * per_sample.mean(), (rewards, parts)

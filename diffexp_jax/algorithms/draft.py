@@ -1,6 +1,7 @@
 """DRaFT-K and DRaFT-LV: the reward's gradient through the last sampling steps (Clark et al. 2024)."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from diffexp_jax import InputError
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
 from diffexp_jax.algorithms.reward_gradient import reward_gradient
 from diffexp_jax.limits import check_number, whole
-from diffexp_jax.sampling import Denoise, Steps, initial_latents, rollout, step_noise
+from diffexp_jax.sampling import Denoise, Steps, differentiable, initial_latents, rollout, step_noise
 
 
 def last_step_again(
@@ -45,7 +46,7 @@ def draft(
       n_chunks: forward passes that a device's samples are split into; their gradients are averaged.
       k: last steps that carry gradient.
       lv_samples: n of DRaFT-LV, whose k is 1: further draws of the last step, whose rewards' gradients are added.
-      remat: see `rollout`.
+      remat: see `sampling.differentiable`.
     """
 
     def live_steps(key, n_steps):
@@ -55,7 +56,8 @@ def draft(
     def loss(lora, frozen, chunk, steps, live):
         denoise = policy.denoise(frozen, lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
-        x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live, remat=remat)
+        live_denoise = differentiable(partial(policy.denoise, frozen), lora, remat=remat)
+        x_0, _ = rollout(policy.process, live_denoise, x_T, chunk.context, steps, chunk.key, live=live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
 
         def again(total, draw):
