@@ -12,6 +12,7 @@ def default() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0  # of everything random: same seed, same run
     c.algorithm = placeholder(str)  # "ddpo", "dpok", "alignprop" or "draft"
+    c.cpu_devices = placeholder(int)  # that a CPU is used as; None: one per core, as the batch and the memory allow
     c.iterations = 100  # optimizer iterations: a batch of samples each
 
     c.model = m = ml_collections.ConfigDict()

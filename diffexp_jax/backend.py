@@ -3,6 +3,7 @@
 Tests replace these functions to trace and lower for devices that are not there.
 """
 
+import contextlib
 import os
 
 import jax
@@ -27,6 +28,15 @@ def cuda_capability() -> tuple[int, int] | None:
 def host_memory() -> int:
     """Bytes of memory that the machine has."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def set_cpu_devices(n: int) -> None:
+    """Makes the CPU n devices. Call it before anything uses a device; later, or where XLA_FLAGS says how many, it is
+    without effect.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # a device is in use
+            jax.config.update("jax_num_cpu_devices", n)
 
 
 def ask_for_determinism() -> None:

@@ -17,7 +17,6 @@ from diffexp_jax.algorithms import METHODS, Inputs
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.programs import make_programs
 from diffexp_jax.sampler import full_float32, model_dtype
-from diffexp_jax.sampling import evaluations
 
 GIB = 2**30
 # XLA:CPU's default schedule goes for speed and holds everything: as XLA schedules for accelerators, it is for memory.
@@ -123,7 +122,7 @@ def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
     height, width, channels = pipeline.latent_shape
     parts = {part: count(tree) for part, tree in pipeline.params.items()}
     parts |= {f"reward {name}": count(reward.params) for name, reward in experiment.rewards.items()}
-    evaluated = split.samples * int(evaluations(experiment.sampler.steps(explore=False).w_t))
+    evaluated = 2 * split.samples * config.sampling.steps
     passes = method.passes(experiment.settings, full_float32(config))
     return [
         f"dry run of {method.name} on {config.model.path}: shapes and programs, no weights; nothing is written",

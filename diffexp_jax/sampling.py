@@ -48,29 +48,19 @@ def classifier_free_guidance(
     return w_t * cond + (1.0 - w_t) * uncond
 
 
-def guided(network: Callable[..., Float[Array, "B h w c"]]) -> Denoise:
-    """Wraps network(x_t, t, conditioning) in classifier-free guidance.
+def guided(network: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
+    """Wraps network(x_t, t, conditioning) in classifier-free guidance; both halves run as one batch.
 
-    The two halves run one after the other, in a scan, so that one whose weight is 0 is not computed: where w_t is 1 a
-    step costs one evaluation (DiffExp's first steps at w_low = 1), and a program holds the network once.
+    Also where w_t is 1 or 0 and one of them counts for nothing: to leave it out, the halves would have to run one after
+    the other, which costs more than DiffExp's few steps at w_low = 1 save (docs/benchmarks.md).
     """
 
     def denoise(x_t, step, context):
-        def half(_, xs):
-            conditioning, weight = xs
-            run = partial(network, x_t, step.t, conditioning)
-            return None, jax.lax.cond(weight != 0.0, run, lambda: jnp.zeros_like(x_t))
-
-        halves = jax.tree.map(lambda *x: jnp.stack(x), context.cond, context.uncond)
-        _, (cond, uncond) = jax.lax.scan(half, None, (halves, jnp.stack([step.w_t, 1.0 - step.w_t])))
+        both = jax.tree.map(lambda *halves: jnp.concatenate(halves), context.cond, context.uncond)
+        cond, uncond = jnp.split(network(jnp.concatenate([x_t, x_t]), step.t, both), 2)
         return classifier_free_guidance(cond, uncond, step.w_t)
 
     return denoise
-
-
-def evaluations(w_t: Float[Array, "T"]) -> Int[Array, ""]:
-    """Evaluations of the network that a sample takes with this guidance, see `guided`."""
-    return (w_t != 0.0).sum() + (1.0 - w_t != 0.0).sum()
 
 
 # ------------------------------------------------------------------------------------------------ differentiable chains

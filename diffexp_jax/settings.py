@@ -1,6 +1,7 @@
 """A run's settings before anything is loaded: read, completed, and checked; each mistake is one line."""
 
 import json
+import os
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, backend
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.limits import Number, check_number, one_of, positive, whole
@@ -30,6 +31,7 @@ GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
 NUMBERS: dict[str, Number] = {
     "seed": whole(0, 2**32 - 1),  # jax takes a seed modulo 2**32
     "iterations": whole(1),
+    "cpu_devices": whole(1, 1024, optional=True),
     "model.image_size": whole(8, 8192, optional=True, multiple=8),
     "model.vae_slice": whole(1),
     "reward_weights": Number(-1e6, 1e6),
@@ -139,6 +141,33 @@ def batch_split(config: ConfigDict) -> Split:
     if b.samples % b.group:
         raise InputError(f"batch.samples={b.samples}: wants a multiple of batch.group={b.group}")
     return split_batch(b.samples, per_forward=b.samples_per_forward, updates=updates)
+
+
+MOST_CPU_DEVICES = 8
+
+
+def cpu_devices(config: ConfigDict) -> int:
+    """How many devices a run makes of a CPU: `cpu_devices`, else a device per core, up to MOST_CPU_DEVICES.
+
+    XLA keeps cores busier by a program on each than by several threads in one. Fewer where the batch does not divide,
+    or where the copies of the model would fill a quarter of the memory; one for a model that is not on the disk yet.
+
+    Raises:
+      InputError: a setting that is not accepted.
+    """
+    check_values(config, NUMBERS)
+    if config.cpu_devices is not None:
+        return config.cpu_devices
+    b, path = config.batch, Path(config.model.path).expanduser()
+    updates = METHODS[config.algorithm].updates(method_settings(config)) if config.algorithm in METHODS else 1
+    size = 0 if config.model.path == "emoji" else sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    most = min(len(os.sched_getaffinity(0)), MOST_CPU_DEVICES) if size or config.model.path == "emoji" else 1
+    for n in range(most, 1, -1):
+        share = b.samples // (n * updates)
+        divides = b.samples % (n * updates) == 0 and share % min(share, b.samples_per_forward) == 0
+        if divides and 4 * n * size <= backend.host_memory():
+            return n
+    return 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- read

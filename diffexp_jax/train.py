@@ -31,8 +31,8 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import MetricsWriter, read_metrics
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.programs import Programs, make_programs, make_scorers
-from diffexp_jax.sampling import Steps, evaluations
-from diffexp_jax.settings import check_config
+from diffexp_jax.sampling import Steps
+from diffexp_jax.settings import check_config, cpu_devices
 
 
 class Run(NamedTuple):
@@ -46,7 +46,6 @@ class Run(NamedTuple):
     frozen: Any
     plain: Steps
     explored: Steps
-    evaluations: tuple[int, int]  # of the network for a sample: by the plain steps, by the explored ones
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -64,9 +63,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     lora = experiment.initial_lora()
     with workdirs.claim(workdir, config, experiment.identity()):
         programs, frozen = make_programs(experiment), parallel.replicate(experiment.frozen)
-        steps = [experiment.sampler.steps(explore=on) for on in (False, True)]
-        costs, scorers = tuple(int(evaluations(x.w_t)) for x in steps), make_scorers(experiment, frozen)
-        this = Run(config, workdir, experiment, programs, scorers, frozen, *map(parallel.replicate, steps), costs)
+        plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
+        this = Run(config, workdir, experiment, programs, make_scorers(experiment, frozen), frozen, plain, explored)
         state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
@@ -144,8 +142,7 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
             f"{values['lora_norm']}: stopped; the last checkpoint is untouched in {run.workdir / 'checkpoints'}"
         )
     values["reward_queries"] = (it + 1) * run.experiment.split.samples
-    so_far = sum(run.evaluations[run.experiment.explores(i)] for i in range(it + 1))
-    values["unet_evaluations"] = so_far * run.experiment.split.samples
+    values["unet_evaluations"] = 2 * run.config.sampling.steps * values["reward_queries"]  # both halves of the guidance
     return state, values | {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
 
 
@@ -187,10 +184,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _DRY_RUN.value):
         raise InputError("wants --config configs/NAME.py:... and --workdir DIR (or --dry_run)")
-    if _DRY_RUN.value:
-        dry_run(_CONFIG.value)
-    else:
-        run(_CONFIG.value, Path(_WORKDIR.value))
+    backend.set_cpu_devices(cpu_devices(_CONFIG.value))
+    dry_run(_CONFIG.value) if _DRY_RUN.value else run(_CONFIG.value, Path(_WORKDIR.value))
 
 
 parse_flags = partial(command.parse_flags, config=_CONFIG)

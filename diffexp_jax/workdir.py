@@ -18,8 +18,8 @@ from diffexp_jax.sampler import model_dtype
 from diffexp_jax.settings import read_config
 
 # What a continued run may change: what it reports, and how its work is split, which moves nothing but last bits.
-_FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "exploration.iterations")
-_FREE += ("batch.samples_per_forward", "model.remat", "model.vae_slice")
+_FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "cpu_devices")
+_FREE += ("exploration.iterations", "batch.samples_per_forward", "model.remat", "model.vae_slice")
 # What may be called otherwise as long as it is the same: key -> its name in identity.json
 _IDENTIFIED = {"model.path": "model", "model.revision": "model", "model.variant": "model"}
 _IDENTIFIED |= {"prompts": "prompts", "reward": "reward"}

@@ -33,6 +33,7 @@ def main(args: argparse.Namespace) -> None:
     check_number("--seed ", args.seed, settings.NUMBERS["seed"])
     command.check_writable(args.out.parent, "--out")
     config = run_settings(args)
+    backend.set_cpu_devices(settings.cpu_devices(config))
     if config.deterministic:
         backend.ask_for_determinism()
     prompt_sets = load_prompt_sets(config.eval.prompts)

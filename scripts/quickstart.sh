@@ -12,6 +12,4 @@ if ! cmp -s requirements.txt "$stamp"; then
   "$python" -m pip install --disable-pip-version-check --no-deps -e .
   cp requirements.txt "$stamp"
 fi
-# On a CPU: XLA keeps two cores busier as two devices than as two threads of one, and takes almost half the time.
-export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2}"
 exec "$python" -m diffexp_jax.train --config configs/alignprop.py:model=emoji,explore=true --workdir "$workdir" "${@:2}"

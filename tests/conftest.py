@@ -42,6 +42,7 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = seconds
+    jax.devices()  # one, and so it stays
 
 
 def pytest_collection_finish():
@@ -192,6 +193,7 @@ def tiny_settings(tmp_path_factory, tiny_model, tiny_clip) -> dict:
         "iterations": 4,
         "compilation_cache": "",
         "model.path": str(tiny_model),
+        "cpu_devices": 1,
         "reward": f"pickscore:{tiny_clip}",
         "prompts": str(folder / "train.txt"),
         "batch.samples": 8,

@@ -119,7 +119,7 @@ def test_a_run_on_a_tiny_model(make_config, tiny_model, tmp_path, algorithm):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(FLOW))
     settings = {"model.path": str(folder), "iterations": 1, "eval.every": 0, "log.images_every": 0}
-    settings |= {"ddpo.updates": 1, "exploration.t_thresh": 800}
+    settings |= {"ddpo.updates": 1, "ddpo.gradient": "twopass", "exploration.t_thresh": 800}
     train.run(make_config(algorithm, settings), tmp_path / "run")
     (row,) = read_metrics(tmp_path / "run")[1:]
     assert row["grad_norm"] > 0 and np.isfinite(row["reward/mean"])

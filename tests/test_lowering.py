@@ -104,7 +104,9 @@ def lower(device, function, *args) -> str:
 def lower_all(device, config) -> dict[str, str]:
     """{name: text} of every program of the run."""
     experiment = Experiment.build(config, weights=False)
-    texts = {name: lower(device, function, *args) for name, function, args in dry_run.programs_of(config, experiment)}
+    texts = {
+        name: lower(device, function, *args) for name, function, args, _ in dry_run.programs_of(config, experiment)
+    }
     texts["explore"] = lower(device, make_explore(experiment), *explored(config, experiment))
     return texts
 
@@ -192,12 +194,12 @@ def products(text: str) -> set[str]:
 
 def test_float32_networks_multiply_in_full(device, small_sizes):
     """By default; another setting is what the program asks for."""
-    (_, function, args), *_ = dry_run.programs_of(
+    (_, function, args, _), *_ = dry_run.programs_of(
         config := make("ddpo", "sd15", "float32"), Experiment.build(config, weights=False)
     )
     full = lower(device, function, *args).count("precision = [HIGHEST, HIGHEST]")
     config = make("ddpo", "sd15", "float32", **{"model.matmul_precision": "tensorfloat32", "reward_dtype": "bfloat16"})
-    (_, function, args), *_ = dry_run.programs_of(config, Experiment.build(config, weights=False))
+    (_, function, args, _), *_ = dry_run.programs_of(config, Experiment.build(config, weights=False))
     text = lower(device, function, *args)
     assert text.count("precision = [HIGH, HIGH]") > 20
     lora = text.count("precision = [HIGHEST, HIGHEST]")  # LoRA's own products are always in full

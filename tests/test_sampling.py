@@ -316,7 +316,7 @@ def test_guided_literal(w, with_added):
     assert int(step.t) == 501
     np.testing.assert_allclose(out, w * halves[0] + (1 - w) * halves[1], rtol=1e-5, atol=1e-5)
     if w in (0.0, 1.0):
-        np.testing.assert_allclose(out, halves[0 if w else 1], rtol=1e-6, atol=1e-6)  # no blend
+        np.testing.assert_array_equal(out, halves[0 if w else 1])
 
 
 def test_guidance_of_each_step_is_its_own():
@@ -328,44 +328,6 @@ def test_guidance_of_each_step_is_its_own():
     for i, embedding in enumerate((ctx.cond, ctx.cond, ctx.uncond, ctx.uncond)):
         x, _ = ddim.ddim_step(x, unet(x, steps.t[i], embedding), row(steps, i))
     np.testing.assert_allclose(x_0, x, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "w, halves", [([1.0, 1.0, 7.5, 7.5], 6), ([0.0] * 4, 4), ([1.0] * 4, 4), ([2.0, 0.0, 1.0, 0.5], 6)]
-)
-def test_a_half_of_weight_0_is_not_computed(w, halves):
-    """Neither to sample nor in the backward pass; `evaluations` counts what is."""
-    calls = {"forward": 0, "backward": 0}
-
-    def count(name):
-        def one():
-            calls[name] += 1
-
-        jax.debug.callback(one)
-
-    @jax.custom_vjp
-    def net(x):
-        count("forward")
-        return jnp.tanh(x)
-
-    def backward(x, g):
-        count("backward")
-        return (g * (1 - jnp.tanh(x) ** 2),)
-
-    net.defvjp(lambda x: (net(x), x), backward)
-    denoise = guided(lambda x, t, cond: net(x * cond.mean()))
-    steps = make_steps(4, w=jnp.array(w))
-    assert int(sampling.evaluations(steps.w_t)) == halves
-
-    def chain(x_T):
-        return sampling.rollout(PROCESS, denoise, x_T, context(3), steps, KEYS)[0].sum()
-
-    jax.block_until_ready(jax.jit(chain)(normal(0, 3, *SHAPE)))
-    jax.effects_barrier()
-    assert calls == {"forward": halves, "backward": 0}
-    jax.block_until_ready(jax.jit(jax.grad(chain))(normal(0, 3, *SHAPE)))
-    jax.effects_barrier()
-    assert calls == {"forward": 2 * halves, "backward": halves}
 
 
 def test_both_halves_of_the_guidance_carry_gradient():

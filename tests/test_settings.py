@@ -7,13 +7,13 @@ from conftest import as_flags
 from flax.traverse_util import flatten_dict
 
 from configs import base
-from diffexp_jax import InputError, command, settings
+from diffexp_jax import InputError, backend, command, settings
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.limits import Number, check_number, positive, whole
 
 DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")
 TABLE = settings.NUMBERS | settings.method_numbers()
-OPTIONAL = {"model.image_size", "exploration.iterations"}  # of None by default
+OPTIONAL = {"model.image_size", "exploration.iterations", "cpu_devices"}  # of None by default
 SEVERAL = {"reward_weights", "exploration.weight_range"}
 WORDS = {"alignprop.reward_target"}  # a word or a number; the method reads it
 
@@ -48,6 +48,36 @@ def test_a_target_that_makes_no_sense(value):
     config.alignprop.reward_target = value
     with pytest.raises(InputError, match="alignprop.reward_target="):
         settings.check_config(config)
+
+
+@pytest.mark.parametrize(
+    "cores, changes, devices",
+    [
+        (2, {}, 2),
+        (6, {}, 4),  # 64 samples in two updates
+        (16, {}, 8),
+        (16, {"ddpo.updates": 1, "batch.samples": 12}, 6),
+        (2, {"batch.samples_per_forward": 5, "batch.samples": 20}, 2),
+        (4, {"batch.samples_per_forward": 5, "batch.samples": 24}, 1),  # 12 or 6 or 3 a device: no multiple of 5, or is
+        (4, {"cpu_devices": 3}, 3),
+        (4, {"model.path": "some/where"}, 1),  # its size is not known
+    ],
+)
+def test_devices_of_a_cpu(monkeypatch, cores, changes, devices):
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda pid: range(cores))
+    config = config_with("seed", 0)
+    config.update_from_flattened_dict(changes)
+    assert settings.cpu_devices(config) == devices
+
+
+def test_devices_of_a_cpu_for_a_large_model(monkeypatch, tmp_path):
+    """Two copies at most of a model that takes an eighth of the memory."""
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(backend, "host_memory", lambda: 8000)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "model.safetensors").write_bytes(bytes(1000))
+    config = config_with("model.path", str(tmp_path))
+    assert settings.cpu_devices(config) == 2
 
 
 def test_what_seeds_mean():

@@ -33,7 +33,16 @@ BELOW = {
     "rewards": {"rewards", "models", "formats", "emoji.names", "InputError", "RewardError"},
     "emoji": {"emoji", "rewards", "pipelines", "models", "formats", "prompts", "process", "InputError"},
     "algorithms": {"algorithms", "sampling", "process", "state", "backend", "limits", "InputError"},
-    "settings": {"algorithms", "prompts", "models.precision", "formats.files", "parallel", "limits", "InputError"},
+    "settings": {
+        "algorithms",
+        "prompts",
+        "models.precision",
+        "formats.files",
+        "parallel",
+        "limits",
+        "backend",
+        "InputError",
+    },
     "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "backend", "InputError"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
     | {"fingerprint", "InputError"},

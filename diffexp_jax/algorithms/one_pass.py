@@ -1,7 +1,7 @@
 """The policy gradient in one pass: a sample's gradient is made while it is sampled (LeanGRPO, 2026).
 
 As long as the weights have not moved, the importance ratio is 1 and nothing is clipped, so that the gradient of DDPO's
-loss (DiffExp Eq. 6) over N samples of T steps is
+loss (`ddpo.clipped_ratio_loss`) over N samples of T steps is
 
     -1/N sum_i A_i g_i,   g_i = 1/T sum_t grad log p_theta(x_{t-1} | x_t, c)   of sample i
 

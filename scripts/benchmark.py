@@ -1,0 +1,305 @@
+"""Times this package beside careful plain torch on the same work, in turns, and writes docs/benchmarks.md's table.
+
+    python scripts/benchmark.py --out docs/benchmarks.json --table docs/benchmarks.md    # tens of minutes on a CPU
+    python scripts/benchmark.py --model mid --case sampling --repeats 9 --out mid.json
+
+Each side is a process of its own that stays ready while the other one runs, so that both meet the same machine: a
+repetition of one, a repetition of the other, and so on. Reported are medians, their ratio, each side's peak memory, how
+long the first repetition took (compiling, here; allocating, there), and the share of the machine's own matrix peak that
+our arithmetic comes to. Torch is installed for the tests (requirements-test.txt); torch_peer.py says what it does.
+
+The work of a repetition: 64 images of 20 steps with the emoji model, or 8 of 10 steps with a random model of the shape
+of SD 1.5 ("mid": 50 million parameters, 32 x 32 latents), from two prompts, with brightness as the reward.
+"""
+
+from diffexp_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupt()  # the imports take seconds
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from diffexp_jax import InputError, backend, flops, parallel, settings
+from diffexp_jax.algorithms import Inputs
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.limits import check_number, whole
+from diffexp_jax.programs import make_programs
+
+HERE = Path(__file__).resolve().parent
+PROMPTS = ("a dog riding a bike", "a cat")
+
+
+class Size(NamedTuple):
+    """How much work a repetition is."""
+
+    samples: int
+    steps: int
+    per_forward: int  # samples at once in all
+
+
+SIZES = {"emoji": Size(64, 20, 64), "mid": Size(8, 10, 8)}
+
+# name: (method, what it changes, whether exploration's schedule is on)
+CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "sampling": ("alignprop", {}, False),
+    "sampling, DiffExp's schedule": ("alignprop", {"exploration.t_thresh": 600}, True),
+    "DDPO, two updates": ("ddpo", {"ddpo.updates": 2}, False),
+    "DDPO, one update": ("ddpo", {"ddpo.updates": 1}, False),
+    "AlignProp, K = T": ("alignprop", {"alignprop.truncation": "fixed"}, False),
+    "AlignProp, K = T/4": ("alignprop", {"alignprop.truncation": "fixed"}, False),
+}
+
+
+def brightness(images):
+    """The reward, [B,H,W,3] -> [B]."""
+    return images.mean((1, 2, 3))
+
+
+def live_steps(case: str, n_steps: int) -> int:
+    """K of the case."""
+    return n_steps // 4 if case.endswith("T/4") else n_steps
+
+
+# ---------------------------------------------------------------------------------------------------------------- ours
+
+
+def our_work(model: str, folder: str, case: str) -> tuple[Callable[[], Any], float]:
+    """A function that does the case once, by a run's own programs, and its floating-point operations."""
+    sys.path.insert(0, str(HERE))  # of the reward
+    method, changes, explore = CASES[case]
+    size, config = SIZES[model], settings.default_config()
+    config.algorithm = method
+    config.prompts, config.reward = str(Path(folder, "prompts.txt")), "jax:benchmark:brightness"
+    config.update_from_flattened_dict(
+        {
+            "model.path": "emoji" if model == "emoji" else folder,
+            "batch.samples": size.samples,
+            "batch.samples_per_forward": size.per_forward,
+            "sampling.steps": size.steps,
+            "sampling.eta": 1.0 if method == "ddpo" else 0.0,
+            "eval.every": 0,
+            "log.images_every": 0,
+            "alignprop.truncation_k": live_steps(case, size.steps),
+        }
+        | changes
+    )
+    n = settings.cpu_devices(config)
+    backend.set_cpu_devices(n)
+    config.batch.samples_per_forward = size.per_forward // n
+    experiment = Experiment.build(config)
+    programs = make_programs(experiment)
+    frozen, key = parallel.replicate((experiment.frozen, jax.random.key(0)))
+    steps = parallel.replicate(experiment.sampler.steps(explore=explore))
+    batch = experiment.draw_batch(0, None)
+    lora = experiment.initial_lora()
+    if case.startswith("sampling"):
+        args = frozen["model"], parallel.replicate(lora), batch.context, batch.key, steps
+        return lambda: programs.generate(*args), n * flops.of(programs.generate, *args)
+    state = [parallel.replicate(jax.device_get(programs.algorithm.init(lora)))]
+
+    def iterate():
+        samples = programs.sample(state[0], frozen, batch, steps) if programs.sample else None
+        state[0], metrics = programs.update(state[0], frozen, Inputs(batch, steps, key, samples))
+        return metrics
+
+    samples = jax.eval_shape(programs.sample, state[0], frozen, batch, steps) if programs.sample else None
+    work = flops.of(programs.update, state[0], frozen, Inputs(batch, steps, key, samples))
+    if programs.sample:
+        work += flops.of(programs.sample, state[0], frozen, batch, steps)
+    return iterate, n * work
+
+
+def matrix_peak() -> float:
+    """FLOP/s of a float32 matrix product, the best of some, with all cores."""
+    n, best = 2048, 0.0
+    a = jax.random.normal(jax.random.key(0), (n, n))
+    product = jax.jit(jnp.dot)
+    jax.block_until_ready(product(a, a))
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+def worker(side: str, model: str, folder: str, case: str) -> None:
+    """Does the case once for each line on stdin, and answers with the seconds; at the end, with its peak memory."""
+    if side == "ours":
+        work, operations = our_work(model, folder, case)
+        run = lambda: jax.block_until_ready(work())  # noqa: E731
+    else:
+        import torch_peer
+
+        run, operations = torch_peer.make_work(model, folder, case, SIZES[model], live_steps), 0.0
+    print(json.dumps({"ready": True, "flops": operations}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+    print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+
+
+class Side:
+    """A worker's process."""
+
+    def __init__(self, side: str, model: str, folder: str, case: str):
+        line = [sys.executable, __file__, "--worker", side, "--model", model, "--folder", folder, "--case", case]
+        environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(line, env=environment, text=True, **pipes)
+        self.flops = self.answer()["flops"]
+        self.seconds: list[float] = []
+
+    def answer(self) -> dict[str, Any]:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise InputError("a worker ended: its message is above")
+
+    def repeat(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.seconds.append(self.answer()["seconds"])
+
+    def close(self) -> int:
+        self.process.stdin.close()
+        peak = self.answer()["peak_bytes"]
+        self.process.wait()
+        return peak
+
+
+def compare(model: str, folder: str, case: str, repeats: int, bar: tqdm) -> dict[str, Any]:
+    """Both sides in turns; a row of the results."""
+    sides = {name: Side(name, model, folder, case) for name in ("ours", "torch")}
+    for _ in range(repeats + 1):  # the first compiles, or allocates
+        for side in sides.values():
+            side.repeat()
+            bar.update()
+    row: dict[str, Any] = {"model": model, "case": case, "flops": sides["ours"].flops}
+    for name, side in sides.items():
+        row[name] = {
+            "first": side.seconds[0],
+            "seconds": side.seconds[1:],
+            "median": statistics.median(side.seconds[1:]),
+            "peak_bytes": side.close(),
+        }
+    row["ratio"] = row["torch"]["median"] / row["ours"]["median"]
+    return row
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| model | case | ours | torch | torch / ours | memory, ours | torch | first, ours | share of matrix peak |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        ours, torch = row["ours"], row["torch"]
+        share = row["flops"] / ours["median"] / report["matrix_peak"]
+        cells = [
+            row["model"],
+            row["case"],
+            f"{ours['median']:.2f} s",
+            f"{torch['median']:.2f} s",
+            f"{row['ratio']:.2f}",
+        ]
+        cells += [f"{side['peak_bytes'] / 1e9:.2f} GB" for side in (ours, torch)]
+        lines.append(f"| {' | '.join(cells)} | {ours['first']:.0f} s | {100 * share:.0f} % |")
+    machine = report["machine"]
+    lines.append(
+        f"\n{machine['cores']} cores, {machine['processor']}; matrix peak {report['matrix_peak'] / 1e9:.0f} GFLOP/s; "
+        f"medians of {report['repeats']}, {report['date']}; `{report['command']}`"
+    )
+    return "\n".join(lines)
+
+
+def write_table(path: Path, text: str) -> None:
+    """Puts the table between the markers of a document."""
+    before, begin, rest = path.read_text().partition("<!-- benchmark -->\n")
+    _, end, after = rest.partition("<!-- /benchmark -->")
+    if not begin or not end:
+        raise InputError(f"--table {path}: wants the lines <!-- benchmark --> and <!-- /benchmark -->")
+    path.write_text(f"{before}{begin}{text}\n{end}{after}")
+
+
+def processor() -> str:
+    """Its name, and the widest vectors that it has."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"model name\s*: (.*)", info)
+    widest = next((isa for isa in ("avx512f", "avx2") if isa in info), platform.machine())
+    return f"{name[1] if name else platform.machine()} ({widest})"
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.worker:
+        return worker(args.worker, args.model[0], args.folder, args.case[0])
+    check_number("--repeats ", args.repeats, whole(1, 1000))
+    command.check_writable(args.out.parent, "--out")
+    try:
+        import torch_peer
+    except ImportError as error:
+        raise InputError(f"{error}; wants torch, diffusers and peft: requirements-test.txt") from None
+    models, cases = args.model or list(SIZES), args.case or list(CASES)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch_peer.write_models(folder, PROMPTS)
+        with tqdm(total=2 * len(models) * len(cases) * (args.repeats + 1), unit="repetition") as bar:
+            for model in models:
+                for case in cases:
+                    bar.set_description(f"{model}, {case}")
+                    rows.append(compare(model, str(Path(folder, model)), case, args.repeats, bar))
+                    row = rows[-1]
+                    medians = f"{row['ours']['median']:.2f} s, torch {row['torch']['median']:.2f} s"
+                    tqdm.write(f"{model}, {case}: {medians}, ratio {row['ratio']:.2f}")
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": processor()},
+        "repeats": args.repeats,
+        "matrix_peak": matrix_peak(),
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+    if args.table:
+        write_table(args.table, table(report))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("benchmark.json"), help="the .json file to write")
+    add("--table", type=Path, help="a Markdown file to put the table into")
+    add("--model", action="append", choices=tuple(SIZES), help="(repeat for several; default: all)")
+    add("--case", action="append", choices=tuple(CASES), help="(repeat for several; default: all)")
+    add("--repeats", type=int, default=5, help="timed repetitions of each side, after a first")
+    add("--worker", help=argparse.SUPPRESS)
+    add("--folder", help=argparse.SUPPRESS)
+    command.guarded(main, parser.parse_args())

@@ -1,0 +1,180 @@
+"""What scripts/benchmark.py compares with: the same sampling and training in plain torch, as careful as it gets.
+
+diffusers' UNet and VAE in channels_last, LoRA by peft, both halves of the guidance in one batch, prompts encoded once,
+the step's coefficients computed once, no scheduler objects, gradients for LoRA alone, torch.utils.checkpoint for each
+live step of AlignProp and none for the others. The reward is brightness.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextConfig, CLIPTextModel
+
+EMOJI = Path(__file__).resolve().parents[1] / "diffexp_jax" / "emoji" / "assets" / "model"
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+GUIDANCE = 5.0
+CHUNK = 32  # samples at once
+
+MID_UNET = {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 384, 384),
+    "layers_per_block": 1,
+    "cross_attention_dim": 256,
+    "attention_head_dim": 8,
+}
+MID_VAE = {
+    "block_out_channels": (32, 64, 64, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+    "sample_size": 256,
+}
+
+
+def write_models(folder: str, prompts: tuple[str, ...]) -> None:
+    """FOLDER/emoji and FOLDER/mid: prompts.txt, and in the second a random pipeline with the emoji tokenizer."""
+    for name in ("emoji", "mid"):
+        Path(folder, name).mkdir()
+        Path(folder, name, "prompts.txt").write_text("\n".join(prompts))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMOJI)
+    torch.manual_seed(0)
+    old = pipe.text_encoder.config
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kept = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    text = CLIPTextModel(CLIPTextConfig(**sizes, **{key: getattr(old, key) for key in kept}))
+    parts = {"unet": diffusers.UNet2DConditionModel(**MID_UNET), "vae": diffusers.AutoencoderKL(**MID_VAE)}
+    mid = diffusers.StableDiffusionPipeline(
+        **parts,
+        text_encoder=text,
+        tokenizer=pipe.tokenizer,
+        scheduler=pipe.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    mid.save_pretrained(Path(folder, "mid"))
+
+
+def make_work(model: str, folder: str, case: str, size: Any, live_steps: Callable[[str, int], int]) -> Callable:
+    """A function that does the case once."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    trainer = Trainer(EMOJI if model == "emoji" else folder, folder, size, eta=1.0 if case.startswith("DDPO") else 0.0)
+    if case.startswith("sampling"):
+        return trainer.sample_images
+    if case.startswith("DDPO"):
+        return lambda: trainer.ddpo(updates=2 if "two" in case else 1)
+    return lambda: trainer.alignprop(live_steps(case, size.steps))
+
+
+class Trainer:
+    """The model, its LoRA with an optimizer, and the steps' coefficients."""
+
+    def __init__(self, model: Any, folder: str, size: Any, *, eta: float):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(model)
+        self.unet = pipe.unet.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.vae = pipe.vae.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=TARGETS))
+        self.trained = [p for p in self.unet.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=1e-4)
+        self.n, self.n_steps = size.samples, size.steps
+        texts = Path(folder, "prompts.txt").read_text().splitlines()
+        with torch.no_grad():
+            ids = [pipe.tokenizer(t, padding="max_length", return_tensors="pt").input_ids for t in [*texts, ""]]
+            *cond, uncond = (pipe.text_encoder(x).last_hidden_state for x in ids)
+        rows = np.random.default_rng(0).integers(len(texts), size=self.n)
+        self.cond, self.uncond = torch.cat([cond[i] for i in rows]), uncond.expand(self.n, -1, -1)
+        channels, side = self.unet.config.in_channels, self.unet.config.sample_size
+        self.shape = (channels, side, side)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        a = torch.cumprod(1 - betas, 0)
+        self.steps = []
+        for i in reversed(range(size.steps)):
+            t = i * (1000 // size.steps) + 1
+            prev = t - 1000 // size.steps
+            a_t, a_prev = float(a[t]), float(a[prev] if prev >= 0 else a[0])
+            std = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
+            self.steps.append((torch.tensor(t), a_t, a_prev, std))
+
+    def mean(self, x: torch.Tensor, step: tuple, both: torch.Tensor) -> torch.Tensor:
+        """Of p(x_{t-1} | x_t), by the guided noise."""
+        t, a_t, a_prev, std = step
+        doubled = torch.cat([x, x]).contiguous(memory_format=torch.channels_last)
+        cond, uncond = self.unet(doubled, t, both).sample.chunk(2)
+        eps = GUIDANCE * cond + (1 - GUIDANCE) * uncond
+        return self.move(x, eps, step)
+
+    def move(self, x: torch.Tensor, eps: torch.Tensor, step: tuple) -> torch.Tensor:
+        _, a_t, a_prev, std = step
+        x_0 = (x - (1 - a_t) ** 0.5 * eps) / a_t**0.5
+        return a_prev**0.5 * x_0 + (1 - a_prev - std**2) ** 0.5 * eps
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x / self.vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+        return (self.vae.decode(x).sample / 2 + 0.5).clamp(0, 1)
+
+    def chunks(self) -> list[tuple[slice, torch.Tensor]]:
+        """Rows of the batch that go through the network at once, and their conditioning, both halves."""
+        rows = [slice(i, min(i + CHUNK, self.n)) for i in range(0, self.n, CHUNK)]
+        return [(part, torch.cat([self.cond[part], self.uncond[part]])) for part in rows]
+
+    @torch.no_grad()
+    def sample_images(self) -> torch.Tensor:
+        images = []
+        for part, both in self.chunks():
+            x = torch.randn(part.stop - part.start, *self.shape)
+            for step in self.steps:
+                x = self.mean(x, step, both)
+            images.append((self.decode(x) * 255).round().byte())
+        return torch.cat(images)
+
+    def log_prob(self, x_prev: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
+        return (-((x_prev - mean) ** 2) / (2 * std**2)).mean((1, 2, 3))  # less a constant
+
+    def ddpo(self, *, updates: int) -> None:
+        """An iteration: samples, rewards, and an optimizer step on each share of the samples."""
+        kept, rewards = [], []
+        with torch.no_grad():
+            for part, both in self.chunks():
+                x, chain = torch.randn(part.stop - part.start, *self.shape), []
+                for step in self.steps:
+                    mean = self.mean(x, step, both)
+                    x_prev = mean + step[3] * torch.randn_like(x)
+                    chain.append((x, x_prev, self.log_prob(x_prev, mean, step[3])))
+                    x = x_prev
+                kept.append((chain, both))
+                rewards.append(self.decode(x).mean((1, 2, 3)))
+        r = torch.cat(rewards)
+        adv = ((r - r.mean()) / (r.std() + 1e-6)).clamp(-5, 5).split([len(x) for x in rewards])
+        per_update = max(len(kept) // updates, 1)
+        for first in range(0, len(kept), per_update):
+            for (chain, both), a in zip(kept[first : first + per_update], adv[first:], strict=False):
+                for step, (x, x_prev, old) in zip(self.steps, chain, strict=True):
+                    ratio = torch.exp(self.log_prob(x_prev, self.mean(x, step, both), step[3]) - old)
+                    loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - 1e-4, 1 + 1e-4)).mean()
+                    (loss / (self.n_steps * per_update)).backward()
+            self.update()
+
+    def alignprop(self, k: int) -> None:
+        """An iteration: the reward's gradient through the last k steps."""
+        chunks = self.chunks()
+        for part, both in chunks:
+            x = torch.randn(part.stop - part.start, *self.shape)
+            with torch.no_grad():
+                for step in self.steps[: self.n_steps - k]:
+                    x = self.mean(x, step, both)
+            for step in self.steps[self.n_steps - k :]:
+                x = checkpoint(self.mean, x, step, both, use_reentrant=False)
+            (-self.decode(x).mean() / len(chunks)).backward()
+        self.update()
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,112 @@
+"""The benchmark: its torch peer does the same work, and its table says what was measured."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from diffexp_jax import InputError
+from diffexp_jax.pipelines import load_pipeline
+from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
+from diffexp_jax.sampling import Context
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import benchmark
+    import torch_peer
+
+    return SimpleNamespace(benchmark=benchmark, peer=torch_peer)
+
+
+@pytest.fixture
+def trainer(scripts, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog riding a bike\na cat")
+    size = scripts.benchmark.Size(samples=4, steps=3, per_forward=4)
+    return scripts.peer.Trainer(scripts.peer.EMOJI, str(tmp_path), size, eta=1.0)
+
+
+def test_the_peer_takes_the_same_steps(trainer):
+    """Prompts, guidance, and the mean and std of each step, on the emoji model before its LoRA has learned."""
+    model = load_pipeline("emoji")
+    process = model.process
+    t = process.timesteps(3)
+    steps = process.make_steps(t, np.full(3, 5.0, np.float32), eta=1.0)
+    denoise = model.denoiser(model.sampling_params, None)
+    rng = np.random.default_rng(0)
+    context = Context(TextEmbedding(trainer.cond.numpy()), TextEmbedding(trainer.uncond.numpy()))
+    both = torch.cat([trainer.cond, trainer.uncond])
+    for i, theirs in enumerate(trainer.steps):
+        step = type(steps)(*(column[i] for column in steps))
+        x_t = rng.standard_normal((4, *model.latent_shape)).astype(np.float32)
+        mean, std = process.transition(x_t, denoise(x_t, step, context), step)
+        with torch.no_grad():
+            found = trainer.mean(torch.tensor(x_t.transpose(0, 3, 1, 2)), theirs, both).numpy()
+        assert int(theirs[0]) == int(t[i]) and theirs[3] == pytest.approx(float(std), rel=1e-4)
+        np.testing.assert_allclose(found.transpose(0, 2, 3, 1), mean, atol=1e-3)
+
+
+def test_the_peer_learns(trainer):
+    """Both methods change the LoRA, and nothing else; one chunk of samples makes one update."""
+    frozen = [p.clone() for p in trainer.unet.parameters() if not p.requires_grad]
+    for work in (lambda: trainer.ddpo(updates=1), lambda: trainer.alignprop(2)):
+        before = [p.detach().clone() for p in trainer.trained]
+        work()
+        assert any((p != old).any() for p, old in zip(trainer.trained, before, strict=True))
+    unchanged = (p for p in trainer.unet.parameters() if not p.requires_grad)
+    assert all((p == old).all() for p, old in zip(unchanged, frozen, strict=True))
+
+
+REPORT = {
+    "date": "2026-01-02",
+    "command": "python scripts/benchmark.py",
+    "machine": {"cores": 2, "processor": "a CPU (avx2)"},
+    "repeats": 3,
+    "matrix_peak": 1e11,
+    "rows": [
+        {
+            "model": "emoji",
+            "case": "sampling",
+            "flops": 1e11,
+            "ratio": 1.5,
+            "ours": {"median": 2.0, "first": 9.6, "peak_bytes": 10**9},
+            "torch": {"median": 3.0, "first": 3.1, "peak_bytes": 5 * 10**8},
+        }
+    ],
+}
+
+
+def test_table_literal(scripts, tmp_path):
+    text = scripts.benchmark.table(REPORT)
+    assert "| emoji | sampling | 2.00 s | 3.00 s | 1.50 | 1.00 GB | 0.50 GB | 10 s | 50 % |" in text
+    assert "2 cores, a CPU (avx2); matrix peak 100 GFLOP/s; medians of 3, 2026-01-02" in text
+    path = tmp_path / "b.md"
+    path.write_text("above\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nbelow\n")
+    scripts.benchmark.write_table(path, text)
+    assert path.read_text().startswith("above\n<!-- benchmark -->\n| model") and "old" not in path.read_text()
+    path.write_text("no markers")
+    with pytest.raises(InputError, match="wants the lines"):
+        scripts.benchmark.write_table(path, text)
+
+
+def test_the_document_shows_what_was_measured(scripts):
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert scripts.benchmark.table(json.loads((ROOT / "docs" / "benchmarks.json").read_text())) in text
+
+
+@pytest.mark.slow
+def test_a_benchmark(tmp_path):
+    line = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--model=emoji", "--case=sampling", "--repeats=1"]
+    done = subprocess.run([*line, "--out=b.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert row["flops"] > 1e11 and row["ours"]["median"] > 0 and row["torch"]["peak_bytes"] > 1e8
