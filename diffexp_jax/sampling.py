@@ -69,18 +69,19 @@ def guided(network: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
 LiveDenoise = Callable[[Float[Array, "B h w c"], Steps, Context, Bool[Array, ""]], Float[Array, "B h w c"]]
 
 
-def differentiable(denoise: Callable[[Any], Denoise], lora: Any, *, remat: bool) -> LiveDenoise:
+def differentiable(denoise: Callable[[Any, Any], Denoise], frozen: Any, lora: Any, *, remat: bool) -> LiveDenoise:
     """The network for a chain whose gradient in `lora` is wanted, for `rollout` with live steps.
 
     Args:
-      denoise: lora -> the guided network.
+      denoise: (frozen, lora) -> the guided network.
+      frozen: arrays that have no gradient.
       remat: the backward pass of a live step computes its activations again, so that one latent per step is all that
         a chain keeps; False keeps every activation of every step.
     """
-    return recomputed(denoise, lora) if remat else truncated(denoise(lora))
+    return recomputed(denoise, frozen, lora) if remat else truncated(denoise(frozen, lora))
 
 
-def recomputed(denoise: Callable[[Any], Denoise], lora: Any) -> LiveDenoise:
+def recomputed(denoise: Callable[[Any, Any], Denoise], frozen: Any, lora: Any) -> LiveDenoise:
     """See `differentiable`. The backward pass of a step that is not live runs no network at all.
 
     The condition is in the backward pass alone: so a program holds the network once to sample and once for the
@@ -88,25 +89,25 @@ def recomputed(denoise: Callable[[Any], Denoise], lora: Any) -> LiveDenoise:
     """
 
     @jax.custom_vjp
-    def evaluate(lora, x_t, step, context, live):
+    def evaluate(frozen, lora, x_t, step, context, live):
         del live
-        return denoise(lora)(x_t, step, context)
+        return denoise(frozen, lora)(x_t, step, context)
 
     def forward(*args):
         return evaluate(*args), args
 
     def backward(args, gradient):
-        lora, x_t, step, context, live = args
+        frozen, lora, x_t, step, context, live = args
 
         def run():
-            _, pull_back = jax.vjp(lambda lora, x_t: denoise(lora)(x_t, step, context), lora, x_t)
+            _, pull_back = jax.vjp(lambda lora, x_t: denoise(frozen, lora)(x_t, step, context), lora, x_t)
             return pull_back(gradient)
 
         nothing = jax.tree.map(jnp.zeros_like, (lora, x_t))
-        return *jax.lax.cond(live, run, lambda: nothing), None, None, None
+        return None, *jax.lax.cond(live, run, lambda: nothing), None, None, None
 
     evaluate.defvjp(forward, backward)
-    return partial(evaluate, lora)
+    return partial(evaluate, frozen, lora)
 
 
 def truncated(denoise: Denoise) -> LiveDenoise:

@@ -55,7 +55,7 @@ def test_rematerialisation_of_steps():
     weights = normal(3, 5, 4, 64), normal(4, 5, 64, 4) / 10
 
     def loss(weights, remat):
-        def network(weights):
+        def network(frozen, weights):
             def denoise(x, step, context):
                 for w1, w2 in zip(*weights, strict=True):
                     x = x + jnp.sin(x @ w1) @ w2
@@ -63,7 +63,7 @@ def test_rematerialisation_of_steps():
 
             return denoise
 
-        denoise = differentiable(network, weights, remat=remat)
+        denoise = differentiable(network, None, weights, remat=remat)
         x_0, _ = rollout(PROCESS, denoise, x, context, STEPS, keys, live=jnp.array([False, True, True]))
         return jnp.square(x_0).sum()
 

@@ -57,7 +57,9 @@ def tanh(x_t, step, context):
     return jnp.tanh(x_t + context.cond.mean((1, 2))[:, None, None, None]) * 0.7 + 0.1 * x_t
 
 
-TANH_LIVE = differentiable(lambda lora: tanh, None, remat=True)  # made once: the compiled chain knows it again
+TANH_LIVE = differentiable(
+    lambda frozen, lora: tanh, None, None, remat=True
+)  # made once: the compiled chain knows it again
 
 # ---- the chain
 
@@ -199,7 +201,11 @@ THETA = jnp.array([0.8, 0.5, -0.3])
 def loss(theta, x_T, live, denoise=network, eta=0.0, remat=True):
     """What AlignProp differentiates."""
     steps = make_steps(N, eta)
-    chosen = denoise(theta) if live is None else differentiable(denoise, theta, remat=remat)
+    chosen = (
+        denoise(theta)
+        if live is None
+        else differentiable(lambda frozen, theta: denoise(theta), None, theta, remat=remat)
+    )
     x_0, _ = sampling.rollout(PROCESS, chosen, x_T, context(3), steps, KEYS, live=live)
     return jnp.sum(jnp.square(x_0 - 1.0))
 
