@@ -43,7 +43,7 @@ def write_models(folder: str, prompts: tuple[str, ...]) -> None:
     for name in ("emoji", "mid"):
         Path(folder, name).mkdir()
         Path(folder, name, "prompts.txt").write_text("\n".join(prompts))
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMOJI)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
     torch.manual_seed(0)
     old = pipe.text_encoder.config
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -77,7 +77,7 @@ class Trainer:
     """The model, its LoRA with an optimizer, and the steps' coefficients."""
 
     def __init__(self, model: Any, folder: str, size: Any, *, eta: float):
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(model)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
         self.unet = pipe.unet.requires_grad_(False).to(memory_format=torch.channels_last)
         self.vae = pipe.vae.requires_grad_(False).to(memory_format=torch.channels_last)
         self.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=TARGETS))

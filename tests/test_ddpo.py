@@ -259,27 +259,33 @@ def test_one_pass_is_for_one_update():
             METHOD.check(METHOD.defaults | {"gradient": "onepass"} | changes, 10)
 
 
-def test_one_pass_on_a_unet(make_config):
+@pytest.mark.parametrize(
+    "reward",
+    [
+        "jax:sample_rewards:bright_and_long_jax",
+        pytest.param("python:sample_rewards:bright_and_long", marks=pytest.mark.slow),
+    ],
+)
+def test_one_pass_on_a_unet(make_config, reward):
     """A tiny pipeline under exploration: LoRA's gradient of both ways within rounding, host rewards too."""
-    for reward in ("jax:sample_rewards:bright_and_long_jax", "python:sample_rewards:bright_and_long"):
-        found = {}
-        for gradient in ("onepass", "twopass"):
-            changes = {"ddpo.updates": 1, "ddpo.gradient": gradient, "reward": reward, "optim.grad_clip": 1e6}
-            experiment = Experiment.build(make_config("ddpo", {"eval.every": 0} | changes))
-            programs, batch = make_programs(experiment), experiment.draw_batch(3, make_explore(experiment))
-            frozen, steps, key = parallel.replicate(
-                (experiment.frozen, experiment.sampler.steps(explore=True), jax.random.key(0))
-            )
-            state = parallel.replicate(programs.algorithm.init(nonzero_lora(experiment.initial_lora())))
-            samples = programs.sample(state, frozen, batch, steps)
-            assert (samples.trajectory is None) == (samples.gradients is not None) == (gradient == "onepass")
-            samples = samples._replace(rewards=jnp.arange(8.0)[None])  # the same advantages for both
-            state, _ = programs.update(state, frozen, Inputs(batch, steps, key, samples))
-            adams_mean = optax.tree.get(parallel.first(state.opt_state), "mu")
-            found[gradient] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(adams_mean)])
-        error = np.linalg.norm(found["onepass"] - found["twopass"]) / np.linalg.norm(found["twopass"])
-        # two passes take the slope (x_{t-1} - mean) / std^2 from a difference of numbers near 1, at a std of 0.02
-        assert error < 1e-4, (reward, error)
+    found = {}
+    for gradient in ("onepass", "twopass"):
+        changes = {"ddpo.updates": 1, "ddpo.gradient": gradient, "reward": reward, "optim.grad_clip": 1e6}
+        experiment = Experiment.build(make_config("ddpo", {"eval.every": 0} | changes))
+        programs, batch = make_programs(experiment), experiment.draw_batch(3, make_explore(experiment))
+        frozen, steps, key = parallel.replicate(
+            (experiment.frozen, experiment.sampler.steps(explore=True), jax.random.key(0))
+        )
+        state = parallel.replicate(programs.algorithm.init(nonzero_lora(experiment.initial_lora())))
+        samples = programs.sample(state, frozen, batch, steps)
+        assert (samples.trajectory is None) == (samples.gradients is not None) == (gradient == "onepass")
+        samples = samples._replace(rewards=jnp.arange(8.0)[None])  # the same advantages for both
+        state, _ = programs.update(state, frozen, Inputs(batch, steps, key, samples))
+        adams_mean = optax.tree.get(parallel.first(state.opt_state), "mu")
+        found[gradient] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(adams_mean)])
+    error = np.linalg.norm(found["onepass"] - found["twopass"]) / np.linalg.norm(found["twopass"])
+    # two passes take the slope (x_{t-1} - mean) / std^2 from a difference of numbers near 1, at a std of 0.02
+    assert error < 1e-4, (reward, error)
 
 
 def test_ratio_metrics_literal():
@@ -421,6 +427,7 @@ def test_learns_brightness(tiny):
     assert before + 5e-4 < after, (before, after)
 
 
+@pytest.mark.slow
 def test_ratio_is_1_in_bfloat16(make_config):
     """With exploration on, at every timestep, for two updates that change nothing (sgd at rate 0).
 

@@ -221,7 +221,7 @@ def test_images_are_diffusers(both, guidance):
     assert want.std() > 0.02
 
 
-@pytest.mark.parametrize("dtype, most", [(jnp.bfloat16, 3e-2), (jnp.float16, 4e-3)])
+@pytest.mark.parametrize("dtype, most", [pytest.param(jnp.bfloat16, 3e-2, marks=pytest.mark.slow), (jnp.float16, 4e-3)])
 def test_images_in_half_precision(both, dtype, most):
     """Ten steps from the same noise: a pixel moves by that much at most, on average."""
     model = load_pipeline(both.folder, dtype=dtype)

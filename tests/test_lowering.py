@@ -133,9 +133,18 @@ SOME = {  # each algorithm, family and type, and each two of them once
 }
 
 
+FAST = {("gpu", *run) for run in SOME}
+FAST |= {("tpu", "ddpo", "sdxl", "bfloat16"), ("tpu", "alignprop", "sd15", "float16")}
+
+
 @pytest.mark.parametrize(
-    "algorithm, family, dtype",
-    [*sorted(SOME), *(pytest.param(*run, marks=pytest.mark.slow) for run in sorted(EVERY - SOME))],
+    "device, algorithm, family, dtype",
+    [
+        pytest.param(where, *run, marks=[] if (where, *run) in FAST else pytest.mark.slow)
+        for where in ("gpu", "tpu")
+        for run in sorted(EVERY)
+    ],
+    indirect=["device"],
 )
 def test_programs_of_a_run(device, small_sizes, algorithm, family, dtype):
     texts = lower_all(device, make(algorithm, family, dtype))
@@ -143,6 +152,15 @@ def test_programs_of_a_run(device, small_sizes, algorithm, family, dtype):
     for name, text in texts.items():
         assert ("__cudnn$fmha" in text) == (device == "gpu" and name != "explore"), name
     assert ("__cudnn$fmhaSoftmaxBackward" in texts["update"]) == (device == "gpu")  # its gradient is fused too
+
+
+@pytest.mark.parametrize("device", ["gpu", pytest.param("tpu", marks=pytest.mark.slow)], indirect=True)
+def test_gradients_while_sampling(device, small_sizes):
+    """DDPO in one pass: each sample's gradient by vmap, attention and its backward pass still fused."""
+    config = make("ddpo", "sd15", "bfloat16", **{"ddpo.updates": 1})
+    sampling, *_ = dry_run.programs_of(config, Experiment.build(config, weights=False))
+    assert sampling.name == "sample"
+    assert ("__cudnn$fmhaSoftmaxBackward" in lower(device, sampling.function, *sampling.args)) == (device == "gpu")
 
 
 def test_an_odd_length_would_not_have_a_gradient(small_sizes, monkeypatch, request):

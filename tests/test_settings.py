@@ -58,7 +58,7 @@ def test_a_target_that_makes_no_sense(value):
         (16, {}, 8),
         (16, {"ddpo.updates": 1, "batch.samples": 12}, 6),
         (2, {"batch.samples_per_forward": 5, "batch.samples": 20}, 2),
-        (4, {"batch.samples_per_forward": 5, "batch.samples": 24}, 1),  # 12 or 6 or 3 a device: no multiple of 5, or is
+        (4, {"batch.samples_per_forward": 5, "batch.samples": 24}, 4),  # 3 for each update: all at once
         (4, {"cpu_devices": 3}, 3),
         (4, {"model.path": "some/where"}, 1),  # its size is not known
     ],

@@ -278,6 +278,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow  # a run for each reward; the next one takes the same way
 def test_nan_stops_the_run(make_config, tmp_path, capsys, monkeypatch):
     """The reward turns NaN in the third iteration: it is named, the exit code is 1, the checkpoints are left alone."""
     workdir, settings = tmp_path / "run", PLAIN | {"reward": "jax:sample_rewards:scaled_brightness"}

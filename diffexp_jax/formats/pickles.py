@@ -33,7 +33,7 @@ _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how torch befo
 _ZIP_HEADER, _ZIP_LENGTHS = 30, 26  # bytes of a local header, and where in it the lengths of name and extra are
 
 _MOST_BYTES = 2**26  # of a zip file's data.pkl; a state dict's has some hundred kilobytes
-_MOST_STEPS = 4_000_000  # of a pickle
+_MOST_STEPS = 1_000_000  # of a pickle: some seconds to look through
 # Steps that no checkpoint has: they reserve memory by a number alone, or take objects from elsewhere.
 _UNKNOWN = {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4"}
 
