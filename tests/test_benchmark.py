@@ -98,11 +98,6 @@ def test_table_literal(scripts, tmp_path):
         scripts.benchmark.write_table(path, text)
 
 
-def test_the_document_shows_what_was_measured(scripts):
-    text = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert scripts.benchmark.table(json.loads((ROOT / "docs" / "benchmarks.json").read_text())) in text
-
-
 @pytest.mark.slow
 def test_a_benchmark(tmp_path):
     line = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--model=emoji", "--case=sampling", "--repeats=1"]
