@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from configs import base
-from diffexp_jax import InputError, checkpoint, command, experiment, sampler, settings, train
+from diffexp_jax import InputError, backend, checkpoint, command, experiment, sampler, settings, train
 from diffexp_jax import workdir as workdirs
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.experiment import Experiment
@@ -234,6 +234,16 @@ def test_a_prompt_that_is_too_long_is_cut_and_named(make_config, tmp_path, caplo
     assert caplog.text.count("prompt cut") == 1
     cond = loaded.train.cond.embedding
     assert cond.shape == (2, 32, 16) and np.isfinite(cond).all()
+
+
+def test_more_prompts_than_fit_in_memory(fails, make_config, tmp_path, monkeypatch):
+    """32 tokens of 16 numbers are 2 kB a prompt; half of the memory is for them."""
+    (tmp_path / "p.txt").write_text("\n".join(f"a dog {i}" for i in range(100)))
+    monkeypatch.setattr(backend, "host_memory", lambda: 200_000)
+    config = make_config("alignprop", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0})
+    said = fails(2, command.guarded, train.run, config, tmp_path / "run")
+    assert "prompts 'p': 100 of them would take 0.0 GiB" in said and "wants at most 48, half of it" in said
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- what runs out
