@@ -113,6 +113,7 @@ def split_list(text: str) -> tuple[str, ...]:
 
 def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
     """absl's flag parsing, with a mistake in a config (a flag of ml_collections) reported in one line."""
+    sys.path.append(str(Path(__file__).parents[1]))  # where configs/ is: its files import one another
     try:
         rest = flags.FLAGS(_with_lists(argv))
         getattr(config.value, "algorithm", None)  # a config file that is missing is an error only once it is used
