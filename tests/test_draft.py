@@ -147,6 +147,6 @@ def test_learns_brightness(make_config, lv_samples):
     key = parallel.replicate(jax.random.key(0))
     rewards = []
     for it in [99, *range(8), 99]:  # the first and the last batch have the same prompts and noise
-        state, metrics, _ = train(state, frozen, Inputs(experiment.draw_batch(it, None), steps, key))
+        state, metrics = train(state, frozen, Inputs(experiment.draw_batch(it, None), steps, key))
         rewards.append(float(metrics["reward/mean"][0]))
     assert rewards[-1] > rewards[0] + 2e-3

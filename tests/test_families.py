@@ -397,6 +397,7 @@ def test_zeros_only_where_the_folder_says_so(sdxl):
 def test_a_run_on_sdxl(make, make_config, tmp_path):
     """One iteration of DDPO with exploration: it re-scores under the very conditioning that sampled, and learns."""
     settings = {"model.path": str(make("sdxl").folder), "iterations": 1, "sampling.steps": 2, "ddpo.updates": 1}
+    settings |= {"ddpo.gradient": "twopass"}  # which has a ratio
     settings |= {"batch.samples": 4, "batch.samples_per_forward": 4, "eval.every": 0, "log.images": 0}
     train.run(make_config("ddpo", settings), tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
