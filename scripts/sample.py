@@ -124,6 +124,7 @@ def settings_of(args: argparse.Namespace) -> ConfigDict:
     run = Path(args.lora, "config.json") if args.lora else None
     if run is not None and run.is_file():
         config, _ = settings.read_config(run)
+        config.seed = 0  # of the pictures, not of the run
     else:
         config = settings.default_config()
         config.update_from_flattened_dict(WITHOUT_RUN)
