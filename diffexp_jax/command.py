@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,10 +152,12 @@ def _is_literal(text: str) -> bool:
 
 def _unknown_key(argv: list[str], error: Exception) -> str:
     """The error message about a setting that does not exist."""
-    from diffexp_jax.settings import default_config  # the parts above this one: only where they are needed
+    from flax.traverse_util import flatten_dict  # seconds to import, as what is below: only where they are needed
+
+    from diffexp_jax.settings import default_config
 
     try:
-        known = set(_dotted(default_config().to_dict()))
+        known = flatten_dict(default_config().to_dict(), sep=".").keys()
     except InputError:
         return str(error)
     for argument in argv:
@@ -164,11 +166,6 @@ def _unknown_key(argv: list[str], error: Exception) -> str:
             near = _nearest(match[1], known)
             return f"no such key {match[1]!r}" + (f"; did you mean {near!r}?" if near else "")
     return str(error)
-
-
-def _dotted(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        yield from _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
 
 def _nearest(key: str, known: Collection[str]) -> str | None:

@@ -43,9 +43,9 @@ def whole(low: int, high: int = 10**7, **kwargs) -> Number:
     return Number(low, high, whole=True, **kwargs)
 
 
-def positive(high: float = 1e6, **kwargs) -> Number:
+def positive(high: float = 1e6) -> Number:
     """Numbers above 0."""
-    return Number(0.0, high, above=True, **kwargs)
+    return Number(0.0, high, above=True)
 
 
 def check_number(name: str, value: Any, accepted: Number) -> None:

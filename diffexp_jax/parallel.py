@@ -27,13 +27,12 @@ class Split(NamedTuple):
     per_forward: int  # samples of a forward pass on a device
 
 
-def split_batch(samples: int, *, per_forward: int, updates: int) -> Split:
-    """The split among this run's devices; a forward pass takes `per_forward` samples or all there are.
+def split_batch(samples: int, *, devices: int, per_forward: int, updates: int) -> Split:
+    """The split among so many devices; a forward pass takes `per_forward` samples or all there are.
 
     Raises:
       InputError: the samples do not divide among devices, forward passes and updates.
     """
-    devices = jax.device_count()
     if samples % devices:
         raise InputError(f"batch.samples={samples}: wants a multiple of the {devices} devices")
     if samples % (devices * updates):

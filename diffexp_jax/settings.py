@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -131,8 +132,8 @@ def method_settings(config: ConfigDict) -> dict[str, Any]:
     return {key: section.get(key, default) for key, default in method.defaults.items()}
 
 
-def batch_split(config: ConfigDict) -> Split:
-    """How the configured batch is shared out.
+def batch_split(config: ConfigDict, *, devices: int | None = None) -> Split:
+    """How the configured batch is shared out among the devices, by default those that there are.
 
     Raises:
       InputError: it does not divide.
@@ -140,7 +141,16 @@ def batch_split(config: ConfigDict) -> Split:
     b, updates = config.batch, METHODS[config.algorithm].updates(method_settings(config))
     if b.samples % b.group:
         raise InputError(f"batch.samples={b.samples}: wants a multiple of batch.group={b.group}")
-    return split_batch(b.samples, per_forward=b.samples_per_forward, updates=updates)
+    n = jax.device_count() if devices is None else devices
+    return split_batch(b.samples, devices=n, per_forward=b.samples_per_forward, updates=updates)
+
+
+def _divides(config: ConfigDict, devices: int) -> bool:
+    try:
+        batch_split(config, devices=devices)
+    except InputError:
+        return False
+    return True
 
 
 MOST_CPU_DEVICES = 8
@@ -155,17 +165,15 @@ def cpu_devices(config: ConfigDict) -> int:
     Raises:
       InputError: a setting that is not accepted.
     """
+    one_of("algorithm", config.algorithm, METHODS)
     check_values(config, NUMBERS)
     if config.cpu_devices is not None:
         return config.cpu_devices
-    b, path = config.batch, Path(config.model.path).expanduser()
-    updates = METHODS[config.algorithm].updates(method_settings(config)) if config.algorithm in METHODS else 1
+    path = Path(config.model.path).expanduser()
     size = 0 if config.model.path == "emoji" else sum(file.stat().st_size for file in path.rglob("*.safetensors"))
     most = min(len(os.sched_getaffinity(0)), MOST_CPU_DEVICES) if size or config.model.path == "emoji" else 1
     for n in range(most, 1, -1):
-        share = b.samples // (n * updates)
-        divides = b.samples % (n * updates) == 0 and share % min(share, b.samples_per_forward) == 0
-        if divides and 4 * n * size <= backend.host_memory():
+        if _divides(config, n) and 4 * n * size <= backend.host_memory():
             return n
     return 1
 

@@ -601,10 +601,8 @@ def test_several_images_of_a_prompt(script, tiny_model, tmp_path):
     with open(tmp_path / "two" / "prompts.csv", newline="") as file:
         rows = list(csv.reader(file))
     names = [f"{i:04d}.png" for i in range(4)]
-    assert rows == [["image", "prompt"], *zip(names, ["a dog"] * 2 + ["a cat"] * 2, strict=True)] or rows == [
-        ["image", "prompt"],
-        *map(list, zip(names, ["a dog"] * 2 + ["a cat"] * 2, strict=True)),
-    ]
+    expected = zip(names, ["a dog"] * 2 + ["a cat"] * 2, strict=True)
+    assert rows == [["image", "prompt"], *map(list, expected)]
 
 
 def test_what_a_grid_shows_of_many():

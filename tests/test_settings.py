@@ -1,5 +1,6 @@
 """Settings: every number has a range that is checked before anything is loaded; config.json is read as it should be."""
 
+import ast
 import json
 
 import pytest
@@ -204,11 +205,9 @@ def test_configs_that_no_run_wrote(stored, change, said):
 )
 def test_lists_of_words(text, expected):
     assert command.split_list(text) == expected
-    for argv in (["x", f"--config.eval.prompts={text}"], ["x", "--config.eval.prompts", text]):
-        written = command._with_lists(argv)
-        assert eval(written[-1].rpartition("=")[2] if len(written) == 2 and "=" not in text else repr(expected)) == (
-            expected
-        )
+    joined = command._with_lists(["x", f"--config.eval.prompts={text}"])[1].partition("=")[2]
+    apart = command._with_lists(["x", "--config.eval.prompts", text])[2]
+    assert ast.literal_eval(joined) == ast.literal_eval(apart) == expected
     literal = as_flags({"eval.prompts": expected})
     assert command._with_lists(literal) == literal
 

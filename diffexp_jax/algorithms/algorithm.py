@@ -155,6 +155,21 @@ def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any) -> tuple[Any,
     return jax.tree.map(lambda x: x / length, total), kept
 
 
+def stepped(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    loss: Float[Array, ""],
+    grads: Any,
+    scores: tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]],
+    extra: Any = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """What `Algorithm.update` returns after one optimizer step; `scores` are the rewards and their parts."""
+    change, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+    lora = optax.apply_updates(state.lora, change)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lora_norm": optax.tree.norm(lora)}
+    return TrainState(state.iteration + 1, lora, opt_state, extra), metrics | reward_metrics(*scores)
+
+
 def across_devices(x: Num[Array, "B"]) -> Num[Array, "N"]:
     """A per-sample array of all devices, in the order of the global sample index (device d holds d, d + n, ...)."""
     return jax.lax.all_gather(x, AXIS, axis=1).reshape(-1)

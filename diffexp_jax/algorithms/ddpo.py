@@ -18,11 +18,10 @@ from diffexp_jax.algorithms.algorithm import (
     Method,
     Needs,
     Policy,
-    Samples,
     Setup,
     across_devices,
     chunked,
-    reward_metrics,
+    stepped,
 )
 from diffexp_jax.algorithms.one_pass import gradient_of_loss, sample_with_gradients
 from diffexp_jax.algorithms.policy_gradient import (
@@ -30,6 +29,7 @@ from diffexp_jax.algorithms.policy_gradient import (
     PolicyGradient,
     Transition,
     check_updates,
+    has_several_updates,
     keywords,
     passes,
     sample,
@@ -99,25 +99,14 @@ def ddpo(
             clip=advantage_clip,
         )
         if one_pass:
-            state, metrics = updated_in_one_pass(optimizer, state, samples, adv, stats)
+            loss, grads = -jax.lax.pmean(adv.mean(), AXIS), gradient_of_loss(samples.gradients, adv)  # at ratios of 1
+            state, metrics = stepped(optimizer, state, loss, grads, (samples.rewards, samples.parts), stats)
         else:
             state, metrics = updated(method, state, frozen, samples, chunked(adv, n_chunks), stats, **updates)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return state, metrics
 
     return Algorithm(init, partial(sample_with_gradients if one_pass else sample, policy, n_chunks=n_chunks), update)
-
-
-def updated_in_one_pass(
-    optimizer: optax.GradientTransformation, state: TrainState, samples: Samples, adv: Float[Array, "B"], extra: Any
-) -> tuple[TrainState, dict[str, Array]]:
-    """`policy_gradient.updated`, by gradients that the samples bring along. The loss is that of ratios of 1."""
-    grads = gradient_of_loss(samples.gradients, adv)
-    change, opt_state = optimizer.update(grads, state.opt_state, state.lora)
-    lora = optax.apply_updates(state.lora, change)
-    metrics = {"loss": -jax.lax.pmean(adv.mean(), AXIS), "grad_norm": optax.tree.norm(grads)}
-    metrics |= {"lora_norm": optax.tree.norm(lora)} | reward_metrics(samples.rewards, samples.parts)
-    return TrainState(state.iteration + 1, lora, opt_state, extra), metrics
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -129,7 +118,7 @@ MOST_BYTES = 2 * 2**30  # of the samples' gradients on a device, up to which "au
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
     check_updates("ddpo", settings)
     one_of("ddpo.gradient", settings["gradient"], GRADIENTS)
-    if settings["gradient"] == "onepass" and _several_updates(settings):
+    if settings["gradient"] == "onepass" and has_several_updates(settings):
         raise InputError(
             "ddpo.gradient='onepass': wants ddpo.updates=1 and ddpo.inner_epochs=1: after an update the samples' "
             "gradients are of other weights"
@@ -138,15 +127,11 @@ def check(settings: Mapping[str, Any], n_steps: int) -> None:
     check_number(f"ddpo.stats_buffer={buffer}, ddpo.stats_min_count=", settings["stats_min_count"], whole(1, buffer))
 
 
-def _several_updates(settings: Mapping[str, Any]) -> bool:
-    return settings["updates"] * settings["inner_epochs"] > 1
-
-
 def in_one_pass(settings: Mapping[str, Any], n_samples: int, lora_size: int) -> bool:
     """What `gradient` means for this many samples a device and numbers that are trained."""
     if settings["gradient"] != "auto":
         return settings["gradient"] == "onepass"
-    return not _several_updates(settings) and 4 * n_samples * lora_size <= MOST_BYTES
+    return not has_several_updates(settings) and 4 * n_samples * lora_size <= MOST_BYTES
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:

@@ -260,6 +260,11 @@ def check_updates(method: str, settings: Mapping[str, Any]) -> None:
     one_of(f"{method}.old_log_prob", settings["old_log_prob"], ("auto", *OLD_LOG_PROBS))
 
 
+def has_several_updates(settings: Mapping[str, Any]) -> bool:
+    """Whether an iteration is more than one optimizer step."""
+    return settings["updates"] * settings["inner_epochs"] > 1
+
+
 def resolved_old_log_prob(settings: Mapping[str, Any], full_float32: bool) -> str:
     """What the setting comes to on this machine.
 
@@ -281,6 +286,5 @@ def keywords(setup: Setup, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def passes(settings: Mapping[str, Any], full_float32: bool) -> tuple[str, ...]:
-    several = settings["updates"] * settings["inner_epochs"] > 1
-    again = several and resolved_old_log_prob(settings, full_float32) == "recomputed"
+    again = has_several_updates(settings) and resolved_old_log_prob(settings, full_float32) == "recomputed"
     return ("to sample", "for the old log-probs") if again else ("to sample",)

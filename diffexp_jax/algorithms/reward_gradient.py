@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Batch, Inputs, chunked, reward_metrics, unchunked
+from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Batch, Inputs, chunked, stepped, unchunked
 from diffexp_jax.sampling import Steps
 from diffexp_jax.state import TrainState
 
@@ -35,15 +35,12 @@ def reward_gradient(
 
     def update(state, frozen, inputs: Inputs):
         live = live_steps(inputs.key, len(inputs.steps.t))
-        value, grads, (rewards, parts) = gradient_over_chunks(
+        value, grads, scores = gradient_over_chunks(
             lambda lora, chunk: loss(lora, frozen, chunk, inputs.steps, live), state.lora, inputs.batch, n_chunks
         )
         value, grads = jax.lax.pmean((value, grads), AXIS)
-        change, opt_state = optimizer.update(grads, state.opt_state, state.lora)
-        lora = optax.apply_updates(state.lora, change)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "truncation/k": live.sum()}
-        metrics |= {"lora_norm": optax.tree.norm(lora)} | reward_metrics(rewards, parts)
-        return TrainState(state.iteration + 1, lora, opt_state), metrics
+        state, metrics = stepped(optimizer, state, value, grads, scores)
+        return state, metrics | {"truncation/k": live.sum()}
 
     return Algorithm(init, None, update)
 
