@@ -1,5 +1,6 @@
 """Whole training runs on a tiny model: what they write, that they resume and repeat bit for bit, and how they stop."""
 
+import gc
 import itertools
 import json
 import os
@@ -77,6 +78,7 @@ def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
             return programs.update(state, frozen, inputs)
 
         def sample(*args):
+            gc.collect()  # what another test's run left in cycles is not of this one
             with open(workdir.parent / "live.txt", "a") as file:
                 file.write(f"{sum(x.nbytes for x in jax.live_arrays())}\n")
             return programs.sample(*args)
