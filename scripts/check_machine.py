@@ -35,7 +35,7 @@ from tqdm import tqdm
 from diffexp_jax import InputError, backend, command, dry_run, parallel
 from diffexp_jax.algorithms import Batch, Inputs
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.models import layers
+from diffexp_jax.models import attention
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.pipelines import Pipeline, families, make_context, sizes, stable_diffusion
@@ -221,13 +221,13 @@ ATTENTION_ERROR = 0.015  # in bfloat16; that of jax's plain product is 0.0024 fo
 
 
 def check_attention(n_queries: int, n_keys: int, heads: int, width: int) -> Outcome:
-    """Which way `layers.attention` goes here in bfloat16; where that is cuDNN's kernel, what comes of it."""
+    """Which way `attention.attention` goes here in bfloat16; where that is cuDNN's kernel, what comes of it."""
     logits = n_queries * n_keys
-    if not (logits >= layers.MIN_FUSED_LOGITS and layers.has_fused_attention(jnp.bfloat16, width)):
-        path = "blocks of queries" if logits > layers.MAX_LOGITS else "plain product"
-        why = "meant for this shape" if layers.has_fused_attention(jnp.bfloat16, 64) else "no cuDNN here"
+    if not (logits >= attention.MIN_FUSED_LOGITS and attention.has_fused_attention(jnp.bfloat16, width)):
+        path = "blocks of queries" if logits > attention.MAX_LOGITS else "plain product"
+        why = "meant for this shape" if attention.has_fused_attention(jnp.bfloat16, 64) else "no cuDNN here"
         return Outcome(f"{path}: {why}", ok=None)
-    error, program = attention_error(partial(layers.attention, heads=heads), n_queries, n_keys, heads, width)
+    error, program = attention_error(partial(attention.attention, heads=heads), n_queries, n_keys, heads, width)
     fused = "fmhaSoftmaxBackward" in program
     found = f"{'cuDNN' if fused else 'no cuDNN in the program'}, error {error:.1e}"
     wanted = f"cuDNN, error at most {ATTENTION_ERROR}"

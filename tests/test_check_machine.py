@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from diffexp_jax import InputError, backend
-from diffexp_jax.models import layers
+from diffexp_jax.models import attention
 
 
 @pytest.fixture
@@ -154,9 +154,9 @@ def test_wrong_attention(script):
 
 
 def test_cudnn_that_is_not_taken(script, monkeypatch):
-    monkeypatch.setattr(layers, "has_fused_attention", lambda dtype, width: True)
-    monkeypatch.setattr(layers, "MIN_FUSED_LOGITS", 16)
-    monkeypatch.setattr(layers, "attention", lambda q, k, v, heads: q)
+    monkeypatch.setattr(attention, "has_fused_attention", lambda dtype, width: True)
+    monkeypatch.setattr(attention, "MIN_FUSED_LOGITS", 16)
+    monkeypatch.setattr(attention, "attention", lambda q, k, v, heads: q)
     found = script.check_attention(8, 8, 2, 8)
     assert found.ok is False and found.found.startswith("no cuDNN in the program") and "reinstall" in found.advice
 

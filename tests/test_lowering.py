@@ -17,7 +17,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from configs import alignprop, ddpo
 from diffexp_jax import backend, dry_run, parallel
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.models import blip, layers
+from diffexp_jax.models import attention, blip
 from diffexp_jax.models import sizes as clip_sizes
 from diffexp_jax.pipelines import sizes
 from diffexp_jax.programs import make_explore
@@ -165,7 +165,7 @@ def test_gradients_while_sampling(device, small_sizes):
 
 def test_an_odd_length_would_not_have_a_gradient(small_sizes, monkeypatch, request):
     """What these tests are for: without the padding, jax refuses a prompt of 77 tokens."""
-    monkeypatch.setattr(layers, "attention_of_even_length", jax.nn.dot_product_attention)
+    monkeypatch.setattr(attention, "attention_of_even_length", jax.nn.dot_product_attention)
     request.getfixturevalue("gpu")
     with pytest.raises(NotImplementedError, match="Unsupported sequence length Q 4096, KV 77"):
         lower_all("gpu", make("alignprop", "sd15", "bfloat16"))

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from diffexp_jax import InputError
 from diffexp_jax.formats import convert, files, pickles
-from diffexp_jax.models.layers import Conv, Dense, attention, gelu, layer_norm
+from diffexp_jax.models.attention import attention
+from diffexp_jax.models.layers import Conv, Dense, gelu, layer_norm
 
 _VIT_EPSILON = 1e-6
 _HEAD_WIDTH = 64  # of a ViT's attention heads, in BLIP's base and large alike

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from diffexp_jax import InputError
-from diffexp_jax.models.layers import ACTIVATIONS, Conv, Dense, attention, layer_norm
+from diffexp_jax.models.attention import attention
+from diffexp_jax.models.layers import ACTIVATIONS, Conv, Dense, layer_norm
 
 _INIT_LOGIT_SCALE = math.log(1 / 0.07)
 LEGACY_EOS = 2  # an `eos_token_id` that says nothing about the vocabulary: see `eot_positions`

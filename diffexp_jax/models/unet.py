@@ -10,13 +10,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from diffexp_jax import InputError
+from diffexp_jax.models.attention import attention
 from diffexp_jax.models.layers import (
     Conv,
     Dense,
     GroupNorm,
     ResnetBlock,
     Upsample,
-    attention,
     gelu,
     layer_norm,
     pointwise_conv,

@@ -10,7 +10,8 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from diffexp_jax.models.layers import Conv, Dense, GroupNorm, ResnetBlock, Upsample, attention, pointwise_conv
+from diffexp_jax.models.attention import attention
+from diffexp_jax.models.layers import Conv, Dense, GroupNorm, ResnetBlock, Upsample, pointwise_conv
 
 
 @struct.dataclass

@@ -1,0 +1,190 @@
+"""Multi-head attention: exact everywhere, by the way that is fast on the machine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from diffexp_jax import backend
+
+MAX_LOGITS = 2**20  # per image and head that `attention` may hold at once without a fused kernel: 4 MB in float32
+MIN_FUSED_LOGITS = 2**18  # fewer of them are not worth a fused kernel: 512 tokens to 512, or CLIP's 257 to 257
+
+
+def attention(
+    q: Float[Array, "B Lq width"],
+    k: Float[Array, "B Lk width"],
+    v: Float[Array, "B Lk width"],
+    heads: int,
+    *,
+    is_causal: bool = False,
+    **kwargs,
+) -> Float[Array, "B Lq width"]:
+    """Multi-head scaled dot-product attention (softmax in float32); `kwargs` go to `jax.nn.dot_product_attention`.
+
+    Exact in four ways: `attention_on_cpu`; elsewhere cuDNN's fused kernel, which never holds the logits; blocks of
+    queries one after another where there are more than MAX_LOGITS logits; all at once. Causal or masked attention
+    (prompts: some 77 tokens) is always the last.
+    """
+
+    def split(x):
+        return x.reshape(*x.shape[:-1], heads, -1)  # [B, L, heads, width/heads]
+
+    dtype, q, k, v = q.dtype, split(q), split(k), split(v)
+    logits = q.shape[1] * k.shape[1]
+    if q.dtype == jnp.float16 and backend.platform() != "gpu":  # CPUs and TPUs have no such product
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    if is_causal or kwargs:
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, **kwargs)
+    elif backend.platform() == "cpu":
+        out = attention_on_cpu(q, k, v)
+    elif logits >= MIN_FUSED_LOGITS and has_fused_attention(q.dtype, q.shape[-1]):
+        out = attention_of_even_length(q, k, v, implementation="cudnn")
+    elif logits > MAX_LOGITS:
+        out = _attention_in_blocks(q, k, v)
+    else:
+        out = jax.nn.dot_product_attention(q, k, v)
+    return out.reshape(*out.shape[:2], -1).astype(dtype)
+
+
+def has_fused_attention(dtype: DTypeLike, width: int) -> bool:
+    """Whether cuDNN's attention serves this machine's devices (Ampere or newer), with this type and width of a head.
+
+    Its limits, which jax checks too: 16 bits, a multiple of 8 up to 128 (wider on newer devices, not used). So SDXL's
+    heads (64) and SD 1.5's of 40 and 80 are fused. SD 1.5's heads of 160 have too few tokens to need it.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
+        return False
+    return (backend.cuda_capability() or (0, 0)) >= (8, 0)
+
+
+def attention_of_even_length(
+    q: Float[Array, "B Lq heads d"], k: Float[Array, "B Lk heads d"], v: Float[Array, "B Lk heads d"], **kwargs
+) -> Float[Array, "B Lq heads d"]:
+    """`jax.nn.dot_product_attention` with an odd number of queries or keys filled up to an even one.
+
+    cuDNN has no gradient for odd lengths, and a prompt has 77 tokens. The further key is masked by its length, the
+    further query is cut off again, so the result is the same.
+    """
+    n_queries, n_keys = q.shape[1], k.shape[1]
+
+    def filled_up(x):
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+    if n_keys % 2:
+        kwargs["key_value_seq_lengths"] = jnp.full(len(k), n_keys, jnp.int32)
+    return jax.nn.dot_product_attention(filled_up(q), filled_up(k), filled_up(v), **kwargs)[:, :n_queries]
+
+
+def _attention_in_blocks(
+    q: Float[Array, "B Lq heads d"], k: Float[Array, "B Lk heads d"], v: Float[Array, "B Lk heads d"]
+) -> Float[Array, "B Lq heads d"]:
+    """Exact attention that holds at most MAX_LOGITS logits per image and head, in the backward pass too."""
+    n_blocks = min(-(-q.shape[1] * k.shape[1] // MAX_LOGITS), q.shape[1])
+    size = -(-q.shape[1] // n_blocks)
+    padded = jnp.pad(q, ((0, 0), (0, n_blocks * size - q.shape[1]), (0, 0), (0, 0)))
+    blocks = padded.reshape(len(q), n_blocks, size, *q.shape[2:]).swapaxes(0, 1)  # [blocks, B, size, heads, d]
+    # the gradients of keys and values are sums over the blocks: taken in float32, whatever the type is
+    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    @jax.checkpoint  # or the scan would keep every block's weights for the backward pass: the whole matrix again
+    def one(block):
+        return jax.nn.dot_product_attention(block, k32.astype(k.dtype), v32.astype(v.dtype))
+
+    out = jax.lax.map(one, blocks).swapaxes(0, 1)
+    return out.reshape(padded.shape)[:, : q.shape[1]]
+
+
+# ----------------------------------------------------------------------------------------------------------- on a CPU
+
+CPU_LOGITS = 2**23  # of a batch, all heads, that are made at once: 32 MB; more are made a block at a time
+CPU_ROWS = 512  # queries of a block, of one image and head: with 1024 keys 2 MB, about what a core's cache holds
+
+
+def attention_on_cpu(
+    q: Float[Array, "B Lq heads d"], k: Float[Array, "B Lk heads d"], v: Float[Array, "B Lk heads d"]
+) -> Float[Array, "B Lq heads d"]:
+    """Softmax(q k^T / sqrt d) v in float32, three to six times as fast on a CPU as `jax.nn.dot_product_attention`.
+
+    The logits stay in the cache, the sum of a row divides the output and not its weights, and the gradient makes the
+    weights again from the row's logsumexp (FlashAttention, Dao et al. 2022). The products are written so that XLA:CPU
+    never transposes a matrix of weights, which takes it several times as long as the product.
+    """
+    batch, n_queries, heads, d = q.shape
+    n_blocks = -(-n_queries // CPU_ROWS) if batch * heads * n_queries * k.shape[1] > CPU_LOGITS else 1
+    size = -(-n_queries // n_blocks)
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q = jnp.pad(q * d**-0.5, ((0, 0), (0, n_blocks * size - n_queries), (0, 0), (0, 0)))
+    rows = q.swapaxes(1, 2).reshape(batch * heads, n_blocks, size, d)
+    columns = [x.transpose(0, 2, 3, 1).reshape(batch * heads, d, -1) for x in (k, v)]
+    out = _softmax_product(rows, *columns).reshape(batch, heads, -1, d)
+    return out.swapaxes(1, 2)[:, :n_queries]
+
+
+@jax.custom_vjp
+def _softmax_product(
+    q: Float[Array, "N blocks rows d"], k: Float[Array, "N d Lk"], v: Float[Array, "N d Lk"]
+) -> Float[Array, "N blocks rows d"]:
+    """softmax(q k) v^T, of each n and block of rows."""
+    return _softmax_product_fwd(q, k, v)[0]
+
+
+def _softmax_product_fwd(q, k, v):
+    def block(q, k, v):  # [N, rows, d], [N, d, Lk] twice
+        logits = q @ k
+        most = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - most)
+        total = weights.sum(-1, keepdims=True)
+        return (weights @ v.swapaxes(1, 2)) / total, most + jnp.log(total)
+
+    out, lse = _each_block(block, (q,), (k, v))
+    return out, (q, k, v, out, lse)
+
+
+def _softmax_product_bwd(saved, g):
+    q, k, v, out, lse = saved
+
+    def block(q, out, lse, g, k, v):
+        weights = jnp.exp(q @ k - lse)
+        dlogits = weights * (g @ v - (g * out).sum(-1, keepdims=True))
+        return dlogits @ k.swapaxes(1, 2), q.swapaxes(1, 2) @ dlogits, g.swapaxes(1, 2) @ weights
+
+    # without the barrier XLA:CPU puts the forward pass's last product into a fusion with these, which is slower
+    out, lse, g = jax.lax.optimization_barrier((out, lse, g))
+    dq, dk, dv = _each_block(block, (q, out, lse, g), (k, v), n_sums=2)
+    return dq, dk, dv
+
+
+_softmax_product.defvjp(_softmax_product_fwd, _softmax_product_bwd)
+
+
+def _each_block(block: Callable, rows: tuple[Array, ...], columns: tuple[Array, ...], *, n_sums: int = 0) -> Any:
+    """`block` of each n and block of rows, one after another; of all n at once where there is one block of rows.
+
+    Args:
+      block: a function (*rows, *columns) -> results, each with a leading axis n.
+      rows: [N, blocks, ...].
+      columns: [N, ...], of all blocks.
+      n_sums: so many last results are summed over the blocks, shaped as the columns.
+    """
+    if rows[0].shape[1] == 1:
+        out = block(*(x[:, 0] for x in rows), *columns)
+        n_stacked = len(out) - n_sums
+        return (*(x[:, None] for x in out[:n_stacked]), *out[n_stacked:])
+
+    def of_one(rows, columns):
+        columns = [x[None] for x in columns]
+
+        def add(sums, rows):
+            out = block(*(x[None] for x in rows), *columns)
+            n_stacked = len(out) - n_sums
+            return tuple(a + b for a, b in zip(sums, out[n_stacked:], strict=True)), out[:n_stacked]
+
+        zeros = tuple(jnp.zeros_like(x) for x in columns[:n_sums])
+        sums, stacked = jax.lax.scan(add, zeros, rows)
+        return (*(x[:, 0] for x in stacked), *(x[0] for x in sums))
+
+    return jax.lax.map(lambda args: of_one(*args), (rows, columns))
