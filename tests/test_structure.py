@@ -22,6 +22,7 @@ BELOW = {
     "state": set(),
     "parallel": {"limits", "InputError"},
     "metrics": {"InputError"},
+    "image_statistics": set(),
     "fingerprint": set(),
     "flops": set(),
     "process": {"process", "InputError"},
