@@ -196,10 +196,10 @@ def stop(active: Sequence[Active], number: int) -> None:
         item.log.close()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and what is left: settings of all arms."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add = parser.add_argument
     add("--experiment", action="append", required=True, help="a name of configs/sweeps.py (repeat for several)")
     add("--model", help="a name of configs/models.py: emoji for the miniature (default: the paper's)")
@@ -210,4 +210,8 @@ if __name__ == "__main__":
     add("--iterations", type=int, help="of every run (default: the config's)")
     add("--samples_per_prompt", type=int, default=4, help="images of the final evaluation; 0: there is none")
     add("--print", nargs="?", const="commands", choices=("commands", "slurm"), help="print what is left, run nothing")
-    command.guarded(main, *parser.parse_known_args())
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    command.guarded(main, *parse(sys.argv[1:]))

@@ -86,7 +86,8 @@ def resolve(argument: str, changes: Mapping[str, Any], overrides: Mapping[str, A
         changed = {key: x(config) if isinstance(x, Callable) else x for key, x in (everywhere | dict(changes)).items()}
         config.update_from_flattened_dict(changed)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{argument}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        said = str(error.args[0] if error.args else type(error).__name__)  # str() of a KeyError is quoted
+        raise InputError(f"{argument}: {said.splitlines()[0]}") from None
     check_config(config)
     return config, dict(overrides) | changed
 
