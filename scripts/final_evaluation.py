@@ -3,7 +3,8 @@
 python scripts/final_evaluation.py --workdir runs/x --out runs/x/final.json
 
 Images are of the run's evaluation prompts, sampled by its own settings without exploration, on seeds that are the same
-for all runs. --base is the model before it was fine-tuned. --explored adds the same by DiffExp's guidance schedule.
+for all runs. --base is the model before it was fine-tuned. --explored adds the same by DiffExp's guidance schedule,
+--many the same of more images: how often a base model succeeds with each prompt.
 """
 
 from diffexp_jax import command
@@ -13,6 +14,8 @@ if __name__ == "__main__":
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +40,7 @@ DIGITS = 6  # of the numbers that are written
 
 def main(args: argparse.Namespace) -> None:
     check_number("--samples_per_prompt ", args.samples_per_prompt, whole(1, 2**20))
+    check_number("--many ", args.many, whole(0, 2**20))
     check_number("--seed ", args.seed, settings.NUMBERS["seed"])
     command.check_writable(args.out.parent, "--out")
     config = run_settings(args.workdir)
@@ -50,12 +54,17 @@ def main(args: argparse.Namespace) -> None:
         iteration, lora = 0, jax.tree.map(np.zeros_like, lora)  # an update of nothing
     model = Model.build(Experiment.build(config), lora)
     results: dict[str, Any] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
-    results |= {"seed": args.seed, "features": model.features, "sampling": config.sampling.to_dict()}
-    ways = {"plain": False} | ({"explored": True} if args.explored else {})
-    images = len(ways) * args.samples_per_prompt * sum(len(task.texts) for task in model.experiment.evals)
+    results |= {"many_per_prompt": args.many, "seed": args.seed, "features": model.features}
+    results |= {"sampling": config.sampling.to_dict(), "machine": backend.machine()}
+    ways = {"plain": (args.samples_per_prompt, False)}
+    ways |= {"explored": (args.samples_per_prompt, True)} if args.explored else {}
+    ways |= {"many": (args.many, False)} if args.many else {}
+    tasks = model.experiment.evals
+    images = sum(n for n, _ in ways.values()) * sum(len(task.texts) for task in tasks)
     with tqdm(total=images, desc="final evaluation", unit="image") as bar:
-        for way, explore in ways.items():
-            results[way] = {task.name: model.measure(task, args, explore, bar) for task in model.experiment.evals}
+        for way, (n, explore) in ways.items():
+            measure = partial(model.measure, n=n, explore=explore, seed=args.seed, advance=bar.update)
+            results[way] = {task.name: measure(task) for task in tasks}
     write(args.out, results)
 
 
@@ -98,8 +107,8 @@ class Model(NamedTuple):
             parallel.replicate(lora),
         )
 
-    def measure(self, task: Task, args: argparse.Namespace, explore: bool, bar: tqdm) -> dict[str, Any]:
-        """Of one prompt set {"means": {what: mean and standard error}, "prompts": [P], "per_prompt": {what: [P]}}."""
+    def measure(self, task: Task, *, n: int, explore: bool, seed: int, advance: Callable) -> dict[str, Any]:
+        """Of n images a prompt {"means": {what: mean and error}, "prompts": [P], "per_prompt": {what: [P]}}."""
         images, values = evaluation.evaluate(
             self.generate,
             self.scorers,
@@ -108,15 +117,15 @@ class Model(NamedTuple):
             task,
             self.experiment.sampler.uncond,
             parallel.replicate(self.experiment.sampler.steps(explore=explore)),
-            seed=args.seed,
+            seed=seed,
             batch=self.experiment.split.samples,
-            samples_per_prompt=args.samples_per_prompt,
-            advance=bar.update,
+            samples_per_prompt=n,
+            advance=advance,
         )
         values |= {name: sign(images) for name, sign in SIGNS.items()}
-        per_prompt = {name: x.reshape(-1, args.samples_per_prompt).mean(1) for name, x in values.items()}
-        if self.embed and args.samples_per_prompt > 1:
-            features = self.embed(images).reshape(len(task.texts), args.samples_per_prompt, -1)
+        per_prompt = {name: x.reshape(-1, n).mean(1) for name, x in values.items()}
+        if self.embed and n > 1:
+            features = self.embed(images).reshape(len(task.texts), n, -1)
             spread = {f"diversity/{name}": np.array([f(x) for x in features]) for name, f in DIVERSITY.items()}
             values, per_prompt = values | spread, per_prompt | spread
         return {
@@ -144,6 +153,7 @@ if __name__ == "__main__":
     add("--base", action="store_true", help="the model before it was fine-tuned")
     add("--explored", action="store_true", help="also by the guidance schedule of exploration (Eq. 7), without weights")
     add("--samples_per_prompt", type=int, default=4)
+    add("--many", type=int, default=0, help="also the means over so many images of each prompt (default: none)")
     add("--seed", type=int, default=1000, help="of the evaluation's noise")
     add("--out", type=Path, required=True, help="the .json file to write")
     command.guarded(main, parser.parse_args())

@@ -51,8 +51,8 @@ class Active(NamedTuple):
 
 
 def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
-    for flag, accepted in (("seeds", whole(1, 10**6)), ("first_seed", whole(0)), ("samples_per_prompt", whole(0))):
-        check_number(f"--{flag} ", getattr(args, flag), accepted)
+    for flag, least in (("seeds", 1), ("first_seed", 0), ("samples_per_prompt", 0), ("base_samples", 0)):
+        check_number(f"--{flag} ", getattr(args, flag), whole(least))
     for flag in ("parallel", "iterations"):
         check_number(f"--{flag} ", getattr(args, flag), whole(1, optional=True))
     overrides = dict(map(sweep_plan.parse_override, rest))
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
         args.experiment, model=args.model, seeds=seeds, out=args.out, overrides=overrides
     )
     command.check_writable(args.out, "--out")
-    wanted = {"samples_per_prompt": args.samples_per_prompt}
+    wanted = {"samples_per_prompt": args.samples_per_prompt, "base_samples": args.base_samples}
     if args.print:
         left = sweep_plan.commands_left(runs, cpu_devices=None, **wanted)
     else:
@@ -209,6 +209,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--parallel", type=int, help="runs at once (default: on a CPU one for each core, else 1)")
     add("--iterations", type=int, help="of every run (default: the config's)")
     add("--samples_per_prompt", type=int, default=4, help="images of the final evaluation; 0: there is none")
+    add("--base_samples", type=int, default=16, help="images of each prompt that say how often the base model succeeds")
     add("--print", nargs="?", const="commands", choices=("commands", "slurm"), help="print what is left, run nothing")
     return parser.parse_known_args(argv)
 

@@ -177,12 +177,13 @@ def is_trained(run: Run) -> bool:
     return there and bool(rows) and rows[-1]["iteration"] >= run.iterations
 
 
-def has_final(path: Path, *, samples_per_prompt: int, explored: bool) -> bool:
+def has_final(path: Path, *, samples_per_prompt: int, many: int, explored: bool) -> bool:
     """Whether the evaluation is there as it is wanted: files are written whole or not at all."""
     if not path.exists():
         return False
     found = read_json(path)
-    return found.get("samples_per_prompt") == samples_per_prompt and ("explored" in found or not explored)
+    as_wanted = found.get("samples_per_prompt") == samples_per_prompt and found.get("many_per_prompt", 0) >= many
+    return as_wanted and ("explored" in found or not explored)
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -196,22 +197,23 @@ def train_command(run: Run, *, cpu_devices: int | None) -> list[str]:
     return ["python", "-m", "diffexp_jax.train", config, f"--workdir={run.workdir}", *flags]
 
 
-def final_command(run: Run, out: Path, *, samples_per_prompt: int, base: bool, explored: bool) -> list[str]:
-    flags = [flag for flag, on in (("--base", base), ("--explored", explored)) if on]
+def final_command(run: Run, out: Path, *, samples_per_prompt: int, many: int, base: bool, explored: bool) -> list[str]:
+    flags = [flag for flag, on in (("--base", base), ("--explored", explored), (f"--many={many}", many)) if on]
     script = str(_shown(ROOT / "scripts" / "final_evaluation.py"))
     wanted = [f"--workdir={run.workdir}", f"--samples_per_prompt={samples_per_prompt}", f"--out={out}"]
     return ["python", script, *wanted, *flags]
 
 
 def commands_left(
-    runs: Sequence[Run], *, cpu_devices: int | None, samples_per_prompt: int
+    runs: Sequence[Run], *, cpu_devices: int | None, samples_per_prompt: int, base_samples: int
 ) -> list[tuple[Run, list[list[str]]]]:
     """Of every run that is not done the commands, in order; the base model's are with the first run that shares it."""
     left, begun = [], set()
     for run in runs:
         commands = [] if is_trained(run) else [train_command(run, cpu_devices=cpu_devices)]
-        wanted = {"samples_per_prompt": samples_per_prompt, "explored": run.explored}
         for path, base in ((run.workdir / FINAL, False), (run.base, True)):
+            wanted = {"samples_per_prompt": samples_per_prompt, "explored": run.explored}
+            wanted["many"] = base_samples if base else 0
             if path and path not in begun and samples_per_prompt and not has_final(path, **wanted):
                 begun.add(path)
                 commands.append(final_command(run, path, base=base, **wanted))

@@ -25,6 +25,7 @@ from diffexp_jax.algorithms import METHODS
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.pipelines import load_pipeline
+from diffexp_jax.prompts import PromptSet
 
 CONFIG = f"--config={ROOT / 'configs' / 'alignprop.py'}"
 
@@ -567,10 +568,16 @@ def test_final_evaluation(script, workdir, tmp_path):
         script("final_evaluation", f"--workdir={workdir}", f"--out={tmp_path / name}", "--samples_per_prompt=3", *flags)
         return json.loads((tmp_path / name).read_text())
 
-    tuned, base, again = measured("a/t.json", "--explored"), measured("b.json", "--base"), measured("t.json")
+    tuned, base, again = (
+        measured("a/t.json", "--explored"),
+        measured("b.json", "--base", "--many=5"),
+        measured("t.json"),
+    )
     assert again == {key: value for key, value in tuned.items() if key != "explored"}
     assert {p.name for p in tmp_path.rglob("*.partial")} == set()
     assert (tuned["iteration"], base["iteration"], tuned["features"]) == (7, 0, "pickscore")
+    assert base["many_per_prompt"] == 5 and base["many"]["unseen"]["means"] != base["plain"]["unseen"]["means"]
+    assert tuned["machine"]["jax"] == jax.__version__ and tuned["machine"]["devices"].startswith("1 x ")
     results = [tuned["plain"]["unseen"], tuned["explored"]["unseen"], base["plain"]["unseen"]]
     names = {"pickscore", "luminance", "saturation", "background_share", "diversity/distance", "diversity/vendi"}
     for result in results:
@@ -584,6 +591,17 @@ def test_final_evaluation(script, workdir, tmp_path):
         for other in range(one):
             pair = [results[i]["means"]["pickscore"]["mean"] for i in (one, other)]
             assert abs(pair[0] - pair[1]) > 1e-3, (one, other)
+
+
+@pytest.mark.parametrize("scope, draws", [(None, 4), ("prompt", 2)])
+def test_sample_explores_images_or_prompts(tiny_model, scope, draws):
+    """Two images of each of two prompts: a draw of Eq. 8 each, or one for both."""
+    script = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")
+    built = sampler.Sampler.build(sample_settings(model=str(tiny_model), scope=scope))
+    prompts, rows = PromptSet("sample", ("a dog", "a zebra"), (("dog",), ("zebra",))), np.array([0, 0, 1, 1])
+    cond = jax.tree.map(lambda x: x[rows], built.encode(prompts))
+    _, words = script["weigh"](built, prompts, rows, cond, seed=0)
+    assert len(set(words)) == draws and (words[0] == words[1]) == (words[2] == words[3]) == (draws == 2)
 
 
 def sample_settings(**flags):

@@ -187,7 +187,7 @@ def command_line(scripts, monkeypatch, tmp_path, capsys):
             ["--experiment=fig1", "--model=sd3"],
             "paper.py:fig1,explore=false,model=sd3: config argument model='sd3': acc",
         ),
-        (["--experiment=fig1", "--seeds=0"], "--seeds 0: wants 1..1000000"),
+        (["--experiment=fig1", "--seeds=0"], "--seeds 0: wants 1..10000000"),
         (["--experiment=fig1", "--parallel=0"], "--parallel 0: wants 1..10000000"),
         (
             ["--experiment=fig1", "--seed=1"],
@@ -224,7 +224,7 @@ def test_printed_commands(command_line, tmp_path):
     script = f"{ROOT}/scripts/final_evaluation.py"
     flags = [f"--workdir={workdir}", "--samples_per_prompt=4"]
     assert final == ["python", script, *flags, f"--out={workdir}/final.json"]
-    assert base[:4] == ["python", script, *flags] and base[5:] == ["--base"]
+    assert base[:4] == ["python", script, *flags] and base[5:] == ["--base", "--many=16"]
     assert [line[-1] for line in lines if line[1] == "-m"] == [f"--config.seed={n}" for n in (0, 0, 1, 1)]
     assert sum("--base" in line for line in lines) == 1
     about = json.loads((tmp_path / "runs/sweeps/experiments/fig4_ddpo_pickscore-emoji.json").read_text())
@@ -254,7 +254,7 @@ def finish(run, plan, *, iterations=None, explored=False) -> None:
     (run.workdir / "metrics.jsonl").write_text(json.dumps({"iteration": iterations or run.iterations}) + "\n")
     for name in (plan.LORA_FILE, plan.REPORT):
         (run.workdir / name).touch()
-    final = {"samples_per_prompt": 4} | ({"explored": {}} if explored else {})
+    final = {"samples_per_prompt": 4, "many_per_prompt": 16} | ({"explored": {}} if explored else {})
     for path in filter(None, (run.workdir / plan.FINAL, run.base)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(final))
@@ -275,6 +275,7 @@ def test_what_is_done_is_skipped(command_line, scripts, planned):
     assert "final_evaluation.py" in lines[1] and str(runs[3].workdir) in lines[1]
     assert "-m" in command_line(*arguments, "--print", "--samples_per_prompt=0")[1].split()
     assert len(command_line(*arguments, "--print", "--samples_per_prompt=8")[1].splitlines()) == 6
+    assert "--many=64" in command_line(*arguments, "--print", "--base_samples=64")[1]
     # a control wants more of the baseline's evaluation, and of the base model's
     finish(runs[2], plan)
     controls = command_line("--experiment=controls_ddpo_pickscore", *arguments[1:], "--print")[1].splitlines()
@@ -371,7 +372,14 @@ def test_how_many_at_once(scripts, monkeypatch):
 def sweep_line(tiny_settings, out: Path) -> list[str]:
     """Two arms of four iterations on the tiny model, each with its final evaluation."""
     line = [sys.executable, str(HERE / "sweep.py"), "--experiment=fig4_ddpo_pickscore", "--model=emoji", "--seeds=1"]
-    return [*line, f"--out={out}", "--parallel=2", "--samples_per_prompt=2", *as_flags(tiny_settings)]
+    return [
+        *line,
+        f"--out={out}",
+        "--parallel=2",
+        "--samples_per_prompt=2",
+        "--base_samples=3",
+        *as_flags(tiny_settings),
+    ]
 
 
 def finals(out: Path) -> dict[str, dict]:
