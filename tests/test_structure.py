@@ -23,6 +23,7 @@ BELOW = {
     "parallel": {"limits", "InputError"},
     "metrics": {"InputError"},
     "image_statistics": set(),
+    "comparison": set(),
     "fingerprint": set(),
     "flops": set(),
     "process": {"process", "InputError"},
