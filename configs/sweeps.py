@@ -22,7 +22,7 @@ aesthetic or pickscore.
 
 from configs.paper import PARTS, REWARDS, THRESHOLDS
 
-_ALGORITHMS = ("ddpo", "alignprop")
+_ALGORITHMS = {"ddpo": "DDPO", "alignprop": "AlignProp"}
 
 
 def evaluation(config):
@@ -102,7 +102,7 @@ SWEEPS = {
     "fig1": _experiment("DDPO with and without DiffExp on one prompt that the base model fails", _pair("fig1", _FIG1)),
     **{
         f"fig4_{algorithm}_{reward}": _experiment(
-            f"{algorithm} with and without DiffExp on {reward}: its reward, unseen prompts, the held-out judge",
+            f"{_ALGORITHMS[algorithm]} with and without DiffExp on {reward}, unseen prompts, and what is held out",
             _pair(f"fig4_{algorithm}_{reward}"),
         )
         for algorithm, reward in _METHODS
@@ -128,7 +128,7 @@ SWEEPS = {
     "fig10b": _experiment("AlignProp with and without DiffExp on SDXL", _pair("fig10b")),
     **{
         f"controls_{algorithm}_{reward}": _experiment(
-            f"{algorithm} on {reward}: what could explain DiffExp's gain away",
+            f"{_ALGORITHMS[algorithm]} on {reward}: what could explain DiffExp's gain away",
             _controls(f"fig4_{algorithm}_{reward}"),
             explored_evaluation=True,
         )
@@ -136,14 +136,14 @@ SWEEPS = {
     },
     **{
         f"unknowns_{algorithm}_{reward}": _experiment(
-            f"{algorithm} on {reward}: exploration's numbers that the paper does not give",
+            f"{_ALGORITHMS[algorithm]} on {reward}: exploration's numbers that the paper does not give",
             _unknowns(f"fig4_{algorithm}_{reward}"),
         )
         for algorithm, reward in _METHODS
     },
     **{
         f"tune_{algorithm}_{reward}": _experiment(
-            f"{algorithm} on {reward} without exploration: settings of the optimizer",
+            f"{_ALGORITHMS[algorithm]} on {reward} without exploration: settings of the optimizer",
             _tuning(f"fig4_{algorithm}_{reward}", algorithm),
         )
         for algorithm, reward in _METHODS
