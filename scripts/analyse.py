@@ -20,13 +20,14 @@ from pathlib import Path
 import results_document
 import results_figure
 import sweep_results
-from sweep_results import Experiment
+import sweep_runs
+from sweep_runs import Experiment
 
 from diffexp_jax import InputError
 
 
 def main(args: argparse.Namespace) -> None:
-    experiments = [sweep_results.find(args.sweeps, name, args.model) for name in args.experiment]
+    experiments = [sweep_runs.find(args.sweeps, name, args.model) for name in args.experiment]
     if args.runs:
         experiments.append(named_runs(args.name, args.runs))
     documents = {path: write for path, write in documents_of(args).items() if path}

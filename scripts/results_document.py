@@ -144,6 +144,16 @@ def machine_line(results: Mapping[str, Any]) -> str:
     return f"Measured on {'; '.join(machines) or 'a machine that was not recorded'}."
 
 
+def unfinished_line(results: Mapping[str, Any]) -> str:
+    """Which runs are not in the tables: a method that fails with some seeds must not look better for it."""
+    left_out = [
+        f"{arm} seed {seed} ({done} of {planned} iterations)"
+        for arm, seeds in results["unfinished"].items()
+        for seed, (done, planned) in seeds.items()
+    ]
+    return f"Not finished, so left out: {', '.join(left_out)}."
+
+
 def section(results: Mapping[str, Any]) -> str:
     """All that is written of one experiment."""
     name, columns = results["name"], measured(results)
@@ -155,6 +165,7 @@ def section(results: Mapping[str, Any]) -> str:
         [f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is *{results['baseline']}*."],
         [settings_line(results)],
         [f"{machine_line(results)} `python scripts/sweep.py --experiment {name}{model}`"],
+        [unfinished_line(results)] if results["unfinished"] else [],
         [f"![Curves of {name}](results/{name}.png)"],
         [f"Final models, {images} sampled without exploration:"],
         final_table(results, columns, [f"{prompts}: {what}" for prompts, what in columns]),

@@ -22,8 +22,10 @@ def scripts(monkeypatch):
     import results_document
     import results_figure
     import sweep_results
+    import sweep_runs
 
-    return SimpleNamespace(analyse=analyse, document=results_document, figure=results_figure, results=sweep_results)
+    parts = {"document": results_document, "figure": results_figure, "results": sweep_results, "runs": sweep_runs}
+    return SimpleNamespace(analyse=analyse, **parts)
 
 
 def final(rewards, shares, n=2) -> dict:
@@ -87,7 +89,7 @@ def sweeps(make_config, tmp_path, tiny_settings):
 @pytest.fixture
 def results(scripts, sweeps):
     """As they are read from the file."""
-    return json.loads(json.dumps(scripts.results.analyse(scripts.results.find(sweeps, "fig4_mine"))))
+    return json.loads(json.dumps(scripts.results.analyse(scripts.runs.find(sweeps, "fig4_mine"))))
 
 
 def test_what_is_compared(results):
@@ -100,6 +102,7 @@ def test_what_is_compared(results):
     assert explored.keys() == {
         f"exploration.{key}" for key in ("enabled", "w_low", "t_thresh", "weight_range", "unit", "scope", "fraction")
     }
+    assert results["unfinished"] == {"other": {"0": [3, 4]}}
     assert len(results["machines"]) == 1 and results["samples_per_prompt"] == [2]
 
 
@@ -148,6 +151,7 @@ def test_tables(scripts, results):
     text = scripts.document.section(results)
     for line in (
         "What it shows. The baseline is *baseline*.",
+        "Not finished, so left out: other seed 0 (3 of 4 iterations).",
         "| before | - | 1.00 | 16.7 % | 1.00 | 16.7 % |",
         "| baseline | 2 | 5.50 [4.00, 7.00] | 33.3 [33.3, 33.3] % | 5.50 [4.00, 7.00] | 33.3 [33.3, 33.3] % |",
         "| diffexp | +0.00 [-1.00, +1.00] | +33.3 [+33.3, +33.3] % | +0.00 [-1.00, +1.00] | +33.3 [+33.3, +33.3] % |",
@@ -278,9 +282,9 @@ def test_an_experiment_that_was_run_in_two_ways(scripts, sweeps):
     other = sweeps / "experiments" / "fig4_mine-emoji-012345.json"
     other.write_text(json.dumps(about | {"overrides": {"iterations": 4}}))
     with pytest.raises(InputError, match="has several: fig4_mine-emoji, fig4_mine-emoji-012345"):
-        scripts.results.find(sweeps, "fig4_mine")
-    assert scripts.results.find(sweeps, "fig4_mine-emoji").name == "fig4_mine"
-    assert scripts.results.find(sweeps, "fig4_mine-emoji-012345").name == "fig4_mine-emoji-012345"
+        scripts.runs.find(sweeps, "fig4_mine")
+    assert scripts.runs.find(sweeps, "fig4_mine-emoji").name == "fig4_mine"
+    assert scripts.runs.find(sweeps, "fig4_mine-emoji-012345").name == "fig4_mine-emoji-012345"
 
 
 def test_a_base_model_on_other_prompts(scripts, sweeps):
@@ -289,7 +293,7 @@ def test_a_base_model_on_other_prompts(scripts, sweeps):
     base["many"][SET]["prompts"][0] = "another"
     path.write_text(json.dumps(base))
     with pytest.raises(InputError, match="train: the base model was evaluated on other prompts"):
-        scripts.results.analyse(scripts.results.find(sweeps, "fig4_mine"))
+        scripts.results.analyse(scripts.runs.find(sweeps, "fig4_mine"))
 
 
 # ------------------------------------------------------------------------------------------------- committed documents
