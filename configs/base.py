@@ -66,6 +66,7 @@ def default() -> ml_collections.ConfigDict:
     e.t_thresh = 900  # Eq. 7: in training timesteps, 0..1000 (ours)
     e.weight_range = (1.0, 1.5)  # Eq. 8: the weight is uniform in it (ours)
     e.unit = "word"  # Eq. 8: what is weighted together: "word", "token" or "phrase"
+    e.scope = "image"  # Eq. 8: a draw for each "image", or for each "prompt", the same for its images of an iteration
     e.fraction = 0.75  # of the iterations, from the first, that explore
     # A run that is continued with more iterations keeps the number that it began with, unless this says another.
     e.iterations = placeholder(int)  # that many of the first explore; None: by the fraction

@@ -63,14 +63,14 @@ MINIATURE = {
 
 # One prompt: its statistics are of a whole iteration, and an evaluation is of as many images.
 _ONE_PROMPT = {"ddpo.stats_buffer": 64, "eval.samples_per_prompt": 64}
-_PARTS = {
+PARTS = {
     "none": {"exploration.enabled": False},
     "weighting": {"exploration.t_thresh": 1000},  # no step is above it: the guidance is constant
     "schedule": {"exploration.weight_range": (1.0, 1.0)},
     "both": {},
 }
-_THRESHOLDS = {f"t{t}": {"exploration.t_thresh": t} for t in (900, 800, 700, 600)}
-_REWARDS = ("aesthetic", "pickscore")
+THRESHOLDS = {f"t{t}": {"exploration.t_thresh": t} for t in (900, 800, 700, 600)}
+REWARDS = ("aesthetic", "pickscore")
 
 # name: (model, algorithm, task, what else is set)
 EXPERIMENTS = {
@@ -79,11 +79,11 @@ EXPERIMENTS = {
         f"{figure}_{algorithm}_{reward}": ("sd15", algorithm, reward, {})
         for figure in ("fig4", "fig5", "fig6", "fig7")
         for algorithm in ("ddpo", "alignprop")
-        for reward in _REWARDS
+        for reward in REWARDS
     },
     "fig8": ("sd15", "alignprop", "drawbench", {}),
-    **{f"fig9a_{r}_{part}": ("sd15", "alignprop", r, changes) for r in _REWARDS for part, changes in _PARTS.items()},
-    **{f"fig9b_{r}_{t}": ("sd15", "alignprop", r, changes) for r in _REWARDS for t, changes in _THRESHOLDS.items()},
+    **{f"fig9a_{r}_{part}": ("sd15", "alignprop", r, changes) for r in REWARDS for part, changes in PARTS.items()},
+    **{f"fig9b_{r}_{t}": ("sd15", "alignprop", r, changes) for r in REWARDS for t, changes in THRESHOLDS.items()},
     "fig10a": ("sd15", "alignprop", "drawbench", {}),
     "fig10b": ("sdxl", "alignprop", "aesthetic", {}),
     "fig17a": ("sd15", "alignprop", "drawbench", {}),

@@ -4,7 +4,11 @@ Tests replace these functions to trace and lower for devices that are not there.
 """
 
 import contextlib
+import importlib.metadata
 import os
+import platform as system
+import re
+from pathlib import Path
 
 import jax
 
@@ -28,6 +32,25 @@ def cuda_capability() -> tuple[int, int] | None:
 def host_memory() -> int:
     """Bytes of memory that the machine has."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def processor() -> str:
+    """Its name, and the widest vectors that it has."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return system.processor() or system.machine()
+    name = re.search(r"model name\s*: (.*)", info)
+    widest = next((isa for isa in ("avx512f", "avx2") if isa in info), system.machine())
+    return f"{name[1] if name else system.machine()} ({widest})"
+
+
+def machine() -> dict[str, str]:
+    """What results are reported with: the devices in words, and the versions of what computes."""
+    kind = processor() if platform() == "cpu" else jax.local_devices()[0].device_kind
+    cores = f", {len(os.sched_getaffinity(0))} cores" if platform() == "cpu" else ""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    return {"devices": f"{jax.device_count()} x {kind}{cores}", "python": system.python_version()} | versions
 
 
 def set_cpu_devices(n: int) -> None:

@@ -67,6 +67,11 @@ def score_all(
     return scores
 
 
+def summary(values: Float[np.ndarray, "N"]) -> dict[str, float]:
+    """The mean, and its standard error as of N independent values."""
+    return {"mean": float(values.mean()), "standard_error": float(values.std() / len(values) ** 0.5)}
+
+
 def evaluate_all(
     experiment: Experiment, generate: Callable, scorers: Mapping[str, Callable], params: Any, lora: Any, steps: Steps
 ) -> dict[str, float]:

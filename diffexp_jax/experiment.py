@@ -171,7 +171,8 @@ class Experiment(NamedTuple):
         cond, tokens = jax.tree.map(lambda x: x[ids], (self.train.cond, self.train.tokens[self.reward]))
         batch = parallel.shard(Batch(ids, make_context(cond, self.sampler.uncond), tokens, noise), n)
         if explore is not None:
-            keys = parallel.sample_keys(parallel.stream(seed, "weights", it), n)
+            drawn_for = ids if self.sampler.exploration.scope == "prompt" else np.arange(n)
+            keys = parallel.keys_of(parallel.stream(seed, "weights", it), drawn_for)
             null = jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), self.sampler.empty)
             null, units, keys = parallel.shard((null, self.units[ids], keys), n)
             batch = batch._replace(context=batch.context._replace(cond=explore(batch.context.cond, null, units, keys)))

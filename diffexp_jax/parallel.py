@@ -105,4 +105,9 @@ def stream(seed: int, name: str, iteration: int = 0) -> PRNGKeyArray:
 
 def sample_keys(key: PRNGKeyArray, n_samples: int) -> jax.Array:
     """A key per sample of the whole batch, from its global index alone."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(n_samples))
+    return keys_of(key, np.arange(n_samples))
+
+
+def keys_of(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> jax.Array:
+    """A key for each of these numbers; equal numbers have the same."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

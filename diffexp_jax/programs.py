@@ -50,7 +50,7 @@ def make_programs(experiment: Experiment) -> Programs:
 
 
 def make_explore(experiment: Experiment) -> Callable[..., Conditioning]:
-    """A program (cond, null, unit ids, keys) -> the randomly reweighted prompts, one draw per image (Eq. 8)."""
+    """A program (cond, null, unit ids, keys) -> the randomly reweighted prompts, one draw per key (Eq. 8)."""
     pipeline, weight_range = experiment.sampler.pipeline, experiment.sampler.exploration.weight_range
 
     def one(cond, null, units, key):
@@ -136,6 +136,20 @@ def batches_by_shape(trees: Iterable[Any], most: int) -> Iterator[list[Any]]:
         batch.append(tree)
     if batch:
         yield batch
+
+
+def make_embedder(
+    reward: Reward, *, batch: int, params: Any = None
+) -> Callable[[Sequence[UInt8[np.ndarray, "_ _ 3"]]], Float[np.ndarray, "N P"]]:
+    """A function images -> the features that such a reward has of them (`Reward.embed`); arguments as `make_scorer`."""
+
+    def embed(params, pixels, tokens):
+        del tokens
+        features = reward.embed(params, pixels)
+        return jnp.zeros(len(features)), {"features": features}
+
+    score = make_scorer(reward._replace(score_prepared=embed, start=None), batch=batch, params=params)
+    return lambda images: score(images, np.zeros((len(images), 0), np.int32))["features"]
 
 
 def make_scorer(

@@ -31,6 +31,7 @@ class Exploration(NamedTuple):
     t_thresh: float
     weight_range: tuple[float, float]
     unit: str
+    scope: str
     fraction: float
     iterations: int | None
 

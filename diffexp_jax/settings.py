@@ -26,6 +26,7 @@ CHOICES = {
     "reward_dtype": DTYPES,
     "eval.reward_dtype": DTYPES,
     "exploration.unit": UNITS,
+    "exploration.scope": ("image", "prompt"),
 }
 GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
 # Every setting that is a number or several numbers; those of a method's section are in its `Method.numbers`.

@@ -21,8 +21,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
-import re
 import resource
 import statistics
 import subprocess
@@ -246,17 +244,6 @@ def write_table(path: Path, text: str) -> None:
     path.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
-def processor() -> str:
-    """Its name, and the widest vectors that it has."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = re.search(r"model name\s*: (.*)", info)
-    widest = next((isa for isa in ("avx512f", "avx2") if isa in info), platform.machine())
-    return f"{name[1] if name else platform.machine()} ({widest})"
-
-
 def main(args: argparse.Namespace) -> None:
     if args.worker:
         return worker(args.worker, args.model[0], args.folder, args.case[0])
@@ -270,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
     report = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
-        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": processor()},
+        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": backend.processor()},
         "repeats": args.repeats,
         "matrix_peak": matrix_peak(),
         "rows": [],

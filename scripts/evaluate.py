@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
             for name in ("base", "tuned"):
                 images, scores = comparison.evaluate(args, task, name, bar)
                 pictures[name] = images[shown]
-                results[task.name][name] = means(scores)
+                results[task.name][name] = {key: evaluation.summary(x) for key, x in scores.items()}
                 line = ", ".join(f"{key} {x['mean']:.3f}" for key, x in results[task.name][name].items())
                 tqdm.write(f"{task.name}, {name}: {line}")
             grid = args.out.with_name(f"{args.out.stem}-{task.name}.png")
@@ -126,12 +126,6 @@ class Comparison(NamedTuple):
             samples_per_prompt=args.samples_per_prompt,
             advance=bar.update,
         )
-
-
-def means(scores: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    return {
-        key: {"mean": float(x.mean()), "standard_error": float(x.std() / len(x) ** 0.5)} for key, x in scores.items()
-    }
 
 
 def shown_images(args: argparse.Namespace, texts: tuple[str, ...]) -> tuple[list[str], np.ndarray]:

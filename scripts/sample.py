@@ -50,6 +50,7 @@ KEYS = {
     "t_thresh": "exploration.t_thresh",
     "weight_range": "exploration.weight_range",
     "unit": "exploration.unit",
+    "scope": "exploration.scope",
     "seed": "seed",
 }
 # Where there is no run: the defaults of diffusers' pipelines
@@ -95,6 +96,7 @@ def arguments() -> argparse.Namespace:
     add("--t_thresh", type=int, help="with --explore: in training timesteps, 0..1000")
     add("--weight_range", type=float, nargs=2, help="with --explore: of a unit's weight (Eq. 8)")
     add("--unit", choices=UNITS, help="with --explore: what is weighted together")
+    add("--scope", choices=settings.CHOICES["exploration.scope"], help="with --explore: what has a draw of its own")
     return parser.parse_args()
 
 
@@ -181,10 +183,11 @@ def make_variants(
 def weigh(
     sampler: Sampler, prompts: PromptSet, rows: np.ndarray, cond: Conditioning, *, seed: int
 ) -> tuple[Conditioning, list[str]]:
-    """A draw of Eq. 8 for every image: the conditioning, and what was weighted, in words."""
+    """Draws of Eq. 8, for every image or prompt: the conditioning, and what was weighted, in words."""
     pipeline, e = sampler.pipeline, sampler.exploration
     units = unit_ids(pipeline.tokenizer, prompts, e.unit)[rows]
-    keys = parallel.sample_keys(parallel.stream(seed, "weights"), len(rows))
+    drawn_for = rows if e.scope == "prompt" else np.arange(len(rows))
+    keys = parallel.keys_of(parallel.stream(seed, "weights"), drawn_for)
 
     def one(key, units, cond):
         weights = exploration.sample_phrase_weights(key, units, weight_range=e.weight_range)

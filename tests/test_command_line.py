@@ -25,6 +25,7 @@ from diffexp_jax.algorithms import METHODS
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.pipelines import load_pipeline
+from diffexp_jax.prompts import PromptSet
 
 CONFIG = f"--config={ROOT / 'configs' / 'alignprop.py'}"
 
@@ -473,6 +474,14 @@ def test_bad_input_of_sample(fails, script, tiny_model, lora, tmp_path, monkeypa
         ("evaluate", ["--workdir=run", "--rewards=beauty", "--out=e.json"], "unknown reward 'beauty'; accepted:"),
         ("evaluate", ["--workdir=run", "--batch=0", "--out=e.json"], "--batch 0: wants 1..1048576"),
         ("evaluate", ["--workdir=run", "--out=run/config.json/e.json"], "--out run/config.json: cannot be written"),
+        ("final_evaluation", ["--workdir=no/such", "--out=f.json"], "no/such/config.json: the file is missing"),
+        ("final_evaluation", ["--workdir=empty", "--out=f.json"], "empty: no checkpoint there"),
+        (
+            "final_evaluation",
+            ["--workdir=run", "--samples_per_prompt=0", "--out=f.json"],
+            "--samples_per_prompt 0: wants",
+        ),
+        ("final_evaluation", ["--workdir=run", "--out=run/config.json/f"], "--out run/config.json: cannot be written"),
         ("export_lora", ["--workdir=no/such", "--out=l.safetensors"], "no/such/config.json: the file is missing"),
         ("export_lora", ["--workdir=empty", "--out=l.safetensors"], "empty: no checkpoint there"),
         ("export_lora", ["--workdir=run", "--out=run/config.json/l"], "--out run/config.json/l: cannot be written"),
@@ -550,6 +559,49 @@ def test_sample_explore(script, tiny_model, tmp_path, capsys):
     script("sample", *arguments, f"--out={tmp_path / 'off'}", *options)
     for name in names:
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "off" / f"0000{name}.png"), int), pictures[""])
+
+
+def test_final_evaluation(script, workdir, tmp_path):
+    """Every prompt's rewards, diversity and signs; the base model's differ, and the schedule's; the same each time."""
+
+    def measured(name, *flags):
+        script("final_evaluation", f"--workdir={workdir}", f"--out={tmp_path / name}", "--samples_per_prompt=3", *flags)
+        return json.loads((tmp_path / name).read_text())
+
+    tuned, base, again = (
+        measured("a/t.json", "--explored"),
+        measured("b.json", "--base", "--many=5"),
+        measured("t.json"),
+    )
+    assert again == {key: value for key, value in tuned.items() if key != "explored"}
+    assert {p.name for p in tmp_path.rglob("*.partial")} == set()
+    assert (tuned["iteration"], base["iteration"], tuned["features"]) == (7, 0, "pickscore")
+    assert base["many_per_prompt"] == 5 and base["many"]["unseen"]["means"] != base["plain"]["unseen"]["means"]
+    assert tuned["machine"]["jax"] == jax.__version__ and tuned["machine"]["devices"].startswith("1 x ")
+    results = [tuned["plain"]["unseen"], tuned["explored"]["unseen"], base["plain"]["unseen"]]
+    names = {"pickscore", "luminance", "saturation", "background_share", "diversity/distance", "diversity/vendi"}
+    for result in results:
+        assert result["prompts"] == ["a snail", "a lobster riding a bike"]
+        assert result["means"].keys() == result["per_prompt"].keys() == names
+        for name in names:
+            assert np.mean(result["per_prompt"][name]) == pytest.approx(result["means"][name]["mean"], abs=1e-5)
+        assert all(1.0 < x <= 3.0 for x in result["per_prompt"]["diversity/vendi"])
+        assert all(0.0 < x < 2.0 for x in result["per_prompt"]["diversity/distance"])
+    for one in range(3):
+        for other in range(one):
+            pair = [results[i]["means"]["pickscore"]["mean"] for i in (one, other)]
+            assert abs(pair[0] - pair[1]) > 1e-3, (one, other)
+
+
+@pytest.mark.parametrize("scope, draws", [(None, 4), ("prompt", 2)])
+def test_sample_explores_images_or_prompts(tiny_model, scope, draws):
+    """Two images of each of two prompts: a draw of Eq. 8 each, or one for both."""
+    script = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")
+    built = sampler.Sampler.build(sample_settings(model=str(tiny_model), scope=scope))
+    prompts, rows = PromptSet("sample", ("a dog", "a zebra"), (("dog",), ("zebra",))), np.array([0, 0, 1, 1])
+    cond = jax.tree.map(lambda x: x[rows], built.encode(prompts))
+    _, words = script["weigh"](built, prompts, rows, cond, seed=0)
+    assert len(set(words)) == draws and (words[0] == words[1]) == (words[2] == words[3]) == (draws == 2)
 
 
 def sample_settings(**flags):

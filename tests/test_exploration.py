@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffexp_jax import parallel
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.exploration import (
     exploring_iterations,
     guidance_schedule,
@@ -133,6 +135,52 @@ def test_range_of_ones_changes_nothing():
 @pytest.mark.parametrize("fraction, expected", [(0.75, 3), (0.5, 2), (0.0, 0), (1.0, 4)])
 def test_exploring_iterations(fraction, expected):
     assert exploring_iterations(4, fraction=fraction) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------- scope
+
+
+@pytest.fixture(scope="module")
+def scopes(make_config):
+    """{scope: {iteration: (prompt ids, Eq. 8's weights of 16 images)}} of the five training prompts."""
+    config = make_config("ddpo", {"eval.every": 0, "batch.samples": 16}).unlock()
+    experiment, drawn = Experiment.build(config), {}
+    for scope in ("image", "prompt"):
+        e = experiment.sampler.exploration._replace(scope=scope)
+        this = experiment._replace(sampler=experiment.sampler._replace(exploration=e))
+        seen = []
+
+        def explore(cond, null, units, keys, seen=seen):
+            draw = jax.vmap(lambda key, u: sample_phrase_weights(key, u, weight_range=RANGE))
+            seen.append((units[0], draw(keys[0], units[0])))
+            return cond
+
+        ids = [np.asarray(this.draw_batch(it, explore).prompt_id[0]) for it in (0, 1)]
+        drawn[scope] = [(i, *map(np.asarray, pair)) for i, pair in zip(ids, seen, strict=True)]
+    return drawn
+
+
+def test_a_draw_for_each_image(scopes):
+    """The default, by the image's index alone."""
+    keys = parallel.sample_keys(parallel.stream(0, "weights", 1), 16)
+    for index, (_, units, weights) in zip(keys, zip(*scopes["image"][1], strict=True), strict=True):
+        np.testing.assert_array_equal(weights, sample_phrase_weights(index, units, weight_range=RANGE))
+    assert len({weights.max() for weights in scopes["image"][1][2]}) == 16
+
+
+def test_a_draw_for_each_prompt(scopes):
+    """Its images of an iteration share it; other prompts and iterations have others."""
+    for ids, units, weights in scopes["prompt"]:
+        assert len(ids) == 16 > len(set(ids)) > 2
+        for prompt in set(ids):
+            key = jax.random.fold_in(parallel.stream(0, "weights", 1), int(prompt))
+            np.testing.assert_array_equal(np.ptp(weights[ids == prompt], axis=0), 0.0)
+            if ids is scopes["prompt"][1][0]:
+                expected = sample_phrase_weights(key, units[ids == prompt][0], weight_range=RANGE)
+                np.testing.assert_array_equal(weights[ids == prompt][0], expected)
+    drawn = [{i: weights[ids == i].max() for i in set(ids)} for ids, _, weights in scopes["prompt"]]
+    assert len(set(drawn[0].values())) == len(drawn[0])
+    assert all(drawn[0][prompt] != drawn[1][prompt] for prompt in drawn[0].keys() & drawn[1].keys())
 
 
 def test_three_quarters_of_an_odd_number():

@@ -16,8 +16,9 @@ from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
 from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.formats import convert
 from diffexp_jax.models.classifier import Classifier, ClassifierConfig
-from diffexp_jax.programs import make_scorer
+from diffexp_jax.programs import make_embedder, make_scorer
 from diffexp_jax.rewards import BUILTINS, aesthetic, judge, load_reward, preprocess
+from diffexp_jax.rewards.preprocess import floor_half, official_crop
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -84,6 +85,33 @@ def test_pickscore(clip_folder, images, name):
     logits = reference(pixel_values=pixels, **tokens).logits_per_image
     reward = load_reward(f"{name}:{clip_folder}")
     assert_same_score_and_gradient(reward, images, TEXTS, raw, logits.diagonal())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "pickscore:{clip}",
+        "textnorm(clip_similarity:{clip})",
+        "aesthetic:{aesthetic}",
+        "emoji_judge+aesthetic:{aesthetic}+pickscore:{clip}",
+    ],
+)
+def test_image_features(clip_folder, aesthetic_folder, images, spec):
+    """CLIP's, as transformers embeds the same pixels; of a sum those of the first part that has some."""
+    reward = load_reward(spec.format(clip=clip_folder, aesthetic=aesthetic_folder))
+    pictures = (images * 255).astype(np.uint8)
+    ours = make_embedder(reward, batch=2)(pictures)
+    prepared = np.stack([official_crop(image, SIZE, floor_half) for image in pictures])
+    with torch.no_grad():
+        pixels = torch.tensor(prepared).permute(0, 3, 1, 2)
+        model = transformers.CLIPModel.from_pretrained(clip_folder).eval()
+        want = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output).numpy()
+    assert ours.shape == (3, WIDTH)
+    np.testing.assert_allclose(ours, want, atol=1e-5)
+
+
+def test_rewards_without_image_features():
+    assert load_reward("emoji_judge").embed is None and load_reward("jpeg_compressibility").embed is None
 
 
 @pytest.mark.parametrize("name, factor", [("pickscore_26", 1 / 26), ("pickscore_cosine", None)])

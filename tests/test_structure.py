@@ -22,6 +22,8 @@ BELOW = {
     "state": set(),
     "parallel": {"limits", "InputError"},
     "metrics": {"InputError"},
+    "image_statistics": set(),
+    "comparison": set(),
     "fingerprint": set(),
     "flops": set(),
     "process": {"process", "InputError"},

@@ -141,5 +141,6 @@ def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int
     return reward._replace(
         score=in_precision(reward.score, dtype),
         score_prepared=in_precision(reward.score_prepared, dtype),
+        embed=reward.embed and in_precision(reward.embed, dtype),
         target=builtin.target,
     )

@@ -53,8 +53,10 @@ def build(model: clip.CLIP, params: Any, *, start: Callable = round_half) -> Rew
     def score_prepared(
         params, pixels: Float[Array, "B H W 3"], tokens: Int[Array, "B 0"]
     ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
-        features = model.apply({"params": params["clip"]}, pixels, method="embed_image")
-        return rating(params["head"], features), {}
+        return rating(params["head"], embed(params, pixels)), {}
+
+    def embed(params, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
+        return model.apply({"params": params["clip"]}, pixels, method="embed_image")
 
     return of_pixels(
         params,
@@ -62,6 +64,7 @@ def build(model: clip.CLIP, params: Any, *, start: Callable = round_half) -> Rew
         pixels=partial(clip_pixels, size=size, start=start),
         prepare=partial(official_crop, size=size, start=start),
         score_prepared=score_prepared,
+        embed=embed,
     )
 
 

@@ -42,4 +42,13 @@ def ensemble(rewards: Mapping[str, Reward], weights: Sequence[float]) -> Reward:
             {name: reward.score_prepared(params[name], pixels[name], tokens[name]) for name, reward in rewards.items()}
         ),
         start=start if any(reward.start for reward in rewards.values()) else None,
+        embed=embed_by_first(rewards),
     )
+
+
+def embed_by_first(rewards: Mapping[str, Reward]) -> Callable | None:
+    """Image features of a sum: those of its first part that has some."""
+    for name, reward in rewards.items():
+        if reward.embed:
+            return lambda params, pixels, name=name, embed=reward.embed: embed(params[name], pixels[name])
+    return None

@@ -55,6 +55,7 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize) -> Reward:
         pixels=lambda images: normalise(resize_and_pad(images, size)),
         prepare=partial(official_pad, size=size),
         score_prepared=score_prepared,
+        embed=lambda params, pixels: model.apply({"params": params}, pixels, method="embed_image"),
     )
 
 

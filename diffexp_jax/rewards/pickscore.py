@@ -51,6 +51,7 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "lo
         pixels=partial(clip_pixels, size=size),
         prepare=partial(official_crop, size=size, start=floor_half),
         score_prepared=score_prepared,
+        embed=lambda params, pixels: model.apply({"params": params}, pixels, method="embed_image"),
     )
 
 

@@ -29,6 +29,8 @@ class Reward(NamedTuple):
     `start(images, tokens)` is for what cannot be in a program, as plain Python cannot: it begins to score a batch on
     the host, and gives a function that waits for the scores and their parts. They are added to those of the program,
     which are zeros where the host scores everything (`host.py`). Such a reward has no gradient.
+    `embed(params, pixels)`, of what `prepare` gives, are the image's features where the reward has some: to compare
+    images with each other. None: it has none.
     """
 
     params: Any
@@ -37,6 +39,7 @@ class Reward(NamedTuple):
     prepare: Callable[[UInt8[np.ndarray, "H W 3"]], Pixels]
     score_prepared: Callable[[Any, Pixels, Tokens], Scores]
     start: Callable[..., Callable[[], HostScores]] | None = None
+    embed: Callable[[Any, Pixels], Float[Array, "B P"]] | None = None
     target: float | None = None  # see `Builtin`
 
 
@@ -65,13 +68,14 @@ def of_pixels(
     pixels: Callable[[Float[Array, "B H W 3"]], Pixels],
     prepare: Callable[[UInt8[np.ndarray, "H W 3"]], Pixels],
     score_prepared: Callable[[Any, Pixels, Tokens], Scores],
+    embed: Callable[[Any, Pixels], Float[Array, "B P"]] | None = None,
 ) -> Reward:
     """A reward whose two paths differ in how they make pixels: `pixels` on the device, `prepare` on the host."""
 
     def score(params, images, tokens):
         return score_prepared(params, pixels(images), tokens)
 
-    return Reward(params, tokenize, score, prepare, score_prepared)
+    return Reward(params, tokenize, score, prepare, score_prepared, embed=embed)
 
 
 def no_tokens(texts: Sequence[str]):

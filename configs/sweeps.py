@@ -1,0 +1,151 @@
+"""The paper's experiments as comparisons over seeds, each run by one command.
+
+    python scripts/sweep.py --experiment fig4_ddpo_pickscore --model emoji --seeds 3 --out runs/sweeps
+    python scripts/analyse.py --experiment fig4_ddpo_pickscore --sweeps runs/sweeps --out docs/results
+
+An experiment has arms, one of which is the baseline that the others are compared with. An arm is what follows --config
+configs/, and what it changes of that by dotted keys: values, or functions of the config that give one. Names are those
+of paper.py.
+
+| names | arms beside the baseline |
+|---|---|
+| fig1, fig4_ALGORITHM_REWARD, fig8, fig10b | DiffExp |
+| fig9a_REWARD | one part of exploration, or both |
+| fig9b_REWARD | thresholds of Eq. 7 |
+| controls_ALGORITHM_REWARD | DiffExp, and what could explain its gain away; its schedule on the baseline's model |
+| unknowns_ALGORITHM_REWARD | DiffExp, and other values of what the paper does not give, one changed at a time |
+| tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
+
+Arms of different experiments that come to the same config share their runs. ALGORITHM is ddpo or alignprop, REWARD is
+aesthetic or pickscore.
+"""
+
+from configs.paper import PARTS, REWARDS, THRESHOLDS
+
+_ALGORITHMS = {"ddpo": "DDPO", "alignprop": "AlignProp"}
+
+
+def evaluation(config):
+    """About 12 evaluations beside the first: enough for a curve."""
+    return max(1, round(config.iterations / 12))
+
+
+# Of every arm: curves are of evaluations without exploration, at the same iterations in all arms
+ALL_ARMS = {"eval.every": evaluation, "checkpoint.every": evaluation}
+
+
+def times(key, factor):
+    """The config's own value times a factor."""
+
+    def value(config):
+        for name in key.split("."):
+            config = config[name]
+        return factor * config
+
+    return {key: value}
+
+
+def mean_guidance(config):
+    """The mean of Eq. 7's schedule over the steps, which are evenly spaced: a share of them is above t_thresh."""
+    low = (1000 - config.exploration.t_thresh) / 1000
+    return low * config.exploration.w_low + (1 - low) * config.sampling.guidance
+
+
+def held_out(config):
+    """What fig1 reports besides its reward: in the miniature the judge is the reward, so another one is held out."""
+    return ("emoji_pickscore",) if config.model.path == "emoji" else tuple(config.eval.rewards)
+
+
+def _pair(name, changes=()):
+    changes = dict(changes)
+    return {"baseline": (f"paper.py:{name},explore=false", changes), "diffexp": (f"paper.py:{name}", changes)}
+
+
+def _changed(name, arms):
+    return {arm: (f"paper.py:{name}", changes) for arm, changes in arms.items()}
+
+
+def _controls(name):
+    constant = {"exploration.w_low": mean_guidance, "exploration.t_thresh": 0}  # every step is above that
+    arms = {
+        "constant": constant,
+        "all_iterations": {"exploration.fraction": 1.0},
+        "per_prompt": {"exploration.scope": "prompt"},
+    }
+    return _pair(name) | _changed(name, arms)
+
+
+def _unknowns(name):
+    arms = {f"w_low_{w_low}": {"exploration.w_low": float(w_low)} for w_low in (0, 2)}
+    arms |= {f"upper_{upper}": {"exploration.weight_range": (1.0, upper)} for upper in (1.2, 2.0)}
+    arms |= {unit: {"exploration.unit": unit} for unit in ("phrase", "token")}
+    return _pair(name) | _changed(name, arms)
+
+
+def _tuning(name, algorithm):
+    arms = {"baseline": {}} | {f"lr_x{factor}": times("optim.lr", factor) for factor in (0.3, 0.6, 2)}
+    if algorithm == "ddpo":
+        arms |= {"clip_x0.33": times("ddpo.clip", 1 / 3), "clip_x3": times("ddpo.clip", 3)}
+        arms |= {f"updates_{n}": {"ddpo.updates": n} for n in (1, 4)}
+    return _changed(f"{name},explore=false", arms)
+
+
+def _experiment(shows, arms, baseline="baseline", explored_evaluation=False):
+    """explored_evaluation: the baseline's final model is also sampled with DiffExp's guidance schedule."""
+    return {"shows": shows, "baseline": baseline, "arms": arms, "explored_evaluation": explored_evaluation}
+
+
+_FIG1 = {"eval.rewards": held_out}
+_METHODS = [(algorithm, reward) for algorithm in _ALGORITHMS for reward in REWARDS]
+
+SWEEPS = {
+    "fig1": _experiment("DDPO with and without DiffExp on one prompt that the base model fails", _pair("fig1", _FIG1)),
+    **{
+        f"fig4_{algorithm}_{reward}": _experiment(
+            f"{_ALGORITHMS[algorithm]} with and without DiffExp on {reward}, unseen prompts, and what is held out",
+            _pair(f"fig4_{algorithm}_{reward}"),
+        )
+        for algorithm, reward in _METHODS
+    },
+    "fig8": _experiment("AlignProp with and without DiffExp on a sum of rewards", _pair("fig8")),
+    **{
+        f"fig9a_{reward}": _experiment(
+            f"AlignProp on {reward}: what each part of exploration does",
+            {part: (f"paper.py:fig9a_{reward}_{part}", {}) for part in PARTS},
+            "none",
+        )
+        for reward in REWARDS
+    },
+    **{
+        f"fig9b_{reward}": _experiment(
+            f"AlignProp on {reward}: the threshold of the guidance schedule",
+            {"none": (f"paper.py:fig9a_{reward}_none", {})}
+            | {name: (f"paper.py:fig9b_{reward}_{name}", {}) for name in THRESHOLDS},
+            "none",
+        )
+        for reward in REWARDS
+    },
+    "fig10b": _experiment("AlignProp with and without DiffExp on SDXL", _pair("fig10b")),
+    **{
+        f"controls_{algorithm}_{reward}": _experiment(
+            f"{_ALGORITHMS[algorithm]} on {reward}: what could explain DiffExp's gain away",
+            _controls(f"fig4_{algorithm}_{reward}"),
+            explored_evaluation=True,
+        )
+        for algorithm, reward in _METHODS
+    },
+    **{
+        f"unknowns_{algorithm}_{reward}": _experiment(
+            f"{_ALGORITHMS[algorithm]} on {reward}: exploration's numbers that the paper does not give",
+            _unknowns(f"fig4_{algorithm}_{reward}"),
+        )
+        for algorithm, reward in _METHODS
+    },
+    **{
+        f"tune_{algorithm}_{reward}": _experiment(
+            f"{_ALGORITHMS[algorithm]} on {reward} without exploration: settings of the optimizer",
+            _tuning(f"fig4_{algorithm}_{reward}", algorithm),
+        )
+        for algorithm, reward in _METHODS
+    },
+}

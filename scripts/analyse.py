@@ -1,0 +1,106 @@
+r"""Compares an experiment's arms over seeds: numbers as JSON, a figure, and the documents that show them.
+
+python scripts/analyse.py --experiment fig4_ddpo_pickscore --sweeps runs/sweeps --out docs/results
+python scripts/analyse.py --name mine --out results without=runs/sweeps/runs/A with=runs/sweeps/runs/B
+python scripts/analyse.py --document docs/results.md --readme README.md --out docs/results
+
+The second compares any runs: NAME=FOLDER, a run or a folder with a subfolder seedN for each; the first is the baseline.
+Documents are written from all results in --out, also without an experiment to read.
+"""
+
+from diffexp_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupt()  # the imports take seconds
+
+import argparse
+import json
+from pathlib import Path
+
+import results_document
+import results_figure
+import sweep_results
+import sweep_runs
+from sweep_runs import Experiment
+
+from diffexp_jax import InputError
+
+
+def main(args: argparse.Namespace) -> None:
+    experiments = [sweep_runs.find(args.sweeps, name, args.model) for name in args.experiment]
+    if args.runs:
+        experiments.append(named_runs(args.name, args.runs))
+    documents = {path: write for path, write in documents_of(args).items() if path}
+    if not experiments and not documents:
+        raise InputError("nothing to do: give --experiment, runs as NAME=FOLDER, --document or --readme")
+    command.check_writable(args.out, "--out")
+    for path in documents:
+        if not path.is_file():
+            raise InputError(f"{path}: the file is missing")
+    for experiment in experiments:
+        results = sweep_results.analyse(experiment)
+        for arm, content in results["arms"].items():
+            print(f"{experiment.name} {arm}: seeds {', '.join(map(str, content['seeds']))}")
+        for arm in experiment.arms.keys() - results["arms"].keys():
+            print(f"{experiment.name} {arm}: no finished run, left out")
+        results_figure.save(results, args.out / experiment.name)
+        replace(args.out / f"{experiment.name}.json", json.dumps(results, separators=(",", ":")) + "\n")
+        print(results_document.section(json.loads(json.dumps(results))))
+    every = results_document.read_results(args.out)
+    for path, write in documents.items():
+        replace(path, write(path.read_text(encoding="utf-8"), every, where=str(path)))
+        print(f"written: {path}")
+
+
+def documents_of(args: argparse.Namespace) -> dict:
+    """{the document's path or None: what writes it}."""
+    return {args.document: results_document.document, args.readme: results_document.readme}
+
+
+def named_runs(name: str | None, runs: list[str]) -> Experiment:
+    """An experiment of runs that are given by hand.
+
+    Raises:
+      InputError: no name, an argument of another form, no such folder, or only one arm.
+    """
+    if not name:
+        raise InputError("runs are given without --name, which their results are written under")
+    arms = {}
+    for item in runs:
+        arm, equals, folder = item.partition("=")
+        if not equals or not arm or arm in arms:
+            raise InputError(f"{item!r}: wants NAME=FOLDER, each name once")
+        if not Path(folder).is_dir():
+            raise InputError(f"{item!r}: no such folder")
+        arms[arm] = Path(folder)
+    if len(arms) < 2:
+        raise InputError("one arm alone is nothing to compare; wants the baseline and another one")
+    return Experiment(name, f"{', '.join(arms)} compared", None, next(iter(arms)), arms, None)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="NAME=FOLDER", help="arms to compare, the baseline first")
+    add("--name", help="of the comparison of such runs")
+    add("--experiment", action="append", default=[], help="of scripts/sweep.py (repeat for several)")
+    add("--sweeps", type=Path, default=Path("runs/sweeps"), help="what scripts/sweep.py's --out was")
+    add("--model", help="where an experiment was run with several")
+    add("--out", type=Path, default=Path("docs/results"), help="folder for NAME.json, NAME.png and NAME.svg")
+    add("--document", type=Path, help="a document whose sections are written from all results: docs/results.md")
+    add("--readme", type=Path, help="the README, whose table of results over seeds is written from them")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    command.guarded(main, parse())

@@ -1,0 +1,159 @@
+"""What a run's final LoRA draws, in numbers: rewards, diversity, and signs of over-optimisation, for every prompt.
+
+python scripts/final_evaluation.py --workdir runs/x --out runs/x/final.json
+
+Images are of the run's evaluation prompts, sampled by its own settings without exploration, on seeds that are the same
+for all runs. --base is the model before it was fine-tuned. --explored adds the same by DiffExp's guidance schedule,
+--many the same of more images: how often a base model succeeds with each prompt.
+"""
+
+from diffexp_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupt()  # the imports take seconds
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffexp_jax import InputError, backend, checkpoint, evaluation, image_statistics, parallel, settings
+from diffexp_jax.experiment import Experiment, Task
+from diffexp_jax.limits import check_number, whole
+from diffexp_jax.programs import make_embedder, make_generate, make_scorers
+
+SIGNS = {
+    "luminance": image_statistics.luminance,
+    "saturation": image_statistics.saturation,
+    "background_share": image_statistics.background_share,
+}
+DIVERSITY = {"distance": image_statistics.mean_pairwise_distance, "vendi": image_statistics.vendi_score}
+DIGITS = 6  # of the numbers that are written
+
+
+def main(args: argparse.Namespace) -> None:
+    check_number("--samples_per_prompt ", args.samples_per_prompt, whole(1, 2**20))
+    check_number("--many ", args.many, whole(0, 2**20))
+    check_number("--seed ", args.seed, settings.NUMBERS["seed"])
+    command.check_writable(args.out.parent, "--out")
+    config = run_settings(args.workdir)
+    backend.set_cpu_devices(settings.cpu_devices(config))
+    if config.deterministic:
+        backend.ask_for_determinism()
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+    iteration, lora = checkpoint.newest_lora(args.workdir)
+    if args.base:
+        iteration, lora = 0, jax.tree.map(np.zeros_like, lora)  # an update of nothing
+    model = Model.build(Experiment.build(config), lora)
+    results: dict[str, Any] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
+    results |= {"many_per_prompt": args.many, "seed": args.seed, "features": model.features}
+    results |= {"sampling": config.sampling.to_dict(), "machine": backend.machine()}
+    ways = {"plain": (args.samples_per_prompt, False)}
+    ways |= {"explored": (args.samples_per_prompt, True)} if args.explored else {}
+    ways |= {"many": (args.many, False)} if args.many else {}
+    tasks = model.experiment.evals
+    images = sum(n for n, _ in ways.values()) * sum(len(task.texts) for task in tasks)
+    with tqdm(total=images, desc="final evaluation", unit="image") as bar:
+        for way, (n, explore) in ways.items():
+            measure = partial(model.measure, n=n, explore=explore, seed=args.seed, advance=bar.update)
+            results[way] = {task.name: measure(task) for task in tasks}
+    write(args.out, results)
+
+
+def run_settings(workdir: Path) -> ConfigDict:
+    """The run's settings; evaluation is on, and nothing is trained.
+
+    Raises:
+      InputError: no run, or one whose settings cannot be used.
+    """
+    config, _ = settings.read_config(workdir / "config.json")
+    config.eval.every = config.eval.every or 1
+    config.reward_dtype = config.eval.reward_dtype
+    return config
+
+
+class Model(NamedTuple):
+    """A model with its LoRA, ready to sample and to be measured; arrays are on the devices."""
+
+    experiment: Experiment
+    generate: Any
+    scorers: dict[str, Any]
+    embed: Any  # None where no reward has features of images
+    features: str | None  # the name of the reward whose features they are
+    params: Any
+    lora: Any
+
+    @classmethod
+    def build(cls, experiment: Experiment, lora: Any) -> "Model":
+        """The programs are those of the run's own evaluations, so they are compiled already."""
+        frozen, split = parallel.replicate(experiment.frozen), experiment.split
+        pipeline, batch = experiment.sampler.pipeline, split.per_forward * split.devices
+        features = next((name for name, reward in experiment.rewards.items() if reward.embed), None)
+        return cls(
+            experiment,
+            make_generate(pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale),
+            make_scorers(experiment, frozen),
+            make_embedder(experiment.rewards[features], batch=batch) if features else None,
+            features,
+            frozen["model"],
+            parallel.replicate(lora),
+        )
+
+    def measure(self, task: Task, *, n: int, explore: bool, seed: int, advance: Callable) -> dict[str, Any]:
+        """Of n images a prompt {"means": {what: mean and error}, "prompts": [P], "per_prompt": {what: [P]}}."""
+        images, values = evaluation.evaluate(
+            self.generate,
+            self.scorers,
+            self.params,
+            self.lora,
+            task,
+            self.experiment.sampler.uncond,
+            parallel.replicate(self.experiment.sampler.steps(explore=explore)),
+            seed=seed,
+            batch=self.experiment.split.samples,
+            samples_per_prompt=n,
+            advance=advance,
+        )
+        values |= {name: sign(images) for name, sign in SIGNS.items()}
+        per_prompt = {name: x.reshape(-1, n).mean(1) for name, x in values.items()}
+        if self.embed and n > 1:
+            features = self.embed(images).reshape(len(task.texts), n, -1)
+            spread = {f"diversity/{name}": np.array([f(x) for x in features]) for name, f in DIVERSITY.items()}
+            values, per_prompt = values | spread, per_prompt | spread
+        return {
+            "means": {name: evaluation.summary(x) for name, x in values.items()},
+            "prompts": list(task.texts),
+            "per_prompt": {name: np.round(x.astype(float), DIGITS).tolist() for name, x in per_prompt.items()},
+        }
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(results) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from None
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="of the run")
+    add("--base", action="store_true", help="the model before it was fine-tuned")
+    add("--explored", action="store_true", help="also by the guidance schedule of exploration (Eq. 7), without weights")
+    add("--samples_per_prompt", type=int, default=4)
+    add("--many", type=int, default=0, help="also the means over so many images of each prompt (default: none)")
+    add("--seed", type=int, default=1000, help="of the evaluation's noise")
+    add("--out", type=Path, required=True, help="the .json file to write")
+    command.guarded(main, parser.parse_args())

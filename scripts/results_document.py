@@ -1,0 +1,248 @@
+"""docs/results.md's sections and the README's table of results over seeds, written from docs/results/*.json."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffexp_jax import InputError
+from diffexp_jax.formats.files import read_json
+
+Results = Sequence[Mapping[str, Any]]  # of every file, by name
+
+NONE_YET = "No results over seeds have been measured yet."
+README = ("<!-- results over seeds -->", "<!-- /results over seeds -->")
+OVERVIEW = "all"  # the section before those of the experiments
+SIGNS = ("diversity/distance", "diversity/vendi", "luminance", "saturation", "background_share")
+_PERCENT = ("emoji_judge", "background_share")  # and their parts: shares
+_DIGITS = {"diversity/distance": 3, "luminance": 3, "saturation": 3}
+_WORDS = {"diversity/distance": "distance of a prompt's images", "diversity/vendi": "Vendi score"}
+_WORDS |= {"background_share": "background"}
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results in a folder, by name."""
+    return [read_json(path) for path in sorted(folder.glob("*.json"))]
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def number(x: float, what: str, *, signed: bool = False) -> str:
+    """Shares in percent, the others with as many digits as they deserve."""
+    sign = "+" if signed else ""
+    x, digits = (100 * x, 1) if what.split("/")[0] in _PERCENT else (x, _DIGITS.get(what, 2))
+    return f"{round(x, digits) + 0.0:{sign}.{digits}f}"  # no -0.00
+
+
+def cell(estimate: Sequence[float | None] | None, what: str, *, signed: bool = False) -> str:
+    """ "19.10 [18.90, 19.31]"; without an interval where there is one seed, "-" where there is nothing."""
+    if estimate is None:
+        return "-"
+    mean, low, high = (None if x is None else number(x, what, signed=signed) for x in estimate)
+    unit = " %" if what.split("/")[0] in _PERCENT else ""
+    return f"{mean}{unit}" if low is None else f"{mean} [{low}, {high}]{unit}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def measured(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(prompt set, reward) of what is reported: trained prompts first, the trained reward before the held-out one."""
+    rewards = [name for name in (results["reward"], results["held_out"]) if name]
+    return [(prompts, name) for prompts in (results["prompts"], *results["unseen"]) for name in rewards]
+
+
+def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], header: Sequence[str]) -> list[str]:
+    """Of the final models, a row for each arm, and one for the model before fine-tuning."""
+    base = results["base"]
+    first = [cell([base[p][w], None, None] if w in base.get(p, {}) else None, w) for p, w in columns]
+    rows = [["before", "-", *first]] if base else []
+    for arm, content in results["arms"].items():
+        summary = content["summary"]
+        cells = [cell(summary["final"].get(p, {}).get(w), w) for p, w in columns]
+        rows.append([arm, str(len(summary["seeds"])), *cells])
+    return table(["arm", "seeds", *header], rows)
+
+
+def difference_table(results: Mapping[str, Any]) -> list[str]:
+    """Every arm minus the baseline of the same seed; and the baseline's model sampled with the schedule."""
+    columns, rows = measured(results), []
+    for arm, content in results["arms"].items():
+        for key, label in (("difference", arm), ("explored_difference", f"{arm}, sampled with the schedule")):
+            found = content["summary"][key]
+            if found and not (arm == results["baseline"] and key == "difference"):
+                rows.append([label, *(cell(found.get(p, {}).get(w), w, signed=True) for p, w in columns)])
+    return table(["minus the baseline", *(f"{p}: {w}" for p, w in columns)], rows) if rows else []
+
+
+def ratio_cell(ratio: Mapping[str, Any]) -> str:
+    """ "0.81 [0.74, 0.92] (5 of 5)"; a lower bound where not every seed reached the level."""
+    if ratio["ratio"] is None:
+        return "-"
+    bound = "at least " if ratio["reached"] < ratio["seeds"] else ""
+    return f"{bound}{cell(ratio['ratio'], '')} ({ratio['reached']} of {ratio['seeds']})"
+
+
+def ratio_table(results: Mapping[str, Any]) -> list[str]:
+    """Queries to the levels of the baseline, relative to it; UNet evaluations too where those ratios are others."""
+    levels = {"final": "the baseline's final reward", "gain": "90 % of its gain"}
+    costs = {"reward_queries": "queries", "unet_evaluations": "UNet evaluations"}
+    arms = {arm: content["summary"]["ratio"] for arm, content in results["arms"].items() if arm != results["baseline"]}
+    arms = {arm: ratio for arm, ratio in arms.items() if ratio}
+    if all(
+        ratio[level]["reward_queries"] == ratio[level]["unet_evaluations"]
+        for ratio in arms.values()
+        for level in levels
+    ):
+        costs = {"reward_queries": "queries (and UNet evaluations)"}
+    columns = [(level, cost) for level in levels for cost in costs]
+    rows = [[arm, *(ratio_cell(ratio[level][cost]) for level, cost in columns)] for arm, ratio in arms.items()]
+    header = [f"{costs[cost]} to {levels[level]} (seeds that reach it)" for level, cost in columns]
+    return table(["relative to the baseline", *header], rows) if rows else []
+
+
+def share_table(results: Mapping[str, Any]) -> list[str]:
+    """The gain by how often the base model succeeds."""
+    rows = []
+    for arm, content in results["arms"].items():
+        for prompts, found in content["summary"]["by_base_share"].items():
+            for one in found["bins"]:
+                cells = [cell(one[key], found["what"], signed=key == "gain") for key in ("baseline", "arm", "gain")]
+                rows.append([arm, prompts, bin_name(one), str(one["prompts"]), *cells])
+    header = ["arm", "prompts", "base model succeeds in", "prompts there", "baseline", "arm", "arm minus baseline"]
+    return table(header, rows) if rows else []
+
+
+def bin_name(one: Mapping[str, Any]) -> str:
+    if one["above"] is None:
+        return "no image"
+    return f"{100 * one['above']:.0f} to {100 * one['upto']:.0f} %"
+
+
+def settings_line(results: Mapping[str, Any]) -> str:
+    """What all arms have, and what each changes."""
+    shown = ", ".join(f"{key} {value}" for key, value in results["settings"].items())
+    lines = [f"All arms: {shown}."]
+    for arm, content in results["arms"].items():
+        if content["differs"]:
+            changed = ", ".join(f"`{key}={value}`" for key, value in content["differs"].items())
+            lines.append(f"{arm}: {changed}.")
+    return " ".join(lines)
+
+
+def machine_line(results: Mapping[str, Any]) -> str:
+    machines = [
+        f"{machine['devices']}, " + ", ".join(f"{name} {machine[name]}" for name in ("python", "jax", "numpy"))
+        for machine in results["machines"]
+    ]
+    return f"Measured on {'; '.join(machines) or 'a machine that was not recorded'}."
+
+
+def unfinished_line(results: Mapping[str, Any]) -> str:
+    """Which runs are not in the tables: a method that fails with some seeds must not look better for it."""
+    left_out = [
+        f"{arm} seed {seed} ({done} of {planned} iterations)"
+        for arm, seeds in results["unfinished"].items()
+        for seed, (done, planned) in seeds.items()
+    ]
+    return f"Not finished, so left out: {', '.join(left_out)}."
+
+
+def section(results: Mapping[str, Any]) -> str:
+    """All that is written of one experiment."""
+    name, columns = results["name"], measured(results)
+    model = f" --model {results['model']}" if results["model"] else ""
+    n = results["samples_per_prompt"]
+    images = f"{n[0]} images of each prompt" if len(n) == 1 else "images"
+    signs = [(results["prompts"], sign) for sign in SIGNS]
+    parts = [
+        [f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is *{results['baseline']}*."],
+        [settings_line(results)],
+        [f"{machine_line(results)} `python scripts/sweep.py --experiment {name}{model}`"],
+        [unfinished_line(results)] if results["unfinished"] else [],
+        [f"![Curves of {name}](results/{name}.png)"],
+        [f"Final models, {images} sampled without exploration:"],
+        final_table(results, columns, [f"{prompts}: {what}" for prompts, what in columns]),
+        difference_table(results),
+        ratio_table(results),
+        final_table(results, signs, [_WORDS.get(sign, sign) for sign in SIGNS]),
+        share_table(results),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def overview(every: Results, row_name: Callable[[Mapping[str, Any]], str]) -> str:
+    """A row for each comparison of DiffExp with plain fine-tuning."""
+    rows = []
+    for results in every:
+        pair = [results["arms"].get(arm) for arm in ("baseline", "diffexp")]
+        if results["name"].startswith("fig") and all(pair):
+            rows += overview_rows(results, pair, row_name(results))
+    header = ["experiment", "seeds", "what", "before", "without", "with DiffExp", "difference", "queries"]
+    return "\n".join(table(header, rows)) if rows else NONE_YET
+
+
+def overview_rows(results: Mapping[str, Any], pair: Sequence[Mapping[str, Any]], label: str) -> list[list[str]]:
+    without, explored = (content["summary"] for content in pair)
+    rows = []
+    for i, (prompts, what) in enumerate(measured(results)):
+        base = results["base"].get(prompts, {}).get(what)
+        finals = [side["final"].get(prompts, {}).get(what) for side in (without, explored)]
+        found = explored["difference"].get(prompts, {}).get(what)
+        cells = [cell(base if base is None else [base, None, None], what), *(cell(x, what) for x in finals)]
+        first = [label, str(explored["paired"])] if i == 0 else ["", ""]
+        ratio = ratio_cell(explored["ratio"]["final"]["reward_queries"]) if i == 0 and explored["ratio"] else ""
+        rows.append([*first, f"{what}, {prompts}", *cells, cell(found, what, signed=True), ratio])
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- results: {name} -->", f"<!-- /results: {name} -->"
+
+
+def between(text: str, pair: tuple[str, str], content: str, where: str) -> str:
+    """The text with this content between the two markers.
+
+    Raises:
+      InputError: a marker is missing.
+    """
+    before, begin, rest = text.partition(pair[0])
+    _, end, after = rest.partition(pair[1])
+    if not begin or not end:
+        raise InputError(f"{where}: wants the lines {pair[0]} and {pair[1]}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def document(text: str, every: Results, *, where: str = "the document") -> str:
+    """docs/results.md with its sections written anew; the prose stays. An experiment without a section gets one.
+
+    Raises:
+      InputError: the overview's markers are missing, or a section is of an experiment that has no results.
+    """
+    known = [OVERVIEW, *(results["name"] for results in every)]
+    for name in re.findall(r"<!-- results: (.+?) -->", text):
+        if name not in known:
+            raise InputError(
+                f"{where}: has a section {name!r}, of which there are no results; known: {', '.join(known)}"
+            )
+    text = between(text, markers(OVERVIEW), overview(every, lambda x: f"[{x['name']}](#{x['name']})"), where)
+    for results in every:
+        pair = markers(results["name"])
+        if pair[0] not in text:
+            text = f"{text.rstrip()}\n\n## {results['name']}\n\n{pair[0]}\n{pair[1]}\n"
+        text = between(text, pair, section(results), where)
+    return text
+
+
+def readme(text: str, every: Results, *, where: str = "README.md") -> str:
+    """The README with its table of results over seeds written anew."""
+    return between(text, README, overview(every, lambda x: f"[{x['name']}](docs/results.md#{x['name']})"), where)

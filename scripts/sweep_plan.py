@@ -1,0 +1,250 @@
+"""What a sweep consists of: experiments of configs/sweeps.py become runs with folders, commands, and what is done.
+
+Two arms that come to the same config are one run: its folder is named after what it is, and a digest of its settings.
+"""
+
+import ast
+import hashlib
+import importlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from diffexp_jax import InputError, command
+from diffexp_jax.formats.files import read_json
+from diffexp_jax.limits import one_of
+from diffexp_jax.metrics import read_metrics
+from diffexp_jax.models.lora import LORA_FILE
+from diffexp_jax.prompts import short_name
+from diffexp_jax.rewards import reward_name
+from diffexp_jax.settings import check_config, default_config
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # where configs/ is
+from configs.sweeps import ALL_ARMS, SWEEPS  # noqa: E402
+
+# Settings that do not change what a run learns or reports: where and how its work is done
+_ELSEWHERE = ("seed", "cpu_devices", "compilation_cache", "host_reward", "log", "checkpoint", "deterministic")
+_ELSEWHERE += ("batch.samples_per_forward", "model.remat", "model.vae_slice")
+FINAL = "final.json"  # a run's final evaluation, in its folder
+REPORT = "report.html"  # the last file that a run writes
+
+
+class Run(NamedTuple):
+    """One arm with one seed."""
+
+    workdir: Path
+    label: str  # for people: experiment, arm and seed of the first experiment that has it
+    argument: str  # what follows --config
+    changes: dict[str, Any]  # of that config
+    iterations: int
+    base: Path | None  # of a baseline: where the evaluation of the model before fine-tuning is
+    explored: bool  # whether the final evaluation is with DiffExp's guidance schedule too
+
+
+# ---------------------------------------------------------------------------------------------------------- experiments
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """ "--config.KEY=VALUE" -> (KEY, value).
+
+    Raises:
+      InputError: it is not written so.
+    """
+    key, equals, value = text.removeprefix("--config.").partition("=")
+    if not text.startswith("--config.") or not equals:
+        raise InputError(f"unexpected argument {text!r}; settings of all arms are given as --config.KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, command.split_list(value) if key in command.LISTS else value
+
+
+def resolve(argument: str, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[ConfigDict, dict]:
+    """An arm's config, and all that it changes of what `argument` names: values in place of functions.
+
+    Args:
+      argument: FILE.py:ARGUMENT of configs/.
+      changes: by dotted key, values or functions of the config that give them.
+      overrides: of the config that the arm starts from; they win over ALL_ARMS, not over the arm's own changes.
+
+    Raises:
+      InputError: a setting that does not exist or cannot work.
+    """
+    file, _, rest = argument.partition(":")
+    try:
+        config = importlib.import_module(f"configs.{file.removesuffix('.py')}").get_config(rest).lock()
+        config.update_from_flattened_dict(overrides)
+        everywhere = {key: value for key, value in ALL_ARMS.items() if key not in overrides}
+        changed = {key: x(config) if isinstance(x, Callable) else x for key, x in (everywhere | dict(changes)).items()}
+        config.update_from_flattened_dict(changed)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = str(error.args[0] if error.args else type(error).__name__)  # str() of a KeyError is quoted
+        raise InputError(f"{argument}: {said.splitlines()[0]}") from None
+    check_config(config)
+    return config, dict(overrides) | changed
+
+
+def digest(content: Any) -> str:
+    """Ten hexadecimal digits of the content as json."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def settings_that_matter(config: ConfigDict) -> dict[str, Any]:
+    """{dotted key: value} of what differs from configs/base.py, without what only says where and how it is computed.
+
+    A key that a later version adds with a default does not turn a run into another one.
+    """
+    usual, ours = (flatten_dict(c.to_dict(), sep=".") for c in (default_config(), config))
+    return {
+        key: value
+        for key, value in sorted(ours.items())
+        if json.dumps(value) != json.dumps(usual[key])
+        and not any(key == name or key.startswith(f"{name}.") for name in _ELSEWHERE)
+    }
+
+
+def run_name(config: ConfigDict) -> str:
+    """Of the folder with an arm's seeds: what it is in words, and the digest of its settings."""
+    model = short_name(Path(config.model.path).name)
+    words = (config.algorithm, reward_name(config.reward), model, "diffexp" if config.exploration.enabled else "plain")
+    return "-".join((*words, digest(settings_that_matter(config))))
+
+
+def base_file(config: ConfigDict, *, explored: bool) -> str:
+    """Of the base model's evaluation; its folder is named after what decides how it is sampled and scored."""
+    decisive = ("model", "sampling", "eval", "reward", *(("exploration",) if explored else ()))
+    matter = settings_that_matter(config) | {"eval.every": None, "exploration.enabled": explored}
+    chosen = {key: x for key, x in matter.items() if key.split(".")[0] in decisive}
+    return f"base/{short_name(Path(config.model.path).name)}-{digest(chosen)}/{FINAL}"
+
+
+def plan(
+    names: Sequence[str], *, model: str | None, seeds: Iterable[int], out: Path, overrides: Mapping[str, Any]
+) -> tuple[list[Run], dict[str, dict]]:
+    """All runs, seed by seed and the arms next to each other, each once; and of each experiment what is where.
+
+    Raises:
+      InputError: an unknown experiment, or an arm whose settings cannot work.
+    """
+    folders, experiments = {}, {}
+    for name in names:
+        one_of("--experiment", name, SWEEPS)
+        sweep, arms, base = SWEEPS[name], {}, None
+        for arm, (argument, changes) in sweep["arms"].items():
+            argument += f",model={model}" if model else ""
+            config, changed = resolve(argument, changes, overrides)
+            arms[arm] = f"runs/{run_name(config)}"
+            run = folders.setdefault(
+                arms[arm], Run(out / arms[arm], f"{name} {arm}", argument, changed, config.iterations, None, False)
+            )
+            if arm == sweep["baseline"]:
+                explored = sweep["explored_evaluation"]
+                base = base_file(config, explored=explored)
+                if run.base is None or explored:
+                    folders[arms[arm]] = run._replace(base=out / base, explored=explored)
+        about = {"experiment": name, "model": model, "overrides": dict(overrides), "shows": sweep["shows"]}
+        about |= {"baseline": sweep["baseline"], "arms": arms, "base": base}
+        experiments[file_name(name, model, overrides)] = about
+    return [of_seed(run, seed) for seed in seeds for run in folders.values()], experiments
+
+
+def of_seed(run: Run, seed: int) -> Run:
+    """The run of an arm with this seed."""
+    changes = run.changes | {"seed": seed}
+    return run._replace(workdir=run.workdir / f"seed{seed}", label=f"{run.label} seed {seed}", changes=changes)
+
+
+def file_name(experiment: str, model: str | None, overrides: Mapping[str, Any]) -> str:
+    """Of the file that says which runs are an experiment's arms."""
+    return "-".join((experiment, *([model] if model else []), *([digest(dict(overrides))[:6]] if overrides else [])))
+
+
+# ----------------------------------------------------------------------------------------------------- what is done
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the run came to its end."""
+    rows = read_metrics(run.workdir)
+    there = all((run.workdir / name).exists() for name in (LORA_FILE, REPORT))
+    return there and bool(rows) and rows[-1]["iteration"] >= run.iterations
+
+
+def has_final(path: Path, *, samples_per_prompt: int, many: int, explored: bool) -> bool:
+    """Whether the evaluation is there as it is wanted: files are written whole or not at all."""
+    if not path.exists():
+        return False
+    found = read_json(path)
+    as_wanted = found.get("samples_per_prompt") == samples_per_prompt and found.get("many_per_prompt", 0) >= many
+    return as_wanted and ("explored" in found or not explored)
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def train_command(run: Run, *, cpu_devices: int | None) -> list[str]:
+    file, _, rest = run.argument.partition(":")
+    changes = run.changes | ({} if cpu_devices is None else {"cpu_devices": cpu_devices})
+    config = f"--config={_shown(ROOT / 'configs' / file)}:{rest}"
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    return ["python", "-m", "diffexp_jax.train", config, f"--workdir={run.workdir}", *flags]
+
+
+def final_command(run: Run, out: Path, *, samples_per_prompt: int, many: int, base: bool, explored: bool) -> list[str]:
+    flags = [flag for flag, on in (("--base", base), ("--explored", explored), (f"--many={many}", many)) if on]
+    script = str(_shown(ROOT / "scripts" / "final_evaluation.py"))
+    wanted = [f"--workdir={run.workdir}", f"--samples_per_prompt={samples_per_prompt}", f"--out={out}"]
+    return ["python", script, *wanted, *flags]
+
+
+def commands_left(
+    runs: Sequence[Run], *, cpu_devices: int | None, samples_per_prompt: int, base_samples: int
+) -> list[tuple[Run, list[list[str]]]]:
+    """Of every run that is not done the commands, in order; the base model's are with the first run that shares it."""
+    left, begun = [], set()
+    for run in runs:
+        commands = [] if is_trained(run) else [train_command(run, cpu_devices=cpu_devices)]
+        for path, base in ((run.workdir / FINAL, False), (run.base, True)):
+            wanted = {"samples_per_prompt": samples_per_prompt, "explored": run.explored}
+            wanted["many"] = base_samples if base else 0
+            if path and path not in begun and samples_per_prompt and not has_final(path, **wanted):
+                begun.add(path)
+                commands.append(final_command(run, path, base=base, **wanted))
+        if commands:
+            left.append((run, commands))
+    return left
+
+
+def slurm_script(left: Sequence[tuple[Run, list[list[str]]]], out: Path, *, name: str) -> str:
+    """An sbatch script with an array job for each run."""
+    lines = [
+        "#!/bin/bash",
+        f"#SBATCH --job-name={name}",
+        f"#SBATCH --array=0-{len(left) - 1}",
+        f"#SBATCH --output={out}/slurm-%A_%a.log",
+        "#SBATCH --requeue  # a run that is stopped goes on where it was",
+        "# Add what your cluster wants: partition, time, GPUs.",
+        "set -e",
+        'case "$SLURM_ARRAY_TASK_ID" in',
+    ]
+    for i, (_, commands) in enumerate(left):
+        lines += [f"{i})", *(f"  {shlex.join(words)}" for words in commands), "  ;;"]
+    return "\n".join([*lines, "esac"])
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the current folder where it is below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def environment() -> dict[str, str]:
+    """Of the programs that a sweep starts: they are of the same source as it is."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
