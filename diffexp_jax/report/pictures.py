@@ -1,0 +1,150 @@
+"""The image grids of a run as pictures that a page can hold, and the gallery with a slider over them."""
+
+import io
+import json
+import os
+from base64 import b64encode
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from diffexp_jax.report.grids import read_grid
+from diffexp_jax.report.page import escaped, image
+
+MOST_FRAMES = 20  # grids that a page holds
+MOST_PLACES = 24  # pictures of a grid that it holds
+_SIDE = 256  # pixels: larger pictures are made smaller
+_WHOLE = 1024  # pixels: the same, where a picture is a whole grid
+
+
+class Frame(NamedTuple):
+    """The pictures of a grid, as WebP."""
+
+    iteration: int
+    captions: tuple[str, ...]
+    images: tuple[bytes, ...]
+
+
+class Frames(NamedTuple):
+    """What a page holds of a run's grids: all of the same prompts, first to last, and what was left out, in words."""
+
+    frames: list[Frame]
+    notes: list[str]
+
+
+def read_frames(folder: Path) -> Frames:
+    """The grids of a folder whose names are iterations; none where it is missing."""
+    paths = sorted((path for path in folder.glob("*.png") if path.stem.isdigit()), key=lambda path: int(path.stem))
+    kept = _thinned(paths, MOST_FRAMES)
+    notes = [f"{len(kept)} of {len(paths)} grids are here, evenly spaced."] if len(kept) < len(paths) else []
+    frames, unreadable = [], []
+    for path in kept:
+        try:
+            captions, images = _encoded(path, os.stat(path).st_mtime_ns)
+            frames.append(Frame(int(path.stem), captions, images))
+        except OSError:
+            unreadable.append(path.name)
+    same = [frame for frame in frames if frame.captions == frames[-1].captions]
+    if unreadable:
+        notes.append(f"Left out, as they cannot be read: {', '.join(unreadable)}.")
+    if len(same) < len(frames):
+        notes.append(f"Left out, as they are of other prompts than the last: {len(frames) - len(same)} grids.")
+    return Frames(same, notes)
+
+
+def _thinned(paths: Sequence[Path], most: int) -> list[Path]:
+    """Every, every second, every fourth ... and the last: a run that goes on mostly keeps what it has."""
+    stride = 1
+    while len(paths[::stride]) >= most < len(paths):
+        stride *= 2
+    kept = list(paths[::stride])
+    return kept + [path for path in paths[-1:] if path not in kept]
+
+
+@lru_cache(maxsize=4 * MOST_FRAMES)
+def _encoded(path: Path, changed: int) -> tuple[tuple[str, ...], tuple[bytes, ...]]:
+    """Captions and pictures of a grid, of a few evenly spaced ones where there are many.
+
+    `changed` is when the file last did: as a run goes, only the new grids are encoded.
+    """
+    grid = read_grid(path)
+    n = len(grid.captions)
+    rows = np.unique(np.linspace(0, n - 1, min(n, MOST_PLACES)).round().astype(int))
+    side = _WHOLE if n == 1 else _SIDE
+    return tuple(grid.captions[i] for i in rows), tuple(_as_webp(grid.images[i], side) for i in rows)
+
+
+def _as_webp(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> bytes:
+    picture, buffer = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    picture.save(buffer, "webp", quality=90 if max(picture.size) <= 128 else 80)
+    return buffer.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------------------- gallery
+
+
+class Column(NamedTuple):
+    """One picture of every card."""
+
+    name: str
+    frames: Sequence[Frame]  # one: it stays whatever the slider says
+
+
+class Gallery(NamedTuple):
+    """A card for each caption, a picture for each column; the slider moves the columns of several frames together."""
+
+    captions: Sequence[str]
+    columns: Sequence[Column]
+
+    def html(self) -> str:
+        positions = sorted({frame.iteration for column in self.columns for frame in column.frames})
+        labels = [label_of(iteration) for iteration in positions]
+        cards = "\n".join(self._card(place, caption, labels[-1]) for place, caption in enumerate(self.captions))
+        width = f"{7 * len(self.columns) + 0.5:g}rem"
+        slider = _slider(labels) + self._data(positions, labels) if len(positions) > 1 else ""
+        kind = "gallery" if slider else "still"
+        return f'<div class="{kind}" style="--card:{width}">{slider}\n<div class="cards">\n{cards}\n</div></div>'
+
+    def _card(self, place: int, caption: str, last: str) -> str:
+        shots = []
+        for n, column in enumerate(self.columns):
+            moves = len(column.frames) > 1
+            what = f"{caption}: {column.name}"
+            attributes = {"data-column": str(n), "data-place": str(place), "data-what": what} if moves else {}
+            shown = image(column.frames[-1].images[place], f"{what}, {last}" if moves else what, **attributes)
+            shots.append(f"<div>{shown}<span>{escaped(column.name)}</span></div>")
+        return (
+            f'<figure class="card"><div class="shots">{"".join(shots)}</div>'
+            f"<figcaption>{escaped(caption)}</figcaption></figure>"
+        )
+
+    def _data(self, positions: Sequence[int], labels: Sequence[str]) -> str:
+        """All frames for the script; at a position a column shows its newest frame of then."""
+        columns = {}
+        for n, column in enumerate(self.columns):
+            if len(column.frames) > 1:
+                frames = [[b64encode(content).decode() for content in frame.images] for frame in column.frames]
+                came = [frame.iteration for frame in column.frames]
+                columns[n] = {"frames": frames, "at": [max(0, sum(i <= p for i in came) - 1) for p in positions]}
+        content = json.dumps({"labels": labels, "columns": columns}, separators=(",", ":"))
+        return f'<script type="application/json">{content}</script>'
+
+
+def label_of(iteration: int) -> str:
+    """ "after 30 iterations"."""
+    return f"after {iteration} iteration{'' if iteration == 1 else 's'}" if iteration else "before"
+
+
+def _slider(labels: Sequence[str]) -> str:
+    last = len(labels) - 1
+    return (
+        '<div class="slider" hidden><label><span>Pictures</span>'
+        f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-valuetext="{labels[-1]}"></label>'
+        f"<output>{labels[-1]}</output></div>"
+    )
