@@ -51,7 +51,7 @@ BELOW = {
     "dry_run": {"programs", "experiment", "sampler", "algorithms", "models", "flops", "parallel", "backend"},
     "command": {"settings", "InputError", "RewardError"},
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
-    "report": {"report", "metrics", "settings", "formats.files", "InputError"},
+    "report": {"report", "metrics", "settings", "exploration", "formats.files", "InputError"},
     "workdir": {"settings", "sampler", "exploration", "command", "InputError"},
     "checkpoint": {"InputError"},
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.report.page import Drawing, Legend, Part, Row, Stack, drawing, escaped
 
 _EXPLORED, _PLAIN = "#1f77b4", "#b0b0b0"
@@ -51,8 +52,10 @@ def exploration_parts(settings: Mapping[str, Any], about: Mapping[str, Any]) -> 
     guidance = settings["sampling.guidance"]
     if not settings["exploration.enabled"]:
         return [f"Exploration is off: guidance is {guidance:g} at every step, and every word has weight 1."]
-    first, total = settings["exploration.iterations"], settings["iterations"]
-    when = f"The first {first} of {total} iterations explore" if first is not None and first < total else "All explore"
+    total, first = settings["iterations"], settings["exploration.iterations"]
+    if first is None:
+        first = exploring_iterations(total, fraction=settings["exploration.fraction"])
+    when = f"The first {first} of {total} iterations explore" if first < total else f"All {total} iterations explore"
     return [
         f"{when}. Evaluations and the pictures above do without.",
         Row(
@@ -66,6 +69,10 @@ def exploration_parts(settings: Mapping[str, Any], about: Mapping[str, Any]) -> 
 
 def _schedule_parts(settings: Mapping[str, Any], schedule: Mapping[str, Any] | None) -> list[str | Part]:
     low, high, threshold = (settings[key] for key in ("exploration.w_low", "sampling.guidance", "exploration.t_thresh"))
+    if threshold >= 1000:
+        return [
+            f"**Guidance schedule (Eq. 7).** None: no timestep is above {threshold}, guidance is {high:g} throughout."
+        ]
     text = f"**Guidance schedule (Eq. 7).** While t > {threshold} guidance is {low:g}, then {high:g}."
     if schedule:
         steps = schedule["t"]
@@ -81,13 +88,12 @@ def schedule_drawing(low: float, high: float, threshold: int, schedule: Mapping[
     figure = Figure(figsize=(4.6, 2.5), layout="constrained")
     axis = figure.subplots()
     axis.plot([1000, 0], [high, high], color=_PLAIN, linestyle="--", linewidth=1.5)
-    edge = min(threshold, 1000)
-    axis.plot([1000, edge, edge, 0], [low, low, high, high], color=_EXPLORED, linewidth=1.8)
+    axis.plot([1000, threshold, threshold, 0], [low, low, high, high], color=_EXPLORED, linewidth=1.8)
     if schedule:
         axis.plot(schedule["t"], schedule["w_t"], ".", color=_EXPLORED, markersize=7)
     axis.set(xlim=(1020, -20), xlabel="timestep t, from noise to picture", ylabel="guidance w")
     axis.set_ylim(min(0.0, low, high) - 0.05 * max(low, high, 1.0), 1.12 * max(low, high, 1.0))
-    axis.set_xticks(sorted({0, 250, 500, edge} | {t for t in (750, 1000) if abs(t - edge) >= 100}))
+    axis.set_xticks(sorted({threshold} | {t for t in (0, 250, 500, 750, 1000) if abs(t - threshold) >= 100}))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.35)
     alt = f"Guidance over the timesteps: {low:g} from t = 1000 down to {threshold}, {high:g} from there to 0."

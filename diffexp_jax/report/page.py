@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -34,6 +34,7 @@ _THEME |= {colour: f"var(--series-{n})" for n, colour in enumerate(SERIES, 1)}
 _LARGEST = 1.4  # pixels that a point of a drawing may be wide
 
 
+@runtime_checkable
 class Part(Protocol):
     """What a section is made of."""
 
