@@ -203,7 +203,11 @@ def test_many_and_large_pictures_are_fewer_and_smaller(tmp_path):
     assert found.notes == ["12 of 45 grids are here, evenly spaced."]
     large = tmp_path / "large"
     report.save_grid(large / "000000.png", pictures(1, size=300, n=30), [str(n) for n in range(30)])
-    (frame,) = report_pictures.read_frames(large).frames
+    (frame,), notes = report_pictures.read_frames(large)
+    assert notes == [
+        "Of each grid's 30 pictures 24 are here, evenly spaced.",
+        "Pictures are made smaller, from 300 to 256 pixels.",
+    ]
     assert len(frame.images) == 24 and frame.captions[:2] == ("0", "1") and frame.captions[-1] == "29"
     assert Image.open(io.BytesIO(frame.images[0])).size == (256, 256)
 
@@ -232,7 +236,7 @@ def test_grids_that_do_not_fit_are_left_out_and_it_says_so(tmp_path):
     assert [frame.iteration for frame in found.frames] == [2]
     assert found.notes == [
         "Left out, as they cannot be read: 000001.png.",
-        "Left out, as they are of other prompts than the last: 1 grids.",
+        "Left out, as they are of other prompts than the last grid: 1.",
     ]
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from base64 import b64encode
 from collections.abc import Sequence
 from functools import lru_cache
@@ -40,21 +39,27 @@ class Frames(NamedTuple):
 def read_frames(folder: Path) -> Frames:
     """The grids of a folder whose names are iterations; none where it is missing."""
     paths = sorted((path for path in folder.glob("*.png") if path.stem.isdigit()), key=lambda path: int(path.stem))
-    kept = _thinned(paths, MOST_FRAMES)
-    notes = [f"{len(kept)} of {len(paths)} grids are here, evenly spaced."] if len(kept) < len(paths) else []
-    frames, unreadable = [], []
+    kept, found, unreadable = _thinned(paths, MOST_FRAMES), {}, []
     for path in kept:
         try:
-            captions, images = _encoded(path, os.stat(path).st_mtime_ns)
-            frames.append(Frame(int(path.stem), captions, images))
+            found[int(path.stem)] = _encoded(path, path.stat().st_mtime_ns)
         except OSError:
             unreadable.append(path.name)
-    same = [frame for frame in frames if frame.captions == frames[-1].captions]
-    if unreadable:
-        notes.append(f"Left out, as they cannot be read: {', '.join(unreadable)}.")
-    if len(same) < len(frames):
-        notes.append(f"Left out, as they are of other prompts than the last: {len(frames) - len(same)} grids.")
-    return Frames(same, notes)
+    if not found:
+        return Frames([], _left_out(unreadable, others=0))
+    last = found[max(found)]
+    frames = [Frame(i, grid.captions, grid.images) for i, grid in found.items() if grid.captions == last.captions]
+    notes = [f"{len(kept)} of {len(paths)} grids are here, evenly spaced."] if len(kept) < len(paths) else []
+    if len(last.images) < last.count:
+        notes.append(f"Of each grid's {last.count} pictures {len(last.images)} are here, evenly spaced.")
+    if last.shown < last.side:
+        notes.append(f"Pictures are made smaller, from {last.side} to {last.shown} pixels.")
+    return Frames(frames, notes + _left_out(unreadable, others=len(found) - len(frames)))
+
+
+def _left_out(unreadable: Sequence[str], *, others: int) -> list[str]:
+    notes = [f"Left out, as they cannot be read: {', '.join(unreadable)}."] if unreadable else []
+    return notes + ([f"Left out, as they are of other prompts than the last grid: {others}."] if others else [])
 
 
 def _thinned(paths: Sequence[Path], most: int) -> list[Path]:
@@ -66,17 +71,28 @@ def _thinned(paths: Sequence[Path], most: int) -> list[Path]:
     return kept + [path for path in paths[-1:] if path not in kept]
 
 
+class Encoded(NamedTuple):
+    """What a page takes of a grid."""
+
+    captions: tuple[str, ...]
+    images: tuple[bytes, ...]  # WebP
+    count: int  # of the grid's pictures
+    side: int  # pixels of a picture's longer side, in the grid
+    shown: int  # and here
+
+
 @lru_cache(maxsize=4 * MOST_FRAMES)
-def _encoded(path: Path, changed: int) -> tuple[tuple[str, ...], tuple[bytes, ...]]:
+def _encoded(path: Path, changed: int) -> Encoded:
     """Captions and pictures of a grid, of a few evenly spaced ones where there are many.
 
     `changed` is when the file last did: as a run goes, only the new grids are encoded.
     """
     grid = read_grid(path)
-    n = len(grid.captions)
+    n, side = len(grid.captions), max(grid.images[0].shape[:2])
     rows = np.unique(np.linspace(0, n - 1, min(n, MOST_PLACES)).round().astype(int))
-    side = _WHOLE if n == 1 else _SIDE
-    return tuple(grid.captions[i] for i in rows), tuple(_as_webp(grid.images[i], side) for i in rows)
+    shown = min(side, _WHOLE if n == 1 else _SIDE)
+    images = tuple(_as_webp(grid.images[i], shown) for i in rows)
+    return Encoded(tuple(grid.captions[i] for i in rows), images, n, side, shown)
 
 
 def _as_webp(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> bytes:
