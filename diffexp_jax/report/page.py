@@ -227,7 +227,8 @@ def drawing(figure: Any, alt: str, caption: str = "") -> Drawing:
     """A matplotlib figure as SVG: black, white and matplotlib's own colours become the page's, light or dark.
 
     Args:
-      figure: a matplotlib.figure.Figure (one of pyplot stays open: close it).
+      figure: a matplotlib.figure.Figure (one of pyplot stays open: close it). About 4.6 inches wide can be read on a
+        phone: several axes are better several drawings in a `Row`.
       alt: what it shows, for those who cannot see it.
     """
     import matplotlib

@@ -122,7 +122,7 @@ class Gallery(NamedTuple):
         positions = sorted({frame.iteration for column in self.columns for frame in column.frames})
         labels = [label_of(iteration) for iteration in positions]
         cards = "\n".join(self._card(place, caption, labels[-1]) for place, caption in enumerate(self.captions))
-        width = f"{7 * len(self.columns) + 0.5:g}rem"
+        width = f"{(7 if len(self.captions) > 1 else 26) * len(self.columns) + 0.5:g}rem"  # at least, of a card
         slider = _slider(labels) + self._data(positions, labels) if len(positions) > 1 else ""
         kind = "gallery" if slider else "still"
         return f'<div class="{kind}" style="--card:{width}">{slider}\n<div class="cards">\n{cards}\n</div></div>'
