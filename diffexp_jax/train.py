@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from diffexp_jax import InputError, RewardError, backend, parallel, report
 from diffexp_jax import workdir as workdirs
+from diffexp_jax.about import describe
 from diffexp_jax.algorithms import Inputs
 from diffexp_jax.checkpoint import Checkpoints
 from diffexp_jax.dry_run import dry_run
@@ -61,7 +62,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     # --------------------------------------------------------------------- model, rewards, prompts, compiled programs
     experiment = Experiment.build(config)
     lora = experiment.initial_lora()
-    with workdirs.claim(workdir, config, experiment.identity()):
+    with workdirs.claim(workdir, config, experiment.identity(), describe(experiment)):
         programs, frozen = make_programs(experiment), parallel.replicate(experiment.frozen)
         plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
         this = Run(config, workdir, experiment, programs, make_scorers(experiment, frozen), frozen, plain, explored)
@@ -69,9 +70,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
         # ----------------------------------------------------------------------------------------------------- report
         save_lora(workdir / LORA_FILE, parallel.first(state.lora), alpha=config.lora.alpha)
-        report.save_curves(workdir)
+        report.save(workdir)
         results = report.before_and_after(read_metrics(workdir))
-        report.save_html(workdir, f"{config.algorithm} on {config.reward}", results)
         print(f"{report.as_text(results)}look at {workdir / 'report.html'} and {workdir / 'images'}")
 
 
@@ -117,7 +117,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
             writer.write(it + 1, values)
         if (it + 1) % run.config.checkpoint.every == 0 or it + 1 == end:
             checkpoints.save(it + 1, parallel.first(state))
-            report.save_curves(run.workdir)
+            report.refresh(run.workdir)
     return state
 
 

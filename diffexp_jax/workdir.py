@@ -93,8 +93,12 @@ def _flat(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, config: ConfigDict, identity: Mapping[str, str]) -> Iterator[None]:
+def claim(
+    workdir: Path, config: ConfigDict, identity: Mapping[str, str], about: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Makes the workdir this run's, for as long as the context lasts: its lock, config.json and identity.json.
+
+    `about` goes to about.json: what its report says of the run, see `about.py`.
 
     Raises:
       InputError: another program has it; it holds a run of other weights or prompts; it cannot be written.
@@ -106,6 +110,8 @@ def claim(workdir: Path, config: ConfigDict, identity: Mapping[str, str]) -> Ite
                 _check_identity(workdir, config, identity)
             _write_json(workdir / "config.json", config.to_dict())
             _write_json(workdir / "identity.json", dict(identity))
+            if about is not None:
+                _write_json(workdir / "about.json", about)
             yield
     except PermissionError as error:
         raise InputError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None

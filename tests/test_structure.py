@@ -52,11 +52,12 @@ BELOW = {
     "evaluation": {"experiment", "pipelines", "sampling", "parallel"},
     "dry_run": {"programs", "experiment", "sampler", "algorithms", "models", "flops", "parallel", "backend"},
     "command": {"settings", "InputError", "RewardError"},
-    "report": {"metrics"},
+    "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
+    "report": {"report", "metrics", "settings", "exploration", "formats.files", "InputError"},
     "workdir": {"settings", "sampler", "exploration", "command", "InputError"},
     "checkpoint": {"InputError"},
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}
-    | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "report", "command"}
+    | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "about", "report", "command"}
     | {"InputError", "RewardError"},
     "__init__": set(),
 }

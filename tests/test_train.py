@@ -134,9 +134,14 @@ def test_files(finished, tiny_settings):
     with Image.open(workdir / "curves.png") as curves:
         assert min(curves.size) > 200
     page = (workdir / "report.html").read_text()
-    assert re.search(r"<td>unseen<td>pickscore<td>[-\d.]+<td>[-\d.]+<td>4", page)
-    for name in ("curves.png", "images/000000.png", "images/000004.png"):
-        assert f"'{name}'" in page
+    number = r'<td class="number">[-\d.]+</td>'
+    assert re.search(rf"unseen</caption>.*?<td>pickscore</td>{number}{number}", page, re.S) and "4 of 4" in page
+    assert '"labels":["before","after 3 iterations","after 4 iterations"]' in page and page.count('alt="a dog') >= 2
+    about = json.loads((workdir / "about.json").read_text())
+    assert about["versions"]["jax"] == jax.__version__ and about["devices"]["devices"] == "1"
+    assert about["schedule"] == {"t": [751, 501, 251, 1], "w_t": [0.5, 0.5, 3.0, 3.0]}  # t_thresh 500
+    assert "".join(text for text, _ in about["prompt"]["pieces"]) == "an ant" and len(about["prompt"]["draws"]) == 4
+    assert all(unit in (1, 2) and 1.0 <= weight <= 1.5 for unit, weight in about["prompt"]["draws"])
 
 
 def test_lora_file_is_the_newest_checkpoint(finished, tiny_model):

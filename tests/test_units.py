@@ -6,7 +6,7 @@ import pytest
 from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.pipelines.stable_diffusion import load_tokenizer
 from diffexp_jax.prompts import PROMPTS, PromptSet
-from diffexp_jax.prompts.units import UNITS, unit_ids
+from diffexp_jax.prompts.units import UNITS, unit_ids, units_of_text
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +91,17 @@ def test_every_built_in_prompt_has_its_units(tokenizer, name):
     np.testing.assert_array_equal(words > 0, tokens > 0)
     np.testing.assert_array_equal(tokens.max(1), (tokens > 0).sum(1))
     np.testing.assert_array_equal(phrases.max(1), [len(found) for found in prompts.phrases])
+
+
+@pytest.mark.parametrize(
+    "text, unit, expected",
+    [
+        ("a dog, riding", "word", [("a", 1), (" ", 0), ("dog", 2), (", ", 0), ("riding", 3)]),
+        ("a dog riding a bike!", "phrase", [("a ", 0), ("dog", 1), (" ", 0), ("riding a bike", 2), ("!", 0)]),
+        ("", "word", []),
+        ("?!", "word", [("?!", 0)]),
+    ],
+)
+def test_units_of_text(tokenizer, text, unit, expected):
+    (row,) = unit_ids(tokenizer, PromptSet("test", (text,), (("dog", "riding a bike"),)), unit)
+    assert units_of_text(tokenizer, text, row) == expected

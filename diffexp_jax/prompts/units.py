@@ -45,6 +45,22 @@ def unit_ids(tokenizer: Any, prompts: PromptSet, unit: str) -> Int[np.ndarray, "
     return _consecutive(ids)
 
 
+def units_of_text(tokenizer: Any, text: str, ids: Int[np.ndarray, "L"]) -> list[tuple[str, int]]:
+    """The prompt cut where its units begin and end: [(text, number of the unit, 0 for none)], joined it is the prompt.
+
+    Args:
+      ids: the prompt's row of `unit_ids`.
+    """
+    options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    offsets = tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
+    letters = np.zeros(len(text), np.int32)  # a unit's number for each
+    for unit in np.unique(ids[ids > 0]):
+        spans = [span for span, number in zip(offsets, ids, strict=True) if number == unit]
+        letters[min(start for start, _ in spans) : max(end for _, end in spans)] = unit
+    ends = [*(np.flatnonzero(np.diff(letters)) + 1).tolist(), len(text)]
+    return [(text[start:end], int(letters[start])) for start, end in zip([0, *ends], ends, strict=False) if end > start]
+
+
 def _phrase_spans(text: str, phrases: Sequence[str]) -> Iterator[tuple[int, int]]:
     end = 0
     for phrase in phrases:

@@ -1,0 +1,65 @@
+"""What a run's report says besides its settings: versions, devices, each step's guidance, a prompt's units."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffexp_jax import backend, exploration, parallel
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.prompts.units import units_of_text
+
+_PACKAGES = ("diffexp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+_DRAWS = 4
+
+
+def describe(experiment: Experiment) -> dict[str, Any]:
+    """What can be written as json; the machine's part is of this start, the rest is the same for the whole run."""
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "schedule": schedule(experiment),
+        "prompt": prompt(experiment),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what computes; of packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed, run from its folder"
+    return found
+
+
+def devices() -> dict[str, str]:
+    """Which, how many, and on what kind of machine."""
+    here = jax.devices()
+    machine = f"{platform.system()} {platform.machine()}"
+    kind = " ".join(dict.fromkeys([backend.platform(), here[0].device_kind]))  # a CPU has no other name
+    return {"device": kind, "devices": str(len(here)), "machine": machine}
+
+
+def schedule(experiment: Experiment) -> dict[str, list[float]]:
+    """The timesteps that are sampled, noise first, and the guidance of each while exploring (Eq. 7) [T]."""
+    steps = experiment.sampler.steps(explore=True)
+    return {"t": np.asarray(steps.t).tolist(), "w_t": np.asarray(steps.w_t).tolist()}
+
+
+def prompt(experiment: Experiment) -> dict[str, Any]:
+    """A prompt from the middle of the training set, cut into its units, and units with weights as Eq. 8 draws them."""
+    row = len(experiment.train.texts) // 2
+    text, units = experiment.train.texts[row], experiment.units[row]
+    pieces = units_of_text(experiment.sampler.pipeline.tokenizer, text, units)
+    low, high = weight_range = experiment.sampler.exploration.weight_range
+    draws = []
+    if units.any() and not low == high == 1.0:
+        for key in jax.random.split(parallel.stream(experiment.config.seed, "about"), _DRAWS):
+            weights = np.asarray(exploration.sample_phrase_weights(key, units, weight_range=weight_range))
+            chosen = int(np.abs(weights - 1.0).argmax())
+            draws.append((int(units[chosen]), float(weights[chosen])))
+    return {"pieces": pieces, "draws": draws}
