@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from random_weights import peak_memory, random_weights
 from tqdm import tqdm
 
 from diffexp_jax import InputError, backend, command, dry_run, parallel
@@ -261,8 +262,9 @@ def attention_error(attend: Callable, n_queries: int, n_keys: int, heads: int, w
 # ------------------------------------------------------------------------------------------- stored results of float32
 
 # The largest errors of images and latents (relative to their spread), and of AlignProp's gradient (to its length). On a
-# CPU they are 0.034 and 0.12 in bfloat16, 0.0043 and 0.048 in float16: a third of these.
-TOLERANCES = {"float32": (1e-3, 1e-3), "bfloat16": (0.1, 0.35), "float16": (0.015, 0.15)}
+# CPU they are 0.034 and 0.12 to 0.35 in bfloat16, 0.0043 and 0.048 in float16: a half to a third of these. A gradient
+# of attention that is rounded on its way is 1 to 2 away.
+TOLERANCES = {"float32": (1e-3, 1e-3), "bfloat16": (0.1, 0.7), "float16": (0.015, 0.15)}
 ON_A_CPU = (1e-4, 1e-4)  # float32's there
 
 
@@ -552,28 +554,6 @@ def compiled_once(function: Any, plans: list[Plan]) -> Callable:
         return compiled[0](*args)
 
     return call
-
-
-def peak_memory() -> int | None:
-    """Bytes of the first device since the program began; None where the device does not say."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def random_weights(shapes: Any) -> Any:
-    """Arrays of such shapes, made on every device."""
-    seeds = iter(range(len(jax.tree.leaves(shapes))))
-
-    def fill(path, leaf):
-        key = parallel.replicate(jax.random.key(next(seeds)))
-        return _normal(leaf.shape, leaf.dtype, float(path[-1].key == "scale"))(key)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
-@functools.cache
-def _normal(shape: tuple[int, ...], dtype: Any, mean: float) -> Callable:
-    """Compiled once for each shape."""
-    return parallel.pmap(lambda key: (mean + 0.02 * jax.random.normal(key, shape)).astype(dtype))
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -2,11 +2,13 @@
 
 diffusers' UNet and VAE in channels_last, LoRA by peft, both halves of the guidance in one batch, prompts encoded once,
 the step's coefficients computed once, no scheduler objects, gradients for LoRA alone, torch.utils.checkpoint for each
-live step of AlignProp and none for the others. The reward is brightness.
+live step of AlignProp and none for the others. The reward is brightness. On a GPU the networks are bfloat16 with
+torch's fused attention, the LoRA float32; models of a published size have random weights. Nothing is compiled.
 """
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,16 @@ from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffexp_jax.pipelines import sizes
+
 EMOJI = Path(__file__).resolve().parents[1] / "diffexp_jax" / "emoji" / "assets" / "model"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 GUIDANCE = 5.0
-CHUNK = 32  # samples at once
+CHUNK = 32  # samples at once, at most
+VAE_DEFAULTS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+VAE_DEFAULTS |= {"force_upcast": False}
+# What diffusers' config of SDXL also says; ours takes it from the shapes.
+PROJECTION = {"stabilityai/stable-diffusion-xl-base-1.0": {"projection_class_embeddings_input_dim": 2816}}
 
 MID_UNET = {
     "sample_size": 32,
@@ -38,11 +46,12 @@ MID_VAE = {
 }
 
 
-def write_models(folder: str, prompts: tuple[str, ...]) -> None:
-    """FOLDER/emoji and FOLDER/mid: prompts.txt, and in the second a random pipeline with the emoji tokenizer."""
-    for name in ("emoji", "mid"):
-        Path(folder, name).mkdir()
-        Path(folder, name, "prompts.txt").write_text("\n".join(prompts))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def write_mid(folder: Path) -> None:
+    """A random pipeline with the emoji tokenizer."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
     torch.manual_seed(0)
     old = pipe.text_encoder.config
@@ -59,37 +68,86 @@ def write_models(folder: str, prompts: tuple[str, ...]) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    mid.save_pretrained(Path(folder, "mid"))
+    mid.save_pretrained(folder)
 
 
-def make_work(model: str, folder: str, case: str, size: Any, live_steps: Callable[[str, int], int]) -> Callable:
-    """A function that does the case once."""
+def peak_memory() -> int | None:
+    """Bytes that torch has held on the GPU; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
+
+
+def make_work(
+    model: str, folder: str, case: str, size: Any, live_steps: Callable[[str, int], int], published: dict[str, str]
+) -> Callable:
+    """A function that does the case once; `published`: {model: its id} of models without files."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    trainer = Trainer(EMOJI if model == "emoji" else folder, folder, size, eta=1.0 if case.startswith("DDPO") else 0.0)
+    parts = random_parts(published[model]) if model in published else parts_of(EMOJI if model == "emoji" else folder)
+    texts = Path(folder, "prompts.txt").read_text().splitlines()
+    trainer = Trainer(*parts(texts), size, eta=1.0 if case.startswith("DDPO") else 0.0)
     if case.startswith("sampling"):
-        return trainer.sample_images
-    if case.startswith("DDPO"):
-        return lambda: trainer.ddpo(updates=2 if "two" in case else 1)
-    return lambda: trainer.alignprop(live_steps(case, size.steps))
+        work = trainer.sample_images
+    elif case.startswith("DDPO"):
+        work = partial(trainer.ddpo, updates=2 if "two" in case else 1)
+    else:
+        work = partial(trainer.alignprop, live_steps(case, size.steps))
+
+    def run():
+        work()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def parts_of(path: Any) -> Callable:
+    """A function texts -> (UNet, VAE, embeddings [P,L,D], that of "", nothing added) of a pipeline's folder."""
+
+    @torch.no_grad()
+    def load(texts):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+        ids = [pipe.tokenizer(t, padding="max_length", return_tensors="pt").input_ids for t in [*texts, ""]]
+        *cond, uncond = (pipe.text_encoder(x).last_hidden_state for x in ids)
+        return pipe.unet, pipe.vae, torch.cat(cond), uncond, None
+
+    return load
+
+
+def random_parts(name: str) -> Callable:
+    """The same of a published model's sizes, with random weights and embeddings; SDXL's pooled ones and sizes too."""
+    _, configs = sizes.PIPELINES[name]
+
+    def make(texts):
+        with torch.device(DEVICE):
+            unet = diffusers.UNet2DConditionModel.from_config(configs["unet"] | PROJECTION.get(name, {}))
+            vae = diffusers.AutoencoderKL.from_config(VAE_DEFAULTS | configs["vae"])
+        cond = torch.randn(len(texts) + 1, 77, unet.config.cross_attention_dim)
+        added = None
+        if unet.config.addition_embed_type == "text_time":
+            side = 8.0 * unet.config.sample_size
+            added = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.tensor([[side, side, 0, 0, side, side]])}
+        return unet, vae, cond[:-1], cond[-1:], added
+
+    return make
 
 
 class Trainer:
     """The model, its LoRA with an optimizer, and the steps' coefficients."""
 
-    def __init__(self, model: Any, folder: str, size: Any, *, eta: float):
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
-        self.unet = pipe.unet.requires_grad_(False).to(memory_format=torch.channels_last)
-        self.vae = pipe.vae.requires_grad_(False).to(memory_format=torch.channels_last)
+    def __init__(self, unet: Any, vae: Any, cond: Any, uncond: Any, added: Any, size: Any, *, eta: float):
+        """Args: as `parts_of`'s function gives them, then the work's size and DDIM's noise."""
+        self.unet = unet.requires_grad_(False).to(DEVICE, DTYPE, memory_format=torch.channels_last)
+        self.vae_dtype = torch.float32 if vae.config.force_upcast else DTYPE
+        self.vae = vae.requires_grad_(False).to(DEVICE, self.vae_dtype, memory_format=torch.channels_last)
         self.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=TARGETS))
         self.trained = [p for p in self.unet.parameters() if p.requires_grad]
+        for p in self.trained:
+            p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=1e-4)
-        self.n, self.n_steps = size.samples, size.steps
-        texts = Path(folder, "prompts.txt").read_text().splitlines()
-        with torch.no_grad():
-            ids = [pipe.tokenizer(t, padding="max_length", return_tensors="pt").input_ids for t in [*texts, ""]]
-            *cond, uncond = (pipe.text_encoder(x).last_hidden_state for x in ids)
-        rows = np.random.default_rng(0).integers(len(texts), size=self.n)
-        self.cond, self.uncond = torch.cat([cond[i] for i in rows]), uncond.expand(self.n, -1, -1)
+        self.n, self.n_steps, self.chunk = size.samples, size.steps, min(size.per_forward, CHUNK)
+        rows = torch.as_tensor(np.random.default_rng(0).integers(len(cond), size=self.n))
+        self.cond = cond[rows].to(DEVICE, DTYPE)
+        self.uncond = uncond.expand(self.n, -1, -1).to(DEVICE, DTYPE)
+        self.added = {name: x.to(DEVICE, DTYPE) for name, x in added.items()} if added else None
         channels, side = self.unet.config.in_channels, self.unet.config.sample_size
         self.shape = (channels, side, side)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -100,13 +158,15 @@ class Trainer:
             prev = t - 1000 // size.steps
             a_t, a_prev = float(a[t]), float(a[prev] if prev >= 0 else a[0])
             std = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
-            self.steps.append((torch.tensor(t), a_t, a_prev, std))
+            self.steps.append((torch.tensor(t, device=DEVICE), a_t, a_prev, std))
 
     def mean(self, x: torch.Tensor, step: tuple, both: torch.Tensor) -> torch.Tensor:
         """Of p(x_{t-1} | x_t), by the guided noise."""
         t, a_t, a_prev, std = step
-        doubled = torch.cat([x, x]).contiguous(memory_format=torch.channels_last)
-        cond, uncond = self.unet(doubled, t, both).sample.chunk(2)
+        doubled = torch.cat([x, x]).to(DTYPE).contiguous(memory_format=torch.channels_last)
+        added = {name: row.expand(len(doubled), -1) for name, row in self.added.items()} if self.added else None
+        with torch.autocast(DEVICE, DTYPE, enabled=DEVICE == "cuda"):  # the LoRA is float32, the network is not
+            cond, uncond = self.unet(doubled, t, both, added_cond_kwargs=added).sample.float().chunk(2)
         eps = GUIDANCE * cond + (1 - GUIDANCE) * uncond
         return self.move(x, eps, step)
 
@@ -116,19 +176,19 @@ class Trainer:
         return a_prev**0.5 * x_0 + (1 - a_prev - std**2) ** 0.5 * eps
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        x = (x / self.vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
-        return (self.vae.decode(x).sample / 2 + 0.5).clamp(0, 1)
+        x = (x / self.vae.config.scaling_factor).to(self.vae_dtype).contiguous(memory_format=torch.channels_last)
+        return (self.vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def chunks(self) -> list[tuple[slice, torch.Tensor]]:
         """Rows of the batch that go through the network at once, and their conditioning, both halves."""
-        rows = [slice(i, min(i + CHUNK, self.n)) for i in range(0, self.n, CHUNK)]
+        rows = [slice(i, min(i + self.chunk, self.n)) for i in range(0, self.n, self.chunk)]
         return [(part, torch.cat([self.cond[part], self.uncond[part]])) for part in rows]
 
     @torch.no_grad()
     def sample_images(self) -> torch.Tensor:
         images = []
         for part, both in self.chunks():
-            x = torch.randn(part.stop - part.start, *self.shape)
+            x = torch.randn(part.stop - part.start, *self.shape, device=DEVICE)
             for step in self.steps:
                 x = self.mean(x, step, both)
             images.append((self.decode(x) * 255).round().byte())
@@ -142,7 +202,7 @@ class Trainer:
         kept, rewards = [], []
         with torch.no_grad():
             for part, both in self.chunks():
-                x, chain = torch.randn(part.stop - part.start, *self.shape), []
+                x, chain = torch.randn(part.stop - part.start, *self.shape, device=DEVICE), []
                 for step in self.steps:
                     mean = self.mean(x, step, both)
                     x_prev = mean + step[3] * torch.randn_like(x)
@@ -165,7 +225,7 @@ class Trainer:
         """An iteration: the reward's gradient through the last k steps."""
         chunks = self.chunks()
         for part, both in chunks:
-            x = torch.randn(part.stop - part.start, *self.shape)
+            x = torch.randn(part.stop - part.start, *self.shape, device=DEVICE)
             with torch.no_grad():
                 for step in self.steps[: self.n_steps - k]:
                     x = self.mean(x, step, both)

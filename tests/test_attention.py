@@ -145,6 +145,30 @@ def test_which_attention_is_fused(monkeypatch):
     assert not attention.has_fused_attention(jnp.bfloat16, 64)
 
 
+@pytest.mark.parametrize("most", [2**20, 40])
+def test_the_gradient_of_unfused_attention_survives_bfloat16(monkeypatch, most):
+    """Values that have much in common: their weights' gradients differ by less than bfloat16 keeps of each."""
+    monkeypatch.setattr(attention.backend, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "MAX_LOGITS", most)
+    q, k, noise = (x.astype(jnp.bfloat16) for x in qkv(16, 12))
+    v = (20.0 + 0.2 * noise).astype(jnp.bfloat16)
+    slopes = normal(3, 2, 16, 12).astype(jnp.bfloat16)
+
+    def error(attend):
+        def grads(attend, *args):
+            return jax.vjp(attend, *args)[1](slopes.astype(args[0].dtype))[:2]  # of queries and keys
+
+        exact = grads(attend, *(x.astype(jnp.float32) for x in (q, k, v)))
+        ours = grads(attend, q, k, v)
+        return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, exact, strict=True))
+
+    def jaxs(*args):
+        split = (x.reshape(*x.shape[:2], 3, 4) for x in args)
+        return jax.nn.dot_product_attention(*split).reshape(2, 16, 12)
+
+    assert error(lambda *args: attention.attention(*args, 3)) < 0.01 < 0.05 < error(jaxs)
+
+
 @pytest.mark.parametrize("lq, lk", [(6, 5), (5, 6), (7, 7), (6, 6)])
 def test_attention_of_even_length_is_exact(lq, lk):
     """The very padding that cuDNN is given, on another kernel: outputs and all gradients."""

@@ -29,10 +29,10 @@ def scripts(monkeypatch):
 
 
 @pytest.fixture
-def trainer(scripts, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a dog riding a bike\na cat")
+def trainer(scripts):
     size = scripts.benchmark.Size(samples=4, steps=3, per_forward=4)
-    return scripts.peer.Trainer(scripts.peer.EMOJI, str(tmp_path), size, eta=1.0)
+    parts = scripts.peer.parts_of(scripts.peer.EMOJI)(["a dog riding a bike", "a cat"])
+    return scripts.peer.Trainer(*parts, size, eta=1.0)
 
 
 def test_the_peer_takes_the_same_steps(trainer):
@@ -69,7 +69,7 @@ def test_the_peer_learns(trainer):
 REPORT = {
     "date": "2026-01-02",
     "command": "python scripts/benchmark.py",
-    "machine": {"cores": 2, "processor": "a CPU (avx2)"},
+    "machine": {"devices": "2 x a CPU (avx2), 2 cores", "jax": "0.10.2"},
     "repeats": 3,
     "matrix_peak": 1e11,
     "rows": [
@@ -80,7 +80,13 @@ REPORT = {
             "ratio": 1.5,
             "ours": {"median": 2.0, "first": 9.6, "peak_bytes": 10**9},
             "torch": {"median": 3.0, "first": 3.1, "peak_bytes": 5 * 10**8},
-        }
+        },
+        {
+            "model": "sd15",
+            "case": "sampling",
+            "flops": 1e11,
+            "ours": {"median": 2.0, "first": 9.6, "peak_bytes": 10**9},
+        },
     ],
 }
 
@@ -88,7 +94,8 @@ REPORT = {
 def test_table_literal(scripts, tmp_path):
     text = scripts.benchmark.table(REPORT)
     assert "| emoji | sampling | 2.00 s | 3.00 s | 1.50 | 1.00 GB | 0.50 GB | 10 s | 50 % |" in text
-    assert "2 cores, a CPU (avx2); matrix peak 100 GFLOP/s; medians of 3, 2026-01-02" in text
+    assert "| sd15 | sampling | 2.00 s |  |  | 1.00 GB |  | 10 s | 50 % |" in text
+    assert "2 x a CPU (avx2), 2 cores, jax 0.10.2; matrix peak 100 GFLOP/s; medians of 3, 2026-01-02" in text
     path = tmp_path / "b.md"
     path.write_text("above\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nbelow\n")
     scripts.benchmark.write_table(path, text)

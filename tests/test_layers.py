@@ -228,8 +228,24 @@ def test_the_low_rank_update_is_float32_in_a_bfloat16_layer(layer, lead):
     for own, exact in zip(ours, want, strict=True):
         assert own.dtype == jnp.float32
         np.testing.assert_allclose(own, exact, rtol=1e-5, atol=1e-6)
-    text = str(jax.make_jaxpr(apply)(a, b))
-    assert text.count("HIGHEST") == 2 * text.count("Precision.HIGHEST") // 2 > 0  # not an accelerator's faster ones
+
+
+def test_the_low_rank_update_by_products_of_bfloat16_has_float32s_digits():
+    """What an accelerator multiplies is bfloat16; the result and all gradients are those of full float32 products."""
+    x, g = (normal(i, 2, 40, n).astype(jnp.bfloat16).astype(jnp.float32) for i, n in ((0, 48), (1, 56)))
+    a, b = normal(2, 48, 4), normal(3, 4, 56)
+    text = str(jax.make_jaxpr(layers.low_rank)(x.astype(jnp.bfloat16), a, b))
+    assert "bf16[48,12]" in text and "HIGHEST" not in text
+
+    def all_of(x, a, b):
+        out, pull_back = jax.vjp(layers.low_rank, x, a, b)
+        return out, *pull_back(g)
+
+    exact = all_of(x, a, b)
+    for own, want, digits in zip(all_of(x.astype(jnp.bfloat16), a, b), exact, (1e-6, 2**-8, 1e-6, 1e-6), strict=True):
+        assert np.linalg.norm(own.astype(jnp.float32) - want) <= digits * np.linalg.norm(want)
+    sixteen = [normal(i, *shape) for i, shape in enumerate([(5, 48), (48, 32), (32, 56)])]
+    assert "HIGHEST" in str(jax.make_jaxpr(layers.low_rank)(sixteen[0].astype(jnp.bfloat16), *sixteen[1:]))  # rank 32
 
 
 def test_dense_with_zero_b_is_the_plain_layer_bit_for_bit():
