@@ -21,180 +21,40 @@ if __name__ == "__main__":
     command.quiet_interrupt()  # the imports take seconds
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from random_weights import peak_memory, random_weights
+from benchmark_work import CASES, HERE, PUBLISHED, SIZES, matrix_peak
 from tqdm import tqdm
 
-from diffexp_jax import InputError, backend, flops, parallel, settings
-from diffexp_jax.algorithms import Inputs
-from diffexp_jax.experiment import Experiment
+from diffexp_jax import InputError, backend
 from diffexp_jax.limits import check_number, whole
-from diffexp_jax.models.lora import init_lora
-from diffexp_jax.programs import make_programs
 
-HERE = Path(__file__).resolve().parent
 PROMPTS = ("a dog riding a bike", "a cat")
-
-
-class Size(NamedTuple):
-    """How much work a repetition is, on all devices of a CPU or on each accelerator."""
-
-    samples: int
-    steps: int
-    per_forward: int  # samples at once
-    remat: str = "step"  # see configs/base.py
-
-
-SIZES = {"emoji": Size(64, 20, 64), "mid": Size(4, 5, 4), "sd15": Size(16, 50, 8), "sdxl": Size(4, 20, 4, "block")}
-PUBLISHED = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
-
-# name: (method, what it changes, whether exploration's schedule is on)
-CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "sampling": ("alignprop", {}, False),
-    "sampling, DiffExp's schedule": ("alignprop", {"exploration.t_thresh": 600}, True),
-    "DDPO, two updates": ("ddpo", {"ddpo.updates": 2}, False),
-    "DDPO, one update": ("ddpo", {"ddpo.updates": 1}, False),
-    "AlignProp, K = T": ("alignprop", {"alignprop.truncation": "fixed"}, False),
-    "AlignProp, K = T/4": ("alignprop", {"alignprop.truncation": "fixed"}, False),
-}
-
-
-def brightness(images):
-    """The reward, [B,H,W,3] -> [B]."""
-    return images.mean((1, 2, 3))
-
-
-def live_steps(case: str, n_steps: int) -> int:
-    """K of the case."""
-    return n_steps // 4 if case.endswith("T/4") else n_steps
-
-
-# ---------------------------------------------------------------------------------------------------------------- ours
-
-
-def configure(model: str, folder: str, case: str) -> Any:
-    """A run's settings that do the case's work, on this machine's devices, which it sets up."""
-    method, changes, _ = CASES[case]
-    size, config = SIZES[model], settings.default_config()
-    config.algorithm = method
-    config.prompts, config.reward = str(Path(folder, "prompts.txt")), "jax:benchmark:brightness"
-    path = "emoji" if model == "emoji" else PUBLISHED.get(model, folder)
-    config.update_from_flattened_dict(
-        {
-            "model.path": path,
-            "model.remat": size.remat,
-            "model.vae_slice": 32 if model not in PUBLISHED else size.per_forward,
-            "batch.samples": size.samples,
-            "batch.samples_per_forward": size.per_forward,
-            "sampling.steps": size.steps,
-            "sampling.eta": 1.0 if method == "ddpo" else 0.0,
-            "eval.every": 0,
-            "log.images_every": 0,
-            "alignprop.truncation_k": live_steps(case, size.steps),
-        }
-        | changes
-    )
-    backend.set_cpu_devices(settings.cpu_devices(config))
-    if backend.platform() == "cpu":  # its devices share the work; each accelerator does all of it
-        config.batch.samples_per_forward = size.per_forward // jax.device_count()
-    else:
-        config.batch.samples = size.samples * jax.device_count()
-    return config
-
-
-def our_work(model: str, folder: str, case: str) -> tuple[Callable[[], Any], float]:
-    """A function that does the case once, by a run's own programs, and its floating-point operations."""
-    sys.path.insert(0, str(HERE))  # of the reward
-    experiment = Experiment.build(configure(model, folder, case), weights=model not in PUBLISHED)
-    programs, n = make_programs(experiment), jax.device_count()
-    if model in PUBLISHED:
-        frozen = random_weights(experiment.frozen)
-        lora = init_lora(jax.random.key(0), experiment.sampler.pipeline.base, rank=experiment.config.lora.rank)
-    else:
-        frozen, lora = parallel.replicate(experiment.frozen), experiment.initial_lora()
-    key = parallel.replicate(jax.random.key(0))
-    steps = parallel.replicate(experiment.sampler.steps(explore=CASES[case][2]))
-    batch = experiment.draw_batch(0, None)
-    if case.startswith("sampling"):
-        args = frozen["model"], parallel.replicate(lora), batch.context, batch.key, steps
-        return lambda: programs.generate(*args), n * flops.of(programs.generate, *args)
-    state = [parallel.replicate(jax.device_get(programs.algorithm.init(lora)))]
-
-    def iterate():
-        samples = programs.sample(state[0], frozen, batch, steps) if programs.sample else None
-        state[0], metrics = programs.update(state[0], frozen, Inputs(batch, steps, key, samples))
-        return metrics
-
-    samples = jax.eval_shape(programs.sample, state[0], frozen, batch, steps) if programs.sample else None
-    work = flops.of(programs.update, state[0], frozen, Inputs(batch, steps, key, samples))
-    if programs.sample:
-        work += flops.of(programs.sample, state[0], frozen, batch, steps)
-    return iterate, n * work
-
-
-def matrix_peak() -> float:
-    """FLOP/s of a matrix product, the best of some: float32 with all cores of a CPU, bfloat16 on an accelerator."""
-    n, dtype, best = (2048, jnp.float32, 0.0) if backend.platform() == "cpu" else (8192, jnp.bfloat16, 0.0)
-    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
-    product = jax.jit(jnp.dot)
-    jax.block_until_ready(product(a, a))
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready(product(a, a))
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
-# ------------------------------------------------------------------------------------------------------------- workers
-
-
-def worker(side: str, model: str, folder: str, case: str) -> None:
-    """Does the case once for each line on stdin, and answers with the seconds; at the end, with its peak memory.
-
-    A line that names a folder: jax's profile of that repetition is written there.
-    """
-    if side == "ours":
-        work, operations = our_work(model, folder, case)
-        run, device_peak = (lambda: jax.block_until_ready(work())), peak_memory
-    else:
-        import torch_peer
-
-        run, operations = torch_peer.make_work(model, folder, case, SIZES[model], live_steps, PUBLISHED), 0.0
-        device_peak = torch_peer.peak_memory
-    print(json.dumps({"ready": True, "flops": operations}), flush=True)
-    for line in sys.stdin:
-        with jax.profiler.trace(line.strip()) if line.strip() else contextlib.nullcontext():
-            start = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds}), flush=True)
-    peak = device_peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_bytes": peak}), flush=True)
+# More and less work of our side: cost should follow it, and the first repetition's should not.
+GROWTH = [("emoji", "sampling", {"samples": n}) for n in (16, 64, 256)]
+GROWTH += [("emoji", "sampling", {"steps": n}) for n in (10, 50)]
+GROWTH += [("emoji", "DDPO, one update", {"samples": n}) for n in (16, 64, 256)]
+GROWTH += [("emoji", "AlignProp, K = T", {"live": n}) for n in (1, 5, 10, 20)]
 
 
 class Side:
-    """A worker's process."""
+    """A worker's process; `size`: flags that change how much its work is, `cache`: where compiled programs are kept."""
 
-    def __init__(self, side: str, model: str, folder: str, case: str):
-        line = [sys.executable, __file__, "--worker", side, "--model", model, "--folder", folder, "--case", case]
+    def __init__(self, side: str, model: str, folder: str, case: str, *, cache: str = "", size: Sequence[str] = ()):
+        line = [sys.executable, str(HERE / "benchmark_work.py"), side, model, folder, case, *size]
         # two programs share an accelerator: neither takes all of its memory at the start
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
         environment |= {"PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
+        environment |= {"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(line, env=environment, text=True, **pipes)
         self.flops = self.answer()["flops"]
@@ -224,8 +84,9 @@ class Side:
 def compare(
     model: str, folder: str, case: str, repeats: int, bar: tqdm, *, names: Sequence[str], profile: Path | None
 ) -> dict[str, Any]:
-    """The sides of these names in turns; a row of the results."""
-    sides = {name: Side(name, model, folder, case) for name in names}
+    """A row: the sides of these names in turns, then ours once more, with its programs compiled before."""
+    cache = str(Path(folder, f"cache-{case}".replace("/", "-")))
+    sides = {name: Side(name, model, folder, case, cache=cache) for name in names}
     for _ in range(repeats + 1):  # the first compiles, or allocates
         for side in sides.values():
             side.repeat()
@@ -240,9 +101,23 @@ def compare(
             "median": statistics.median(side.seconds[1:]),
             "peak_bytes": side.close(),
         }
+    again = Side("ours", model, folder, case, cache=cache)
+    again.repeat()
+    again.close()
+    row["ours"]["first_again"] = again.seconds[0]
     if "torch" in row:
         row["ratio"] = row["torch"]["median"] / row["ours"]["median"]
     return row
+
+
+def grow(model: str, folder: str, case: str, size: dict[str, int], repeats: int) -> dict[str, Any]:
+    """A row of our side alone, with more or less work."""
+    side = Side("ours", model, folder, case, size=[f"--{name}={n}" for name, n in size.items()])
+    for _ in range(repeats + 1):
+        side.repeat()
+    side.close()
+    seconds = {"first": side.seconds[0], "median": statistics.median(side.seconds[1:])}
+    return {"model": model, "case": case, "size": size, "flops": side.flops} | seconds
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -251,8 +126,8 @@ def compare(
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| model | case | ours | torch | torch / ours | memory, ours | torch | first, ours | share of matrix peak |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | case | ours | torch | torch / ours | memory, ours | torch | first | first again | matrix peak |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         ours, torch = row["ours"], row.get("torch")
@@ -260,7 +135,20 @@ def table(report: dict[str, Any]) -> str:
         cells = [row["model"], row["case"], f"{ours['median']:.2f} s"]
         cells += [f"{torch['median']:.2f} s", f"{row['ratio']:.2f}"] if torch else ["", ""]
         cells += [f"{side['peak_bytes'] / 1e9:.2f} GB" if side else "" for side in (ours, torch)]
-        lines.append(f"| {' | '.join(cells)} | {ours['first']:.0f} s | {100 * share:.0f} % |")
+        cells += [f"{ours['first']:.0f} s", f"{ours['first_again']:.0f} s", f"{100 * share:.0f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    if report["growth"]:
+        lines += ["", "| model | case | work | seconds | a TFLOP | first |", "|---|---|---|---|---|---|"]
+    for row in report["growth"]:
+        work = ", ".join(f"{name} {n}" for name, n in row["size"].items())
+        cells = [
+            row["model"],
+            row["case"],
+            work,
+            f"{row['median']:.2f} s",
+            f"{1e12 * row['median'] / row['flops']:.1f} s",
+        ]
+        lines.append(f"| {' | '.join(cells)} | {row['first']:.0f} s |")
     devices, *versions = report["machine"].items()
     versions = ", ".join([devices[1], *(f"{name} {version}" for name, version in versions)])
     lines.append(
@@ -280,8 +168,6 @@ def write_table(path: Path, text: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.worker:
-        return worker(args.worker, args.model[0], args.folder, args.case[0])
     check_number("--repeats ", args.repeats, whole(1, 1000))
     command.check_writable(args.out.parent, "--out")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or this program would hold all memory
@@ -294,9 +180,12 @@ def main(args: argparse.Namespace) -> None:
         "repeats": args.repeats,
         "matrix_peak": matrix_peak(),
         "rows": [],
+        "growth": [],
     }
     with tempfile.TemporaryDirectory() as folder:
-        write_models(folder, models, torch="torch" in names)
+        write_models(
+            folder, list(dict.fromkeys([*models, *(GROWTH[0][:1] if args.growth else ())])), torch="torch" in names
+        )
         with tqdm(total=len(names) * len(models) * len(cases) * (args.repeats + 1), unit="repetition") as bar:
             for model in models:
                 for case in cases:
@@ -306,6 +195,9 @@ def main(args: argparse.Namespace) -> None:
                     report["rows"].append(row)
                     args.out.write_text(json.dumps(report, indent=1) + "\n")  # what is there so far
                     tqdm.write(f"{model}, {case}: {in_words(row)}")
+        for model, case, size in tqdm(GROWTH if args.growth else [], desc="growth"):
+            report["growth"].append(grow(model, str(Path(folder, model)), case, size, args.repeats))
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     if args.table:
         write_table(args.table, table(report))
@@ -347,6 +239,5 @@ if __name__ == "__main__":
     add("--repeats", type=int, default=5, help="timed repetitions of each side, after a first")
     add("--no_torch", action="store_true", help="time our side alone")
     add("--profile", type=Path, help="a folder for jax's profiles of one more repetition of ours (for XProf)")
-    add("--worker", help=argparse.SUPPRESS)
-    add("--folder", help=argparse.SUPPRESS)
+    add("--growth", action="store_true", help="also time the emoji model with other batches, steps and K")
     command.guarded(main, parser.parse_args())

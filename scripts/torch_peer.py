@@ -77,9 +77,9 @@ def peak_memory() -> int | None:
 
 
 def make_work(
-    model: str, folder: str, case: str, size: Any, live_steps: Callable[[str, int], int], published: dict[str, str]
+    model: str, folder: str, case: str, size: Any, live_steps: Callable[[str, int, int], int], published: dict[str, str]
 ) -> Callable:
-    """A function that does the case once; `published`: {model: its id} of models without files."""
+    """A function that does a repetition of the case; `published`: {model: its id} of models without files."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     parts = random_parts(published[model]) if model in published else parts_of(EMOJI if model == "emoji" else folder)
     texts = Path(folder, "prompts.txt").read_text().splitlines()
@@ -89,10 +89,10 @@ def make_work(
     elif case.startswith("DDPO"):
         work = partial(trainer.ddpo, updates=2 if "two" in case else 1)
     else:
-        work = partial(trainer.alignprop, live_steps(case, size.steps))
+        work = None
 
-    def run():
-        work()
+    def run(repetition):
+        work() if work else trainer.alignprop(live_steps(case, size.steps, repetition))
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 

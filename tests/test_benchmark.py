@@ -23,14 +23,15 @@ pytest.importorskip("peft")
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import benchmark
+    import benchmark_work
     import torch_peer
 
-    return SimpleNamespace(benchmark=benchmark, peer=torch_peer)
+    return SimpleNamespace(benchmark=benchmark, work=benchmark_work, peer=torch_peer)
 
 
 @pytest.fixture
 def trainer(scripts):
-    size = scripts.benchmark.Size(samples=4, steps=3, per_forward=4)
+    size = scripts.work.Size(samples=4, steps=3, per_forward=4)
     parts = scripts.peer.parts_of(scripts.peer.EMOJI)(["a dog riding a bike", "a cat"])
     return scripts.peer.Trainer(*parts, size, eta=1.0)
 
@@ -78,23 +79,34 @@ REPORT = {
             "case": "sampling",
             "flops": 1e11,
             "ratio": 1.5,
-            "ours": {"median": 2.0, "first": 9.6, "peak_bytes": 10**9},
+            "ours": {"median": 2.0, "first": 9.6, "first_again": 3.0, "peak_bytes": 10**9},
             "torch": {"median": 3.0, "first": 3.1, "peak_bytes": 5 * 10**8},
         },
         {
             "model": "sd15",
             "case": "sampling",
             "flops": 1e11,
-            "ours": {"median": 2.0, "first": 9.6, "peak_bytes": 10**9},
+            "ours": {"median": 2.0, "first": 9.6, "first_again": 3.0, "peak_bytes": 10**9},
         },
+    ],
+    "growth": [
+        {"model": "emoji", "case": "sampling", "size": {"steps": 50}, "flops": 5e11, "median": 6.0, "first": 9.0}
     ],
 }
 
 
+def test_uniform_k_is_what_the_update_draws(scripts):
+    """The peer is told the K of each repetition."""
+    found = [scripts.work.live_steps("AlignProp, uniform K", 20, repetition) for repetition in range(8)]
+    assert len(set(found)) > 3 and all(1 <= k <= 20 for k in found)
+    assert [scripts.work.live_steps(case, 20) for case in ("AlignProp, K = T", "AlignProp, K = T/4")] == [20, 5]
+
+
 def test_table_literal(scripts, tmp_path):
     text = scripts.benchmark.table(REPORT)
-    assert "| emoji | sampling | 2.00 s | 3.00 s | 1.50 | 1.00 GB | 0.50 GB | 10 s | 50 % |" in text
-    assert "| sd15 | sampling | 2.00 s |  |  | 1.00 GB |  | 10 s | 50 % |" in text
+    assert "| emoji | sampling | 2.00 s | 3.00 s | 1.50 | 1.00 GB | 0.50 GB | 10 s | 3 s | 50 % |" in text
+    assert "| sd15 | sampling | 2.00 s |  |  | 1.00 GB |  | 10 s | 3 s | 50 % |" in text
+    assert "| emoji | sampling | steps 50 | 6.00 s | 12.0 s | 9 s |" in text
     assert "2 x a CPU (avx2), 2 cores, jax 0.10.2; matrix peak 100 GFLOP/s; medians of 3, 2026-01-02" in text
     path = tmp_path / "b.md"
     path.write_text("above\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nbelow\n")
@@ -111,4 +123,5 @@ def test_a_benchmark(tmp_path):
     done = subprocess.run([*line, "--out=b.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert 0 < row["ours"]["first_again"] < row["ours"]["first"]
     assert row["flops"] > 1e11 and row["ours"]["median"] > 0 and row["torch"]["peak_bytes"] > 1e8
