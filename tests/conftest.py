@@ -4,6 +4,8 @@ import gc
 import importlib
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the references run there, in float32
@@ -231,6 +233,17 @@ def make_config(tiny_settings):
 def as_flags(settings: dict) -> list[str]:
     """The same settings on a command line."""
     return [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(name, *arguments) does what python scripts/NAME.py does with them."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+
+    return run
 
 
 def policy_of(model, score) -> Policy:
