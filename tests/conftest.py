@@ -236,6 +236,20 @@ def as_flags(settings: dict) -> list[str]:
 
 
 @pytest.fixture
+def programs_once(monkeypatch):
+    """Runs of one config in this test share the first one's programs: tracing them is most of a tiny run's time."""
+    from diffexp_jax import train
+
+    made = []
+
+    def make_programs(experiment, original=train.make_programs):
+        made.extend([] if made else [original(experiment)])
+        return made[0]
+
+    monkeypatch.setattr(train, "make_programs", make_programs)
+
+
+@pytest.fixture
 def script(monkeypatch):
     """script(name, *arguments) does what python scripts/NAME.py does with them."""
 

@@ -62,6 +62,7 @@ def check_what_reads_its_run(script, method, config, workdir):
     assert plan(workdir, longer).config.grouped.to_dict() == method.defaults
 
 
+@pytest.mark.usefixtures("programs_once")
 def test_a_method(monkeypatch, make_config, script, tmp_path):
     """Group-relative advantages, and a state of its own: how many samples it has seen."""
     method = example("grouped").METHOD
