@@ -45,6 +45,7 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = seconds
     jax.devices()  # one, and so it stays
+    config.option.loadscopereorder = False  # or pytest-xdist begins with the files that have most tests
 
 
 def pytest_collection_finish():
@@ -65,7 +66,7 @@ def _forget_programs():
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: begun last, one of them would run on beside idle workers."""
-    longest = ("test_train", "test_lowering", "test_own_rewards", "test_ddpo", "test_families", "test_dry_run")
+    longest = ("test_train", "test_lowering", "test_command_line", "test_ddpo", "test_families", "test_own_rewards")
     rank = {name: i for i, name in enumerate(longest)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

@@ -23,7 +23,6 @@ from conftest import ROOT, CompileCounter, as_flags
 from PIL import Image
 from safetensors.numpy import load_file
 
-import diffexp_jax.experiment
 from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, report, train
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import read_metrics
@@ -310,12 +309,21 @@ def test_nan_stops_the_run(make_config, tmp_path, capsys, monkeypatch):
     assert contents(workdir / "checkpoints") == before and rows_of(workdir) == rows
 
 
-def test_an_update_that_is_not_finite_is_not_saved(make_config, tmp_path, monkeypatch):
-    """Loss and gradient are those of the weights before it, and finite."""
-    endless = optax.chain(optax.scale(1e38), optax.scale(1e38))
-    monkeypatch.setattr(diffexp_jax.experiment, "make_optimizer", lambda optim: endless)
-    with pytest.raises(FloatingPointError, match="iteration 1: loss -?0.* of the LoRA (inf|nan): stopped"):
-        train.run(make_config("alignprop", PLAIN | {"checkpoint.every": 1}), tmp_path)
+@pytest.mark.parametrize("finished", ["alignprop"], indirect=True)
+def test_an_update_that_is_not_finite_is_not_saved(finished, tmp_path, monkeypatch):
+    """Loss and gradient are those of the weights before it, and finite; what Adam remembers of the past is endless."""
+    init = finished.programs.algorithm.init
+
+    def begin(lora):
+        state = init(lora)
+        endless = jax.tree.map(lambda x: np.full_like(x, 3e38), lora)
+        return state.replace(opt_state=optax.tree.set(state.opt_state, mu=endless))
+
+    algorithm = finished.programs.algorithm._replace(init=begin)
+    programs = finished.programs._replace(algorithm=algorithm)
+    monkeypatch.setattr(train, "make_programs", lambda experiment: programs)
+    with pytest.raises(FloatingPointError, match="iteration 1: loss -?[0-9].* of the LoRA (inf|nan): stopped"):
+        train.run(finished.config, tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"0"}
     assert checkpoint.newest_lora(tmp_path)[0] == 0 and rows_of(tmp_path)[-1]["iteration"] == 0
 
