@@ -3,7 +3,7 @@
 import json
 import os
 import runpy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def cpu_devices(config: ConfigDict) -> int:
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
-def default_config(sections: Iterable[str] = ()) -> ConfigDict:
+def default_config(sections: Collection[str] = ()) -> ConfigDict:
     """Every setting with its default, of configs/base.py.
 
     Args:
@@ -195,8 +195,9 @@ def default_config(sections: Iterable[str] = ()) -> ConfigDict:
     if not path.is_file():
         raise InputError(f"{path}: the file is missing; wants the package beside configs/, as in its repository")
     config = runpy.run_path(str(path))["default"]()
-    for name in METHODS.keys() & set(sections) - set(config):
-        config[name] = dict(METHODS[name].defaults)
+    for name, method in METHODS.items():
+        if name in sections and name not in config:
+            config[name] = dict(method.defaults)
     return config
 
 
