@@ -3,7 +3,7 @@
 import json
 import os
 import runpy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,11 @@ def cpu_devices(config: ConfigDict) -> int:
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
-def default_config() -> ConfigDict:
+def default_config(sections: Collection[str] = ()) -> ConfigDict:
     """Every setting with its default, of configs/base.py.
+
+    Args:
+      sections: of a config; those of methods that configs/base.py does not know are added, with the method's defaults.
 
     Raises:
       InputError: the package was installed without it.
@@ -191,7 +194,11 @@ def default_config() -> ConfigDict:
     path = Path(__file__).parents[1] / "configs" / "base.py"
     if not path.is_file():
         raise InputError(f"{path}: the file is missing; wants the package beside configs/, as in its repository")
-    return runpy.run_path(str(path))["default"]()
+    config = runpy.run_path(str(path))["default"]()
+    for name, method in METHODS.items():
+        if name in sections and name not in config:
+            config[name] = dict(method.defaults)
+    return config
 
 
 def read_config(path: Path) -> tuple[ConfigDict, list[str]]:
@@ -200,8 +207,9 @@ def read_config(path: Path) -> tuple[ConfigDict, list[str]]:
     Raises:
       InputError: the file is missing, is no json object, or has keys or types of values that no run has.
     """
-    stored = flatten_dict(read_json(path), sep=".")
-    config = default_config()
+    content = read_json(path)
+    stored = flatten_dict(content, sep=".")
+    config = default_config([*content, str(content.get("algorithm"))])
     known = flatten_dict(config.to_dict(), sep=".")
     if unknown := sorted(stored.keys() - known.keys()):
         raise InputError(f"{path}: no run has the keys {', '.join(unknown[:6])}; is it of another version?")

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from diffexp_jax import InputError, command
 from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.sampler import model_dtype
-from diffexp_jax.settings import read_config
+from diffexp_jax.settings import method_settings, read_config
 
 # What a continued run may change: what it reports, and how its work is split, which moves nothing but last bits.
 _FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "cpu_devices")
@@ -44,6 +44,7 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
     command.check_writable(workdir, "workdir")
     config = config.copy_and_resolve_references()
     config.unlock()
+    config[config.algorithm] = method_settings(config)
     path = workdir / "config.json"
     if not (path.exists() and any((workdir / "checkpoints").glob("[0-9]*"))):  # nothing of a run is there to lose
         return Plan(_complete(config, config, config.model.dtype), [])

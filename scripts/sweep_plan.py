@@ -102,7 +102,7 @@ def settings_that_matter(config: ConfigDict) -> dict[str, Any]:
 
     A key that a later version adds with a default does not turn a run into another one.
     """
-    usual, ours = (flatten_dict(c.to_dict(), sep=".") for c in (default_config(), config))
+    usual, ours = (flatten_dict(c.to_dict(), sep=".") for c in (default_config(config), config))
     return {
         key: value
         for key, value in sorted(ours.items())

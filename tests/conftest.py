@@ -4,6 +4,8 @@ import gc
 import importlib
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the references run there, in float32
@@ -43,6 +45,7 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = seconds
     jax.devices()  # one, and so it stays
+    config.option.loadscopereorder = False  # or pytest-xdist begins with the files that have most tests
 
 
 def pytest_collection_finish():
@@ -63,7 +66,7 @@ def _forget_programs():
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: begun last, one of them would run on beside idle workers."""
-    longest = ("test_train", "test_lowering", "test_own_rewards", "test_ddpo", "test_families", "test_dry_run")
+    longest = ("test_train", "test_lowering", "test_command_line", "test_ddpo", "test_families", "test_own_rewards")
     rank = {name: i for i, name in enumerate(longest)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
@@ -231,6 +234,31 @@ def make_config(tiny_settings):
 def as_flags(settings: dict) -> list[str]:
     """The same settings on a command line."""
     return [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture
+def programs_once(monkeypatch):
+    """Runs of one config in this test share the first one's programs: tracing them is most of a tiny run's time."""
+    from diffexp_jax import train
+
+    made = []
+
+    def make_programs(experiment, original=train.make_programs):
+        made.extend([] if made else [original(experiment)])
+        return made[0]
+
+    monkeypatch.setattr(train, "make_programs", make_programs)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(name, *arguments) does what python scripts/NAME.py does with them."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+
+    return run
 
 
 def policy_of(model, score) -> Policy:

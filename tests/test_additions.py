@@ -4,6 +4,7 @@ Here the file is a module of the test's own, and the line is entered from outsid
 """
 
 import json
+import re
 import shutil
 import types
 
@@ -20,6 +21,8 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.prompts import PROMPTS
 from diffexp_jax.rewards import BUILTINS, load_reward
+from diffexp_jax.settings import read_config
+from diffexp_jax.workdir import plan
 
 PLAIN = {"eval.every": 0, "log.images": 0, "iterations": 2}
 
@@ -36,7 +39,31 @@ def example(name: str) -> types.ModuleType:
     raise LookupError(name)
 
 
-def test_a_method(monkeypatch, make_config, tmp_path):
+def check_what_reads_its_run(script, method, config, workdir):
+    """config.json has all of the method's settings: the report, a continued run, evaluate.py and sample.py read it."""
+    page = (workdir / "report.html").read_text()
+    assert re.search(r"<code>grouped.clip</code>.*?>0.5<.*?>0.0001<", page, flags=re.S), "here, and the default"
+    script("evaluate", f"--workdir={workdir}", f"--out={workdir}/eval.json")
+    script("sample", f"--lora={workdir}", "--prompt=a dog", f"--out={workdir}/sampled")
+    assert (workdir / "eval.json").exists() and list((workdir / "sampled").glob("*.png"))
+
+    longer = config.copy_and_resolve_references().unlock()
+    longer.iterations = 3
+    train.run(longer, workdir)
+    assert [row["iteration"] for row in read_metrics(workdir)] == [0, 1, 2, 3]
+    del longer["grouped"]
+    with pytest.raises(InputError, match=r"grouped.clip \(0.5 there, 0.0001 here\)"):
+        plan(workdir, longer)
+    path = workdir / "config.json"
+    content = json.loads(path.read_text())
+    del content["grouped"]  # as a run wrote that left the method's settings at their defaults
+    path.write_text(json.dumps(content))
+    assert read_config(path)[0].grouped.to_dict() == method.defaults
+    assert plan(workdir, longer).config.grouped.to_dict() == method.defaults
+
+
+@pytest.mark.usefixtures("programs_once")
+def test_a_method(monkeypatch, make_config, script, tmp_path):
     """Group-relative advantages, and a state of its own: how many samples it has seen."""
     method = example("grouped").METHOD
     monkeypatch.setitem(METHODS, "grouped", method)
@@ -59,6 +86,7 @@ def test_a_method(monkeypatch, make_config, tmp_path):
     state = experiment.algorithm().init(experiment.initial_lora())
     _, restored = Checkpoints(tmp_path / "run", keep=1).restore_newest(jax.device_get(state))
     assert restored.extra["seen"] == 16
+    check_what_reads_its_run(script, method, config, tmp_path / "run")
 
     config = config.copy_and_resolve_references()
     config["grouped"] = {"clipp": 0.5}

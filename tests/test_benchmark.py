@@ -56,6 +56,7 @@ def test_the_peer_takes_the_same_steps(trainer):
         np.testing.assert_allclose(found.transpose(0, 2, 3, 1), mean, atol=1e-3)
 
 
+@pytest.mark.slow  # its steps are compared by default
 def test_the_peer_learns(trainer):
     """Both methods change the LoRA, and nothing else; one chunk of samples makes one update."""
     frozen = [p.clone() for p in trainer.unet.parameters() if not p.requires_grad]

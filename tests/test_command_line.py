@@ -409,17 +409,6 @@ def test_a_workdir_without_a_checkpoint_is_free(make_config, workdir):
 # -------------------------------------------------------------------------------------------------------------- scripts
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """script(name, *arguments) does what python scripts/NAME.py does with them."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
-
-    return run
-
-
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -9,6 +9,7 @@ from conftest import nonzero_lora, policy_of
 
 from diffexp_jax import InputError, parallel
 from diffexp_jax.algorithms import Batch, Inputs, Policy
+from diffexp_jax.algorithms.algorithm import mean_over
 from diffexp_jax.algorithms.ddpo import METHOD, clipped_ratio_loss, ddpo, in_one_pass
 from diffexp_jax.algorithms.policy_gradient import ratio_metrics
 from diffexp_jax.experiment import Experiment
@@ -335,6 +336,20 @@ def plain_policy_gradient(samples, n_updates, inner_epochs):
         for rows in np.split(np.arange(N), n_updates):
             lora = jax.tree.map(lambda x, g: x - RATE * g, lora, gradient(lora, rows))
     return lora
+
+
+def test_a_mean_over_chunks_of_steps_traces_a_step_once():
+    """However deep the scans are: a UNet takes seconds to trace."""
+    traced = []
+
+    def step(x):
+        traced.append(x.shape)
+        return x * x, x + 1
+
+    mean, kept = jax.jit(lambda xs: mean_over(lambda chunk: mean_over(step, chunk), xs))(jnp.arange(6.0).reshape(2, 3))
+    assert traced == [()]
+    assert float(mean) == pytest.approx(55 / 6)
+    np.testing.assert_array_equal(kept, [[1, 2, 3], [4, 5, 6]])
 
 
 def test_accumulated_gradient_is_that_of_one_chunk(whole):

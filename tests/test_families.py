@@ -299,6 +299,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.slow  # test_dry_run.py counts them by default
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_parameter_of_the_published_sizes(name):
     config = families.model_config({"_class_name": name}, PUBLISHED[name])

@@ -294,6 +294,7 @@ def test_ddpo_makes_images_compressible(make_config):
     assert kilobytes["compressibility"] < kilobytes["before"] < kilobytes["incompressibility"], kilobytes
 
 
+@pytest.mark.usefixtures("programs_once")
 def test_a_failing_reward_saves_what_was_trained(make_config, tmp_path, monkeypatch, capsys):
     """The third iteration's reward fails: exit code 1, one line, the second's state saved; then the run goes on."""
     settings = PLAIN | {"reward": "python:sample_rewards:fails_once", "checkpoint.every": 4}

@@ -21,7 +21,9 @@ from test_train import assert_same_run
 from configs.paper import EXPERIMENTS
 from configs.sweeps import SWEEPS
 from diffexp_jax import InputError, command
+from diffexp_jax.algorithms import METHODS
 from diffexp_jax.metrics import read_metrics
+from diffexp_jax.settings import default_config
 
 HERE = ROOT / "scripts"
 
@@ -128,6 +130,15 @@ def test_what_makes_another_run(scripts):
     assert name(exploration__w_low=1.0) == usual and name(exploration__w_low=2.0) != usual
     assert name(iterations=61, eval__every=5) != name(iterations=60, eval__every=5) != name(eval__every=6)
     assert "-plain-" in name(exploration__enabled=False)
+
+
+def test_settings_of_a_method_from_elsewhere(scripts, monkeypatch):
+    """What configs/base.py does not know is compared with the method's own defaults."""
+    method = METHODS["ddpo"]._replace(name="mine", defaults={"clip": 1e-4, "size": 2})
+    monkeypatch.setitem(METHODS, "mine", method)
+    config = default_config()
+    config.algorithm, config.mine = "mine", {"clip": 0.5}
+    assert scripts.plan.settings_that_matter(config) == {"algorithm": "mine", "mine.clip": 0.5}
 
 
 def test_overrides(planned):

@@ -23,12 +23,12 @@ from conftest import ROOT, CompileCounter, as_flags
 from PIL import Image
 from safetensors.numpy import load_file
 
-import diffexp_jax.experiment
 from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, report, train
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines.stable_diffusion import load
+from diffexp_jax.programs import Programs
 
 ALGORITHMS = ("alignprop", "ddpo")
 # by both only among the slow tests: ddpo has more state, and the same loop
@@ -42,23 +42,30 @@ class Run(NamedTuple):
     config: object
     workdir: Path
     compiled: list[int]  # programs compiled before each iteration, and in all
+    programs: Programs
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
 def finished(request, make_config, tmp_path_factory) -> Run:
     """A whole run of four iterations: three that explore, one that does not; evaluations after 0, 3 and 4."""
     config, workdir, compiled = make_config(request.param), tmp_path_factory.mktemp(request.param) / "run", []
+    made = []
     with CompileCounter() as counter, pytest.MonkeyPatch.context() as patch:
 
         def draw_batch(*args, original=Experiment.draw_batch):
             compiled.append(counter.count)
             return original(*args)
 
+        def make_programs(*args, original=train.make_programs):
+            made.append(original(*args))
+            return made[0]
+
         patch.setattr(Experiment, "draw_batch", draw_batch)
+        patch.setattr(train, "make_programs", make_programs)
         keep_images(patch, workdir)
         train.run(config, workdir)
         compiled.append(counter.count)
-    return Run(request.param, config, workdir, compiled)
+    return Run(request.param, config, workdir, compiled, made[0])
 
 
 def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
@@ -219,7 +226,7 @@ def test_a_killed_run_continues_bit_for_bit(finished, tiny_settings, tmp_path):
     )
 
 
-def test_a_broken_checkpoint_is_set_aside(finished, tmp_path, caplog):
+def test_a_broken_checkpoint_is_set_aside(finished, tmp_path, caplog, monkeypatch):
     """The last whole one is used, it is said so, and the run ends as if nothing had happened."""
     if finished.algorithm == "alignprop":
         pytest.skip("one algorithm is enough, and ddpo's state holds more")
@@ -228,6 +235,7 @@ def test_a_broken_checkpoint_is_set_aside(finished, tmp_path, caplog):
     for path in (workdir / "checkpoints" / "4").rglob("*"):
         if path.is_file():
             os.truncate(path, path.stat().st_size // 2)
+    monkeypatch.setattr(train, "make_programs", lambda experiment: finished.programs)  # the same: compiled already
     train.run(finished.config, workdir)
     assert "checkpoint 4 is broken" in caplog.text and "checkpoints-broken/4" in caplog.text
     assert (workdir / "checkpoints-broken" / "4").is_dir()
@@ -301,12 +309,21 @@ def test_nan_stops_the_run(make_config, tmp_path, capsys, monkeypatch):
     assert contents(workdir / "checkpoints") == before and rows_of(workdir) == rows
 
 
-def test_an_update_that_is_not_finite_is_not_saved(make_config, tmp_path, monkeypatch):
-    """Loss and gradient are those of the weights before it, and finite."""
-    endless = optax.chain(optax.scale(1e38), optax.scale(1e38))
-    monkeypatch.setattr(diffexp_jax.experiment, "make_optimizer", lambda optim: endless)
-    with pytest.raises(FloatingPointError, match="iteration 1: loss -?0.* of the LoRA (inf|nan): stopped"):
-        train.run(make_config("alignprop", PLAIN | {"checkpoint.every": 1}), tmp_path)
+@pytest.mark.parametrize("finished", ["alignprop"], indirect=True)
+def test_an_update_that_is_not_finite_is_not_saved(finished, tmp_path, monkeypatch):
+    """Loss and gradient are those of the weights before it, and finite; what Adam remembers of the past is endless."""
+    init = finished.programs.algorithm.init
+
+    def begin(lora):
+        state = init(lora)
+        endless = jax.tree.map(lambda x: np.full_like(x, 3e38), lora)
+        return state.replace(opt_state=optax.tree.set(state.opt_state, mu=endless))
+
+    algorithm = finished.programs.algorithm._replace(init=begin)
+    programs = finished.programs._replace(algorithm=algorithm)
+    monkeypatch.setattr(train, "make_programs", lambda experiment: programs)
+    with pytest.raises(FloatingPointError, match="iteration 1: loss -?[0-9].* of the LoRA (inf|nan): stopped"):
+        train.run(finished.config, tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"0"}
     assert checkpoint.newest_lora(tmp_path)[0] == 0 and rows_of(tmp_path)[-1]["iteration"] == 0
 
@@ -328,7 +345,9 @@ def run_with_images(algorithm: str, workdir: str, settings: str) -> None:
 
 
 @ONE
-def test_a_run_goes_on_with_other_devices(finished, tiny_settings, tiny_model, make_config, tmp_path, capsys):
+def test_a_run_goes_on_with_other_devices(
+    finished, tiny_settings, tiny_model, make_config, tmp_path, capsys, monkeypatch
+):
     """Two iterations on four devices; then the model is moved, and the others follow here. All as on one device.
 
     Rewards and LoRA within 1e-5 of their size. Images are of bytes: a pixel may be rounded the other way. A mean reward
@@ -345,6 +364,7 @@ def test_a_run_goes_on_with_other_devices(finished, tiny_settings, tiny_model, m
     assert "4 devices" in done.stdout
     capsys.readouterr()
     moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    monkeypatch.setattr(train, "make_programs", lambda experiment: finished.programs)  # the same: compiled already
     train.run(make_config(finished.algorithm, {"model.path": str(moved)}), tmp_path / "run")
     assert capsys.readouterr().out.startswith("continuing from iteration 2\n  iterations is 4, was 2\n  exploration is")
 

@@ -202,7 +202,7 @@ SDXL = dict(
                 "up_blocks.3.resnets.2.conv_shortcut.weight": (320, 640, 1, 1),
             },
         ),
-        (
+        pytest.param(
             SDXL,
             2_567_463_684,
             1680,
@@ -211,6 +211,7 @@ SDXL = dict(
                 "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k.weight": (1280, 2048),
                 "add_embedding.linear_1.weight": (1280, 2816),
             },
+            marks=pytest.mark.slow,  # test_dry_run.py counts its parameters by default
         ),
     ],
     ids=["sd15", "sdxl"],

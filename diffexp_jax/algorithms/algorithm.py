@@ -145,6 +145,7 @@ def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any) -> tuple[Any,
     A scan that holds one x's work at a time.
     """
     length = len(jax.tree.leaves(xs)[0])
+    function = jax.jit(function, inline=True)  # traced once, for its shapes and in the scan
 
     def add(total, x):
         to_add, to_keep = function(x)
