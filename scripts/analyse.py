@@ -1,11 +1,12 @@
-r"""Compares an experiment's arms over seeds: numbers as JSON, a figure, and the documents that show them.
+r"""Compares an experiment's arms over seeds: numbers as JSON, a figure, a page, and the documents that show them.
 
 python scripts/analyse.py --experiment fig4_ddpo_pickscore --sweeps runs/sweeps --out docs/results
 python scripts/analyse.py --name mine --out results without=runs/sweeps/runs/A with=runs/sweeps/runs/B
 python scripts/analyse.py --document docs/results.md --readme README.md --out docs/results
 
 The second compares any runs: NAME=FOLDER, a run or a folder with a subfolder seedN for each; the first is the baseline.
-Documents are written from all results in --out, also without an experiment to read.
+Documents are written from all results in --out, also without an experiment to read. The page is one HTML file, with
+pictures of the runs beside which it is: SWEEPS/experiments/NAME.html, or OUT/NAME.html.
 """
 
 from diffexp_jax import command
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import results_document
 import results_figure
+import results_page
 import sweep_results
 import sweep_runs
 from sweep_runs import Experiment
@@ -38,14 +40,17 @@ def main(args: argparse.Namespace) -> None:
         if not path.is_file():
             raise InputError(f"{path}: the file is missing")
     for experiment in experiments:
-        results = sweep_results.analyse(experiment)
+        results = json.loads(json.dumps(sweep_results.analyse(experiment)))  # as it will be read
         for arm, content in results["arms"].items():
             print(f"{experiment.name} {arm}: seeds {', '.join(map(str, content['seeds']))}")
         for arm in experiment.arms.keys() - results["arms"].keys():
             print(f"{experiment.name} {arm}: no finished run, left out")
         results_figure.save(results, args.out / experiment.name)
         replace(args.out / f"{experiment.name}.json", json.dumps(results, separators=(",", ":")) + "\n")
-        print(results_document.section(json.loads(json.dumps(results))))
+        page = (args.sweeps / "experiments" if experiment.base else args.out) / f"{experiment.name}.html"
+        results_page.save(results, experiment, page)
+        print(results_document.section(results))
+        print(f"written: {page}")
     every = results_document.read_results(args.out)
     for path, write in documents.items():
         replace(path, write(path.read_text(encoding="utf-8"), every, where=str(path)))

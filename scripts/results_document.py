@@ -44,6 +44,11 @@ def cell(estimate: Sequence[float | None] | None, what: str, *, signed: bool = F
     return f"{mean}{unit}" if low is None else f"{mean} [{low}, {high}]{unit}"
 
 
+def words(sign: str) -> str:
+    """What one of SIGNS is called."""
+    return _WORDS.get(sign, sign)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Markdown."""
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
@@ -171,7 +176,7 @@ def section(results: Mapping[str, Any]) -> str:
         final_table(results, columns, [f"{prompts}: {what}" for prompts, what in columns]),
         difference_table(results),
         ratio_table(results),
-        final_table(results, signs, [_WORDS.get(sign, sign) for sign in SIGNS]),
+        final_table(results, signs, list(map(words, SIGNS))),
         share_table(results),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)

@@ -19,9 +19,7 @@ COLUMNS = 3
 
 def save(results: Mapping[str, Any], stem: Path) -> None:
     """Writes STEM.png and STEM.svg; nothing is smoothed, in no arm."""
-    panels = [("evaluation", f"eval/{prompts}/{what}", f"{what}, {prompts}") for prompts, what in measured(results)]
-    panels = [panel for panel in panels if all(panel[1] in curves for curves in every_curve(results, "evaluation"))]
-    panels.append(("training", "reward/mean", "reward/mean of the training samples"))
+    panels = panels_of(results)
     shares = share_bars(results)
     n = len(panels) + bool(shares)
     columns = min(COLUMNS, n)
@@ -40,6 +38,13 @@ def save(results: Mapping[str, Any], stem: Path) -> None:
         figure.savefig(f"{stem}.png", dpi=110, metadata={"Software": None})
         figure.savefig(f"{stem}.svg", metadata={"Date": None})  # the same file each time
         plt.close(figure)
+
+
+def panels_of(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(kind of curves, which one, title) of every panel with curves."""
+    panels = [("evaluation", f"eval/{prompts}/{what}", f"{what}, {prompts}") for prompts, what in measured(results)]
+    panels = [panel for panel in panels if all(panel[1] in curves for curves in every_curve(results, "evaluation"))]
+    return [*panels, ("training", "reward/mean", "reward/mean of the training samples")]
 
 
 def every_curve(results: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:

@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
 from diffexp_jax import InputError, command
+from diffexp_jax.report import save_grid
 
 SET, OTHER = "train", "unseen"
 QUERIES = [0, 16, 32]  # of the evaluations: iterations 0, 2 and 4 of 8 images
@@ -79,6 +81,12 @@ def sweeps(make_config, tmp_path, tiny_settings):
     base["many"] = {SET: final([0.0, 1.0, 2.0], [0.0, 0.1, 0.4])["plain"][SET]}
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "final.json").write_text(json.dumps(base))
+    for arm in ("baseline", "diffexp"):
+        for iteration in (0, 4):
+            pictures = np.full((2, 8, 8, 3), 30 * iteration, np.uint8)
+            save_grid(
+                tmp_path / "runs" / arm / "seed0" / "images" / f"{iteration:06d}.png", pictures, ["a cat", "a dog"]
+            )
     about = {"experiment": "fig4_mine", "model": "emoji", "overrides": {}, "shows": "what it shows"}
     about |= {"baseline": "baseline", "arms": {arm: f"runs/{arm}" for arm in arms}, "base": "base/final.json"}
     (tmp_path / "experiments").mkdir()
@@ -223,6 +231,9 @@ def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, s
     code, said, err = command_line("--experiment=fig4_mine", "--sweeps", sweeps, *documents)
     assert (code, err) == (0, "") and "fig4_mine other: no finished run, left out" in said
     assert sorted(path.name for path in out.iterdir()) == ["fig4_mine.json", "fig4_mine.png", "fig4_mine.svg"]
+    page = (sweeps / "experiments" / "fig4_mine.html").read_text()
+    assert "<h1>fig4_mine over seeds</h1>" in page and "5.50 [5.00, 6.00]" in page and page.count("<svg ") >= 3
+    assert page.count("data:image/") >= 3 and "before" in page  # of the pictures below
     text = document.read_text()
     row = "2 | pickscore, train | 1.00 | 5.50 [4.00, 7.00] | 5.50 [5.00, 6.00] | +0.00 [-1.00, +1.00] | "
     assert f"| [fig4_mine](#fig4_mine) | {row}at least 0.75 [0.50, 1.00] (1 of 2) |" in text

@@ -1,10 +1,10 @@
 """What people look at: image grids, curves, and pages of one file each that hold all of it.
 
 `refresh` and `save` write a run's curves.png and report.html from what is in its folder, `save_beside` a page of two
-runs. Any other page (a sweep's, say) is `save_page` of sections, see `page.py`.
+runs. Any other page (a sweep's: scripts/results_page.py) is `save_page` of sections, see `page.py`.
 """
 
-from diffexp_jax.report.beside import save_beside
+from diffexp_jax.report.beside import pictures_of_two, save_beside
 from diffexp_jax.report.curves import save_curves
 from diffexp_jax.report.grids import COMPARISONS, GRID, save_grid
 from diffexp_jax.report.page import Folded, Legend, Picture, Row, Section, Stack, Table, drawing, save_page
@@ -13,4 +13,4 @@ from diffexp_jax.report.run import REPORT, refresh, save
 
 __all__ = ["COMPARISONS", "GRID", "REPORT", "Result", "as_text", "before_and_after", "save_curves", "save_grid"]
 __all__ += ["Folded", "Legend", "Picture", "Row", "Section", "Stack", "Table", "drawing", "save_page"]
-__all__ += ["refresh", "save", "save_beside"]
+__all__ += ["pictures_of_two", "refresh", "save", "save_beside"]

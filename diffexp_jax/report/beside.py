@@ -37,6 +37,15 @@ def save_beside(workdirs: Sequence[Path], out: Path) -> None:
     save_page(out, f"{names[0]} beside {names[1]}", sections, lead=[_facts(runs, names)])
 
 
+def pictures_of_two(workdirs: Sequence[Path], names: Sequence[str]) -> list[str | Part]:
+    """The pictures of two runs side by side, as parts of a page; a run without any is said to have none.
+
+    Raises:
+      InputError: one is no run.
+    """
+    return _picture_parts([read_run(path) for path in workdirs], names)
+
+
 def names_of(workdirs: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
     parts = [path.resolve().parts for path in workdirs]
