@@ -91,8 +91,8 @@ def default() -> ml_collections.ConfigDict:
     d.advantage_clip = 5.0  # in standard deviations
     d.stats_buffer = 32  # newest rewards kept per prompt
     # "sampled": the log-probs of the sampling program. "recomputed": the same by the update program, for one more
-    # forward pass. "current": each update's own, so that there is no ratio and no clip. "auto": "sampled" in float32 on
-    # a CPU, else "recomputed" (docs/precision.md).
+    # forward pass of all but the first update's samples. "current": each update's own, so that there is no ratio and
+    # no clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/precision.md).
     d.old_log_prob = "auto"  # what the importance ratio is relative to
     # "onepass": each sample's gradient is made while it is sampled, for ddpo.updates = ddpo.inner_epochs = 1 alone: no
     # second pass of the network, no stored chains, but a gradient per sample. "twopass": after the rewards are known.

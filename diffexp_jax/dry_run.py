@@ -134,7 +134,7 @@ def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
         f"{split.per_forward} samples per forward pass ({split.chunks // split.updates} chunks to each of "
         f"{split.updates} updates), {split.samples // experiment.group} prompts x {experiment.group}",
         f"iteration   {split.samples} reward queries, UNet evaluations: "
-        + ", ".join(f"{evaluated:,} {why}" for why in passes),
+        + ", ".join(f"{round(share * evaluated):,} {why}" for why, share in passes.items()),
     ]
 
 

@@ -100,7 +100,8 @@ class Method(NamedTuple):
     `make(setup, settings)` is the algorithm.
     `check(settings, n_steps)` raises InputError for settings that cannot work although their numbers may.
     `updates(settings)` is how many optimizer updates an iteration has, each on its own share of the samples.
-    `passes(settings, full_float32)` names, in words, the passes of the network over the samples besides the gradients'.
+    `passes(settings, full_float32)` are those of the network over the samples besides the gradients', by what they are
+    for in words: the share of the samples that each goes over.
     """
 
     name: str
@@ -110,7 +111,7 @@ class Method(NamedTuple):
     make: Callable[[Setup, Mapping[str, Any]], Algorithm]
     check: Callable[[Mapping[str, Any], int], None] = lambda settings, n_steps: None
     updates: Callable[[Mapping[str, Any]], int] = lambda settings: 1
-    passes: Callable[[Mapping[str, Any], bool], tuple[str, ...]] = lambda settings, full_float32: ("to sample",)
+    passes: Callable[[Mapping[str, Any], bool], Mapping[str, float]] = lambda settings, full_float32: {"to sample": 1.0}
 
 
 def rewarded(

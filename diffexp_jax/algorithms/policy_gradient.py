@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from diffexp_jax import backend
 from diffexp_jax.algorithms.algorithm import (
@@ -77,15 +77,18 @@ def sample(policy: Policy, state: Any, frozen: Any, batch: Any, steps: Steps, *,
     return Samples(samples.trajectory, *unchunked((samples.rewards, samples.parts, samples.images)))
 
 
+class Visit(NamedTuple):
+    """What is done with a minibatch when its turn comes, see `several_updates`."""
+
+    minibatch: Int[Array, ""]  # which one
+    records: Bool[Array, ""]  # notes its log-probs, and leaves the weights as they are
+    is_own: Bool[Array, ""]  # the log-probs of this visit are the old ones: the weights are those that sampled
+
+
 def step_gradient(
-    method: PolicyGradient,
-    lora: Any,
-    frozen: Any,
-    transition: Transition,
-    context: Context,
-    recording: Bool[Array, ""] | None,
+    method: PolicyGradient, lora: Any, frozen: Any, transition: Transition, context: Context, visit: Visit | None
 ) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "B"]]:
-    """((loss, its gradient in `lora`), log-prob) of one step. While `recording` the gradient is zeros, and not made."""
+    """((loss, its gradient in `lora`), log-prob) of one step; zeros for a gradient, not made, where it only records."""
     policy = method.policy
 
     def evaluate(lora):
@@ -96,22 +99,24 @@ def step_gradient(
     (log_prob, out), pull_back = jax.vjp(evaluate, lora)
     if transition.old_log_prob is None:
         transition = transition._replace(old_log_prob=log_prob)
+    elif visit is not None:
+        transition = transition._replace(old_log_prob=jnp.where(visit.is_own, log_prob, transition.old_log_prob))
     reference = method.reference(frozen, transition, context) if method.reference else None
 
     def loss(log_prob, out):
         return method.loss(log_prob, (out, reference) if method.reference else None, transition)
 
     value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(log_prob, out)
-    if recording is None:
+    if visit is None:
         (grads,) = pull_back(slopes)
     else:
         nothing = jax.tree.map(jnp.zeros_like, lora)
-        grads = jax.lax.cond(recording, lambda: nothing, lambda: pull_back(slopes)[0])
+        grads = jax.lax.cond(visit.records, lambda: nothing, lambda: pull_back(slopes)[0])
     return (value, grads), log_prob
 
 
 def minibatch_gradient(
-    method: PolicyGradient, lora: Any, frozen: Any, minibatch: Minibatch, recording: Bool[Array, ""] | None
+    method: PolicyGradient, lora: Any, frozen: Any, minibatch: Minibatch, visit: Visit | None
 ) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "chunks T B"]]:
     """((loss, gradient), log-probs): mean over chunks, steps and devices, and each step's log-prob under `lora`."""
 
@@ -121,7 +126,7 @@ def minibatch_gradient(
         def one(xs):
             i, weight, old_log_prob, step = xs
             transition = Transition(kept.x_t(i), kept.x_tm1[i], weight, old_log_prob, step)
-            return step_gradient(method, lora, frozen, transition, kept.context, recording)
+            return step_gradient(method, lora, frozen, transition, kept.context, visit)
 
         xs = jnp.arange(len(kept.x_tm1)), chunk.weight, chunk.old_log_prob, kept.steps
         return mean_over(one, xs)
@@ -154,41 +159,38 @@ def several_updates(
       minibatches: leading axes [updates, chunks, ...]; their old log-probs are those of the sampling program.
       old_log_prob: what the ratio is relative to. "sampled": to those. "recomputed": to those of the update program,
         under the weights before the first update. XLA fuses the two programs differently, and on an accelerator that
-        alone moves log-probs by more than the clip. So a pass over the samples before the first update records them:
-        the very loop that trains, its backward pass skipped, hence the same machine code and, while the weights are
-        still the same, a ratio of exactly 1 on any backend. It costs a forward pass per sample and step, or nothing
-        where an iteration is one update, which is as "current". "current": to those of each update's own weights, so
-        the ratio is 1 and nothing is clipped: the plain policy gradient (Black et al.'s DDPO-SF).
+        alone moves log-probs by more than the clip. The first minibatch finds them in its own first update. The others
+        are visited once before it: by the very loop that trains, its backward pass skipped, hence the same machine
+        code and, while the weights are still the same, a ratio of exactly 1 on any backend. So each minibatch but the
+        first costs a forward pass more. "current": to those of each update's own weights, so the ratio is 1 and
+        nothing is clipped: the plain policy gradient (Black et al.'s DDPO-SF).
 
     Returns:
       The new weights, {"loss", "grad_norm"} of each update, log-ratios.
     """
-    n_updates = len(minibatches.weight) * epochs
-    record = old_log_prob == "recomputed" and n_updates > 1
-    if old_log_prob != "sampled" and not record:
+    n = len(minibatches.weight)
+    recomputes = old_log_prob == "recomputed" and n * epochs > 1
+    n_records = n - 1 if recomputes else 0
+    order = jnp.arange(n_records + n * epochs) - n_records  # of the updates, from 0; those before it only record
+    visits = Visit(jnp.where(order < 0, order + n, order % n), order < 0, order <= 0)
+    if old_log_prob != "sampled" and not recomputes:
         minibatches = minibatches._replace(old_log_prob=None)
 
-    def one_update(carry, minibatch):
-        weights, recording = carry
-        (loss, grads), log_prob = minibatch_gradient(method, weights[0], frozen, minibatch, recording)
-        change, new_opt_state = method.optimizer.update(grads, weights[1], weights[0])
-        new = optax.apply_updates(weights[0], change), new_opt_state
-        if record:
-            new = jax.tree.map(lambda kept, new: jnp.where(recording, kept, new), weights, new)
-        return (new, recording), ({"loss": loss, "grad_norm": optax.tree.norm(grads)}, log_prob)
-
-    def one_epoch(carry, recording):
+    def one_visit(carry, visit):
         weights, old = carry
-        (weights, _), (means, log_prob) = jax.lax.scan(
-            one_update, (weights, recording), minibatches._replace(old_log_prob=old)
-        )
-        log_ratio = jnp.zeros_like(log_prob) if old is None else log_prob - old
-        return (weights, jnp.where(recording, log_prob, old) if record else old), (means, log_ratio)
+        chosen = jax.tree.map(lambda x: x[visit.minibatch], minibatches._replace(old_log_prob=old))
+        (loss, grads), log_prob = minibatch_gradient(method, weights[0], frozen, chosen, visit if recomputes else None)
+        change, opt_state = method.optimizer.update(grads, weights[1], weights[0])
+        new, before = (optax.apply_updates(weights[0], change), opt_state), chosen.old_log_prob
+        if recomputes:
+            before = jnp.where(visit.is_own, log_prob, before)
+            old = old.at[visit.minibatch].set(before)
+            new = jax.tree.map(lambda kept, new: jnp.where(visit.records, kept, new), weights, new)
+        log_ratio = jnp.zeros_like(log_prob) if before is None else log_prob - before
+        return (new, old), ({"loss": loss, "grad_norm": optax.tree.norm(grads)}, log_ratio)
 
-    recording = jnp.arange(1 + epochs) == 0 if record else None  # the first pass only records
-    carry = weights, minibatches.old_log_prob
-    (weights, _), found = jax.lax.scan(one_epoch, carry, recording, length=epochs + record)
-    means, log_ratio = jax.tree.map(lambda x: x[int(record) :], found)
+    (weights, _), found = jax.lax.scan(one_visit, (weights, minibatches.old_log_prob), visits)
+    means, log_ratio = jax.tree.map(lambda x: x[n_records:].reshape(epochs, n, *x.shape[1:]), found)
     return weights, means, log_ratio
 
 
@@ -285,6 +287,8 @@ def keywords(setup: Setup, settings: Mapping[str, Any]) -> dict[str, Any]:
     return rest | resolved | {"n_chunks": setup.n_chunks, "n_prompts": setup.n_prompts}
 
 
-def passes(settings: Mapping[str, Any], full_float32: bool) -> tuple[str, ...]:
-    again = has_several_updates(settings) and resolved_old_log_prob(settings, full_float32) == "recomputed"
-    return ("to sample", "for the old log-probs") if again else ("to sample",)
+def passes(settings: Mapping[str, Any], full_float32: bool) -> dict[str, float]:
+    """See `Method.passes`: all but the first minibatch are recorded."""
+    recomputed = resolved_old_log_prob(settings, full_float32) == "recomputed"
+    again = 1.0 - 1.0 / settings["updates"] if recomputed else 0.0
+    return {"to sample": 1.0} | ({"for the old log-probs": again} if again else {})
