@@ -76,6 +76,16 @@ class MetricsWriter:
             self._wandb.log(finite, step=iteration)
 
 
+def check_finite(iteration: int, values: Mapping[str, float], workdir: Path) -> None:
+    """Raises FloatingPointError where an iteration's loss, gradient or LoRA is not finite."""
+    loss, gradient, lora = (values[name] for name in ("loss", "grad_norm", "lora_norm"))
+    if not all(map(math.isfinite, (loss, gradient, lora))):
+        raise FloatingPointError(
+            f"iteration {iteration}: loss {loss}, norm of the gradient {gradient}, of the LoRA {lora}: stopped; the "
+            f"last checkpoint is untouched in {workdir / 'checkpoints'}"
+        )
+
+
 def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:
     """A run of Weights & Biases; one that is continued has the id that it had before (WORKDIR/wandb-id.txt)."""
     os.environ.setdefault("WANDB_SILENT", "true")

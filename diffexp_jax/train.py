@@ -29,7 +29,7 @@ from diffexp_jax.checkpoint import Checkpoints
 from diffexp_jax.dry_run import dry_run
 from diffexp_jax.evaluation import evaluate_all, fixed_samples
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.metrics import MetricsWriter, read_metrics
+from diffexp_jax.metrics import MetricsWriter, check_finite, read_metrics
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.programs import Programs, make_programs, make_scorers
 from diffexp_jax.sampling import Steps
@@ -70,12 +70,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
         state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
-        if not parallel.is_first():
-            return
-        save_lora(workdir / LORA_FILE, parallel.first(state.lora), alpha=config.lora.alpha)
-        report.save(workdir)
-        results = report.before_and_after(read_metrics(workdir))
-        print(f"{report.as_text(results)}look at {workdir / 'report.html'} and {workdir / 'images'}")
+        if parallel.is_first():
+            save_lora(workdir / LORA_FILE, parallel.first(state.lora), alpha=config.lora.alpha)
+            report.save(workdir)
+            results = report.before_and_after(read_metrics(workdir))
+            print(f"{report.as_text(results)}look at {workdir / 'report.html'} and {workdir / 'images'}")
 
 
 def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
@@ -99,10 +98,8 @@ def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
 
 def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: MetricsWriter) -> Any:
     """The iterations from `start` on, and what is due after each; the last state."""
-    end, seconds = run.config.iterations, []
-    bar = tqdm(
-        range(start, end), initial=start, total=end, unit="it", desc="fine-tuning", disable=not parallel.is_first()
-    )
+    end, seconds, others = run.config.iterations, [], not parallel.is_first()
+    bar = tqdm(range(start, end), initial=start, total=end, unit="it", desc="fine-tuning", disable=others)
     for it in bar:
         try:
             state, values = iterate(run, state, it)
@@ -122,8 +119,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
             writer.write(it + 1, values)
         if (it + 1) % run.config.checkpoint.every == 0 or it + 1 == end:
             checkpoints.save(it + 1, parallel.first(state))
-            if parallel.is_first():
-                report.refresh(run.workdir)
+            others or report.refresh(run.workdir)
     return state
 
 
@@ -142,11 +138,7 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
     key = parallel.replicate(parallel.stream(run.config.seed, "update", it))
     state, metrics = run.programs.update(state, run.frozen, Inputs(batch, steps, key, samples))
     values: dict[str, Any] = {name: float(value) for name, value in parallel.first(metrics).items()}
-    if not np.isfinite([values["loss"], values["grad_norm"], values["lora_norm"]]).all():  # the same on all hosts
-        raise FloatingPointError(
-            f"iteration {it + 1}: loss {values['loss']}, norm of the gradient {values['grad_norm']}, of the LoRA "
-            f"{values['lora_norm']}: stopped; the last checkpoint is untouched in {run.workdir / 'checkpoints'}"
-        )
+    parallel.together(lambda: check_finite(it + 1, values, run.workdir))
     values["reward_queries"] = (it + 1) * run.experiment.split.samples
     values["unet_evaluations"] = 2 * run.config.sampling.steps * values["reward_queries"]  # both halves of the guidance
     return state, values | {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
@@ -195,9 +187,7 @@ def main(argv: list[str]) -> None:
     if _DRY_RUN.value:
         backend.set_cpu_devices(cpu_devices(config))
         return dry_run(config)
-    hosts = config.hosts
-    timeouts = {"initialization_timeout": hosts.initialization_timeout, "heartbeat_timeout": hosts.heartbeat_timeout}
-    with parallel.joined(hosts.coordinator, hosts.number, hosts.index, **timeouts):
+    with parallel.joined(parallel.HostSettings(**config.hosts)):
         backend.set_cpu_devices(cpu_devices(config))
         run(config, Path(_WORKDIR.value))
 

@@ -49,7 +49,7 @@ def as_host(case: str) -> None:
 
     def work() -> None:
         index = int(os.environ["JAX_PROCESS_ID"])
-        with parallel.joined(None, None, None, initialization_timeout=60, heartbeat_timeout=4):
+        with parallel.joined(parallel.HostSettings(None, None, None, 60, 4)):
             if case == "normal":
                 assert parallel.agree(3 - index) == 3
                 assert parallel.from_first(lambda: {"x": np.arange(3.0), "host": index})["host"] == 0

@@ -268,20 +268,24 @@ def test_a_host_that_goes_while_training_ends_the_others_and_the_run_goes_on(vic
     assert [row["iteration"] for row in rows_of(tmp_path / "run")] == list(range(saved + 3))
 
 
-def test_hosts_that_are_asked_for_wrongly(tmp_path, tiny_settings):
-    """One line, before anything is loaded."""
-    for settings, said in (
-        ({"hosts.number": 2}, "hosts.coordinator, hosts.index: missing"),
-        ({"hosts.number": 2, "hosts.index": 2, "hosts.coordinator": "a:1"}, "hosts.index=2: wants 0 to 1"),
-        ({"hosts.number": 2, "hosts.index": 0, "hosts.coordinator": "a"}, "hosts.coordinator='a': wants HOST:PORT"),
-    ):
-        with pytest.raises(InputError, match=said):
-            with parallel.joined(
-                settings.get("hosts.coordinator"),
-                settings["hosts.number"],
-                settings.get("hosts.index"),
-                initialization_timeout=1,
-                heartbeat_timeout=1,
-            ):
-                pass
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ((None, 2, None), "hosts.coordinator, hosts.index: missing; several hosts want"),
+        (("a:1", 2, 2), "hosts.index=2: wants 0 to 1, as hosts.number=2"),
+        (("a", 2, 0), "hosts.coordinator='a': wants HOST:PORT"),
+    ],
+)
+def test_hosts_that_are_asked_for_wrongly(asked, said):
+    with pytest.raises(InputError, match=said), parallel.joined(parallel.HostSettings(*asked, 1, 1)):
+        pass
     assert parallel.number_of_hosts() == 1 and parallel.is_first()
+
+
+def test_the_environment_says_who_is_who(monkeypatch):
+    monkeypatch.setenv("JAX_PROCESS_ID", "first")
+    with pytest.raises(InputError, match="JAX_PROCESS_ID=first: wants a whole number"):
+        parallel.joined(parallel.HostSettings("a:1", 2, None, 1, 1)).__enter__()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    with parallel.joined(parallel.HostSettings("a:1", None, 0, 1, 1)):  # one host: nothing is waited for
+        assert parallel.agree(7) == 7 and parallel.from_each(lambda: 3) == [3]

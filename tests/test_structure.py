@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from configs import alignprop, base, ddpo
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.parallel import HostSettings
 from diffexp_jax.sampler import Exploration
 
 PACKAGE = ROOT / "diffexp_jax"
@@ -191,6 +192,7 @@ def settings_of_method(name: str) -> set[str]:
 def test_every_setting_is_used():
     used = set().union(*map(settings_read, FILES), *map(settings_of_method, METHODS))
     used |= {f"exploration.{field}" for field in Exploration._fields}  # which the experiment takes as they are
+    used |= {f"hosts.{field}" for field in HostSettings._fields}
     assert KEYS - used == set()
 
 

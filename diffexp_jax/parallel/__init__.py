@@ -18,6 +18,7 @@ from diffexp_jax.parallel.devices import (
     unshard_local,
 )
 from diffexp_jax.parallel.hosts import (
+    HostSettings,
     agree,
     check_same,
     exchange,
@@ -34,15 +35,5 @@ from diffexp_jax.parallel.randomness import keys_of, sample_keys, stream
 
 __all__ = ["AXIS", "Split", "first", "pmap", "replicate", "sample_index", "shard", "shard_local", "split_batch"]
 __all__ += ["unshard", "unshard_local", "keys_of", "sample_keys", "stream"]
-__all__ += [
-    "agree",
-    "check_same",
-    "exchange",
-    "from_each",
-    "from_first",
-    "is_first",
-    "joined",
-    "number_of_hosts",
-    "on_first",
-]
-__all__ += ["own_share", "together"]
+__all__ += ["HostSettings", "agree", "check_same", "exchange", "from_each", "from_first", "is_first", "joined"]
+__all__ += ["number_of_hosts", "on_first", "own_share", "together"]

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -157,33 +158,30 @@ def own_share(n: int) -> slice:
 # -------------------------------------------------------------------------------------------------------------- joining
 
 
+class HostSettings(NamedTuple):
+    """What the user says of the hosts; the fields are the config's keys."""
+
+    coordinator: str | None  # HOST:PORT of the first
+    number: int | None
+    index: int | None  # of this one, from 0
+    initialization_timeout: int  # seconds within which all have to be there
+    heartbeat_timeout: int  # seconds after which one that says nothing counts as gone
+
+
 @contextlib.contextmanager
-def joined(
-    coordinator: str | None,
-    number: int | None,
-    index: int | None,
-    *,
-    initialization_timeout: int,
-    heartbeat_timeout: int,
-) -> Iterator[None]:
+def joined(settings: HostSettings) -> Iterator[None]:
     """Makes this process one of the hosts of a run for as long as the context lasts; enter it before using a device.
 
-    On TPU pods, under SLURM and under Open MPI all is found out; elsewhere the three say it, or the environment:
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. If nothing does, or there is one host, nothing happens.
-
-    Args:
-      coordinator: HOST:PORT of the first host.
-      number: of hosts.
-      index: of this one, from 0.
-      initialization_timeout: seconds within which all have to be there.
-      heartbeat_timeout: seconds after which one that says nothing counts as gone.
+    On TPU pods, under SLURM and under Open MPI all is found out; elsewhere the settings say who is who, or the
+    environment: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. If nothing does, or there is one host,
+    nothing happens.
 
     Raises:
       InputError: a part is missing or makes no sense.
     """
     global _group
-    with Watch(heartbeat_timeout) as watch:
-        if not _initialize(_asked(coordinator, number, index), watch, initialization_timeout):
+    with Watch(settings.heartbeat_timeout) as watch:
+        if not _initialize(_completed(settings), watch):
             yield
             return
         state = _jax_state()
@@ -196,7 +194,7 @@ def joined(
                     logging.set_verbosity(logging.ERROR)
                 yield
         except SystemExit as ended:  # all were asked to stop
-            if not watch.finish(heartbeat_timeout):
+            if not watch.finish(settings.heartbeat_timeout):
                 watch.leave(ended.code if isinstance(ended.code, int) else 1, "ended")
             raise
         except BaseException as error:
@@ -210,16 +208,8 @@ def joined(
             watch.finish(_LONG // 1000)
 
 
-class Asked(NamedTuple):
-    """What the user says of the hosts."""
-
-    coordinator: str | None
-    number: int | None
-    index: int | None
-
-
-def _asked(coordinator: str | None, number: int | None, index: int | None) -> Asked:
-    """The settings, and the environment where they say nothing."""
+def _completed(settings: HostSettings) -> HostSettings:
+    """With what the environment says where the settings say nothing."""
 
     def from_environment(name: str) -> int | None:
         text = os.environ.get(name)
@@ -227,17 +217,18 @@ def _asked(coordinator: str | None, number: int | None, index: int | None) -> As
             raise InputError(f"{name}={text}: wants a whole number")
         return int(text) if text else None
 
-    asked = Asked(
-        coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None,
-        from_environment("JAX_NUM_PROCESSES") if number is None else number,
-        from_environment("JAX_PROCESS_ID") if index is None else index,
+    number, index = settings.number, settings.index
+    asked = settings._replace(
+        coordinator=settings.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None,
+        number=from_environment("JAX_NUM_PROCESSES") if number is None else number,
+        index=from_environment("JAX_PROCESS_ID") if index is None else index,
     )
-    if asked.number == 1 or asked == (None, None, None) or _cluster():
+    if asked.number == 1 or asked[:3] == (None, None, None) or _cluster():
         return asked
     if None in asked:
         missing = ", ".join(f"hosts.{name}" for name, value in asked._asdict().items() if value is None)
         raise InputError(f"{missing}: missing; several hosts want hosts.coordinator, hosts.number and hosts.index")
-    if ":" not in asked.coordinator or not asked.coordinator.rpartition(":")[2].isdigit():
+    if not re.fullmatch(r".+:\d+", asked.coordinator):
         raise InputError(f"hosts.coordinator={asked.coordinator!r}: wants HOST:PORT of the first host")
     if not 0 <= asked.index < asked.number:
         raise InputError(f"hosts.index={asked.index}: wants 0 to {asked.number - 1}, as hosts.number={asked.number}")
@@ -261,7 +252,7 @@ def _jax_state() -> Any:
     return distributed.global_state
 
 
-def _initialize(asked: Asked, watch: Watch, timeout: int) -> bool:
+def _initialize(asked: HostSettings, watch: Watch) -> bool:
     """Whether there are several hosts; if so they are all there."""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
@@ -272,10 +263,13 @@ def _initialize(asked: Asked, watch: Watch, timeout: int) -> bool:
         jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _wait_long_on_a_cpu()
+    timeout = asked.initialization_timeout
     watch.say_when_aborted(f"not all hosts of the run were there within {timeout} s (hosts.initialization_timeout)")
     try:
         jax.distributed.initialize(
-            *asked,
+            asked.coordinator,
+            asked.number,
+            asked.index,
             cluster_detection_method=cluster,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=2 * watch.timeout + 10,  # `watch` says it in a clear line, and first
