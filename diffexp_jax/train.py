@@ -99,6 +99,7 @@ def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
 def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: MetricsWriter) -> Any:
     """The iterations from `start` on, and what is due after each; the last state."""
     end, seconds, others = run.config.iterations, [], not parallel.is_first()
+    print(f"an iteration: {run.experiment.batch_in_words()}")
     bar = tqdm(range(start, end), initial=start, total=end, unit="it", desc="fine-tuning", disable=others)
     for it in bar:
         try:
