@@ -45,5 +45,6 @@ def test_the_table(capsys):
     assert lines[0].endswith("a failure every 68 hours") and "49 iterations (checkpoint.every)" in lines[1]
     shares = {int(line.split()[0]): float(line.split()[1].rstrip("%")) for line in lines[3:]}
     assert shares[49] > shares[1] and all(0 < share < 100 for share in shares.values())
+    assert "\n".join(lines) in (ROOT / "docs" / "scale.md").read_text()
     with pytest.raises(goodput.InputError, match="--save 0: wants more than 0"):
         goodput.main(goodput.argparse.Namespace(**args | {"save": 0.0}))
