@@ -94,8 +94,8 @@ def together(work: Callable[[], T]) -> T:
     if not failed:
         return result
     _group.watch.stop()  # all know, and end by themselves
-    if error is not None and (len(set(said)) == 1 or type(error).__name__ not in _ERRORS):
-        raise error
+    if error is not None and (len(set(said)) == 1 or not isinstance(error, tuple(_ERRORS.values()))):
+        raise error  # of all hosts, or a surprise: with its traceback
     index = min(failed) if error is None else _group.index
     kind, _, text = failed[index].partition(" ")
     raise _ERRORS.get(kind, HostError)(f"host {index}: {text}") from error

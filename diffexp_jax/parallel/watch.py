@@ -18,11 +18,10 @@ from typing import Any
 
 import jax
 
-from diffexp_jax import HostError, InputError, RewardError
+from diffexp_jax import HostError, InputError
 
 _ALIVE, _LEFT, _END = "diffexp/watch/alive", "diffexp/watch/left", "diffexp/watch/end"
 _GRACE = 5.0  # seconds that the first host, which holds the service, stays for the others to hear why it ends
-_OURS = (HostError, InputError, RewardError, FloatingPointError)
 _GOES_ON = "the same command continues from the last checkpoint"
 # What collectives and the coordination service say when another host is no longer there
 _LOST = re.compile("closed by peer|reset by peer|[Cc]onnection|UNAVAILABLE|heartbeat|[Bb]arrier|NCCL|[Gg]loo")
@@ -127,7 +126,8 @@ class Watch:
 
     def explained(self, error: BaseException) -> HostError | None:
         """What to say in place of a collective's error where another host has gone; None where it is no such error."""
-        if self._stopped.is_set() or isinstance(error, _OURS) or not _LOST.search(str(error)):
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError) and not isinstance(error, InputError)
+        if self._stopped.is_set() or not of_jax or not _LOST.search(str(error)):
             return None
         for _ in range(20):  # the one that raised says so within a moment
             if gone := self._gone(time.monotonic()):
