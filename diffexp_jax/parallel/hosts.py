@@ -270,7 +270,7 @@ def _initialize(asked: HostSettings, watch: Watch) -> bool:
             asked.coordinator,
             asked.number,
             asked.index,
-            cluster_detection_method=cluster,
+            cluster_detection_method=cluster or (None if found_out else "deactivate"),
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=2 * watch.timeout + 10,  # `watch` says it in a clear line, and first
             shutdown_timeout_seconds=watch.timeout,
