@@ -143,6 +143,15 @@ def default() -> ml_collections.ConfigDict:
 
     c.compilation_cache = "~/.cache/diffexp_jax"  # compiled programs are kept there for the next run; "": nowhere
 
+    # One run over several processes, one a machine or one a GPU. TPU pods, SLURM and Open MPI need none of it
+    # (docs/launch.md).
+    c.hosts = h = ml_collections.ConfigDict()
+    h.coordinator = placeholder(str)  # HOST:PORT of the first; None: JAX_COORDINATOR_ADDRESS, or as found out
+    h.number = placeholder(int)  # of processes; None: JAX_NUM_PROCESSES, or as found out; 1: it is the only one
+    h.index = placeholder(int)  # of this one, from 0; None: JAX_PROCESS_ID, or as found out
+    h.initialization_timeout = 300  # seconds within which all have to be there
+    h.heartbeat_timeout = 100  # seconds after which one that says nothing counts as gone, and the others end
+
     c.checkpoint = k = ml_collections.ConfigDict()
     k.every = 10  # iterations between checkpoints (and one at the end)
     k.keep = 2  # newest checkpoints kept

@@ -5,5 +5,9 @@ class InputError(ValueError):
     """Bad input from the user: one clear line, exit code 2."""
 
 
+class HostError(RuntimeError):
+    """Another host of the run failed, or has gone: one clear line, exit code 1."""
+
+
 class RewardError(RuntimeError):
     """A reward that runs on the host failed: one clear line, exit code 1, and what was trained is saved."""

@@ -14,15 +14,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, parallel
+
+# Every host has the whole state, so one is enough to write it, and to read it for all (`parallel.from_first`): the
+# others need not see the folder.
+_FIRST_HOST = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 class Checkpoints:
-    """The folder WORKDIR/checkpoints, one subfolder per kept iteration; a context that closes it."""
+    """The folder WORKDIR/checkpoints, one subfolder per kept iteration; a context that closes it.
+
+    Every host may make one: what is not the first's writes nothing.
+    """
 
     def __init__(self, workdir: Path, *, keep: int):
         self._folder = (workdir / "checkpoints").absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        if not parallel.is_first():
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, create=False, multiprocessing_options=_FIRST_HOST
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -32,7 +44,8 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        self._manager.close()
+        if parallel.is_first():
+            self._manager.close()
 
     def save(self, iteration: int, state: Any) -> None:
         """Writes `state` (host arrays) under a temporary name, then renames it: a kill leaves the older ones.
@@ -40,6 +53,8 @@ class Checkpoints:
         Raises:
           OSError: it could not be written (the disk is full, say); the older ones are untouched.
         """
+        if not parallel.is_first():
+            return
         try:
             with _quiet():
                 self._manager.save(iteration, args=ocp.args.StandardSave(state))
@@ -105,7 +120,7 @@ def newest_lora(workdir: Path) -> tuple[int, Any]:
 
 def _read(folder: Path, like: Any = None) -> Any:
     """One checkpoint, whatever has become of its neighbours."""
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer(multiprocessing_options=_FIRST_HOST) as reader:
         return reader.restore(folder / "default", like)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from diffexp_jax import InputError, RewardError
+from diffexp_jax import HostError, InputError, RewardError
 
 LISTS = ("eval.prompts", "eval.rewards")  # settings that a flag may give as words, separated by commas
 # What other trainers call a setting
@@ -48,7 +48,7 @@ def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> N
         main(*args)
     except InputError as error:
         fail(2, error)
-    except (FloatingPointError, RewardError, OSError) as error:  # a NaN; the disk is full, say
+    except (FloatingPointError, HostError, RewardError, OSError) as error:  # a NaN; the disk is full, say
         fail(1, error)
     except (MemoryError, RuntimeError) as error:  # jax's own is a RuntimeError
         if not is_out_of_memory(error):

@@ -130,9 +130,7 @@ def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
         f"remat {config.model.remat}, VAE slices of {config.model.vae_slice}",
         *(f"parameters  {n:>15,}  {part}" for part, n in parts.items()),
         f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {config.lora.rank}, and twice it in AdamW",
-        f"batch       {split.samples} samples = {split.devices} devices x {split.chunks} chunks x "
-        f"{split.per_forward} samples per forward pass ({split.chunks // split.updates} chunks to each of "
-        f"{split.updates} updates), {split.samples // experiment.group} prompts x {experiment.group}",
+        f"batch       {experiment.batch_in_words()}",
         f"iteration   {split.samples} reward queries, UNet evaluations: "
         + ", ".join(f"{round(share * evaluated):,} {why}" for why, share in passes.items()),
     ]

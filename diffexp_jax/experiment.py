@@ -152,6 +152,16 @@ class Experiment(NamedTuple):
         )
         return self.method.make(setup, self.settings)
 
+    def batch_in_words(self) -> str:
+        """How an iteration's samples come about."""
+        split, hosts = self.split, parallel.number_of_hosts()
+        devices = f"{split.devices} devices" + (f" of {hosts} hosts" if hosts > 1 else "")
+        return (
+            f"{split.samples} samples = {devices} x {split.chunks} chunks x {split.per_forward} samples per forward "
+            f"pass ({split.chunks // split.updates} chunks to each of {split.updates} updates), "
+            f"{split.samples // self.group} prompts x {self.group}"
+        )
+
     def explores(self, it: int) -> bool:
         """Whether iteration `it`, counted from 0, explores."""
         return self.sampler.exploration.enabled and it < self.sampler.exploration.iterations

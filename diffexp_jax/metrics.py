@@ -11,11 +11,13 @@ from typing import Any
 
 from absl import logging
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, parallel
 
 
 class MetricsWriter:
     """Appends rows to WORKDIR/metrics.jsonl, and sends them on; a context that closes what it opened.
+
+    Every host may make one: what is not the first's writes nothing.
 
     Args:
       tensorboard: also write its event files to WORKDIR/tensorboard.
@@ -28,7 +30,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, *, tensorboard: bool = False, wandb: Mapping[str, Any] | None = None):
         self._workdir, self._path = workdir, workdir / "metrics.jsonl"
         self._wants_tensorboard, self._tensorboard = tensorboard, None
-        self._wandb = None if wandb is None else _start_wandb(workdir, wandb)
+        self._wandb = _start_wandb(workdir, wandb) if wandb is not None and parallel.is_first() else None
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -44,6 +46,8 @@ class MetricsWriter:
 
         So the file reads as if nothing had happened. None: there is nothing to continue, every row goes.
         """
+        if not parallel.is_first():
+            return
         last = -1 if iteration is None else iteration
         kept = [row for row in read_metrics(self._workdir) if row["iteration"] <= last]
         missing = sorted(set(range(last + 1)) - {row["iteration"] for row in kept})
@@ -58,6 +62,8 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=last + 1)
 
     def write(self, iteration: int, values: Mapping[str, Any]) -> None:
+        if not parallel.is_first():
+            return
         row = {"iteration": iteration} | {k: v if isinstance(v, int) else float(v) for k, v in values.items()}
         with open(self._path, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -68,6 +74,16 @@ class MetricsWriter:
             self._tensorboard.flush()
         if self._wandb:
             self._wandb.log(finite, step=iteration)
+
+
+def check_finite(iteration: int, values: Mapping[str, float], workdir: Path) -> None:
+    """Raises FloatingPointError where an iteration's loss, gradient or LoRA is not finite."""
+    loss, gradient, lora = (values[name] for name in ("loss", "grad_norm", "lora_norm"))
+    if not all(map(math.isfinite, (loss, gradient, lora))):
+        raise FloatingPointError(
+            f"iteration {iteration}: loss {loss}, norm of the gradient {gradient}, of the LoRA {lora}: stopped; the "
+            f"last checkpoint is untouched in {workdir / 'checkpoints'}"
+        )
 
 
 def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:

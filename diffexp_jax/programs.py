@@ -63,7 +63,7 @@ def make_explore(experiment: Experiment) -> Callable[..., Conditioning]:
 def sample_and_score(sample: Callable, reward: Reward, n_chunks: int, per_forward: int) -> Callable[..., Samples]:
     """The mapped `Algorithm.sample` where the host scores too: it scores a chunk while the devices sample the next.
 
-    `sample` is the mapped one of a single chunk.
+    Each host scores what its own devices sampled. `sample` is the mapped one of a single chunk.
     """
     slices = [slice(i * per_forward, (i + 1) * per_forward) for i in range(n_chunks)]
     split = parallel.pmap(lambda batch: [jax.tree.map(operator.itemgetter(rows), batch) for rows in slices])
@@ -76,10 +76,11 @@ def sample_and_score(sample: Callable, reward: Reward, n_chunks: int, per_forwar
             chunks.append(sample(state, frozen, chunk, steps))
             images = to_bytes(chunks[-1].images)  # still being computed: the reward's thread waits for them
             chunks[-1] = chunks[-1]._replace(images=None)  # the bytes are enough
-            waits.append(reward.start(partial(parallel.unshard, images), parallel.unshard(chunk.tokens)))
+            waits.append(reward.start(partial(parallel.unshard_local, images), parallel.unshard_local(chunk.tokens)))
         samples = jax.block_until_ready(join(chunks))  # the reward's time limit counts from here
         del chunks  # or all would be there twice while the reward is waited for
-        on_host = jax.tree.map(lambda *x: np.concatenate(x), *[wait() for wait in waits])
+        scores = parallel.together(lambda: [wait() for wait in waits])
+        on_host = jax.tree.map(lambda *x: np.concatenate(x), *scores)
         rewards, parts = add((samples.rewards, samples.parts), parallel.shard_local(on_host))
         return samples._replace(rewards=rewards, parts=parts)
 
@@ -160,7 +161,7 @@ def make_scorer(
     What is reported: bytes in, by the reward's published path, which has no gradient. The images may differ in size.
 
     Args:
-      reward: any; one in plain Python is called with up to `batch` images of one size.
+      reward: any; one in plain Python is called with up to `batch` images of one size, on each host with its share.
       batch: images at once, over all devices (a multiple of their number). A smaller one is filled up, so that what
         the reward reads of them is compiled once for each of its sizes: for most rewards there is one.
       params: the reward's, on every device (`parallel.replicate`); None: put there now.
@@ -183,9 +184,12 @@ def make_scorer(
     def score(images, tokens):
         if not len(images):
             return {}
-        wait = start_by_size(reward, images, tokens, batch=batch)
-        scores = in_program(images, tokens)
-        total, parts = add_scores(scores, wait()) if wait else scores
+        rows = parallel.own_share(len(images))
+        wait = start_by_size(reward, images[rows], jax.tree.map(lambda x: x[rows], tokens), batch=batch)
+        total, parts = in_program(images, tokens)
+        if reward.start:
+            shares = [share for share in parallel.from_each(lambda: wait and wait()) if share]
+            total, parts = add_scores((total, parts), jax.tree.map(lambda *x: np.concatenate(x), *shares))
         return {"": total} | parts
 
     return score

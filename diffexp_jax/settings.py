@@ -16,7 +16,7 @@ from diffexp_jax.algorithms import METHODS
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.limits import Number, check_number, one_of, positive, whole
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
-from diffexp_jax.parallel import Split, split_batch
+from diffexp_jax.parallel import Split, number_of_hosts, split_batch
 from diffexp_jax.prompts.units import UNITS
 
 CHOICES = {
@@ -63,6 +63,10 @@ NUMBERS: dict[str, Number] = {
     "eval.samples_per_prompt": whole(1, 2**20),
     "log.images": whole(0, 4096),
     "log.images_every": whole(0),
+    "hosts.number": whole(1, 2**16, optional=True),
+    "hosts.index": whole(0, 2**16, optional=True),
+    "hosts.initialization_timeout": whole(1, 86400),
+    "hosts.heartbeat_timeout": whole(1, 86400),
     "checkpoint.every": whole(1),
     "checkpoint.keep": whole(1, 10**4),
 }
@@ -158,7 +162,7 @@ MOST_CPU_DEVICES = 8
 
 
 def cpu_devices(config: ConfigDict) -> int:
-    """How many devices a run makes of a CPU: `cpu_devices`, else a device per core, up to MOST_CPU_DEVICES.
+    """How many devices a run makes of this host's CPU: `cpu_devices`, else a device per core, to MOST_CPU_DEVICES.
 
     XLA keeps cores busier by a program on each than by several threads in one. Fewer where the batch does not divide,
     or where the copies of the model would fill a quarter of the memory; one for a model that is not on the disk yet.
@@ -174,7 +178,7 @@ def cpu_devices(config: ConfigDict) -> int:
     size = 0 if config.model.path == "emoji" else sum(file.stat().st_size for file in path.rglob("*.safetensors"))
     most = min(len(os.sched_getaffinity(0)), MOST_CPU_DEVICES) if size or config.model.path == "emoji" else 1
     for n in range(most, 1, -1):
-        if _divides(config, n) and 4 * n * size <= backend.host_memory():
+        if _divides(config, n * number_of_hosts()) and 4 * n * size <= backend.host_memory():
             return n
     return 1
 

@@ -29,7 +29,7 @@ from diffexp_jax.checkpoint import Checkpoints
 from diffexp_jax.dry_run import dry_run
 from diffexp_jax.evaluation import evaluate_all, fixed_samples
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.metrics import MetricsWriter, read_metrics
+from diffexp_jax.metrics import MetricsWriter, check_finite, read_metrics
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.programs import Programs, make_programs, make_scorers
 from diffexp_jax.sampling import Steps
@@ -52,27 +52,29 @@ class Run(NamedTuple):
 def run(config: ConfigDict, workdir: Path) -> None:
     """Trains from `config`, or continues what `workdir` holds; everything it makes is in `workdir`."""
     # ------------------------------------------------------------------------------------------------------- settings
-    check_config(config)
-    config, changes = workdirs.plan(workdir, config)
     if config.deterministic:
         backend.ask_for_determinism()
+    parallel.together(lambda: check_config(config))
+    config, changes = parallel.from_first(lambda: workdirs.plan(workdir, config))
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
 
     # --------------------------------------------------------------------- model, rewards, prompts, compiled programs
-    experiment = Experiment.build(config)
-    lora = experiment.initial_lora()
-    with workdirs.claim(workdir, config, experiment.identity(), describe(experiment)):
+    experiment = parallel.together(lambda: Experiment.build(config))
+    lora, identity = experiment.initial_lora(), experiment.identity()
+    parallel.check_same("model, reward or prompts", str(identity))
+    with parallel.on_first(lambda: workdirs.claim(workdir, config, identity, describe(experiment))):
         programs, frozen = make_programs(experiment), parallel.replicate(experiment.frozen)
         plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
         this = Run(config, workdir, experiment, programs, make_scorers(experiment, frozen), frozen, plain, explored)
         state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
-        save_lora(workdir / LORA_FILE, parallel.first(state.lora), alpha=config.lora.alpha)
-        report.save(workdir)
-        results = report.before_and_after(read_metrics(workdir))
-        print(f"{report.as_text(results)}look at {workdir / 'report.html'} and {workdir / 'images'}")
+        if parallel.is_first():
+            save_lora(workdir / LORA_FILE, parallel.first(state.lora), alpha=config.lora.alpha)
+            report.save(workdir)
+            results = report.before_and_after(read_metrics(workdir))
+            print(f"{report.as_text(results)}look at {workdir / 'report.html'} and {workdir / 'images'}")
 
 
 def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
@@ -83,7 +85,7 @@ def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
         Checkpoints(run.workdir, keep=config.checkpoint.keep) as checkpoints,
         MetricsWriter(run.workdir, tensorboard=log.tensorboard, wandb=wandb) as writer,
     ):
-        start, state = checkpoints.restore_newest(state) or (None, state)
+        start, state = parallel.from_first(lambda: checkpoints.restore_newest(state) or (None, state))
         writer.continue_from(start)
         state = parallel.replicate(state)
         if start is None:
@@ -96,8 +98,9 @@ def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
 
 def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: MetricsWriter) -> Any:
     """The iterations from `start` on, and what is due after each; the last state."""
-    end, seconds = run.config.iterations, []
-    bar = tqdm(range(start, end), initial=start, total=end, unit="it", desc="fine-tuning")
+    end, seconds, others = run.config.iterations, [], not parallel.is_first()
+    print(f"an iteration: {run.experiment.batch_in_words()}")
+    bar = tqdm(range(start, end), initial=start, total=end, unit="it", desc="fine-tuning", disable=others)
     for it in bar:
         try:
             state, values = iterate(run, state, it)
@@ -117,7 +120,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
             writer.write(it + 1, values)
         if (it + 1) % run.config.checkpoint.every == 0 or it + 1 == end:
             checkpoints.save(it + 1, parallel.first(state))
-            report.refresh(run.workdir)
+            others or report.refresh(run.workdir)
     return state
 
 
@@ -136,11 +139,7 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
     key = parallel.replicate(parallel.stream(run.config.seed, "update", it))
     state, metrics = run.programs.update(state, run.frozen, Inputs(batch, steps, key, samples))
     values: dict[str, Any] = {name: float(value) for name, value in parallel.first(metrics).items()}
-    if not np.isfinite([values["loss"], values["grad_norm"], values["lora_norm"]]).all():
-        raise FloatingPointError(
-            f"iteration {it + 1}: loss {values['loss']}, norm of the gradient {values['grad_norm']}, of the LoRA "
-            f"{values['lora_norm']}: stopped; the last checkpoint is untouched in {run.workdir / 'checkpoints'}"
-        )
+    parallel.together(lambda: check_finite(it + 1, values, run.workdir))
     values["reward_queries"] = (it + 1) * run.experiment.split.samples
     values["unet_evaluations"] = 2 * run.config.sampling.steps * values["reward_queries"]  # both halves of the guidance
     return state, values | {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
@@ -157,7 +156,8 @@ def evaluate_and_draw(run: Run, lora: Any, iteration: int) -> dict[str, float]:
         images, captions = fixed_samples(
             run.experiment, programs.generate, params, lora, run.plain, n=config.log.images
         )
-        report.save_grid(run.workdir / "images" / f"{iteration:06d}.png", images, captions)
+        if parallel.is_first():
+            report.save_grid(run.workdir / "images" / f"{iteration:06d}.png", images, captions)
     if not due(config.eval.every):
         return {}
     return evaluate_all(run.experiment, programs.generate, run.scorers, params, lora, run.plain)
@@ -184,8 +184,13 @@ def main(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _DRY_RUN.value):
         raise InputError("wants --config configs/NAME.py:... and --workdir DIR (or --dry_run)")
-    backend.set_cpu_devices(cpu_devices(_CONFIG.value))
-    dry_run(_CONFIG.value) if _DRY_RUN.value else run(_CONFIG.value, Path(_WORKDIR.value))
+    config = _CONFIG.value
+    if _DRY_RUN.value:
+        backend.set_cpu_devices(cpu_devices(config))
+        return dry_run(config)
+    with parallel.joined(parallel.HostSettings(**config.hosts)):
+        backend.set_cpu_devices(cpu_devices(config))
+        run(config, Path(_WORKDIR.value))
 
 
 parse_flags = partial(command.parse_flags, config=_CONFIG)

@@ -55,7 +55,7 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
     _complete(config, old, old.model.dtype)
     before, now = (_flat(c.to_dict()) for c in (old, config))
     differing = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
-    differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
+    differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1] and not key.startswith("hosts.")}
     wrong = {key: pair for key, pair in differing.items() if key not in identified and not _is_free(key)}
     if wrong:
         shown = ", ".join(f"{key} ({old} there, {new} here)" for key, (old, new) in list(wrong.items())[:6])

@@ -1,6 +1,7 @@
 """Rewards of a user's, named by sample_rewards:FUNCTION in the tests."""
 
 import itertools
+import os
 import time
 
 import jax.numpy as jnp
@@ -84,3 +85,11 @@ def fails_once(images, prompts):
 
 
 NUMBER = 3.0  # not a function
+
+
+def fails_on_a_host(images, prompts):
+    """Once, in call FAILING_CALL of the host FAILING_HOST, both of the environment."""
+    this = os.environ.get("FAILING_HOST"), int(os.environ.get("FAILING_CALL", 0))
+    if this == (os.environ.get("JAX_PROCESS_ID"), next(CALLS)):
+        raise ConnectionError("the server has gone")
+    return bright_and_long(images, prompts)

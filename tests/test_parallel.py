@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 
 from diffexp_jax import parallel
+from diffexp_jax.parallel import devices
 
 
-def test_sample_index_of_the_second_of_two_hosts(monkeypatch):
-    """Four devices, two a host: global sample g lives on device g mod 4."""
+def test_sample_index_of_one_of_two_hosts(monkeypatch):
+    """Four devices, two a host, as on a TPU pod not in order: global sample g lives on device g mod 4."""
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    np.testing.assert_array_equal(parallel.sample_index(12), [[2, 6, 10], [3, 7, 11]])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(devices, "_places", lambda: np.array([1, 3]))
+    np.testing.assert_array_equal(parallel.sample_index(12), [[1, 5, 9], [3, 7, 11]])
 
 
 @pytest.mark.parametrize("share", [0, 1])

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from configs import alignprop, base, ddpo
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.parallel import HostSettings
 from diffexp_jax.sampler import Exploration
 
 PACKAGE = ROOT / "diffexp_jax"
@@ -20,8 +21,8 @@ BELOW = {
     "limits": {"InputError"},
     "exploration": set(),
     "state": set(),
-    "parallel": {"limits", "InputError"},
-    "metrics": {"InputError"},
+    "parallel": {"parallel", "InputError", "RewardError", "HostError"},
+    "metrics": {"parallel", "InputError"},
     "image_statistics": set(),
     "comparison": set(),
     "fingerprint": set(),
@@ -51,11 +52,11 @@ BELOW = {
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
     "evaluation": {"experiment", "pipelines", "sampling", "parallel"},
     "dry_run": {"programs", "experiment", "sampler", "algorithms", "models", "flops", "parallel", "backend"},
-    "command": {"settings", "InputError", "RewardError"},
+    "command": {"settings", "InputError", "HostError", "RewardError"},
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "InputError"},
     "workdir": {"settings", "sampler", "exploration", "command", "InputError"},
-    "checkpoint": {"InputError"},
+    "checkpoint": {"parallel", "InputError"},
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}
     | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "about", "report", "command"}
     | {"InputError", "RewardError"},
@@ -191,6 +192,7 @@ def settings_of_method(name: str) -> set[str]:
 def test_every_setting_is_used():
     used = set().union(*map(settings_read, FILES), *map(settings_of_method, METHODS))
     used |= {f"exploration.{field}" for field in Exploration._fields}  # which the experiment takes as they are
+    used |= {f"hosts.{field}" for field in HostSettings._fields}
     assert KEYS - used == set()
 
 

@@ -95,7 +95,7 @@ def start_by_size(reward: Reward, images: Any, tokens: Tokens, *, batch: int) ->
     Returns:
       A function that waits for what `Reward.start` scores of all the images; None where it scores nothing.
     """
-    if not reward.start:
+    if not reward.start or not len(images):
         return None
     groups = [list(same) for _, same in itertools.groupby(range(len(images)), lambda i: images[i].shape)]
     calls = [group[i : i + batch] for group in groups for i in range(0, len(group), batch)]

@@ -1,16 +1,17 @@
-"""Devices and randomness: how one pure per-device function becomes a data-parallel program.
+"""Devices: how one pure per-device function becomes a data-parallel program, and how arrays get there and back.
 
-Global sample g lives on device g mod n. So the j-th n-th of every device's share is the same set of samples on any
-number of devices, and minibatches, noise and statistics do not depend on how many there are.
+Global sample g lives on device g mod n of the axis "data", which spans the devices of all hosts. So the j-th n-th of
+every device's share is the same set of samples on any number of devices, and minibatches, noise and statistics do not
+depend on how many there are.
 """
 
-import zlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Int
 
 from diffexp_jax import InputError
 
@@ -62,15 +63,26 @@ _put = pmap(lambda tree: tree)
 
 
 def first(tree: Any) -> Any:
-    """Device 0's copy, as numpy."""
-    return jax.device_get(jax.tree.map(lambda x: x[0], tree))
+    """The copy of this host's first device, as numpy."""
+
+    def one(x):
+        shard = min(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        return shard.data[0]  # x[0] would be a program of all devices, with a collective
+
+    return jax.device_get(jax.tree.map(one, tree))
 
 
 def sample_index(n_samples: int) -> Int[np.ndarray, "devices samples"]:
-    """The global indices of the samples of each local device."""
-    n, n_local = jax.device_count(), jax.local_device_count()
-    device = jax.process_index() * n_local + np.arange(n_local)
-    return device[:, None] + n * np.arange(n_samples // n)
+    """The global indices of the samples of each of this host's devices."""
+    n = jax.device_count()
+    devices = np.arange(n) if jax.process_count() == 1 else _places()
+    return devices[:, None] + n * np.arange(n_samples // n)
+
+
+@functools.cache
+def _places() -> Int[np.ndarray, " devices"]:
+    """Where on the axis "data" this host's devices are: on a TPU pod they need not follow each other."""
+    return np.asarray(pmap(lambda _: jax.lax.axis_index(AXIS))(np.arange(jax.local_device_count())))
 
 
 def shard(tree: Any, n_samples: int) -> Any:
@@ -82,32 +94,44 @@ def shard(tree: Any, n_samples: int) -> Any:
     return _put(jax.tree.map(lambda x: x[index], tree))
 
 
+def unshard(tree: Any) -> Any:
+    """[n_local, b, ...] of every host -> [n * b, ...] numpy on every host, in the order of the global sample index."""
+    return _in_order(first(_gather(tree)) if jax.process_count() > 1 else jax.device_get(tree))
+
+
+_gather = pmap(lambda tree: jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS), tree))
+
+
+def unshard_local(tree: Any) -> Any:
+    """This host's samples alone, in order: [n_local, b, ...] -> [n_local * b, ...] numpy."""
+    return _in_order(jax.device_get(tree))
+
+
 def shard_local(tree: Any) -> Any:
-    """The inverse of `unshard`: this host's share [n_local * b, ...] -> [n_local, b, ...] on its devices."""
+    """The inverse of `unshard_local`: [n_local * b, ...] -> [n_local, b, ...] on this host's devices."""
     n = jax.local_device_count()
     return _put(jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), tree))
 
 
-def unshard(tree: Any) -> Any:
-    """[n_local, b, ...] -> [n_local * b, ...] numpy, in the order of the global sample index."""
+def _in_order(tree: Any) -> Any:
+    """[n, b, ...] -> [b * n, ...] numpy."""
 
     def whole(x):
         return np.asarray(x).swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # -1 fails for width 0
 
-    return jax.tree.map(whole, jax.device_get(tree))
+    return jax.tree.map(whole, tree)
 
 
-def stream(seed: int, name: str, iteration: int = 0) -> PRNGKeyArray:
-    """The key of one kind of randomness at one iteration: nothing else has to be remembered to resume."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()) & 0x7FFFFFFF)
-    return jax.random.fold_in(key, iteration)
+def sum_of_bytes(data: Int[np.ndarray, " N"] | None, length: int) -> bytes:
+    """Bytes that one host has and the others get: theirs are zeros, in a sum over all devices.
+
+    Args:
+      data: uint8; None where this host has nothing to say.
+    """
+    rows = np.zeros((jax.local_device_count(), length), np.uint8)
+    if data is not None:
+        rows[0] = data
+    return first(_sum(rows)).tobytes()
 
 
-def sample_keys(key: PRNGKeyArray, n_samples: int) -> jax.Array:
-    """A key per sample of the whole batch, from its global index alone."""
-    return keys_of(key, np.arange(n_samples))
-
-
-def keys_of(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> jax.Array:
-    """A key for each of these numbers; equal numbers have the same."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+_sum = pmap(lambda x: jax.lax.psum(x, AXIS))

@@ -1,0 +1,85 @@
+"""What the processes of test_hosts.py run; they import nothing that uses a device before the hosts have met."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import app
+
+from diffexp_jax import InputError, RewardError, command, parallel, train
+
+
+def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Makes a run keep each iteration's prompts, noise, images and rewards of all hosts as FOLDER/N.npz."""
+
+    def make_programs(experiment, original=train.make_programs):
+        programs = original(experiment)
+        count = iter(range(1, 100))
+
+        def update(state, frozen, inputs):
+            batch = inputs.batch
+            images = programs.generate(frozen["model"], state.lora, batch.context, batch.key, inputs.steps)
+            found = {"prompts": batch.prompt_id, "noise": jax.vmap(jax.random.key_data)(batch.key), "images": images}
+            found |= {"conditioning": batch.context.cond.embedding}
+            if inputs.samples:
+                found["rewards"] = inputs.samples.rewards
+            found = parallel.unshard(found)
+            if parallel.is_first():
+                np.savez(folder / f"{next(count)}.npz", **found)
+            return programs.update(state, frozen, inputs)
+
+        return programs._replace(update=update)
+
+    patch.setattr(train, "make_programs", make_programs)
+
+
+def recorded(folder: str) -> None:
+    """A training run of the command line that keeps what it does: FOLDER and the flags are its arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep(patch, Path(folder))
+        app.run(lambda argv: command.guarded(train.main, argv), flags_parser=train.parse_flags)
+
+
+def as_host(case: str) -> None:
+    """What the processes of the next test do: no training, only what hosts say to each other."""
+
+    def work() -> None:
+        index = int(os.environ["JAX_PROCESS_ID"])
+        with parallel.joined(parallel.HostSettings(None, None, None, 60, 4)):
+            if case == "normal":
+                assert parallel.agree(3 - index) == 3
+                assert parallel.from_first(lambda: {"x": np.arange(3.0), "host": index})["host"] == 0
+                assert parallel.from_each(lambda: index) == [0, 1]
+                index_of_samples = parallel.sample_index(8)
+                assert parallel.unshard(index_of_samples).tolist() == list(range(8))
+                assert parallel.unshard_local(parallel.shard(np.arange(8), 8)).tolist() == list(range(index, 8, 2))
+                return
+            if case == "same":
+                parallel.check_same("prompts", f"prompts of host {index}")
+            if case == "first":
+                parallel.from_first(lambda: fail(InputError("workdir x: in use")))
+            if case in ("reward", "unexpected"):
+                error = {"reward": RewardError("reward r: is down"), "unexpected": KeyError("k")}[case]
+                parallel.together(lambda: fail(error) if index == 1 else None)
+            parallel.exchange("")
+            print("ready", flush=True)
+            print("ready", file=sys.stderr, flush=True)
+            if case == "alone" and index == 0:
+                raise OSError("disk full")
+            parallel.unshard(np.zeros((1, 1))) if case == "alone" else time.sleep(600)
+
+    command.guarded(work)
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+if __name__ == "__main__":
+    what, argument = sys.argv[1:3]
+    del sys.argv[1:3]
+    {"train": recorded, "host": as_host}[what](argument)
