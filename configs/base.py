@@ -143,7 +143,14 @@ def default() -> ml_collections.ConfigDict:
 
     c.compilation_cache = "~/.cache/diffexp_jax"  # compiled programs are kept there for the next run; "": nowhere
 
+    # SIGTERM and SIGINT (Ctrl-C) end a run after the iteration that goes on, saved. One that takes longer than this is
+    # broken off, and the state before it saved. Schedulers kill some 30 s after SIGTERM.
+    c.stop_grace = 20.0  # seconds
+
     c.checkpoint = k = ml_collections.ConfigDict()
     k.every = 10  # iterations between checkpoints (and one at the end)
     k.keep = 2  # newest checkpoints kept
+    # Besides them the one after which this metric was largest, e.g. "eval/animals/emoji_judge"; it is written when the
+    # metric is, whatever `every` says. scripts/sample.py, evaluate.py and export_lora.py take it by --checkpoint best.
+    k.best = ""  # a name of metrics.jsonl; "": none
     return c

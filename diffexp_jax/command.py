@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from diffexp_jax import InputError, RewardError
+from diffexp_jax.stopping import Stopped
 
 LISTS = ("eval.prompts", "eval.rewards")  # settings that a flag may give as words, separated by commas
 # What other trainers call a setting
@@ -38,7 +39,7 @@ _ALSO_KNOWN_AS = {
 def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> None:
     """Runs main(*args); bad input ends in one line on stderr and exit code 2, a failed run in exit code 1.
 
-    `stopped` is what Ctrl-C ends in, with exit code 130.
+    `stopped` is what Ctrl-C ends in, with exit code 130; a run that saves first says it itself (`stopping.py`).
     """
     # transformers advises at import that torch is missing: nothing here needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -54,6 +55,9 @@ def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> N
         if not is_out_of_memory(error):
             raise
         fail(1, RuntimeError(out_of_memory(error)))
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)

@@ -65,6 +65,7 @@ NUMBERS: dict[str, Number] = {
     "log.images_every": whole(0),
     "checkpoint.every": whole(1),
     "checkpoint.keep": whole(1, 10**4),
+    "stop_grace": Number(0.0, 1e6),
 }
 
 

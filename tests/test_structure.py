@@ -49,15 +49,19 @@ BELOW = {
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
     | {"fingerprint", "InputError"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
-    "evaluation": {"experiment", "pipelines", "sampling", "parallel"},
+    "evaluation": {"experiment", "pipelines", "sampling", "parallel", "limits"},
     "dry_run": {"programs", "experiment", "sampler", "algorithms", "models", "flops", "parallel", "backend"},
-    "command": {"settings", "InputError", "RewardError"},
+    "command": {"settings", "stopping", "InputError", "RewardError"},
+    "stopping": set(),
+    "progress": set(),
+    "lease": {"InputError"},
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "InputError"},
-    "workdir": {"settings", "sampler", "exploration", "command", "InputError"},
+    "workdir": {"settings", "sampler", "exploration", "command", "lease", "InputError"},
     "checkpoint": {"InputError"},
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}
     | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "about", "report", "command"}
+    | {"stopping", "lease", "progress"}
     | {"InputError", "RewardError"},
     "__init__": set(),
 }

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import diffexp_jax.experiment
-from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, report, train
+from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, progress, report, train
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import load_lora
@@ -146,7 +146,7 @@ def test_files(finished, tiny_settings):
 
 def test_lora_file_is_the_newest_checkpoint(finished, tiny_model):
     lora, scale = load_lora(finished.workdir, load(tiny_model).params["unet"])
-    iteration, saved = checkpoint.newest_lora(finished.workdir)
+    iteration, saved = checkpoint.read_lora(finished.workdir)
     assert (iteration, scale) == (4, 1.0)
     jax.tree.map(np.testing.assert_array_equal, lora, saved)
     values = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(lora)}
@@ -256,7 +256,7 @@ def test_damaged_checkpoints(damage, tmp_path, caplog):
         for path in files:
             if path.parent.name == "d":
                 path.unlink()
-    assert checkpoint.newest_lora(tmp_path)[0] == 2  # the scripts pass over it, and leave it where it is
+    assert checkpoint.read_lora(tmp_path)[0] == 2  # the scripts pass over it, and leave it where it is
     assert newest.is_dir()
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
     iteration, restored = checkpoints.restore_newest(state(0))
@@ -265,7 +265,7 @@ def test_damaged_checkpoints(damage, tmp_path, caplog):
     assert "checkpoint 3 is broken" in caplog.text
     checkpoints.save(3, state(30))  # the run goes on and gets there again
     checkpoints.close()
-    assert checkpoint.newest_lora(tmp_path)[0] == 3
+    assert checkpoint.read_lora(tmp_path)[0] == 3
 
 
 def test_checkpoints_that_do_not_fit_are_not_started_over(tmp_path, caplog):
@@ -275,7 +275,7 @@ def test_checkpoints_that_do_not_fit_are_not_started_over(tmp_path, caplog):
         checkpoints.restore_newest(state(0) | {"lora": {"to_q": {"A": np.zeros((3, 4), np.float32)}}})
     checkpoints.close()
     assert "checkpoint 1 is broken (its arrays have other shapes)" in caplog.text
-    assert checkpoint.newest_lora(tmp_path)[0] == 1  # nothing is lost
+    assert checkpoint.read_lora(tmp_path)[0] == 1  # nothing is lost
 
 
 # ------------------------------------------------------------------------------------------------------------------ NaN
@@ -308,7 +308,7 @@ def test_an_update_that_is_not_finite_is_not_saved(make_config, tmp_path, monkey
     with pytest.raises(FloatingPointError, match="iteration 1: loss -?0.* of the LoRA (inf|nan): stopped"):
         train.run(make_config("alignprop", PLAIN | {"checkpoint.every": 1}), tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"0"}
-    assert checkpoint.newest_lora(tmp_path)[0] == 0 and rows_of(tmp_path)[-1]["iteration"] == 0
+    assert checkpoint.read_lora(tmp_path)[0] == 0 and rows_of(tmp_path)[-1]["iteration"] == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- devices
@@ -375,7 +375,7 @@ def test_a_run_goes_on_with_other_devices(finished, tiny_settings, tiny_model, m
 
 
 def test_expected_time():
-    said = train.expected_time([2.0, 4.0], 40)
+    said = progress.expected_time([2.0, 4.0], 40)
     assert said.startswith(
         "iterations take about 3.0 s on this machine: about 2.0 minutes more for the 40 that are left"
     )
