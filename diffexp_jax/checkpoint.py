@@ -6,11 +6,8 @@ checkpoint is ranked by.
 """
 
 import contextlib
-import errno
 import json
-import logging as python_logging
 import math
-import os
 import shutil
 import threading
 import zlib
@@ -23,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, orbax_errors
 
 NEWEST, BEST = "newest", "best"  # which checkpoint, besides the number of an iteration
 
@@ -44,7 +41,7 @@ class Checkpoints:
         self._held: dict[str, Any] | None = None
         self._writing: int | None = None
         self._lock = threading.RLock()  # a run that is stopped within an iteration saves from another thread
-        self._quiet = _Quiet()
+        self._quiet = orbax_errors.Quiet()
         options = ocp.CheckpointManagerOptions(preservation_policy=_NewestAndBest(keep, self._scores))
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -81,6 +78,8 @@ class Checkpoints:
             self.wait()
             if iteration <= max(self._manager.all_steps(), default=-1):
                 return
+            if not self._folder.is_dir():  # orbax would make it anew
+                raise OSError(f"{self._folder}: is gone; nothing was saved of iteration {iteration}")
             state = jax.tree.map(np.array, state)
             if score is not None:
                 self._scores[iteration] = score
@@ -124,9 +123,13 @@ class Checkpoints:
         self._scores.pop(self._writing, None)
         for partial in self._folder.glob(f"{self._writing}.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
+        for folder in (self._folder, self._folder.parent):  # tensorstore makes folders that are gone anew
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        reason = orbax_errors.reason(error)
         raise OSError(
-            f"{self._folder}: the checkpoint of iteration {self._writing} could not be written ({_reason(error)}); "
-            "the older ones are untouched"
+            f"{self._folder}: the checkpoint of iteration {self._writing} could not be written ({reason}); the older "
+            "ones are untouched"
         ) from None
 
     def restore_newest(self, like: Any) -> tuple[int, Any] | None:
@@ -146,7 +149,7 @@ class Checkpoints:
                     raise InputError("its arrays have other shapes")
             except Exception as error:  # whatever a damaged file raises, an older one may still be whole
                 broken.append(step)
-                logging.warning("checkpoint %s is broken (%s)", step, _reason(error))
+                logging.warning("checkpoint %s is broken (%s)", step, orbax_errors.reason(error))
             else:
                 self._set_aside(broken)
                 return step, state
@@ -212,7 +215,7 @@ def read_lora(workdir: Path, which: str = NEWEST) -> tuple[int, Any]:
         try:
             return step, _read(folder / str(step))["lora"]
         except Exception as error:  # see Checkpoints.restore_newest
-            logging.warning("checkpoint %s is broken (%s): passed over", step, _reason(error))
+            logging.warning("checkpoint %s is broken (%s): passed over", step, orbax_errors.reason(error))
     raise InputError(f"{folder}: every checkpoint that could be used is broken")
 
 
@@ -235,6 +238,7 @@ def _read(folder: Path, like: Any = None) -> Any:
     Raises:
       InputError: arrays are not what was written. (A damaged file raises much else.)
     """
+    orbax_errors.hide_closed_loops()
     with ocp.StandardCheckpointer() as reader:
         state = reader.restore(folder / "default", like)
     written, found = _contents(folder).get("crc32"), checksums(state)
@@ -265,34 +269,6 @@ def _contents(folder: Path) -> dict[str, Any]:
     """What a checkpoint says of itself; {} where an older version wrote it."""
     file = folder / "contents" / "metadata"
     return json.loads(file.read_text()) if file.exists() else {}
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
-class _Quiet:
-    """Keeps orbax from logging a traceback for every thread that an error met; what we log ourselves is let through."""
-
-    def __init__(self):
-        self._loggers = [python_logging.getLogger(name) for name in ("absl", "root")]
-        for logger in self._loggers:
-            logger.addFilter(self._ours)
-
-    def end(self) -> None:
-        for logger in self._loggers:
-            logger.removeFilter(self._ours)
-
-    @staticmethod
-    def _ours(record: python_logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what it says, or what the system says of the disk."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-        if os.strerror(number) in str(error):
-            return os.strerror(number)
-    return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def _shapes(tree: Any) -> list:

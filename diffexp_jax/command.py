@@ -14,6 +14,7 @@ from absl import flags, logging
 from diffexp_jax import InputError, RewardError
 from diffexp_jax.stopping import Stopped
 
+_LONGEST = 1000  # characters of an error
 LISTS = ("eval.prompts", "eval.rewards")  # settings that a flag may give as words, separated by commas
 # What other trainers call a setting
 _ALSO_KNOWN_AS = {
@@ -102,9 +103,17 @@ def check_writable(folder: Path, flag: str) -> None:
 
 def fail(code: int, error: Exception) -> NoReturn:
     """One line on stderr, and the exit code."""
-    lines = str(error).strip().splitlines()
-    print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(code)
+
+
+def one_line(error: Exception) -> str:
+    """What it says: the whole of an InputError, with what a file's name or contents bring along made printable; of
+    another one the first line."""
+    text = str(error).strip()
+    text = text if isinstance(error, InputError) else text.partition("\n")[0]
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

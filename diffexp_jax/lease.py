@@ -40,6 +40,8 @@ class Lease:
 
     def check(self) -> None:
         """Raises OSError where the folder is gone, cannot be written, or another machine has taken it over."""
+        if self._error is None and not (self._folder / LOCK).exists():
+            self._error = OSError(f"workdir {self._folder}: is gone")
         if self._error is not None:
             raise self._error
 
@@ -181,7 +183,8 @@ def _write(path: Path, owner: dict[str, Any]) -> None:
         partial.write_text(json.dumps(owner) + "\n")
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _renewed(path: Path) -> float | None:
@@ -199,4 +202,5 @@ def _now(folder: Path) -> float:
         probe.write_text("now")
         return probe.stat().st_mtime
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()

@@ -131,6 +131,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
         checkpoints.check()
         if failed or (number and it + 1 < end):
             raise failed or Stopped(it + 1, number)
+        run.lease.check()
         if due:
             report.refresh(run.workdir)
     return state

@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
             grid = args.out.with_name(f"{args.out.stem}-{task.name}.png")
             columns = min(args.columns, len(captions))
             try:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
                 save_pairs(grid, pictures["base"], pictures["tuned"], [captions[i] for i in shown], columns=columns)
                 args.out.write_text(json.dumps(results, indent=2) + "\n")  # what is there so far
             except OSError as error:

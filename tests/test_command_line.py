@@ -457,6 +457,17 @@ def test_bad_input_of_sample(fails, script, tiny_model, lora, tmp_path, monkeypa
         ("final_evaluation", ["--workdir=run", "--out=run/config.json/f"], "--out run/config.json: cannot be written"),
         ("export_lora", ["--workdir=no/such", "--out=l.safetensors"], "no/such/config.json: the file is missing"),
         ("export_lora", ["--workdir=empty", "--out=l.safetensors"], "empty: no checkpoint there"),
+        (
+            "export_lora",
+            ["--workdir=run", "--checkpoint=best", "--out=l"],
+            "run: no checkpoint has a score; wants a run",
+        ),
+        (
+            "evaluate",
+            ["--workdir=run", "--checkpoint=3", "--out=e.json"],
+            "no checkpoint '3'; accepted: newest, best, 7",
+        ),
+        ("sample", ["--prompt=a dog", "--checkpoint=best", "--out=x"], "--checkpoint best: wants the workdir of a run"),
         ("export_lora", ["--workdir=run", "--out=run/config.json/l"], "--out run/config.json/l: cannot be written"),
         ("export_lora", ["--workdir=run", "--out=run"], "--out run: cannot be written"),
     ],

@@ -58,7 +58,8 @@ BELOW = {
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "InputError"},
     "workdir": {"settings", "sampler", "exploration", "command", "lease", "InputError"},
-    "checkpoint": {"InputError"},
+    "checkpoint": {"orbax_errors", "InputError"},
+    "orbax_errors": set(),
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}
     | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "about", "report", "command"}
     | {"stopping", "lease", "progress"}

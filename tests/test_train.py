@@ -374,6 +374,23 @@ def test_a_run_goes_on_with_other_devices(finished, tiny_settings, tiny_model, m
 # --------------------------------------------------------------------------------------------------------- what it says
 
 
+def test_the_best_checkpoint_is_kept(make_config, tmp_path, monkeypatch):
+    """It is saved when it is measured, though no checkpoint is due then; the scripts take it."""
+    values = dict(enumerate([1.0, 3.0, 2.0, 2.5]))
+    monkeypatch.setattr(train, "evaluate_and_draw", lambda run, lora, it: {"eval/x/judge": values[it]})
+    changes = {"checkpoint.best": "eval/x/judge", "checkpoint.every": 100, "checkpoint.keep": 1, "iterations": 3}
+    train.run(make_config("ddpo", PLAIN | changes), tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
+    assert [checkpoint.read_lora(tmp_path, which)[0] for which in ("best", "newest")] == [1, 3]
+
+
+def test_the_best_by_an_evaluation_that_there_is_not(make_config, monkeypatch):
+    experiment = Experiment.build(make_config("ddpo", {"checkpoint.best": "eval/unseen/beauty"}))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **kwargs: (None, {"pickscore": np.ones(2)}))
+    with pytest.raises(InputError, match="checkpoint.best='eval/unseen/beauty': accepted: eval/unseen/pickscore$"):
+        evaluation.evaluate_all(experiment, lambda: None, {}, None, None, experiment.sampler.steps(explore=False))
+
+
 def test_expected_time():
     said = progress.expected_time([2.0, 4.0], 40)
     assert said.startswith(
