@@ -152,7 +152,14 @@ def default() -> ml_collections.ConfigDict:
     h.initialization_timeout = 300  # seconds within which all have to be there
     h.heartbeat_timeout = 100  # seconds after which one that says nothing counts as gone, and the others end
 
+    # SIGTERM and SIGINT (Ctrl-C) end a run after the iteration that goes on, saved. One that takes longer than this is
+    # broken off, and the state before it saved. Schedulers kill some 30 s after SIGTERM.
+    c.stop_grace = 20.0  # seconds
+
     c.checkpoint = k = ml_collections.ConfigDict()
     k.every = 10  # iterations between checkpoints (and one at the end)
     k.keep = 2  # newest checkpoints kept
+    # Besides them the one after which this metric was largest, e.g. "eval/animals/emoji_judge"; it is written when the
+    # metric is, whatever `every` says. scripts/sample.py, evaluate.py and export_lora.py take it by --checkpoint best.
+    k.best = ""  # a name of metrics.jsonl; "": none
     return c

@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from diffexp_jax import HostError, InputError, RewardError
+from diffexp_jax.stopping import Stopped
 
+_LONGEST = 1000  # characters of an error
 LISTS = ("eval.prompts", "eval.rewards")  # settings that a flag may give as words, separated by commas
 # What other trainers call a setting
 _ALSO_KNOWN_AS = {
@@ -38,7 +40,7 @@ _ALSO_KNOWN_AS = {
 def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> None:
     """Runs main(*args); bad input ends in one line on stderr and exit code 2, a failed run in exit code 1.
 
-    `stopped` is what Ctrl-C ends in, with exit code 130.
+    `stopped` is what Ctrl-C ends in, with exit code 130; a run that saves first says it itself (`stopping.py`).
     """
     # transformers advises at import that torch is missing: nothing here needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -54,6 +56,9 @@ def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> N
         if not is_out_of_memory(error):
             raise
         fail(1, RuntimeError(out_of_memory(error)))
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
@@ -98,9 +103,17 @@ def check_writable(folder: Path, flag: str) -> None:
 
 def fail(code: int, error: Exception) -> NoReturn:
     """One line on stderr, and the exit code."""
-    lines = str(error).strip().splitlines()
-    print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(code)
+
+
+def one_line(error: Exception) -> str:
+    """What it says: the whole of an InputError, with what a file's name or contents bring along made printable; of
+    another one the first line."""
+    text = str(error).strip()
+    text = text if isinstance(error, InputError) else text.partition("\n")[0]
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

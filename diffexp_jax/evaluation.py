@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 
 from diffexp_jax import parallel
 from diffexp_jax.experiment import Experiment, Task
+from diffexp_jax.limits import one_of
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.sampling import Steps
 
@@ -75,7 +76,11 @@ def summary(values: Float[np.ndarray, "N"]) -> dict[str, float]:
 def evaluate_all(
     experiment: Experiment, generate: Callable, scorers: Mapping[str, Callable], params: Any, lora: Any, steps: Steps
 ) -> dict[str, float]:
-    """Mean of every reward and part over every evaluation prompt set, as eval/SET/REWARD."""
+    """Mean of every reward and part over every evaluation prompt set, as eval/SET/REWARD.
+
+    Raises:
+      InputError: the best checkpoint is to be that by another evaluation than these.
+    """
     config, means = experiment.config, {}
     for task in experiment.evals:
         _, scores = evaluate(
@@ -91,6 +96,8 @@ def evaluate_all(
             samples_per_prompt=config.eval.samples_per_prompt,
         )
         means |= {f"eval/{task.name}/{name}": float(score.mean()) for name, score in scores.items()}
+    if (best := config.checkpoint.best).startswith("eval/"):
+        one_of("checkpoint.best", best, means)
     return means
 
 

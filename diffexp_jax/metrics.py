@@ -1,9 +1,11 @@
 """metrics.jsonl: a line an iteration, always; TensorBoard and Weights & Biases on top where asked for."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +14,8 @@ from typing import Any
 from absl import logging
 
 from diffexp_jax import InputError, parallel
+
+_RECENT = 100  # rows
 
 
 class MetricsWriter:
@@ -29,6 +33,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, *, tensorboard: bool = False, wandb: Mapping[str, Any] | None = None):
         self._workdir, self._path = workdir, workdir / "metrics.jsonl"
+        self.recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)  # the newest rows, for a checkpoint to keep too
         self._wants_tensorboard, self._tensorboard = tensorboard, None
         self._wandb = _start_wandb(workdir, wandb) if wandb is not None and parallel.is_first() else None
 
@@ -41,32 +46,43 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.finish(exit_code=int(error is not None))
 
-    def continue_from(self, iteration: int | None) -> None:
-        """Drops the rows after the iteration that is continued from, and lines that a kill cut short.
+    def continue_from(self, iteration: int | None, known: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Drops the rows after the iteration that is continued from, lines that were cut short, and second ones.
 
-        So the file reads as if nothing had happened. None: there is nothing to continue, every row goes.
+        So the file reads as if nothing had happened. None: there is nothing to continue, every row goes. `known` are
+        rows that the checkpoint has: they replace what the file has lost.
         """
         if not parallel.is_first():
             return
         last = -1 if iteration is None else iteration
-        kept = [row for row in read_metrics(self._workdir) if row["iteration"] <= last]
-        missing = sorted(set(range(last + 1)) - {row["iteration"] for row in kept})
+        rows = {row["iteration"]: row for row in (*known, *read_metrics(self._workdir))}
+        kept = {it: rows[it] for it in sorted(rows) if it <= last}
+        missing = sorted(set(range(last + 1)) - kept.keys())
         if missing:
             logging.warning("%s: has no rows of the iterations %s", self._path, _as_ranges(missing))
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with open(partial, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept.values())
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self._path)
+        self.recent.extend(kept.values())
         if self._wants_tensorboard:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=last + 1)
 
     def write(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """Adds a row. It is on the disk when this returns: before any checkpoint that follows it.
+
+        Raises:
+          OSError: it could not be written, and nothing of it is left.
+        """
         if not parallel.is_first():
             return
         row = {"iteration": iteration} | {k: v if isinstance(v, int) else float(v) for k, v in values.items()}
-        with open(self._path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(self._path, (json.dumps(row) + "\n").encode())
+        self.recent.append(row)
         finite = {name: x for name, x in row.items() if name != "iteration" and math.isfinite(x)}
         if self._tensorboard:
             for name, value in finite.items():
@@ -84,6 +100,22 @@ def check_finite(iteration: int, values: Mapping[str, float], workdir: Path) -> 
             f"iteration {iteration}: loss {loss}, norm of the gradient {gradient}, of the LoRA {lora}: stopped; the "
             f"last checkpoint is untouched in {workdir / 'checkpoints'}"
         )
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Adds the line to a file, all of it or nothing: one write, taken back where the disk is full."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}); the last checkpoint is untouched") from None
 
 
 def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:

@@ -69,6 +69,7 @@ NUMBERS: dict[str, Number] = {
     "hosts.heartbeat_timeout": whole(1, 86400),
     "checkpoint.every": whole(1),
     "checkpoint.keep": whole(1, 10**4),
+    "stop_grace": Number(0.0, 1e6),
 }
 
 

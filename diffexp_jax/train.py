@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
 
 from diffexp_jax import InputError, RewardError, backend, parallel, report
 from diffexp_jax import workdir as workdirs
@@ -29,11 +27,14 @@ from diffexp_jax.checkpoint import Checkpoints
 from diffexp_jax.dry_run import dry_run
 from diffexp_jax.evaluation import evaluate_all, fixed_samples
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.metrics import MetricsWriter, check_finite, read_metrics
+from diffexp_jax.lease import Lease
+from diffexp_jax.metrics import MetricsWriter, check_finite
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.programs import Programs, make_programs, make_scorers
+from diffexp_jax.progress import Progress
 from diffexp_jax.sampling import Steps
 from diffexp_jax.settings import check_config, cpu_devices
+from diffexp_jax.stopping import Stopped, StopRequests
 
 
 class Run(NamedTuple):
@@ -47,6 +48,7 @@ class Run(NamedTuple):
     frozen: Any
     plain: Steps
     explored: Steps
+    lease: Lease | None  # of the workdir; the first host's
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -63,18 +65,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
     experiment = parallel.together(lambda: Experiment.build(config))
     lora, identity = experiment.initial_lora(), experiment.identity()
     parallel.check_same("model, reward or prompts", str(identity))
-    with parallel.on_first(lambda: workdirs.claim(workdir, config, identity, describe(experiment))):
+    with parallel.on_first(lambda: workdirs.claim(workdir, config, identity, describe(experiment))) as lease:
         programs, frozen = make_programs(experiment), parallel.replicate(experiment.frozen)
         plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
-        this = Run(config, workdir, experiment, programs, make_scorers(experiment, frozen), frozen, plain, explored)
+        scorers = make_scorers(experiment, frozen)
+        this = Run(config, workdir, experiment, programs, scorers, frozen, plain, explored, lease)
         state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
         if parallel.is_first():
             save_lora(workdir / LORA_FILE, parallel.first(state.lora), alpha=config.lora.alpha)
-            report.save(workdir)
-            results = report.before_and_after(read_metrics(workdir))
-            print(f"{report.as_text(results)}look at {workdir / 'report.html'} and {workdir / 'images'}")
+            print(report.finish(workdir))
 
 
 def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
@@ -82,45 +83,57 @@ def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
     config, log = run.config, run.config.log
     wandb = config.to_dict() if log.wandb else None
     with (
+        StopRequests(grace=config.stop_grace) as stop,
         Checkpoints(run.workdir, keep=config.checkpoint.keep) as checkpoints,
         MetricsWriter(run.workdir, tensorboard=log.tensorboard, wandb=wandb) as writer,
     ):
+        stop.last_resort = checkpoints.save_held
         start, state = parallel.from_first(lambda: checkpoints.restore_newest(state) or (None, state))
-        writer.continue_from(start)
+        writer.continue_from(start, checkpoints.rows_of(start))
         state = parallel.replicate(state)
         if start is None:
-            writer.write(0, evaluate_and_draw(run, state.lora, 0))
-            checkpoints.save(0, parallel.first(state))
+            values = evaluate_and_draw(run, state.lora, 0)
+            writer.write(0, values)
+            score = values.get(config.checkpoint.best)
+            checkpoints.save(0, parallel.first(state), rows=writer.recent, score=score)
         else:
             print("\n  ".join([f"continuing from iteration {start}", *changes]))
-        return train(run, state, start or 0, checkpoints, writer)
+        return train(run, state, start or 0, checkpoints, writer, stop)
 
 
-def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: MetricsWriter) -> Any:
-    """The iterations from `start` on, and what is due after each; the last state."""
-    end, seconds, others = run.config.iterations, [], not parallel.is_first()
+def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: MetricsWriter, stop: StopRequests) -> Any:
+    """The iterations from `start` on, and what is due after each; the last state.
+
+    Raises:
+      Stopped: a signal has asked for it; RewardError: a reward on the host failed. What was trained is saved.
+    """
+    every, end = run.config.checkpoint.every, run.config.iterations
     print(f"an iteration: {run.experiment.batch_in_words()}")
-    bar = tqdm(range(start, end), initial=start, total=end, unit="it", desc="fine-tuning", disable=others)
+    bar = Progress(start, end)
     for it in bar:
+        checkpoints.hold(it, parallel.first(state), rows=writer.recent)
         try:
             state, values = iterate(run, state, it)
         except RewardError:
-            checkpoints.save(it, parallel.first(state))
+            checkpoints.save_held()
             raise
-        bar.set_postfix_str(f"reward {values['reward/mean']:.3f}")
-        seconds.append(values["time/sample"] + values["time/train"])
-        if len(seconds) == 5 and it + 1 < end:
-            tqdm.write(expected_time(seconds[1:], end - it - 1))  # the first compiled
+        bar.show(it + 1, values)
+        failed, due = None, (it + 1) % every == 0 or it + 1 == end
         try:
             values |= evaluate_and_draw(run, state.lora, it + 1)
-        except RewardError:
-            checkpoints.save(it + 1, parallel.first(state))
-            raise
-        finally:  # without its evaluation if that failed
-            writer.write(it + 1, values)
-        if (it + 1) % run.config.checkpoint.every == 0 or it + 1 == end:
-            checkpoints.save(it + 1, parallel.first(state))
-            others or report.refresh(run.workdir)
+        except RewardError as error:
+            failed = error  # the row is without its evaluation
+        workdirs.check(run.lease)
+        writer.write(it + 1, values)
+        number, score = parallel.agree(stop.number()), values.get(run.config.checkpoint.best)
+        if due or number or failed or checkpoints.is_best(score):
+            checkpoints.save(it + 1, parallel.first(state), rows=writer.recent, score=score)
+        checkpoints.check()
+        if failed or (number and it + 1 < end):
+            raise failed or Stopped(it + 1, number)
+        workdirs.check(run.lease)
+        if due and parallel.is_first():
+            report.refresh(run.workdir)
     return state
 
 
@@ -153,23 +166,13 @@ def evaluate_and_draw(run: Run, lora: Any, iteration: int) -> dict[str, float]:
         return every and (iteration == config.iterations or iteration % every == 0)
 
     if config.log.images and due(config.log.images_every):
-        images, captions = fixed_samples(
-            run.experiment, programs.generate, params, lora, run.plain, n=config.log.images
-        )
+        n = config.log.images
+        images, captions = fixed_samples(run.experiment, programs.generate, params, lora, run.plain, n=n)
         if parallel.is_first():
             report.save_grid(run.workdir / "images" / f"{iteration:06d}.png", images, captions)
     if not due(config.eval.every):
         return {}
     return evaluate_all(run.experiment, programs.generate, run.scorers, params, lora, run.plain)
-
-
-def expected_time(seconds: list[float], iterations: int) -> str:
-    """What the first iterations say of the rest."""
-    each = float(np.mean(seconds))
-    return (
-        f"iterations take about {each:.1f} s on this machine: about {iterations * each / 60:.1f} minutes more for the "
-        f"{iterations} that are left, besides evaluations"
-    )
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -184,17 +187,13 @@ def main(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _DRY_RUN.value):
         raise InputError("wants --config configs/NAME.py:... and --workdir DIR (or --dry_run)")
-    config = _CONFIG.value
-    if _DRY_RUN.value:
+    config, hosts = _CONFIG.value, parallel.HostSettings(**_CONFIG.value.hosts)
+    with parallel.joined(hosts._replace(number=1) if _DRY_RUN.value else hosts):
         backend.set_cpu_devices(cpu_devices(config))
-        return dry_run(config)
-    with parallel.joined(parallel.HostSettings(**config.hosts)):
-        backend.set_cpu_devices(cpu_devices(config))
-        run(config, Path(_WORKDIR.value))
+        dry_run(config) if _DRY_RUN.value else run(config, Path(_WORKDIR.value))
 
 
 parse_flags = partial(command.parse_flags, config=_CONFIG)
 
 if __name__ == "__main__":
-    goes_on = "stopped; the same command continues from the last checkpoint"
-    app.run(lambda argv: command.guarded(main, argv, stopped=goes_on), flags_parser=parse_flags)
+    app.run(lambda argv: command.guarded(main, argv, stopped="stopped; nothing is lost"), flags_parser=parse_flags)

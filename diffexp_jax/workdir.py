@@ -1,10 +1,7 @@
 """The folder of a run: which runs may be in it or go on there, its config.json and identity.json, and its lock."""
 
 import contextlib
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +9,13 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, command
+from diffexp_jax import InputError, command, lease
 from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.sampler import model_dtype
 from diffexp_jax.settings import method_settings, read_config
 
 # What a continued run may change: what it reports, and how its work is split, which moves nothing but last bits.
-_FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "cpu_devices")
+_FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "cpu_devices", "stop_grace")
 _FREE += ("exploration.iterations", "batch.samples_per_forward", "model.remat", "model.vae_slice")
 # What may be called otherwise as long as it is the same: key -> its name in identity.json
 _IDENTIFIED = {"model.path": "model", "model.revision": "model", "model.variant": "model"}
@@ -48,7 +45,7 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
     path = workdir / "config.json"
     if not (path.exists() and any((workdir / "checkpoints").glob("[0-9]*"))):  # nothing of a run is there to lose
         return Plan(_complete(config, config, config.model.dtype), [])
-    with _lock(workdir):
+    with lease.hold(workdir, create=False):
         old, new_keys = read_config(path)
     identified = _IDENTIFIED if (workdir / "identity.json").is_file() else {}
     _complete(old, old, "auto")
@@ -96,26 +93,35 @@ def _flat(config: Mapping[str, Any]) -> dict[str, str]:
 @contextlib.contextmanager
 def claim(
     workdir: Path, config: ConfigDict, identity: Mapping[str, str], about: Mapping[str, Any] | None = None
-) -> Iterator[None]:
+) -> Iterator[lease.Lease]:
     """Makes the workdir this run's, for as long as the context lasts: its lock, config.json and identity.json.
+
+    The lease that it gives says whether the workdir is still there, and still this run's.
 
     `about` goes to about.json: what its report says of the run, see `about.py`.
 
     Raises:
       InputError: another program has it; it holds a run of other weights or prompts; it cannot be written.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with _lock(workdir, create=True):
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(lease.hold(workdir))
             if any((workdir / "checkpoints").glob("[0-9]*")):
                 _check_identity(workdir, config, identity)
             _write_json(workdir / "config.json", config.to_dict())
             _write_json(workdir / "identity.json", dict(identity))
             if about is not None:
                 _write_json(workdir / "about.json", about)
-            yield
-    except PermissionError as error:
-        raise InputError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None
+        except OSError as error:
+            raise InputError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None
+        yield held
+
+
+def check(held: lease.Lease | None) -> None:
+    """Raises OSError where the workdir is gone, or another run's by now; None: another host looks after it."""
+    if held:
+        held.check()
 
 
 def _check_identity(workdir: Path, config: ConfigDict, identity: Mapping[str, str]) -> None:
@@ -133,30 +139,6 @@ def _check_identity(workdir: Path, config: ConfigDict, identity: Mapping[str, st
                 f"workdir {workdir}: holds a run of another {name}: {key}={flat[key]} is {value}, and it began with "
                 f"{stored.get(name)}; take another --workdir"
             )
-
-
-@contextlib.contextmanager
-def _lock(workdir: Path, *, create: bool = False) -> Iterator[None]:
-    """Holds WORKDIR/lock. The system lets go of it when a program ends in whatever way, so none is left behind.
-
-    Raises:
-      InputError: a running program holds it.
-    """
-    path = workdir / "lock"
-    if not create and not path.exists():
-        yield
-        return
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(f"workdir {workdir}: in use by {file.read().strip() or 'another program'}") from None
-        if create:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        yield
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     if config.deterministic:
         backend.ask_for_determinism()
     prompt_sets = load_prompt_sets(config.eval.prompts)
-    iteration, lora = checkpoint.newest_lora(args.workdir)
+    iteration, lora = checkpoint.read_lora(args.workdir, args.checkpoint)
     comparison = Comparison.build(args, config, lora)
     results: dict[str, Any] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
     results["sampling"] = config.sampling.to_dict()
@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
             grid = args.out.with_name(f"{args.out.stem}-{task.name}.png")
             columns = min(args.columns, len(captions))
             try:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
                 save_pairs(grid, pictures["base"], pictures["tuned"], [captions[i] for i in shown], columns=columns)
                 args.out.write_text(json.dumps(results, indent=2) + "\n")  # what is there so far
             except OSError as error:
@@ -152,6 +153,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--workdir", type=Path, required=True, help="of the run")
+    add("--checkpoint", default=checkpoint.NEWEST, help="of the run: newest, best, or the number of an iteration")
     add("--prompts", help="built-in sets, files or prompts, separated by commas without a blank (default: the run's)")
     add("--rewards", help="rewards to report besides the run's, separated by commas (default: those that it reports)")
     add("--samples_per_prompt", type=int, default=4)

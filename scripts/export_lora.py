@@ -1,4 +1,4 @@
-"""Writes the LoRA of a run's newest checkpoint as a file that diffusers' `load_lora_weights` reads.
+"""Writes the LoRA of a run's newest or best checkpoint as a file that diffusers' `load_lora_weights` reads.
 
 python scripts/export_lora.py --workdir runs/x --out pytorch_lora_weights.safetensors
 """
@@ -17,7 +17,7 @@ from diffexp_jax.models.lora import save_lora
 
 def main(args: argparse.Namespace) -> None:
     config, _ = settings.read_config(args.workdir / "config.json")
-    iteration, lora = checkpoint.newest_lora(args.workdir)
+    iteration, lora = checkpoint.read_lora(args.workdir, args.checkpoint)
     try:
         save_lora(args.out, lora, alpha=config.lora.alpha)
     except OSError as error:
@@ -27,6 +27,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
-    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="of the run")
+    add("--checkpoint", default=checkpoint.NEWEST, help="of the run: newest, best, or the number of an iteration")
+    add("--out", type=Path, required=True, help="the .safetensors file to write")
     command.guarded(main, parser.parse_args())

@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
         backend.ask_for_determinism()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-    iteration, lora = checkpoint.newest_lora(args.workdir)
+    iteration, lora = checkpoint.read_lora(args.workdir, args.checkpoint)
     if args.base:
         iteration, lora = 0, jax.tree.map(np.zeros_like, lora)  # an update of nothing
     model = Model.build(Experiment.build(config), lora)
@@ -150,6 +150,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--workdir", type=Path, required=True, help="of the run")
+    add("--checkpoint", default=checkpoint.NEWEST, help="of the run: newest, best, or the number of an iteration")
     add("--base", action="store_true", help="the model before it was fine-tuned")
     add("--explored", action="store_true", help="also by the guidance schedule of exploration (Eq. 7), without weights")
     add("--samples_per_prompt", type=int, default=4)

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from diffexp_jax import InputError, exploration, parallel, programs, report, settings
+from diffexp_jax import InputError, checkpoint, exploration, parallel, programs, report, settings
 from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.models.lora import load_lora, scaled
@@ -76,6 +76,7 @@ def arguments() -> argparse.Namespace:
     add("--prompts", help="a built-in prompt set or a file, after the --prompt ones")
     add("--num_images", type=int, default=1, help="images of each prompt")
     add("--lora", help="a LoRA file, or the workdir of a run")
+    add("--checkpoint", help="of the run that --lora names: newest, best, or an iteration's number (default: its end)")
     add("--out", required=True, help="folder for NNNN.png, prompts.csv and grid.png")
     add("--save_npy", action="store_true", help="also write images.npy, float32 [N,H,W,3] in [0,1]")
     add("--latents", help="float32 .npy [N,h,w,c], standard normal: the noise to start from, one for each image")
@@ -109,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     sampler = Sampler.build(config)
     pipeline, rows = sampler.pipeline, np.repeat(np.arange(len(prompts)), args.num_images)
     n = len(rows)
-    lora = scaled(*load_lora(args.lora, pipeline.base)) if args.lora else None
+    lora = chosen_lora(args, config, pipeline)
     variants = make_variants(args, sampler, prompts, rows, lora)
     keys = parallel.sample_keys(parallel.stream(config.seed, "sample"), n)
     x_T = initial_latents(keys, pipeline.latent_shape) if noise is None else check_latents(args, noise, n, pipeline)
@@ -135,10 +136,22 @@ def settings_of(args: argparse.Namespace) -> ConfigDict:
     settings.check_values(config, KEYS.values(), {key: f"--{flag} " for flag, key in KEYS.items() if key in given})
     check_number("--batch ", args.batch, whole(1, 2**20))
     check_number("--num_images ", args.num_images, whole(1, 2**20))
+    if args.checkpoint and (run is None or not run.is_file()):
+        raise InputError(f"--checkpoint {args.checkpoint}: wants the workdir of a run, by --lora")
     if args.lora and not Path(args.lora).exists():
         raise InputError(f"--lora {args.lora}: no such file or folder")
     command.check_writable(Path(args.out), "--out")
     return config
+
+
+def chosen_lora(args: argparse.Namespace, config: ConfigDict, pipeline: Pipeline) -> Any:
+    """What --lora and --checkpoint name, scaled; None where that is nothing."""
+    if not args.lora:
+        return None
+    if args.checkpoint is None:
+        return scaled(*load_lora(args.lora, pipeline.base))
+    _, lora = checkpoint.read_lora(Path(args.lora), args.checkpoint)
+    return scaled(lora, config.lora.alpha / config.lora.rank)
 
 
 def chosen_prompts(args: argparse.Namespace) -> PromptSet:

@@ -149,10 +149,8 @@ def text_config(folder: Path) -> dict:
     return TOWER | ids | {"vocab_size": size, "max_position_embeddings": 32}
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
+def write_tiny_model(folder: Path) -> Path:
     """A random pipeline in diffusers' format: 8x8x4 latents, 16x16 images, prompts of 32 tokens."""
-    folder = tmp_path_factory.mktemp("tiny_model")
     write_tokenizer(folder / "tokenizer")
     text = text_config(folder / "tokenizer")
     parts = {"unet": UNET, "vae": VAE, "text_encoder": text | {"architectures": ["CLIPTextModel"]}}
@@ -168,16 +166,24 @@ def tiny_model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory) -> Path:
+def write_tiny_clip(folder: Path) -> Path:
     """A random CLIPModel on 16x16 images, for the reward pickscore:PATH."""
-    folder = tmp_path_factory.mktemp("tiny_clip")
     write_tokenizer(folder)
     config = {"text_config": text_config(folder), "vision_config": VISION, "projection_dim": 12}
     module = clip.CLIP(clip.CLIPConfig.from_dict(config))
     shapes = convert.abstract_params(module, np.zeros((1, 4), np.int32), np.zeros((1, 16, 16, 3), np.float32))
     write_part(folder, config, convert.to_torch(random_weights(shapes, seed=1)), stem="model")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    return write_tiny_clip(tmp_path_factory.mktemp("tiny_clip"))
 
 
 # --------------------------------------------------------------------------------------------------- configs, policies
@@ -188,8 +194,11 @@ UNSEEN_PROMPTS = ("a snail", "a lobster riding a bike")
 
 @pytest.fixture(scope="session")
 def tiny_settings(tmp_path_factory, tiny_model, tiny_clip) -> dict:
+    return write_tiny_settings(tmp_path_factory.mktemp("prompts"), tiny_model, tiny_clip)
+
+
+def write_tiny_settings(folder: Path, tiny_model: Path, tiny_clip: Path) -> dict:
     """{config key: value} of a run that takes seconds: 4 steps (t = 751, 501, 251, 1), 4 iterations of 8 images."""
-    folder = tmp_path_factory.mktemp("prompts")
     (folder / "train.txt").write_text("\n".join(TRAIN_PROMPTS))
     (folder / "unseen.txt").write_text("\n".join(UNSEEN_PROMPTS))
     return {

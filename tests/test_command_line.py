@@ -266,33 +266,6 @@ def test_another_failure_is_not_taken_for_it():
         command.guarded(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-import numpy as np
-from diffexp_jax import checkpoint, command
-
-def main():
-    numbers = np.random.default_rng(0).standard_normal((300, 100)).astype(np.float32)
-    with checkpoint.Checkpoints(Path(sys.argv[1]), keep=3) as checkpoints:
-        checkpoints.save(1, {"lora": numbers})
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may be longer than that from now on
-        checkpoints.save(2, {"lora": numbers + 1})
-
-command.guarded(main)
-"""
-
-
-def test_a_checkpoint_that_cannot_be_written(tmp_path):
-    """One line, the older one untouched, nothing left of the new one."""
-    done = run_program("-c", FULL, tmp_path, cwd=tmp_path)
-    said = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(said) == 1, done.stderr
-    assert "error: " in said[0] and "the checkpoint of iteration 2 could not be written (File too large)" in said[0]
-    assert checkpoint.newest_lora(tmp_path)[0] == 1
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
-
-
 @pytest.mark.parametrize(
     "code, said",
     [
@@ -473,6 +446,17 @@ def test_bad_input_of_sample(fails, script, tiny_model, lora, tmp_path, monkeypa
         ("final_evaluation", ["--workdir=run", "--out=run/config.json/f"], "--out run/config.json: cannot be written"),
         ("export_lora", ["--workdir=no/such", "--out=l.safetensors"], "no/such/config.json: the file is missing"),
         ("export_lora", ["--workdir=empty", "--out=l.safetensors"], "empty: no checkpoint there"),
+        (
+            "export_lora",
+            ["--workdir=run", "--checkpoint=best", "--out=l"],
+            "run: no checkpoint has a score; wants a run",
+        ),
+        (
+            "evaluate",
+            ["--workdir=run", "--checkpoint=3", "--out=e.json"],
+            "no checkpoint '3'; accepted: newest, best, 7",
+        ),
+        ("sample", ["--prompt=a dog", "--checkpoint=best", "--out=x"], "--checkpoint best: wants the workdir of a run"),
         ("export_lora", ["--workdir=run", "--out=run/config.json/l"], "--out run/config.json/l: cannot be written"),
         ("export_lora", ["--workdir=run", "--out=run"], "--out run: cannot be written"),
     ],
@@ -596,7 +580,13 @@ def test_sample_explores_images_or_prompts(tiny_model, scope, draws):
 def sample_settings(**flags):
     """What scripts/sample.py samples by, with these flags and no others."""
     script = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")
-    usual = dict.fromkeys(script["KEYS"]) | {"lora": None, "batch": 16, "num_images": 1, "out": "out"}
+    usual = dict.fromkeys(script["KEYS"]) | {
+        "lora": None,
+        "checkpoint": None,
+        "batch": 16,
+        "num_images": 1,
+        "out": "out",
+    }
     return script["settings_of"](Namespace(**usual | flags))
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from test_train import LORA, program, rows_of
 
 from diffexp_jax import InputError, parallel, train
-from diffexp_jax.checkpoint import newest_lora
+from diffexp_jax.checkpoint import read_lora
 
 PROCESS = str(ROOT / "tests" / "host_process.py")
 
@@ -162,7 +162,7 @@ def test_a_run_goes_on_under_another_layout(on_one, tiny_settings, tmp_path):
     for iterations, hosts, devices in ((1, 1, 4), (2, 2, 2), (3, 4, 1)):
         part = settings | {"iterations": iterations, "eval.every": 0, "log.images": 0}
         run_on(tmp_path, "ddpo", part, hosts=hosts, devices=devices)
-    loras = [newest_lora(folder / "run") for folder in (tmp_path, on_one)]
+    loras = [read_lora(folder / "run") for folder in (tmp_path, on_one)]
     assert [iteration for iteration, _ in loras] == [3, 3]
     ours, theirs = (np.concatenate([x.ravel() for x in jax.tree.leaves(lora)]) for _, lora in loras)
     assert relative(ours, theirs) < 1e-5
@@ -238,7 +238,7 @@ def test_a_reward_that_fails_on_one_host_stops_all_and_the_state_is_saved(tiny_s
     one, other = ended(start(line, hosts=2, environment={"FAILING_HOST": "1", "FAILING_CALL": "4"}))
     reason = "error: host 1: reward fails_on_a_host: ConnectionError: the server has gone"
     assert (one.code, one.said, other.code, other.said) == (1, reason, 1, reason), (one.err, other.err)
-    assert newest_lora(tmp_path / "run")[0] == 1
+    assert read_lora(tmp_path / "run")[0] == 1
     one, other = ended(start(line, hosts=2))
     assert one.code == other.code == 0, (one.err, other.err)
     assert "continuing from iteration 1" in one.out and "continuing" not in other.out
@@ -260,7 +260,7 @@ def test_a_host_that_goes_while_training_ends_the_others_and_the_run_goes_on(vic
     processes[victim].communicate()
     assert left.code == 1 and left.said.startswith("error: ") and "Traceback" not in left.err, left.err
     assert time.monotonic() - began < 30  # three times the timeout, on a busy machine
-    saved = newest_lora(tmp_path / "run")[0]
+    saved = read_lora(tmp_path / "run")[0]
     line = program("alignprop", tmp_path / "run", settings | {"iterations": saved + 2})
     one, other = ended(start(line, hosts=2))
     assert one.code == other.code == 0, (one.err, other.err)

@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from diffexp_jax import InputError, report
@@ -150,6 +153,36 @@ def test_rows_that_are_missing_are_said(tmp_path, caplog):
     caplog.clear()
     MetricsWriter(tmp_path).continue_from(1)
     assert not caplog.text
+
+
+def test_rows_that_the_checkpoint_has_come_back(tmp_path, caplog):
+    """The file was torn, or is gone; a row that is there twice is there once."""
+    torn = "".join(json.dumps(row) + "\n" for row in (ROWS[0], ROWS[1], ROWS[1])) + '{"iteration": 2, "rew'
+    for text in (torn, ""):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        writer = MetricsWriter(tmp_path)
+        writer.continue_from(2, [*ROWS, {"iteration": 3}])
+        assert read_metrics(tmp_path) == ROWS == list(writer.recent) and not caplog.text
+
+
+def test_a_row_that_does_not_fit_on_the_disk(tmp_path):
+    """Nothing of it is left, and the file is as it was."""
+    writer = MetricsWriter(tmp_path)
+    writer.write(0, {"loss": 0.5})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    code = (
+        "import resource, sys; from pathlib import Path; from diffexp_jax import command, metrics\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 5}, -1))\n"
+        "command.guarded(metrics.MetricsWriter(Path(sys.argv[1])).write, 1, {'loss': 0.25})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    path, reason = tmp_path / "metrics.jsonl", "No space left on device"  # a part of it was written, and taken back
+    assert done.stderr == f"error: {path}: cannot be written ({reason}); the last checkpoint is untouched\n"
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(tmp_path)
+    with pytest.raises(OSError, match="metrics.jsonl: cannot be written .No such file"):
+        writer.write(1, {})
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):

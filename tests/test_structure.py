@@ -21,7 +21,7 @@ BELOW = {
     "limits": {"InputError"},
     "exploration": set(),
     "state": set(),
-    "parallel": {"parallel", "InputError", "RewardError", "HostError"},
+    "parallel": {"parallel", "stopping", "InputError", "RewardError", "HostError"},
     "metrics": {"parallel", "InputError"},
     "image_statistics": set(),
     "comparison": set(),
@@ -50,15 +50,20 @@ BELOW = {
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
     | {"fingerprint", "InputError"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
-    "evaluation": {"experiment", "pipelines", "sampling", "parallel"},
+    "evaluation": {"experiment", "pipelines", "sampling", "parallel", "limits"},
     "dry_run": {"programs", "experiment", "sampler", "algorithms", "models", "flops", "parallel", "backend"},
-    "command": {"settings", "InputError", "HostError", "RewardError"},
+    "command": {"settings", "stopping", "InputError", "HostError", "RewardError"},
+    "stopping": set(),
+    "progress": {"parallel"},
+    "lease": {"InputError"},
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "InputError"},
-    "workdir": {"settings", "sampler", "exploration", "command", "InputError"},
-    "checkpoint": {"parallel", "InputError"},
+    "workdir": {"settings", "sampler", "exploration", "command", "lease", "InputError"},
+    "checkpoint": {"orbax_errors", "parallel", "InputError"},
+    "orbax_errors": set(),
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}
     | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "about", "report", "command"}
+    | {"stopping", "lease", "progress"}
     | {"InputError", "RewardError"},
     "__init__": set(),
 }

@@ -23,7 +23,7 @@ from conftest import ROOT, CompileCounter, as_flags
 from PIL import Image
 from safetensors.numpy import load_file
 
-from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, report, train
+from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, progress, report, train
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import load_lora
@@ -153,7 +153,7 @@ def test_files(finished, tiny_settings):
 
 def test_lora_file_is_the_newest_checkpoint(finished, tiny_model):
     lora, scale = load_lora(finished.workdir, load(tiny_model).params["unet"])
-    iteration, saved = checkpoint.newest_lora(finished.workdir)
+    iteration, saved = checkpoint.read_lora(finished.workdir)
     assert (iteration, scale) == (4, 1.0)
     jax.tree.map(np.testing.assert_array_equal, lora, saved)
     values = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(lora)}
@@ -264,7 +264,7 @@ def test_damaged_checkpoints(damage, tmp_path, caplog):
         for path in files:
             if path.parent.name == "d":
                 path.unlink()
-    assert checkpoint.newest_lora(tmp_path)[0] == 2  # the scripts pass over it, and leave it where it is
+    assert checkpoint.read_lora(tmp_path)[0] == 2  # the scripts pass over it, and leave it where it is
     assert newest.is_dir()
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
     iteration, restored = checkpoints.restore_newest(state(0))
@@ -273,7 +273,7 @@ def test_damaged_checkpoints(damage, tmp_path, caplog):
     assert "checkpoint 3 is broken" in caplog.text
     checkpoints.save(3, state(30))  # the run goes on and gets there again
     checkpoints.close()
-    assert checkpoint.newest_lora(tmp_path)[0] == 3
+    assert checkpoint.read_lora(tmp_path)[0] == 3
 
 
 def test_checkpoints_that_do_not_fit_are_not_started_over(tmp_path, caplog):
@@ -283,7 +283,7 @@ def test_checkpoints_that_do_not_fit_are_not_started_over(tmp_path, caplog):
         checkpoints.restore_newest(state(0) | {"lora": {"to_q": {"A": np.zeros((3, 4), np.float32)}}})
     checkpoints.close()
     assert "checkpoint 1 is broken (its arrays have other shapes)" in caplog.text
-    assert checkpoint.newest_lora(tmp_path)[0] == 1  # nothing is lost
+    assert checkpoint.read_lora(tmp_path)[0] == 1  # nothing is lost
 
 
 # ------------------------------------------------------------------------------------------------------------------ NaN
@@ -325,7 +325,7 @@ def test_an_update_that_is_not_finite_is_not_saved(finished, tmp_path, monkeypat
     with pytest.raises(FloatingPointError, match="iteration 1: loss -?[0-9].* of the LoRA (inf|nan): stopped"):
         train.run(finished.config, tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"0"}
-    assert checkpoint.newest_lora(tmp_path)[0] == 0 and rows_of(tmp_path)[-1]["iteration"] == 0
+    assert checkpoint.read_lora(tmp_path)[0] == 0 and rows_of(tmp_path)[-1]["iteration"] == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- devices
@@ -394,8 +394,25 @@ def test_a_run_goes_on_with_other_devices(
 # --------------------------------------------------------------------------------------------------------- what it says
 
 
+def test_the_best_checkpoint_is_kept(make_config, tmp_path, monkeypatch):
+    """It is saved when it is measured, though no checkpoint is due then; the scripts take it."""
+    values = dict(enumerate([1.0, 3.0, 2.0, 2.5]))
+    monkeypatch.setattr(train, "evaluate_and_draw", lambda run, lora, it: {"eval/x/judge": values[it]})
+    changes = {"checkpoint.best": "eval/x/judge", "checkpoint.every": 100, "checkpoint.keep": 1, "iterations": 3}
+    train.run(make_config("ddpo", PLAIN | changes), tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
+    assert [checkpoint.read_lora(tmp_path, which)[0] for which in ("best", "newest")] == [1, 3]
+
+
+def test_the_best_by_an_evaluation_that_there_is_not(make_config, monkeypatch):
+    experiment = Experiment.build(make_config("ddpo", {"checkpoint.best": "eval/unseen/beauty"}))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **kwargs: (None, {"pickscore": np.ones(2)}))
+    with pytest.raises(InputError, match="checkpoint.best='eval/unseen/beauty': accepted: eval/unseen/pickscore$"):
+        evaluation.evaluate_all(experiment, lambda: None, {}, None, None, experiment.sampler.steps(explore=False))
+
+
 def test_expected_time():
-    said = train.expected_time([2.0, 4.0], 40)
+    said = progress.expected_time([2.0, 4.0], 40)
     assert said.startswith(
         "iterations take about 3.0 s on this machine: about 2.0 minutes more for the 40 that are left"
     )

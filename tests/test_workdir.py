@@ -1,10 +1,16 @@
 """A workdir: which runs may go on in it and what they may change, its lock, and how it knows weights again."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 from configs import alignprop
-from diffexp_jax import InputError, backend, workdir
+from diffexp_jax import InputError, backend, lease, workdir
 from diffexp_jax.fingerprint import fingerprint
 
 IDENTITY = {"model": "1", "reward": "pickscore 2", "prompts": "3 4"}
@@ -168,3 +174,101 @@ def test_a_workdir_in_use(tmp_path):
     config, _ = workdir.plan(tmp_path, settings())
     with workdir.claim(tmp_path, config, {}):
         assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
+
+
+# --------------------------------------------------------------------------------------------- lock of several machines
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leases that are renewed and go stale within a second."""
+    monkeypatch.setattr(lease, "RENEW", 0.05)
+    monkeypatch.setattr(lease, "STALE", 0.6)
+
+
+def left_by(folder, host, **changes):
+    """What a program on another machine leaves that was killed now."""
+    folder.mkdir(exist_ok=True)
+    (folder / "lock").touch()
+    owner = {"host": host, "boot": "another", "pid": 7, "id": "theirs"} | changes
+    (folder / "lease.json").write_text(json.dumps(owner))
+    return owner
+
+
+def test_a_run_on_another_machine_is_noticed(quick, tmp_path, capsys):
+    """Its clock is an hour late, which does not matter: the file system's is looked at."""
+    left_by(tmp_path, "elsewhere", time=0)
+    stop = threading.Event()
+
+    def renew():
+        while not stop.wait(0.05):
+            left_by(tmp_path, "elsewhere")
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        for create in (False, True):
+            with (
+                pytest.raises(InputError, match="in use by process 7 on elsewhere$"),
+                lease.hold(tmp_path, create=create),
+            ):
+                pass
+    finally:
+        stop.set()
+        thread.join()
+    assert "process 7 on elsewhere had it 0 s ago; waits for a sign of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]"])
+def test_a_dead_machines_lock_is_taken_over(quick, tmp_path, caplog, content):
+    """Also one that was killed while it wrote. Nothing is left of either when the run ends."""
+    left_by(tmp_path, "elsewhere")
+    if content is not None:
+        (tmp_path / "lease.json").write_text(content)
+    with lease.hold(tmp_path) as held:
+        time.sleep(0.2)
+        held.check()
+        assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
+    name = "process 7 on elsewhere" if content is None else "process ? on another machine"
+    assert f"{name} left it without a word" in caplog.text and "taken over" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_program_killed_on_this_machine_is_not_waited_for(tmp_path, caplog):
+    left_by(tmp_path, socket.gethostname(), boot=lease._boot())
+    with lease.hold(tmp_path):
+        pass
+    assert not caplog.text
+
+
+def test_a_run_that_was_taken_over_stops(quick, tmp_path):
+    """It was silent for too long: its machine slept, say. What the other one wrote is left alone."""
+    with lease.hold(tmp_path) as held:
+        held.check()
+        left_by(tmp_path, "elsewhere")
+        time.sleep(0.3)
+        with pytest.raises(OSError, match="process 7 on elsewhere has taken it over: this program was silent for"):
+            held.check()
+    assert json.loads((tmp_path / "lease.json").read_text())["id"] == "theirs"
+
+
+def test_a_workdir_that_vanishes(quick, tmp_path):
+    (tmp_path / "run").mkdir()
+    with lease.hold(tmp_path / "run") as held:
+        shutil.rmtree(tmp_path / "run")
+        time.sleep(0.3)
+        with pytest.raises(OSError, match="run: is gone or cannot be written"):
+            held.check()
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_two_that_begin_at_once_one_does(tmp_path, monkeypatch):
+    """On a file system without flock: both find nobody there."""
+    monkeypatch.setattr(fcntl, "flock", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    one, other = lease.Lease(tmp_path), lease.Lease(tmp_path)
+    one.begin()
+    with pytest.raises(InputError, match=f"in use by process {os.getpid()} on "):
+        other.begin()
+    one.end()
+    with lease.hold(tmp_path) as held:
+        held.check()

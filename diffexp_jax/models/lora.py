@@ -27,6 +27,9 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 METADATA = "lora_adapter_metadata"  # the header's entry for peft's settings
 _SHOWN = 3  # names printed in an error
+_MOST_ALPHA = 1e30
+# Regular expressions of a bounded effort: names, alternatives, groups, and up to four of .* or \d+ (not of a group).
+_PATTERN = re.compile(r"[\w^$.\-\\|()]*((\.|\\[dw])[*+][\w^$.\-\\|()]*){0,4}")
 
 
 def init_lora(
@@ -147,7 +150,8 @@ def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, An
         a, b = _pair(path, parts, shape)
         rank = a.shape[-1]
         flat[*names, "A"], flat[*names, "B"] = a, b
-        scales[names] = float(parts["alpha"][1].item() if "alpha" in parts else _alpha(header, layer, rank)) / rank
+        alpha = parts["alpha"][1].tolist() if "alpha" in parts else _alpha(path, header, layer, rank)
+        scales[names] = _number(path, f"alpha of {layer}", alpha) / rank
     if len(set(scales.values())) == 1:
         return traverse_util.unflatten_dict(flat), next(iter(scales.values()))
     for names, scale in scales.items():
@@ -218,9 +222,23 @@ def _pair(path: Path, parts: Mapping[str, tuple[str, np.ndarray]], shape: tuple[
     return a, jnp.asarray(b.reshape(fan_out, rank).T, jnp.float32).reshape(*lead, rank, fan_out)
 
 
-def _alpha(header: Mapping[str, Any], layer: str, rank: int) -> float:
+def _alpha(path: Path, header: Mapping[str, Any], layer: str, rank: int) -> Any:
     """alpha of a layer in peft's settings: that of the first pattern that matches its name; the rank by default."""
-    for pattern, alpha in (header.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-            return alpha
+    patterns = header.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{path}: alpha_pattern in the header is no json object")
+    for pattern, alpha in patterns.items():
+        try:
+            if not _PATTERN.fullmatch(pattern):
+                raise re.error("of a kind that is not supported")
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                return alpha
+        except re.error as error:
+            raise InputError(f"{path}: alpha_pattern {pattern[:60]!r} in the header: {error}") from None
     return header.get("lora_alpha", rank)
+
+
+def _number(path: Path, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MOST_ALPHA:
+        raise InputError(f"{path}: {name} is {str(value)[:40]}; wants a number")
+    return float(value)

@@ -26,6 +26,7 @@ from absl import logging
 from diffexp_jax import HostError, InputError, RewardError
 from diffexp_jax.parallel import devices
 from diffexp_jax.parallel.watch import Watch
+from diffexp_jax.stopping import Stopped
 
 T = TypeVar("T")
 _ERRORS = {kind.__name__: kind for kind in (InputError, RewardError, HostError, FloatingPointError, OSError)}
@@ -130,11 +131,10 @@ def from_each(make: Callable[[], T]) -> list[T]:
 
 
 @contextlib.contextmanager
-def on_first(make: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """A context that the first host alone enters; where it cannot, all raise its error."""
+def on_first(make: Callable[[], AbstractContextManager[T]]) -> Iterator[T | None]:
+    """A context that the first host alone enters, None elsewhere; where it cannot, all raise its error."""
     with contextlib.ExitStack() as stack:
-        together(lambda: stack.enter_context(make()) if is_first() else None)
-        yield
+        yield together(lambda: stack.enter_context(make()) if is_first() else None)
 
 
 def check_same(what: str, text: str) -> None:
@@ -193,9 +193,10 @@ def joined(settings: HostSettings) -> Iterator[None]:
                     stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
                     logging.set_verbosity(logging.ERROR)
                 yield
-        except SystemExit as ended:  # all were asked to stop
+        except (SystemExit, Stopped) as ended:  # all were asked to stop
             if not watch.finish(settings.heartbeat_timeout):
-                watch.leave(ended.code if isinstance(ended.code, int) else 1, "ended")
+                code = ended.exit_code if isinstance(ended, Stopped) else ended.code
+                watch.leave(code if isinstance(code, int) else 1, "ended")
             raise
         except BaseException as error:
             if lost := watch.explained(error):

@@ -9,8 +9,8 @@ from diffexp_jax.report.curves import save_curves
 from diffexp_jax.report.grids import COMPARISONS, GRID, save_grid
 from diffexp_jax.report.page import Folded, Legend, Picture, Row, Section, Stack, Table, drawing, save_page
 from diffexp_jax.report.results import Result, as_text, before_and_after
-from diffexp_jax.report.run import REPORT, refresh, save
+from diffexp_jax.report.run import REPORT, finish, refresh, save
 
 __all__ = ["COMPARISONS", "GRID", "REPORT", "Result", "as_text", "before_and_after", "save_curves", "save_grid"]
 __all__ += ["Folded", "Legend", "Picture", "Row", "Section", "Stack", "Table", "drawing", "save_page"]
-__all__ += ["pictures_of_two", "refresh", "save", "save_beside"]
+__all__ += ["finish", "pictures_of_two", "refresh", "save", "save_beside"]

@@ -11,6 +11,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from diffexp_jax.report.page import replaced
+
 _CELL = 128  # pixels: smaller pictures are enlarged by a whole factor
 _TEXT = 44  # pixels of the caption strip: three lines
 _GAP = 4  # pixels around a picture
@@ -29,7 +31,7 @@ class Grid(NamedTuple):
 def save_grid(
     path: Path, images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], *, columns: int | None = None
 ) -> None:
-    """Writes images as a captioned PNG grid, row by row."""
+    """Writes images as a captioned PNG grid, row by row; its folder may be new."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = max(1, -(-_CELL // images.shape[1]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
@@ -42,12 +44,13 @@ def save_grid(
         sheet.paste(pixels, (x, y))
         text = _wrapped(draw, caption, font, width)
         draw.multiline_text((x, y + height + 1), text, fill="black", font=font, spacing=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     about = PngInfo()
     about.add_itxt(
         _KEY, json.dumps({"columns": columns, "scale": scale, "size": [height, width], "captions": captions})
     )
-    sheet.save(path, pnginfo=about)
+    with replaced(path) as partial:
+        sheet.save(partial, format="png", pnginfo=about)
 
 
 def read_grid(path: Path) -> Grid:

@@ -176,13 +176,20 @@ def page(title: str, sections: Sequence[Section], *, lead: Sequence[str | Part] 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Gives a file to write beside `path`, which takes its place at the end, or is removed where that fails."""
+    """Gives a file to write beside `path`, which takes its place at the end, or is removed where that fails.
+
+    Raises:
+      OSError: it names `path`.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:  # a write to an open file does not say which
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts

@@ -14,7 +14,7 @@ from diffexp_jax.report.curves import curves_of_one, save_curves
 from diffexp_jax.report.exploring import exploration_parts
 from diffexp_jax.report.page import Facts, Folded, Part, Row, Section, Table, save_page
 from diffexp_jax.report.pictures import Column, Frames, Gallery, label_of, read_frames
-from diffexp_jax.report.results import Result, before_and_after
+from diffexp_jax.report.results import Result, as_text, before_and_after
 from diffexp_jax.settings import default_config, read_config
 
 REPORT = "report.html"
@@ -62,6 +62,13 @@ def save(workdir: Path, out: Path | None = None) -> None:
     if out is None:
         save_curves(workdir)
     save_page(out or workdir / REPORT, title_of(run.settings), sections_of(run), lead=[facts_of(run)])
+
+
+def finish(workdir: Path) -> str:
+    """`save` at the end of a run, and what to say there: how its evaluations began and ended, and where to look."""
+    save(workdir)
+    results = before_and_after(read_metrics(workdir))
+    return f"{as_text(results)}look at {workdir / REPORT} and {workdir / 'images'}"
 
 
 def title_of(settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,44 @@
+"""What orbax and tensorstore say where something fails: one line of it is of use."""
+
+import errno
+import logging
+import os
+import sys
+
+
+class Quiet:
+    """Keeps orbax from logging a traceback for every thread that an error met; what we log ourselves is let through."""
+
+    def __init__(self):
+        hide_closed_loops()
+        self._loggers = [logging.getLogger(name) for name in ("absl", "root")]
+        for logger in self._loggers:
+            logger.addFilter(self._ours)
+
+    def end(self) -> None:
+        for logger in self._loggers:
+            logger.removeFilter(self._ours)
+
+    @staticmethod
+    def _ours(record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def hide_closed_loops() -> None:
+    """After an error tensorstore reports to an event loop that orbax has closed: a traceback that says nothing."""
+    if getattr(sys.unraisablehook, "__name__", "") == "_without_closed_loops":
+        return
+
+    def _without_closed_loops(unraisable, before=sys.unraisablehook):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = _without_closed_loops
+
+
+def reason(error: Exception) -> str:
+    """The first line of what it says, or what the system says of the disk."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
+    return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__

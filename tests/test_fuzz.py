@@ -1,0 +1,391 @@
+"""Bad input, made by mutating good input: a valid result or one InputError line; nothing else, no hang, bounded memory.
+
+The functions behind the command line, in this process: a few inputs of each kind, thousands with `-m slow`; and a
+sample through the real programs.
+"""
+
+import contextlib
+import io
+import json
+import pickle
+import resource
+import runpy
+import shutil
+import signal
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from conftest import ROOT, as_flags, nonzero_lora
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.numpy import save_file
+from test_command_line import run_program
+from test_structure import KEYS
+
+from diffexp_jax import InputError, command, train
+from diffexp_jax.experiment import check_files
+from diffexp_jax.formats.files import Weights
+from diffexp_jax.formats.pickles import open_checkpoint
+from diffexp_jax.models.lora import init_lora, load_lora, save_lora
+from diffexp_jax.pipelines import load_pipeline
+from diffexp_jax.prompts import load_prompts
+from diffexp_jax.settings import check_config, cpu_devices, default_config, read_config
+
+EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])
+MOST_GROWTH = 512 * 2**20  # bytes of memory, over all examples of a test
+PATIENCE = 60  # seconds after which an example hangs
+
+
+def fuzz(strategy: st.SearchStrategy, check: Callable, examples: int) -> None:
+    """check(example) returns, or raises an InputError of one line, for so many examples: the same ones each time."""
+
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @given(strategy)
+    def run(example):
+        before = signal.signal(signal.SIGALRM, hangs)
+        signal.alarm(PATIENCE)
+        try:
+            check(example)
+        except InputError as error:
+            line = command.one_line(error)
+            assert line != "InputError" and line.isprintable(), error
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pictures that are very large
+        run()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < MOST_GROWTH / 1024
+
+
+def hangs(number, frame):
+    raise AssertionError("an example hangs")
+
+
+# ----------------------------------------------------------------------------------------------------------- mutations
+
+
+def changed(content: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
+    """The bytes after some changes; a place is a fraction of the length."""
+    for kind, place, other in changes:
+        at = int(place * len(content))
+        span = max(len(other), 1)
+        content = {
+            "cut": lambda c, at, other, span: c[:at],
+            "drop": lambda c, at, other, span: c[:at] + c[at + span :],
+            "insert": lambda c, at, other, span: c[:at] + other + c[at:],
+            "replace": lambda c, at, other, span: c[:at] + other + c[at + span :],
+            "repeat": lambda c, at, other, span: c[: at + 8 * span] + c[at:],
+            "flip": lambda c, at, other, span: c[:at] + bytes([c[at] ^ (1 << span % 8)]) + c[at + 1 :] if c else c,
+        }[kind](content, min(at, max(len(content) - 1, 0)), other, span)
+    return content
+
+
+PIECES = [b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"'", b"\r", b"\n\n", b"\t", b",", b"[", b"{", b"-1", b"1e999"]
+PIECES += [b"99999999999999999999", b"NaN", b"null", b"true", b"\xf0\x9f\x98\x80", b"a" * 5000, b"[" * 3000]
+KINDS = st.sampled_from(["cut", "drop", "insert", "replace", "repeat", "flip"])
+# Places near the beginning, where headers are, as often as elsewhere
+PLACES = st.floats(0.0, 1.0) | st.floats(0.0, 0.02)
+CHANGES = st.lists(st.tuples(KINDS, PLACES, st.sampled_from(PIECES) | st.binary(max_size=9)), min_size=1, max_size=4)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from([10**400, -1, 2**63]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+@EXAMPLES
+def test_config_json(examples, tmp_path):
+    """Keys with any values, keys that there are not, and broken text."""
+    good = default_config().to_dict()
+    good["algorithm"] = "ddpo"
+
+    def write(example):
+        values, changes = example
+        content = json.loads(json.dumps(good))
+        for key, value in values.items():
+            *sections, leaf = key.split(".")
+            section = content
+            for name in sections:
+                section = section.setdefault(name, {}) if isinstance(section, dict) else {}
+            if isinstance(section, dict):
+                section[leaf] = value
+        text = json.dumps(content)
+        (tmp_path / "config.json").write_bytes(changed(text.encode(), changes))
+        config, _ = read_config(tmp_path / "config.json")
+        check_config(config)
+        cpu_devices(config)
+
+    keys = st.sampled_from(sorted(KEYS)) | st.text(max_size=8)
+    fuzz(st.tuples(st.dictionaries(keys, VALUES, max_size=3), CHANGES | st.just([])), write, examples)
+
+
+WORDS = st.sampled_from(["", "nan", "-inf", "1e999", "None", "True", "()", "(1,", "[[]]", "{}", "a.csv:b", "jax:", "+"])
+WORDS |= st.sampled_from(["textnorm(", "textnorm(textnorm(x))", "prompt:", "python:os:system", "animals", "0" * 5000])
+WORDS |= st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12) | VALUES.map(repr)
+
+
+@EXAMPLES
+def test_flags(examples, monkeypatch, tmp_path):
+    """--config.KEY=VALUE with anything; what is accepted is looked up as a run does before it loads weights."""
+    monkeypatch.chdir(tmp_path)
+    algorithms = st.sampled_from(["ddpo", "dpok", "alignprop", "draft"])
+
+    def parse(example):
+        algorithm, values = example
+        flags = [f"--config.{key}={value}" for key, value in values.items()]
+        if any("\0" in flag for flag in flags):
+            return  # no command line can have it
+        argv = ["train", f"--config={ROOT / 'configs' / f'{algorithm}.py'}", *flags]
+        said = io.StringIO()
+        try:
+            with flagsaver.flagsaver(), contextlib.redirect_stderr(said):
+                train.parse_flags(argv)
+                config = train._CONFIG.value
+                check_config(config)
+                cpu_devices(config)
+                check_files(config, weights=False)
+                load_prompts(config.prompts)
+        except SystemExit as stop:
+            assert stop.code == 2 and len(said.getvalue().strip().splitlines()) == 1, said.getvalue()
+
+    fuzz(st.tuples(algorithms, st.dictionaries(st.sampled_from(sorted(KEYS)), WORDS, max_size=3)), parse, examples)
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+PROMPT_FILES = {
+    ".txt": 'a dog\na "cat"\n\n a zebra, running \n',
+    ".csv": 'Prompt,Category\n"a dog, big",Colors\na cat,"Te""xt"\n',
+    ".tsv": 'Prompt\tCategory\n"a ""dog"""\tColors\na cat\tText\n',
+    ".json": '["a dog", "a cat"]',
+}
+
+
+@EXAMPLES
+def test_prompt_files(examples, tmp_path):
+    def read(example):
+        suffix, filtered, changes = example
+        path = tmp_path / f"p{suffix}"
+        path.write_bytes(changed(PROMPT_FILES[suffix].encode(), changes))
+        found = load_prompts(f"{path}{filtered}")
+        assert len(found) and all(text == " ".join(text.split()) and text for text in found.texts)
+        assert all(
+            phrase in text for text, phrases in zip(found.texts, found.phrases, strict=True) for phrase in phrases
+        )
+
+    filters = st.sampled_from(["", "", ":Category=Colors|Text", ":category=", ":=", ":x=y"])
+    fuzz(st.tuples(st.sampled_from(sorted(PROMPT_FILES)), filters, CHANGES), read, examples)
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return load_pipeline(tiny_model).base
+
+
+@EXAMPLES
+def test_lora_files(examples, base, tmp_path):
+    path = tmp_path / "l.safetensors"
+    save_lora(path, nonzero_lora(init_lora(jax.random.key(0), base, rank=2)), alpha=2.0)
+    good = path.read_bytes()
+    size = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + size])
+    adapters = st.fixed_dictionaries({"unet.lora_alpha": VALUES, "unet.alpha_pattern": VALUES, "unet.r": VALUES})
+    names = st.lists(st.tuples(st.sampled_from(sorted(header)), st.text(max_size=30)), max_size=2)
+
+    def read(example):
+        adapter, renamed, changes = example
+        entries = dict(header)
+        if adapter is not None:
+            entries["__metadata__"] = {"lora_adapter_metadata": json.dumps(adapter)}
+        for old, new in renamed:
+            entries[new] = entries.pop(old, {})
+        text = json.dumps(entries).encode()
+        content = len(text).to_bytes(8, "little") + text + good[8 + size :]
+        path.write_bytes(changed(content, changes))
+        lora, scale = load_lora(path, base)
+        assert np.isfinite(scale) and all(np.isfinite(x).all() for x in jax.tree.leaves(lora))
+
+    fuzz(st.tuples(st.none() | adapters, names, CHANGES | st.just([])), read, examples)
+
+
+@EXAMPLES
+def test_safetensors_headers(examples, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": np.arange(6.0).reshape(2, 3), "b": np.zeros(0, np.float16), "c": np.array(1)}, path)
+    good = path.read_bytes()
+    size = int.from_bytes(good[:8], "little")
+    numbers = st.integers(-(2**65), 2**65) | st.integers(-1, 100)
+    entry = st.fixed_dictionaries(
+        {"dtype": st.sampled_from(["F32", "F64", "BF16", "F8_E4M3", "BOOL", "I64", "X", ""]) | VALUES}
+        | {"shape": st.lists(numbers, max_size=3) | VALUES, "data_offsets": st.lists(numbers, max_size=3) | VALUES}
+    )
+
+    def read(example):
+        entries, length, changes = example
+        text = json.dumps(json.loads(good[8 : 8 + size]) | entries).encode()
+        length = len(text) if length is None else length
+        path.write_bytes(changed(length.to_bytes(8, "little") + text + good[8 + size :], changes))
+        weights = Weights([path])
+        assert all(isinstance(x, np.ndarray) for x in weights.values())
+
+    lengths = st.none() | st.integers(0, 2**64 - 1)
+    entries = st.dictionaries(st.sampled_from(["a", "b", "c", "", "__metadata__"]), entry | VALUES, max_size=2)
+    fuzz(st.tuples(entries, lengths, CHANGES | st.just([])), read, examples)
+
+
+def pickled(folder: Path) -> dict[str, bytes]:
+    """Checkpoints as torch writes them, in both forms, and pickles of other things."""
+    torch = pytest.importorskip("torch")
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.zeros(0, 2), "c": torch.ones(3).bfloat16()}
+    files = {}
+    for name, zipped in (("zip", True), ("legacy", False)):
+        torch.save({"state_dict": tensors, "epoch": 3}, folder / name, _use_new_zipfile_serialization=zipped)
+        files[name] = (folder / name).read_bytes()
+    files["list"] = pickle.dumps([1, {"a": 2.0}, b"x"])
+    return files
+
+
+@EXAMPLES
+def test_pickles(examples, tmp_path):
+    files = pickled(tmp_path)
+    path = tmp_path / "x.pt"
+
+    def read(example):
+        name, inner, changes = example
+        content = files[name]
+        if inner and name == "zip":  # the pickle in the archive, whose checksum is then right
+            old, new = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
+            with zipfile.ZipFile(new, "w") as archive:
+                for info in old.infolist():
+                    data = old.read(info)
+                    archive.writestr(info.filename, changed(data, changes) if info.filename.endswith(".pkl") else data)
+            path.write_bytes(new.getvalue())
+        else:
+            path.write_bytes(changed(content, changes))
+        tensors = open_checkpoint(path)
+        assert all(np.asarray(x).size < 10**6 for x in tensors.values())
+
+    fuzz(st.tuples(st.sampled_from(["zip", "legacy", "list"]), st.booleans(), CHANGES), read, examples)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def pictures() -> dict[str, bytes]:
+    """The same picture in several formats."""
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), np.uint8))
+    found = {}
+    for suffix in (".png", ".jpg", ".gif", ".bmp", ".webp", ".tif"):
+        buffer = io.BytesIO()
+        pixels.save(buffer, Image.registered_extensions()[suffix])
+        found[suffix] = buffer.getvalue()
+    return found
+
+
+@EXAMPLES
+def test_image_folders(examples, tmp_path):
+    script = runpy.run_path(str(ROOT / "scripts" / "score.py"), run_name="score")
+    good, table = pictures(), b'image,prompt\n0.png,"a dog, big"\n1.png,a cat\n'
+
+    def read(example):
+        suffix, changes, prompts, text_changes = example
+        folder = tmp_path / "images"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / f"0{suffix}").write_bytes(changed(good[suffix], changes))
+        (folder / "1.png").write_bytes(good[".png"])
+        file = folder / f"prompts{prompts}"
+        file.write_bytes(changed(table.replace(b"0.png", f"0{suffix}".encode()), text_changes))
+        paths = script["find_images"]([folder])
+        script["known_prompts"](None if prompts == ".csv" else file, paths)
+        for path in paths:
+            picture = script["read_image"](path)
+            assert picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8
+
+    changes = CHANGES | st.just([])
+    kinds = st.sampled_from([".csv", ".txt", ".json", ".x"])
+    fuzz(st.tuples(st.sampled_from(sorted(good)), changes, kinds, changes), read, examples)
+
+
+# -------------------------------------------------------------------------------------------------------- real programs
+
+
+def mutations(n: int, strategy: st.SearchStrategy = CHANGES) -> list:
+    """n examples of a strategy, the same ones each time."""
+    found = []
+
+    @settings(max_examples=n, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @given(strategy)
+    def collect(example):
+        found.append(example)
+
+    collect()
+    return found[-n:]
+
+
+def broken_input(kind: str, changes: list, folder: Path, clip: Path, lora: bytes) -> dict:
+    """Makes a broken file (or flag) of this kind in the folder; the settings of a run that reads it."""
+    if kind == "prompts":
+        (folder / "p.csv").write_bytes(changed(PROMPT_FILES[".csv"].encode(), changes))
+        return {"prompts": folder / "p.csv"}
+    if kind == "lora":
+        (folder / "l.safetensors").write_bytes(changed(lora, changes))
+        return {"lora.path": folder / "l.safetensors"}
+    if kind == "reward":
+        weights = shutil.copytree(clip, folder / "clip") / "model.safetensors"
+        weights.write_bytes(changed(weights.read_bytes(), changes))
+        return {"reward": f"pickscore:{folder / 'clip'}"}
+    if kind == "flag":
+        return {"exploration.weight_range": changed(b"(1.0, 1.5)", changes).decode(errors="ignore").replace("\0", "")}
+    (folder / "run" / "checkpoints" / "0").mkdir(parents=True)
+    content = json.dumps(default_config().to_dict()).encode()
+    (folder / "run" / "config.json").write_bytes(changed(content, changes))
+    return {}
+
+
+@pytest.mark.slow  # thirty programs
+def test_the_real_programs(tiny_settings, tiny_clip, base, tmp_path):
+    """One line and exit code 2, or a run that ends: never a traceback."""
+    save_lora(tmp_path / "l.safetensors", nonzero_lora(init_lora(jax.random.key(0), base, rank=2)), alpha=2.0)
+    lora, good, codes = (tmp_path / "l.safetensors").read_bytes(), pictures()[".png"], []
+    usual = tiny_settings | {"iterations": 1, "eval.every": 0, "log.images": 0}
+    kinds = ["prompts", "lora", "reward", "config", "flag", "images"] * 5
+    for n, (kind, changes) in enumerate(zip(kinds, mutations(len(kinds)), strict=True)):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        if kind == "images":
+            (folder / "0.png").write_bytes(changed(good, changes))
+            (folder / "p.txt").write_text("a dog\n")
+            line = [ROOT / "scripts" / "score.py", f"--reward=pickscore:{tiny_clip}", f"--images={folder}"]
+            line += [f"--prompts={folder / 'p.txt'}", f"--out={folder / 'scores.csv'}"]
+        else:
+            values = usual | broken_input(kind, changes, folder, tiny_clip, lora)
+            line = ["-m", "diffexp_jax.train", f"--config={ROOT / 'configs' / 'ddpo.py'}", *as_flags(values)]
+            line += [f"--workdir={folder / 'run'}"]
+        done = run_program(*line, cwd=folder)
+        codes.append(done.returncode)
+        assert done.returncode in (0, 2) and "Traceback" not in done.stderr, f"{kind} {changes}\n{done.stderr}"
+        said = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+        assert len(said) == (done.returncode == 2), done.stderr
+    assert {0, 2} <= set(codes)
