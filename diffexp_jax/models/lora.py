@@ -150,7 +150,7 @@ def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, An
         a, b = _pair(path, parts, shape)
         rank = a.shape[-1]
         flat[*names, "A"], flat[*names, "B"] = a, b
-        alpha = parts["alpha"][1].tolist() if "alpha" in parts else _alpha(path, header, layer, rank)
+        alpha = parts["alpha"][1] if "alpha" in parts else _alpha(path, header, layer, rank)
         scales[names] = _number(path, f"alpha of {layer}", alpha) / rank
     if len(set(scales.values())) == 1:
         return traverse_util.unflatten_dict(flat), next(iter(scales.values()))
@@ -239,6 +239,7 @@ def _alpha(path: Path, header: Mapping[str, Any], layer: str, rank: int) -> Any:
 
 
 def _number(path: Path, name: str, value: Any) -> float:
+    value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MOST_ALPHA:
         raise InputError(f"{path}: {name} is {str(value)[:40]}; wants a number")
     return float(value)

@@ -1,0 +1,153 @@
+"""What scripts/fault_campaign.py does to the files of a run besides killing it."""
+
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fault_runs import End, copy, differences, rows, until, wait
+
+HITS = {
+    "start": "while it loads, or before the first row",
+    "iteration": "in an iteration or an evaluation",
+    "checkpoint": "while a checkpoint is written",
+}
+_TMPFS_KB = 4096
+
+
+class Case(NamedTuple):
+    """A kind of damage."""
+
+    name: str
+    says: str  # what the table calls it
+    try_it: Callable[[Any, str, Path, random.Random], list[str]]  # (campaign, algorithm, workdir, rng) -> what is wrong
+
+
+def newest(workdir: Path) -> Path:
+    folders = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    return max(folders, key=lambda path: int(path.name))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def goes_on(damage: Callable[[Path, random.Random], None]) -> Callable:
+    """A run whose files are damaged while it is stopped: the same command ends it as an undisturbed one."""
+
+    def try_it(campaign: Any, algorithm: str, workdir: Path, rng: random.Random) -> list[str]:
+        damage(copy(campaign.half(algorithm), workdir), rng)
+        return ended(wait(campaign.start(algorithm, workdir)), workdir, campaign.whole(algorithm))
+
+    return try_it
+
+
+def ended(end: End, workdir: Path, whole: Path) -> list[str]:
+    """What is wrong with the end of a run."""
+    return differences(workdir, whole) if end.code == 0 else [f"exit code {end.code}", *end.said[-3:]]
+
+
+# ------------------------------------------------------------------------------------------------------------- damages
+
+
+def truncate(workdir: Path, rng: random.Random) -> None:
+    for path in rng.sample(files(newest(workdir)), 2):
+        os.truncate(path, rng.randrange(path.stat().st_size))
+
+
+def flip(workdir: Path, rng: random.Random) -> None:
+    """A bit of a file, the large ones more often."""
+    all_files = files(newest(workdir))
+    (path,) = rng.choices(all_files, [path.stat().st_size for path in all_files])
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def remove(workdir: Path, rng: random.Random) -> None:
+    path = rng.choice([*files(newest(workdir)), *(path for path in newest(workdir).iterdir() if path.is_dir())])
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def tear(workdir: Path, rng: random.Random) -> None:
+    """Cuts the metrics within their last lines, or doubles lines, or both."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if rng.random() < 0.5:
+        lines += lines[-2:]
+    text = "".join(lines)
+    path.write_text(text[: len(text) - rng.randrange(len(lines[-1]) + len(lines[-2]))])
+
+
+# ---------------------------------------------------------------------------------------------------------------- disk
+
+
+def on_a_small_disk(fill: Callable[[Path], None], mend: Callable[[Path], None]) -> Callable:
+    """A run on a tmpfs of its own, to which something happens: it stops with one line and exit code 1, its newest
+    checkpoint is whole, and once it is mended the same command ends it as an undisturbed one."""
+
+    def try_it(campaign: Any, algorithm: str, workdir: Path, rng: random.Random) -> list[str]:
+        whole, disk = campaign.whole(algorithm), workdir.with_name(f"{workdir.name}-disk")
+        disk.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_TMPFS_KB}k", "tmpfs", str(disk)], check=True)
+        try:
+            run = campaign.start(algorithm, disk / "run")
+            count = rng.randint(2, 6)
+            until(run, lambda: len(rows(run.workdir)) >= count)
+            fill(disk)
+            end = wait(run)
+            wrong = [] if end.code == 1 and end.is_clear else [f"exit code {end.code}", *end.said[-3:]]
+            lines = (disk / "run" / "metrics.jsonl").read_text()
+            wrong += [] if lines.endswith("\n") else ["a torn line of metrics"]
+            mend(disk)
+            return wrong + ended(wait(campaign.start(algorithm, disk / "run")), disk / "run", whole)
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+
+    return try_it
+
+
+def fill_up(disk: Path) -> None:
+    with open(disk / "filler", "wb", buffering=0) as file:
+        for size in (4096, 1):
+            try:
+                while file.write(b"x" * size):
+                    pass
+            except OSError:
+                continue
+
+
+def make_read_only(disk: Path) -> None:
+    """By a second mount over the first, which the kernel would not change while a file is open to be written."""
+    subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
+
+
+def make_writable(disk: Path) -> None:
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def vanish(campaign: Any, algorithm: str, workdir: Path, rng: random.Random) -> list[str]:
+    """The workdir is removed while the run goes on: it stops with one line, and makes no new one."""
+    run = campaign.start(algorithm, workdir)
+    count = rng.randint(1, 5)
+    until(run, lambda: len(rows(workdir)) >= count)
+    gone = workdir.rename(workdir.with_name(f"{workdir.name}-gone"))
+    end = wait(run)
+    shutil.rmtree(gone)
+    wrong = [] if end.code == 1 and end.is_clear else [f"exit code {end.code}", *end.said[-3:]]
+    return wrong + [f"there is {path.name}" for path in workdir.rglob("*")]
+
+
+CASES = (
+    Case("truncated", "files of the newest checkpoint cut short", goes_on(truncate)),
+    Case("flipped", "a bit of the newest checkpoint flipped", goes_on(flip)),
+    Case("missing", "a file or folder of the newest checkpoint missing", goes_on(remove)),
+    Case("torn", "metrics torn, lines doubled", goes_on(tear)),
+    Case("full", "full disk (tmpfs)", on_a_small_disk(fill_up, lambda disk: (disk / "filler").unlink())),
+    Case("read-only", "disk read-only (tmpfs)", on_a_small_disk(make_read_only, make_writable)),
+    Case("removed", "workdir removed", vanish),
+)

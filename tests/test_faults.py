@@ -1,0 +1,69 @@
+"""Runs that are killed and damaged end as undisturbed ones; the table of the great campaign is what its file says."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+DOCUMENT, FILE = ROOT / "docs" / "reliability.md", ROOT / "docs" / "reliability.json"
+
+
+@pytest.fixture
+def campaign(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return runpy.run_path(str(ROOT / "scripts" / "fault_campaign.py"), run_name="campaign")
+
+
+def test_the_table_is_what_the_file_says(campaign):
+    """Without a file that none is recorded."""
+    found = campaign["read"](FILE)
+    table = re.search(r"<!-- table -->\n(.*?)<!-- /table -->", DOCUMENT.read_text(), re.S)[1]
+    assert table == campaign["table"](found)
+    assert all(trial["ok"] for kind in found.values() for trial in kind)
+
+
+@pytest.mark.parametrize(
+    "name, code, said, right",
+    [
+        ("SIGTERM", 143, [], True),
+        ("SIGTERM", -15, [], True),  # while it loads
+        ("SIGTERM", 1, [], False),  # also if it says nothing
+        ("SIGINT", 143, [], False),
+        ("SIGKILL", -9, ["Traceback (most recent call last):"], False),
+    ],
+)
+def test_what_a_killed_run_must_end_in(campaign, name, code, said, right):
+    assert campaign["is_right"](campaign["fault_runs"].End(code, said), name) == right
+
+
+def test_an_earlier_kills_checkpoint_is_not_counted_again(campaign, tmp_path):
+    unfinished, folder = campaign["fault_runs"].unfinished, tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    assert unfinished(tmp_path) == set()
+    folder.mkdir(parents=True)
+    older = unfinished(tmp_path)
+    assert len(older) == 1 and unfinished(tmp_path) - older == set()
+    (folder.parent / "4.orbax-checkpoint-tmp").mkdir()
+    assert {name for name, _ in unfinished(tmp_path) - older} == {"4.orbax-checkpoint-tmp"}
+
+
+def test_a_trial_that_fails_is_seen(campaign, tmp_path):
+    trial = {"algorithm": "ddpo", "signal": "SIGTERM", "hit": "iteration"}
+    found = {"kills": [trial | {"ok": True}, trial | {"ok": False}], "damages": []}
+    (tmp_path / "d.md").write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
+    campaign["write_table"](tmp_path / "d.md", found)
+    text = (tmp_path / "d.md").read_text()
+    assert "| SIGTERM in an iteration or an evaluation | ddpo | 2 | 1 |\n" in text and "old" not in text
+    assert text.startswith("above\n<!-- table -->\n") and text.endswith("\n<!-- /table -->\nbelow\n")
+
+
+@pytest.mark.slow  # some fifteen runs
+def test_a_small_campaign(tmp_path):
+    line = [sys.executable, str(ROOT / "scripts" / "fault_campaign.py"), "--kills=3", "--damages=1", "--seed=1"]
+    done = subprocess.run([*line, f"--out={tmp_path / 'r.json'}"], capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(tmp_path / 'r.json').read_text()}"
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert len(found["kills"]) >= 3 and len(found["damages"]) == 7
