@@ -2,10 +2,11 @@
 
 python scripts/fault_campaign.py --kills 100 --out docs/reliability.json
 
-A run of the tests' tiny model is killed (SIGKILL, SIGTERM, SIGINT) again and again until it comes to its end: its last
-state, its LoRA and every line of its metrics must be those of a run that nobody disturbed, bit for bit. So must those
-of runs whose files were damaged in between (scripts/fault_cases.py) or whose disk was full, read-only or gone, once
-that is mended. The file grows as the campaign goes: the same command goes on where it was stopped.
+A run of the tests' tiny model, of one process or of two hosts, is killed (SIGKILL, SIGTERM, SIGINT; one host or both)
+again and again until it comes to its end: its last state, its LoRA and every line of its metrics must be those of a run
+that nobody disturbed, bit for bit. So must those of runs whose files were damaged in between (scripts/fault_cases.py)
+or whose disk was full, read-only or gone, once that is mended. The file grows as the campaign goes: the same command
+goes on where it was stopped.
 
 The table of docs/reliability.md is made of the file by --table.
 """
@@ -26,13 +27,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import fault_cases
 import fault_runs
-from fault_runs import ALGORITHMS, differences, rows, start, until, wait
+from fault_runs import ALGORITHMS, HOSTS, differences, rows, start, until, wait, wait_for_all
 from tqdm import tqdm
 
 from diffexp_jax import InputError
@@ -58,6 +60,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.parallel) as pool:
         campaign = Campaign(args.folder or Path(temporary), args.seed)
         list(pool.map(campaign.begin, ALGORITHMS))
+        list(pool.map(campaign.begin_on_two_hosts, ALGORITHMS))
         numbers = itertools.count(1 + max((trial["run"] for trial in found["kills"]), default=-1))
         with tqdm(total=args.kills, initial=len(found["kills"]), unit="kill") as bar:
             while len(found["kills"]) < args.kills and time.monotonic() < end:
@@ -93,14 +96,24 @@ class Campaign:
             raise InputError(f"{algorithm}: the undisturbed run ended in {end.code}: {' '.join(end.said[-3:])}")
         run = self.start(algorithm, self.half(algorithm))
         until(run, lambda: (run.workdir / "checkpoints" / "6").is_dir())
-        run.process.kill()
+        run.processes[0].kill()
         wait(run)
 
-    def start(self, algorithm: str, workdir: Path) -> fault_runs.Run:
-        return start(algorithm, self._settings, workdir, workdir.parent / f"{workdir.name}.log")
+    def begin_on_two_hosts(self, algorithm: str) -> None:
+        """Makes a run of two hosts that nobody disturbs."""
+        whole = self.whole(algorithm, 2)
+        if not (whole / fault_runs.LORA_FILE).exists():
+            ends = wait_for_all(self.start(algorithm, whole, hosts=2))
+            if any(end.code for end in ends):
+                raise InputError(
+                    f"{algorithm}: two undisturbed hosts: {'; '.join(' '.join(e.said[-3:]) for e in ends)}"
+                )
 
-    def whole(self, algorithm: str) -> Path:
-        return self._folder / f"whole-{algorithm}"
+    def start(self, algorithm: str, workdir: Path, **options: Any) -> fault_runs.Run:
+        return start(algorithm, self._settings, workdir, **options)
+
+    def whole(self, algorithm: str, hosts: int = 1) -> Path:
+        return self._folder / f"whole-{algorithm}-{hosts}"
 
     def half(self, algorithm: str) -> Path:
         return self._folder / f"half-{algorithm}"
@@ -108,25 +121,29 @@ class Campaign:
     def kill_until_it_ends(self, number: int) -> list[dict[str, Any]]:
         """Starts a run, kills it, starts it again..., until it comes to its end; a trial for each kill."""
         algorithm, rng, trials = ALGORITHMS[number % 2], random.Random(f"{self._seed} {number}"), []
+        hosts = HOSTS[number // 2 % 2]
         workdir = self._folder / f"run{number}"
         shutil.rmtree(workdir, ignore_errors=True)
         while True:
             older = fault_runs.unfinished(workdir)
-            run, name = self.start(algorithm, workdir), rng.choice(SIGNALS)
+            run, name = self.start(algorithm, workdir, hosts=hosts), rng.choice(SIGNALS)
+            victims = rng.choice([[0], [1], [0, 1]]) if hosts > 1 else [0]
             aim, reached = self.await_moment(run, older, rng)
-            if reached:
-                os.kill(run.process.pid, signal.Signals[name])
-            end = wait(run)
-            if end.code == 0:
+            for victim in victims if reached else []:
+                os.kill(run.processes[victim].pid, signal.Signals[name])
+            ends = wait_for_all(run)
+            codes = [end.code for end in ends]
+            if not any(codes):
                 break
             if not reached:
-                raise InputError(f"{workdir}: ended in {end.code} by itself: {' '.join(end.said[-3:])}")
-            begun = "iteration" if end.code != -15 and rows(workdir) else "start"
+                raise InputError(f"{workdir}: ended in {codes} by itself: {' '.join(ends[0].said[-3:])}")
+            begun = "iteration" if -15 not in codes and rows(workdir) else "start"
             hit = "checkpoint" if fault_runs.unfinished(workdir) - older else begun
-            says = [] if is_right(end, name) else [f"exit code {end.code}", *end.said[-3:]]
-            trials.append({"run": number, "algorithm": algorithm, "processes": 1, "signal": name, "aim": aim})
-            trials[-1] |= {"hit": hit, "rows": len(rows(workdir)), "code": end.code, "wrong": says}
-        wrong = differences(workdir, self.whole(algorithm))
+            right = are_right(ends, victims, name, complete=len(rows(workdir)) > fault_runs.ITERATIONS)
+            says = [] if right else [f"exit codes {codes}", *(line for end in ends for line in end.said[-3:])]
+            trials.append({"run": number, "algorithm": algorithm, "processes": hosts, "signal": name, "aim": aim})
+            trials[-1] |= {"hit": hit, "rows": len(rows(workdir)), "victims": victims, "codes": codes, "wrong": says}
+        wrong = differences(workdir, self.whole(algorithm, hosts))
         shutil.rmtree(workdir)
         return [trial | {"wrong": trial["wrong"] + wrong, "ok": not trial["wrong"] + wrong} for trial in trials]
 
@@ -142,7 +159,7 @@ class Campaign:
         else:
             late *= 0.2
             reached = until(run, lambda: fault_runs.unfinished(run.workdir) - older)
-        return aim, reached and not until(run, lambda: False, late) and run.process.is_alive()
+        return aim, reached and not until(run, lambda: False, late) and run.is_alive()
 
     def damage(self, which: tuple[fault_cases.Case, int]) -> dict[str, Any]:
         """A trial of this case and number."""
@@ -158,6 +175,23 @@ class Campaign:
 def is_right(end: fault_runs.End, name: str) -> bool:
     """Whether a run that got this signal ended as it must."""
     return end.code in _CODES[name] and not any("Traceback" in line for line in end.said)
+
+
+def are_right(ends: Sequence[fault_runs.End], victims: Sequence[int], name: str, *, complete: bool) -> bool:
+    """Whether all processes of a run ended as they must when these got this signal.
+
+    `complete` says whether all iterations were done.
+
+    Hosts that are asked to stop while they train stop together. One that is killed, or that ends while it loads, leaves
+    the others, which end in one clear line.
+    """
+    stopped = [end for end in ends if end.code in _CODES[name] and end.code > 0]
+    for index, end in enumerate(ends):
+        together = len(ends) > 1 and name != "SIGKILL" and stopped and end.code == stopped[0].code
+        left = len(ends) > 1 and fault_cases.is_told(end)
+        if not (complete and end.code == 0) and not (together or left or (index in victims and is_right(end, name))):
+            return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -186,10 +220,13 @@ def table(found: dict[str, list]) -> str:
             if its:
                 lines.append(f"| {what} | {algorithm} | {len(its)} | {sum(trial['ok'] for trial in its)} |")
 
-    for name in SIGNALS:
-        for hit, where in fault_cases.HITS.items():
-            add(f"{name} {where}", [x for x in found["kills"] if (x["signal"], x["hit"]) == (name, hit)])
-    add("**all kills**", found["kills"])
+    for hosts in HOSTS:
+        kills = [x for x in found["kills"] if x["processes"] == hosts]
+        of = "one process" if hosts == 1 else "two hosts"
+        for name in SIGNALS:
+            for hit, where in fault_cases.HITS.items():
+                add(f"{of}: {name} {where}", [x for x in kills if (x["signal"], x["hit"]) == (name, hit)])
+        add(f"**{of}: all kills**", kills)
     for case in fault_cases.CASES:
         add(case.says, [x for x in found["damages"] if x["case"] == case.name])
     return "\n".join(lines) + "\n"

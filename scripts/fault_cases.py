@@ -3,12 +3,13 @@
 import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fault_runs import End, copy, differences, rows, until, wait
+from fault_runs import TIMEOUT_OF_HOSTS, End, copy, differences, rows, until, wait, wait_for_all
 
 HITS = {
     "start": "while it loads, or before the first row",
@@ -142,6 +143,37 @@ def vanish(campaign: Any, algorithm: str, workdir: Path, rng: random.Random) -> 
     return wrong + [f"there is {path.name}" for path in workdir.rglob("*")]
 
 
+# --------------------------------------------------------------------------------------------------------------- hosts
+
+
+def of_two_hosts(harm: str) -> Callable:
+    """One of two hosts is killed, stands still, or raises: the other ends with one clear line and exit code 1, and the
+    same command goes on to the end of an undisturbed run of two."""
+
+    def try_it(campaign: Any, algorithm: str, workdir: Path, rng: random.Random) -> list[str]:
+        victim, count = rng.randrange(2), rng.randint(1, 5)
+        run = campaign.start(algorithm, workdir, hosts=2, fails=(victim, count) if harm == "raises" else None)
+        if harm != "raises":
+            until(run, lambda: len(rows(workdir)) > count)
+            os.kill(run.processes[victim].pid, signal.SIGKILL if harm == "killed" else signal.SIGSTOP)
+            run.processes[1 - victim].join(6 * TIMEOUT_OF_HOSTS)
+            run.processes[victim].kill()  # it may stand still
+        ends = wait_for_all(run)
+        watched = ends if harm == "raises" else [ends[1 - victim]]
+        wrong = [f"{harm}: {end.code}: {line}" for end in watched if not is_told(end) for line in end.said[-3:] or [""]]
+        ends = wait_for_all(campaign.start(algorithm, workdir, hosts=2))
+        if [end.code for end in ends] != [0, 0]:
+            return [*wrong, *(f"exit code {end.code}: {' '.join(end.said[-3:])}" for end in ends)]
+        return wrong + differences(workdir, campaign.whole(algorithm, 2))
+
+    return try_it
+
+
+def is_told(end: End) -> bool:
+    """Whether a host that another one has left ends so: jax's C++ may print its own stack above the line."""
+    return end.code == 1 and end.is_clear
+
+
 CASES = (
     Case("truncated", "files of the newest checkpoint cut short", goes_on(truncate)),
     Case("flipped", "a bit of the newest checkpoint flipped", goes_on(flip)),
@@ -150,4 +182,7 @@ CASES = (
     Case("full", "full disk (tmpfs)", on_a_small_disk(fill_up, lambda disk: (disk / "filler").unlink())),
     Case("read-only", "disk read-only (tmpfs)", on_a_small_disk(make_read_only, make_writable)),
     Case("removed", "workdir removed", vanish),
+    Case("host-killed", "one host of two killed: the other ends in one line", of_two_hosts("killed")),
+    Case("host-stopped", "one host of two stopped (SIGSTOP): the other ends in one line", of_two_hosts("stopped")),
+    Case("host-raises", "one host of two raises: both end in one line", of_two_hosts("raises")),
 )

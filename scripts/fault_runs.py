@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from diffexp_jax.models.lora import LORA_FILE
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("ddpo", "alignprop")
+HOSTS = (1, 2)  # how many processes a run has
 ITERATIONS = 8
 # Besides those of the tests' tiny run: evaluations, pictures and checkpoints after different iterations
 SETTINGS = {"iterations": ITERATIONS, "checkpoint.every": 2, "log.images_every": 4}
@@ -45,17 +47,22 @@ settings = conftest.write_tiny_settings(folder / "prompts", conftest.write_tiny_
 print(json.dumps({key: str(value) for key, value in settings.items()}))
 """
 TIMEOUT = 300.0  # seconds that a run may take: one that takes longer hangs
+TIMEOUT_OF_HOSTS = 10  # seconds after which a silent host counts as gone
 
 _context = multiprocessing.get_context("forkserver")
 
 
 class Run(NamedTuple):
-    """A process that trains."""
+    """A run: a process, or one for each host."""
 
-    process: Any
+    processes: list[Any]
     workdir: Path
-    log: Path
+    logs: list[Path]  # of each
     begun: float
+
+    def is_alive(self) -> bool:
+        """Whether all of it is."""
+        return all(process.is_alive() for process in self.processes)
 
 
 class End(NamedTuple):
@@ -90,19 +97,45 @@ def prepare(folder: Path) -> dict[str, str]:
     return values
 
 
-def start(algorithm: str, settings: Mapping[str, Any], workdir: Path, log: Path) -> Run:
-    """Begins a run, or goes on with it."""
-    process = _context.Process(target=_train, args=(algorithm, settings, workdir, log))
-    process.start()
-    return Run(process, workdir, log, time.monotonic())
+def start(
+    algorithm: str, settings: Mapping[str, Any], workdir: Path, *, hosts: int = 1, fails: tuple[int, int] | None = None
+) -> Run:
+    """Begins a run, or goes on with it; see `_train` for `fails`."""
+    places: list[dict[str, Any]] = [{}]
+    if hosts > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {
+            "hosts.coordinator": f"127.0.0.1:{port}",
+            "hosts.number": hosts,
+            "hosts.heartbeat_timeout": TIMEOUT_OF_HOSTS,
+        }
+        places = [common | {"hosts.index": index} for index in range(hosts)]
+    logs = [workdir.parent / f"{workdir.name}-{index}.log" for index in range(hosts)]
+    processes = [
+        _context.Process(target=_train, args=(algorithm, {**settings, **place}, workdir, log, fails))
+        for place, log in zip(places, logs, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    return Run(processes, workdir, logs, time.monotonic())
 
 
-def _train(algorithm: str, settings: Mapping[str, Any], workdir: Path, log: Path) -> None:
-    """What `python -m diffexp_jax.train` does, in a process of its own."""
+def _train(
+    algorithm: str, settings: Mapping[str, Any], workdir: Path, log: Path, fails: tuple[int, int] | None
+) -> None:
+    """What `python -m diffexp_jax.train` does, in a process of its own; on host fails[0] iteration fails[1] raises."""
     import signal
 
-    from diffexp_jax import command, train
+    from diffexp_jax import RewardError, command, train
 
+    def iterate(run, state, it, original=train.iterate):
+        if fails == (settings.get("hosts.index"), it):
+            raise RewardError("the server has gone")
+        return original(run, state, it)
+
+    train.iterate = iterate
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -113,21 +146,34 @@ def _train(algorithm: str, settings: Mapping[str, Any], workdir: Path, log: Path
 
 
 def wait(run: Run) -> End:
-    """Waits for a run's end. Raises TimeoutError where it hangs."""
-    run.process.join(max(run.begun + TIMEOUT - time.monotonic(), 0.0))
-    if run.process.is_alive():
-        run.process.kill()
+    """Waits for the end of a run of one process. Raises TimeoutError where it hangs."""
+    (end,) = wait_for_all(run)
+    return end
+
+
+def wait_for_all(run: Run) -> list[End]:
+    """The end of each process of a run. Raises TimeoutError where one hangs."""
+    for process in run.processes:
+        process.join(max(run.begun + TIMEOUT - time.monotonic(), 0.0))
+    if any(process.is_alive() for process in run.processes):
+        for process in run.processes:
+            process.kill()
         raise TimeoutError(f"{run.workdir}: does not end within {TIMEOUT:g} s")
-    text = run.log.read_text(errors="replace") if run.log.exists() else ""
-    run.log.unlink(missing_ok=True)
+    return [End(process.exitcode, _said(log)) for process, log in zip(run.processes, run.logs, strict=True)]
+
+
+def _said(log: Path) -> list[str]:
+    """The lines of a log, without the bar's; the file goes."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    log.unlink(missing_ok=True)
     lines = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
-    return End(run.process.exitcode, [line for line in lines if line and not line.startswith("fine-tuning")])
+    return [line for line in lines if line and not line.startswith("fine-tuning")]
 
 
 def until(run: Run, condition: Callable[[], Any], patience: float = TIMEOUT) -> bool:
     """Waits until the condition holds; False where the run has ended before, or the patience."""
     end = time.monotonic() + patience
-    while run.process.is_alive() and time.monotonic() < end:
+    while run.is_alive() and time.monotonic() < end:
         if condition():
             return True
         time.sleep(0.001)

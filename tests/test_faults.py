@@ -40,6 +40,22 @@ def test_what_a_killed_run_must_end_in(campaign, name, code, said, right):
     assert campaign["is_right"](campaign["fault_runs"].End(code, said), name) == right
 
 
+@pytest.mark.parametrize(
+    "name, victims, codes, said, right",
+    [
+        ("SIGTERM", [1], [143, 143], "", True),  # both stop after the same iteration
+        ("SIGTERM", [1], [1, -15], "error: host 1 has gone", True),  # it was loading
+        ("SIGTERM", [1], [1, 143], "", False),  # ends without a word
+        ("SIGKILL", [0], [-9, 1], "error: host 0: nothing was heard of it", True),
+        ("SIGKILL", [0], [-9, 0], "", False),  # the other one believes that all is done
+        ("SIGKILL", [0], [-9, -9], "error: x", False),
+    ],
+)
+def test_what_two_hosts_must_end_in(campaign, name, victims, codes, said, right):
+    ends = [campaign["fault_runs"].End(code, [said] if code == 1 else []) for code in codes]
+    assert campaign["are_right"](ends, victims, name, complete=False) == right
+
+
 def test_an_earlier_kills_checkpoint_is_not_counted_again(campaign, tmp_path):
     unfinished, folder = campaign["fault_runs"].unfinished, tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     assert unfinished(tmp_path) == set()
@@ -51,12 +67,12 @@ def test_an_earlier_kills_checkpoint_is_not_counted_again(campaign, tmp_path):
 
 
 def test_a_trial_that_fails_is_seen(campaign, tmp_path):
-    trial = {"algorithm": "ddpo", "signal": "SIGTERM", "hit": "iteration"}
+    trial = {"algorithm": "ddpo", "processes": 1, "signal": "SIGTERM", "hit": "iteration"}
     found = {"kills": [trial | {"ok": True}, trial | {"ok": False}], "damages": []}
     (tmp_path / "d.md").write_text("above\n<!-- table -->\nold\n<!-- /table -->\nbelow\n")
     campaign["write_table"](tmp_path / "d.md", found)
     text = (tmp_path / "d.md").read_text()
-    assert "| SIGTERM in an iteration or an evaluation | ddpo | 2 | 1 |\n" in text and "old" not in text
+    assert "| one process: SIGTERM in an iteration or an evaluation | ddpo | 2 | 1 |\n" in text and "old" not in text
     assert text.startswith("above\n<!-- table -->\n") and text.endswith("\n<!-- /table -->\nbelow\n")
 
 
@@ -66,4 +82,4 @@ def test_a_small_campaign(tmp_path):
     done = subprocess.run([*line, f"--out={tmp_path / 'r.json'}"], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(tmp_path / 'r.json').read_text()}"
     found = json.loads((tmp_path / "r.json").read_text())
-    assert len(found["kills"]) >= 3 and len(found["damages"]) == 7
+    assert len(found["kills"]) >= 3 and len(found["damages"]) == 10
