@@ -1,6 +1,5 @@
 """What the processes of test_hosts.py run; they import nothing that uses a device before the hosts have met."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -48,8 +47,8 @@ def as_host(case: str) -> None:
     """What the processes of the next test do: no training, only what hosts say to each other."""
 
     def work() -> None:
-        index = int(os.environ["JAX_PROCESS_ID"])
         with parallel.joined(parallel.HostSettings(None, None, None, 60, 4)):
+            index = jax.process_index()
             if case == "normal":
                 assert parallel.agree(3 - index) == 3
                 assert parallel.from_first(lambda: {"x": np.arange(3.0), "host": index})["host"] == 0
