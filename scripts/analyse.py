@@ -5,6 +5,9 @@ python scripts/analyse.py --name mine --out results without=runs/sweeps/runs/A w
 python scripts/analyse.py --document docs/results.md --readme README.md --out docs/results
 
 The second compares any runs: NAME=FOLDER, a run or a folder with a subfolder seedN for each; the first is the baseline.
+The numbers of an experiment's runs are copied to OUT/sweeps: another machine can analyse them, and a copy of
+that folder is a sweep to go on with.
+
 Documents are written from all results in --out, also without an experiment to read. The page is one HTML file, with
 pictures of the runs beside which it is: SWEEPS/experiments/NAME.html, or OUT/NAME.html.
 """
@@ -27,6 +30,8 @@ from sweep_runs import Experiment
 
 from diffexp_jax import InputError
 
+KEPT = "sweeps"  # in --out: the numbers of the runs
+
 
 def main(args: argparse.Namespace) -> None:
     experiments = [sweep_runs.find(args.sweeps, name, args.model) for name in args.experiment]
@@ -47,6 +52,8 @@ def main(args: argparse.Namespace) -> None:
             print(f"{experiment.name} {arm}: no finished run, left out")
         results_figure.save(results, args.out / experiment.name)
         replace(args.out / f"{experiment.name}.json", json.dumps(results, separators=(",", ":")) + "\n")
+        if experiment.base and args.sweeps.resolve() != (args.out / KEPT).resolve():
+            sweep_runs.keep(experiment, args.sweeps, args.out / KEPT)
         page = (args.sweeps / "experiments" if experiment.base else args.out) / f"{experiment.name}.html"
         results_page.save(results, experiment, page)
         print(results_document.section(results))

@@ -183,11 +183,11 @@ def section(results: Mapping[str, Any]) -> str:
 
 
 def overview(every: Results, row_name: Callable[[Mapping[str, Any]], str]) -> str:
-    """A row for each comparison of DiffExp with plain fine-tuning."""
+    """A row for each comparison of DiffExp with plain fine-tuning over two seeds or more: one says too little."""
     rows = []
     for results in every:
         pair = [results["arms"].get(arm) for arm in ("baseline", "diffexp")]
-        if results["name"].startswith("fig") and all(pair):
+        if results["name"].startswith("fig") and all(pair) and pair[1]["summary"]["paired"] > 1:
             rows += overview_rows(results, pair, row_name(results))
     header = ["experiment", "seeds", "what", "before", "without", "with DiffExp", "difference", "queries"]
     return "\n".join(table(header, rows)) if rows else NONE_YET

@@ -172,9 +172,12 @@ def file_name(experiment: str, model: str | None, overrides: Mapping[str, Any]) 
 
 def is_trained(run: Run) -> bool:
     """Whether the run came to its end."""
+    return has_all_rows(run) and all((run.workdir / name).exists() for name in (LORA_FILE, REPORT))
+
+
+def has_all_rows(run: Run) -> bool:
     rows = read_metrics(run.workdir)
-    there = all((run.workdir / name).exists() for name in (LORA_FILE, REPORT))
-    return there and bool(rows) and rows[-1]["iteration"] >= run.iterations
+    return bool(rows) and rows[-1]["iteration"] >= run.iterations
 
 
 def has_final(path: Path, *, samples_per_prompt: int, many: int, explored: bool) -> bool:
@@ -207,10 +210,15 @@ def final_command(run: Run, out: Path, *, samples_per_prompt: int, many: int, ba
 def commands_left(
     runs: Sequence[Run], *, cpu_devices: int | None, samples_per_prompt: int, base_samples: int
 ) -> list[tuple[Run, list[list[str]]]]:
-    """Of every run that is not done the commands, in order; the base model's are with the first run that shares it."""
+    """Of every run that is not done the commands, in order; the base model's are with the first run that shares it.
+
+    A run of which only numbers were kept, see `sweep_runs.keep`, is done.
+    """
     left, begun = [], set()
     for run in runs:
-        commands = [] if is_trained(run) else [train_command(run, cpu_devices=cpu_devices)]
+        final = {"samples_per_prompt": samples_per_prompt, "many": 0, "explored": run.explored}
+        is_kept = samples_per_prompt and has_all_rows(run) and has_final(run.workdir / FINAL, **final)
+        commands = [] if is_kept or is_trained(run) else [train_command(run, cpu_devices=cpu_devices)]
         for path, base in ((run.workdir / FINAL, False), (run.base, True)):
             wanted = {"samples_per_prompt": samples_per_prompt, "explored": run.explored}
             wanted["many"] = base_samples if base else 0

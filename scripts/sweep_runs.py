@@ -1,5 +1,6 @@
 """The files of an experiment's runs: which they are, their curves, and their final evaluations."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,23 @@ def read_runs(folder: Path) -> dict[int, Seed]:
             final = read_json(path / "final.json") if (path / "final.json").is_file() else {}
             runs[config.seed] = Seed(config, read_metrics(path), final)
     return dict(sorted(runs.items()))
+
+
+def keep(experiment: Experiment, sweeps: Path, to: Path) -> None:
+    """Copies what an experiment's numbers are made of, and what a sweep on another machine goes on from.
+
+    Of each run its settings, metrics and final evaluation; the base model's evaluation; what the arms are.
+    """
+    about = (sweeps / "experiments").glob("*.json")
+    files = [path for path in about if experiment.name in (path.stem, read_json(path)["experiment"])]
+    files += [experiment.base] if experiment.base else []
+    for folder in experiment.arms.values():
+        for seed in read_runs(folder):
+            files += [folder / f"seed{seed}" / name for name in ("config.json", "metrics.jsonl", "final.json")]
+    for path in filter(Path.is_file, files):
+        copied = to / path.relative_to(sweeps)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copied)
 
 
 def iterations_done(run: Seed) -> int:

@@ -230,7 +230,11 @@ def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, s
     documents = ["--out", out, "--document", document, "--readme", readme]
     code, said, err = command_line("--experiment=fig4_mine", "--sweeps", sweeps, *documents)
     assert (code, err) == (0, "") and "fig4_mine other: no finished run, left out" in said
-    assert sorted(path.name for path in out.iterdir()) == ["fig4_mine.json", "fig4_mine.png", "fig4_mine.svg"]
+    assert sorted(path.name for path in out.iterdir()) == ["fig4_mine.json", "fig4_mine.png", "fig4_mine.svg", "sweeps"]
+    assert len(list((out / "sweeps").rglob("metrics.jsonl"))) == 5 and not list((out / "sweeps").rglob("*.png"))
+    again = ["--experiment=fig4_mine", "--sweeps", out / "sweeps", "--out", tmp_path / "again"]
+    assert command_line(*again)[0] == 0
+    assert (tmp_path / "again" / "fig4_mine.json").read_text() == (out / "fig4_mine.json").read_text()
     page = (sweeps / "experiments" / "fig4_mine.html").read_text()
     assert "<h1>fig4_mine over seeds</h1>" in page and "5.50 [5.00, 6.00]" in page and page.count("<svg ") >= 3
     assert page.count("data:image/") >= 3 and "before" in page  # of the pictures below

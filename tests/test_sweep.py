@@ -279,6 +279,9 @@ def test_what_is_done_is_skipped(command_line, scripts, planned):
         finish(run, plan)
     assert command_line(*arguments) == (0, "nothing to do: 4 runs are done\n", "")
     assert command_line(*arguments, "--print")[2] == "nothing to do: 4 runs are done\n"
+    (runs[1].workdir / plan.LORA_FILE).unlink()  # only its numbers were kept
+    assert command_line(*arguments) == (0, "nothing to do: 4 runs are done\n", "")
+    finish(runs[1], plan)
     finish(runs[2], plan, iterations=59)  # stopped before its end
     (runs[3].workdir / plan.FINAL).unlink()  # not evaluated
     lines = command_line(*arguments, "--print")[1].splitlines()
