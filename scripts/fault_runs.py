@@ -48,6 +48,7 @@ print(json.dumps({key: str(value) for key, value in settings.items()}))
 """
 TIMEOUT = 300.0  # seconds that a run may take: one that takes longer hangs
 TIMEOUT_OF_HOSTS = 10  # seconds after which a silent host counts as gone
+TIMEOUT_OF_STARTS = 60  # within which both are there: one that is killed before leaves the other waiting
 
 _context = multiprocessing.get_context("forkserver")
 
