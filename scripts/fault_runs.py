@@ -111,6 +111,7 @@ def start(
             "hosts.coordinator": f"127.0.0.1:{port}",
             "hosts.number": hosts,
             "hosts.heartbeat_timeout": TIMEOUT_OF_HOSTS,
+            "hosts.initialization_timeout": TIMEOUT_OF_STARTS,
         }
         places = [common | {"hosts.index": index} for index in range(hosts)]
     logs = [workdir.parent / f"{workdir.name}-{index}.log" for index in range(hosts)]
