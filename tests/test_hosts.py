@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 from test_train import LORA, program, rows_of
 
-from diffexp_jax import InputError, parallel, train
+from diffexp_jax import HostError, InputError, parallel, train
 from diffexp_jax.checkpoint import read_lora
+from diffexp_jax.parallel import hosts
 
 PROCESS = str(ROOT / "tests" / "host_process.py")
 
@@ -266,6 +267,19 @@ def test_a_host_that_goes_while_training_ends_the_others_and_the_run_goes_on(vic
     assert one.code == other.code == 0, (one.err, other.err)
     assert f"continuing from iteration {saved}" in one.out
     assert [row["iteration"] for row in rows_of(tmp_path / "run")] == list(range(saved + 3))
+
+
+def test_a_host_that_goes_within_common_work_is_told_in_a_line(monkeypatch):
+    """Another one's part was done when it was killed; here the collective fails, and nobody is left to tell."""
+    watch = hosts.Watch(5)
+    monkeypatch.setattr(watch, "_gone", lambda now: (1, "host 1: was killed"))
+    monkeypatch.setattr(hosts, "_group", hosts.Group(0, 2, None, watch, iter(())))
+
+    def work():
+        raise jax.errors.JaxRuntimeError("INTERNAL: Gloo AllGather failed: Connection closed by peer")
+
+    with pytest.raises(HostError, match="^host 1: was killed$"):
+        parallel.together(work)
 
 
 @pytest.mark.parametrize(

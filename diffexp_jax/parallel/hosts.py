@@ -89,6 +89,8 @@ def together(work: Callable[[], T]) -> T:
     try:
         result = work()
     except Exception as raised:
+        if lost := _group.watch.explained(raised):  # there is nobody to tell
+            raise lost from None
         error = raised
     said = exchange("" if error is None else _told(error))
     failed = {i: text for i, text in enumerate(said) if text}
