@@ -21,7 +21,7 @@ from test_train import LORA, program, rows_of
 
 from diffexp_jax import HostError, InputError, parallel, train
 from diffexp_jax.checkpoint import read_lora
-from diffexp_jax.parallel import hosts
+from diffexp_jax.parallel import hosts as hosts_module
 
 PROCESS = str(ROOT / "tests" / "host_process.py")
 
@@ -271,9 +271,9 @@ def test_a_host_that_goes_while_training_ends_the_others_and_the_run_goes_on(vic
 
 def test_a_host_that_goes_within_common_work_is_told_in_a_line(monkeypatch):
     """Another one's part was done when it was killed; here the collective fails, and nobody is left to tell."""
-    watch = hosts.Watch(5)
+    watch = hosts_module.Watch(5)
     monkeypatch.setattr(watch, "_gone", lambda now: (1, "host 1: was killed"))
-    monkeypatch.setattr(hosts, "_group", hosts.Group(0, 2, None, watch, iter(())))
+    monkeypatch.setattr(hosts_module, "_group", hosts_module.Group(0, 2, None, watch, iter(())))
 
     def work():
         raise jax.errors.JaxRuntimeError("INTERNAL: Gloo AllGather failed: Connection closed by peer")
