@@ -48,7 +48,7 @@ class Checkpoints:
         self._held: dict[str, Any] | None = None
         self._writing: int | None = None
         self._lock = threading.RLock()  # a run that is stopped within an iteration saves from another thread
-        self._quiet = orbax_errors.Quiet()
+        orbax_errors.quiet()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self._scores), create=False, multiprocessing_options=_FIRST_HOST
         )
@@ -70,7 +70,6 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception):  # said already
                 self._manager.close()
-            self._quiet.end()
 
     def save(
         self, iteration: int, state: Any, *, rows: Iterable[Mapping[str, Any]] = (), score: float | None = None

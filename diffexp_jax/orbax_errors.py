@@ -6,22 +6,17 @@ import os
 import sys
 
 
-class Quiet:
-    """Keeps orbax from logging a traceback for every thread that an error met; what we log ourselves is let through."""
+def quiet() -> None:
+    """Keeps orbax from logging a traceback for every thread that an error meets: we say it in a line. For good, as a
+    thread may meet it when all else has ended.
+    """
+    hide_closed_loops()
+    for name in ("absl", "root"):
+        logging.getLogger(name).addFilter(_is_not_orbaxs)  # a second time changes nothing
 
-    def __init__(self):
-        hide_closed_loops()
-        self._loggers = [logging.getLogger(name) for name in ("absl", "root")]
-        for logger in self._loggers:
-            logger.addFilter(self._ours)
 
-    def end(self) -> None:
-        for logger in self._loggers:
-            logger.removeFilter(self._ours)
-
-    @staticmethod
-    def _ours(record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
+def _is_not_orbaxs(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def hide_closed_loops() -> None:
