@@ -19,11 +19,11 @@ def campaign(monkeypatch):
 
 
 def test_the_table_is_what_the_file_says(campaign):
-    """Without a file that none is recorded."""
     found = campaign["read"](FILE)
     table = re.search(r"<!-- table -->\n(.*?)<!-- /table -->", DOCUMENT.read_text(), re.S)[1]
     assert table == campaign["table"](found)
-    assert all(trial["ok"] for kind in found.values() for trial in kind)
+    assert all(trial["ok"] for kind in found.values() for trial in kind) and len(found["kills"]) >= 100
+    assert {trial["processes"] for trial in found["kills"]} == {1, 2}
 
 
 @pytest.mark.parametrize(
