@@ -99,7 +99,7 @@ class Checkpoints:
             args = ocp.args.Composite(default=ocp.args.StandardSave(state), contents=ocp.args.JsonSave(contents))
             self._writing = iteration
             try:
-                self._manager.save(iteration, args=args)
+                orbax_errors.in_daemon_threads(lambda: self._manager.save(iteration, args=args))
             except Exception as error:
                 self._failed(error)
 

@@ -4,6 +4,9 @@ import errno
 import logging
 import os
 import sys
+import threading
+from collections.abc import Callable
+from typing import Any
 
 
 def quiet() -> None:
@@ -17,6 +20,26 @@ def quiet() -> None:
 
 def _is_not_orbaxs(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def in_daemon_threads(work: Callable[[], Any]) -> Any:
+    """work(), whose threads do not hold up the end of the program: those of a write to a read-only disk wait for ten
+    minutes. A thread is a daemon where the one that begins it is.
+    """
+    done: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            done["result"] = work()
+        except Exception as error:
+            done["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if "error" in done:
+        raise done["error"]
+    return done["result"]
 
 
 def hide_closed_loops() -> None:
