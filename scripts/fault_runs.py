@@ -114,7 +114,8 @@ def start(
             "hosts.initialization_timeout": TIMEOUT_OF_STARTS,
         }
         places = [common | {"hosts.index": index} for index in range(hosts)]
-    logs = [workdir.parent / f"{workdir.name}-{index}.log" for index in range(hosts)]
+    folder = Path(settings["compilation_cache"]).parent  # not on the run's disk, which may be full
+    logs = [folder / f"{workdir.parent.name}-{workdir.name}-{index}.log" for index in range(hosts)]
     processes = [
         _context.Process(target=_train, args=(algorithm, {**settings, **place}, workdir, log, fails))
         for place, log in zip(places, logs, strict=True)
