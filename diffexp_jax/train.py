@@ -107,16 +107,17 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
     Raises:
       Stopped: a signal has asked for it; RewardError: a reward on the host failed. What was trained is saved.
     """
-    every, end = run.config.checkpoint.every, run.config.iterations
+    every, end, held = run.config.checkpoint.every, run.config.iterations, parallel.first(state)
     print(f"an iteration: {run.experiment.batch_in_words()}")
     bar = Progress(start, end)
     for it in bar:
-        checkpoints.hold(it, parallel.first(state), rows=writer.recent)
+        checkpoints.hold(it, held, rows=writer.recent)
         try:
             state, values = iterate(run, state, it)
         except RewardError:
             checkpoints.save_held()
             raise
+        held = parallel.first(state)  # the only copy to the host: for a checkpoint that is due, and for `hold`
         bar.show(it + 1, values)
         failed, due = None, (it + 1) % every == 0 or it + 1 == end
         try:
@@ -127,7 +128,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
         writer.write(it + 1, values)
         number, score = parallel.agree(stop.number()), values.get(run.config.checkpoint.best)
         if due or number or failed or checkpoints.is_best(score):
-            checkpoints.save(it + 1, parallel.first(state), rows=writer.recent, score=score)
+            checkpoints.save(it + 1, held, rows=writer.recent, score=score)
         checkpoints.check()
         if failed or (number and it + 1 < end):
             raise failed or Stopped(it + 1, number)

@@ -1,5 +1,6 @@
 """Weights for models of a published size, without files: what check_machine.py and benchmark.py run."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ PERIOD = 2**20 + 7  # a draw of so many numbers is repeated: a billion different
 def random_weights(shapes: Any) -> Any:
     """Arrays of such shapes, on every device: normal numbers of std 0.02, about 1 where they scale."""
     numbers = 0.02 * np.random.RandomState(0).standard_normal(PERIOD).astype(np.float32)
-    blocks = {}
+
+    @functools.cache
+    def block(mean, dtype):
+        return (mean + numbers).astype(dtype)
 
     def fill(path, leaf):
-        mean = float(path[-1].key == "scale")
-        block = blocks.setdefault((mean, leaf.dtype), (mean + numbers).astype(leaf.dtype))
-        return np.resize(block, leaf.shape)
+        return np.resize(block(float(path[-1].key == "scale"), leaf.dtype), leaf.shape)
 
     return parallel.replicate(jax.tree_util.tree_map_with_path(fill, shapes))
 

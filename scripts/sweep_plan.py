@@ -216,15 +216,13 @@ def commands_left(
     """
     left, begun = [], set()
     for run in runs:
-        final = {"samples_per_prompt": samples_per_prompt, "many": 0, "explored": run.explored}
-        is_kept = samples_per_prompt and has_all_rows(run) and has_final(run.workdir / FINAL, **final)
+        wanted = {"samples_per_prompt": samples_per_prompt, "explored": run.explored}
+        is_kept = samples_per_prompt and has_all_rows(run) and has_final(run.workdir / FINAL, many=0, **wanted)
         commands = [] if is_kept or is_trained(run) else [train_command(run, cpu_devices=cpu_devices)]
-        for path, base in ((run.workdir / FINAL, False), (run.base, True)):
-            wanted = {"samples_per_prompt": samples_per_prompt, "explored": run.explored}
-            wanted["many"] = base_samples if base else 0
-            if path and path not in begun and samples_per_prompt and not has_final(path, **wanted):
+        for path, base, many in ((run.workdir / FINAL, False, 0), (run.base, True, base_samples)):
+            if path and path not in begun and samples_per_prompt and not has_final(path, many=many, **wanted):
                 begun.add(path)
-                commands.append(final_command(run, path, base=base, **wanted))
+                commands.append(final_command(run, path, base=base, many=many, **wanted))
         if commands:
             left.append((run, commands))
     return left
