@@ -6,6 +6,7 @@ Arguments (all optional): model, reward, prompts, explore; see arguments.py.
 """
 
 from configs.arguments import structured
+from configs.models import MINIATURES
 
 
 def get_config(argument: str | None = None):
@@ -16,7 +17,7 @@ def get_config(argument: str | None = None):
     config.optim.lr = 1e-3
     config.optim.weight_decay = 0.1
     config.optim.grad_clip = 5.0
-    if chosen["model"] == "emoji":  # some minutes on two cores
+    if chosen["model"] in MINIATURES:  # some minutes on two cores
         # Of the same 2000 images, many small steps learn more than few large ones: with the learning rate 6e-3, 64
         # iterations of 32 images bring the object into 61 % of the pictures, 32 of 64 into 32 %. One run each, as the
         # others: 60 of 32 at 1e-2 68 %, 45 of 32 at 1e-2 42 %, 64 of 16 at 4e-3 39 %, 90 of 16 at 1e-2 52 %, 100 of 16

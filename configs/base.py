@@ -16,7 +16,7 @@ def default() -> ml_collections.ConfigDict:
     c.iterations = 100  # optimizer iterations: a batch of samples each
 
     c.model = m = ml_collections.ConfigDict()
-    m.path = "emoji"  # "emoji" (shipped), a folder in the diffusers pipeline format, or a Hugging Face hub id
+    m.path = "emoji"  # "emoji", "emoji_hard" (shipped), a folder in the diffusers pipeline format, or a hub id
     m.revision = placeholder(str)  # of the hub's repository: branch, tag or commit; None: its main branch
     m.variant = placeholder(str)  # "fp16": take the half-precision weight files; None: the whole ones if there are any
     # "float32", "bfloat16", "float16", "auto" = bfloat16 on accelerators, float32 on a CPU. LoRA, latents, log-probs

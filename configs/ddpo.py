@@ -6,6 +6,7 @@ Arguments (all optional): model, reward, prompts, explore; see arguments.py.
 """
 
 from configs.arguments import structured
+from configs.models import MINIATURES
 
 
 def get_config(argument: str | None = None):
@@ -13,7 +14,7 @@ def get_config(argument: str | None = None):
     config.algorithm = "ddpo"
     config.sampling.guidance = 5.0
     config.sampling.eta = 1.0
-    if chosen["model"] == "emoji":
+    if chosen["model"] in MINIATURES:
         config.iterations = 60
         config.optim.lr = 6e-3
         config.ddpo.clip = 3e-3  # of a mean over 512 numbers: as wide as 1e-4 of SD 1.5's mean over 16,384

@@ -7,6 +7,7 @@ has these numbers; for many prompts it has reward_weight 1000 and kl_weight 0.1.
 """
 
 from configs.arguments import structured
+from configs.models import MINIATURES
 
 
 def get_config(argument: str | None = None):
@@ -17,7 +18,7 @@ def get_config(argument: str | None = None):
     config.optim.lr = 1e-5
     config.optim.weight_decay = 0.0
     config.optim.grad_clip = 0.1
-    if chosen["model"] == "emoji":  # as DDPO there
+    if chosen["model"] in MINIATURES:  # as DDPO there
         config.iterations = 60
         config.sampling.guidance = 5.0
         config.optim.lr = 6e-3

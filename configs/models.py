@@ -1,15 +1,16 @@
 """What each model sets of base.py: its place, its sampling steps, and sizes that fit a machine it is meant for."""
 
+_LAPTOP = {
+    "model.vae_slice": 32,
+    "sampling.steps": 20,
+    "batch.samples": 64,
+    "batch.samples_per_forward": 32,
+    "eval.prompts": ("animal_activities", "animal_activities_unseen", "animals_with_article"),
+    "eval.rewards": ("emoji_judge",),
+}
 MODELS = {
-    "emoji": {  # a laptop
-        "model.path": "emoji",
-        "model.vae_slice": 32,
-        "sampling.steps": 20,
-        "batch.samples": 64,
-        "batch.samples_per_forward": 32,
-        "eval.prompts": ("animal_activities", "animal_activities_unseen", "animals_with_article"),
-        "eval.rewards": ("emoji_judge",),
-    },
+    "emoji": {"model.path": "emoji"} | _LAPTOP,
+    "emoji_hard": {"model.path": "emoji_hard"} | _LAPTOP,  # objects are missing more, and more unequally
     "sd15": {  # 512 pixels
         "model.path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "model.vae_slice": 1,
@@ -27,3 +28,4 @@ MODELS = {
         "batch.samples_per_forward": 1,
     },
 }
+MINIATURES = ("emoji", "emoji_hard")  # shipped: their prompts and rewards are the emoji world's

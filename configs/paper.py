@@ -25,8 +25,8 @@ guidance 5.0 (DDPO) and 7.5 (AlignProp), the learning rates, the 3/4 rule, and w
 the numbers of exploration and of iterations: those are our defaults. SDXL's settings are those of SD 1.5, at 1024
 pixels.
 
-`,model=` takes any of models.py's names. With emoji an experiment becomes its miniature: the emoji model with its own
-settings, on prompts that it knows, with its rewards in the place of the published ones (the judge in ImageReward's).
+`,model=` takes any of models.py's names. With emoji or emoji_hard an experiment becomes its miniature: that model with
+its settings, on prompts that it knows, with its rewards in the place of the published ones (ImageReward's: the judge).
 
 Memory by `--dry_run` in float32 on a CPU (its numbers, not a GPU's; bfloat16 halves the weights), GiB a device:
 fig4_ddpo_aesthetic sampling 5.93, update 12.42; fig4_alignprop_aesthetic 21.19; fig4_ddpo_pickscore,model=sdxl sampling
@@ -41,6 +41,7 @@ import re
 
 from configs import alignprop, ddpo
 from configs.arguments import parse
+from configs.models import MINIATURES
 
 _DOLPHIN = "a dolphin riding a bike"
 _IMAGEREWARD = "imagereward:weights/imagereward"
@@ -104,11 +105,11 @@ def get_config(argument: str | None = None):
     usual, algorithm, task, changes = EXPERIMENTS[name]
     options = ",".join([f"model={usual}", *options])
     model = parse(options)["model"]
-    reward, prompts, unseen = (MINIATURE if model == "emoji" else PUBLISHED)[task]
+    reward, prompts, unseen = (MINIATURE if model in MINIATURES else PUBLISHED)[task]
     module = {"ddpo": ddpo, "alignprop": alignprop}[algorithm]
     config = module.get_config(f"{options},reward={reward},prompts={prompts}")
     config.eval.prompts = (prompts, *unseen)
-    if model != "emoji":
+    if model not in MINIATURES:
         config.eval.rewards = (_IMAGEREWARD,)
     config.update_from_flattened_dict(changes)
     return config

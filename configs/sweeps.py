@@ -20,6 +20,7 @@ Arms of different experiments that come to the same config share their runs. ALG
 aesthetic or pickscore.
 """
 
+from configs.models import MINIATURES
 from configs.paper import PARTS, REWARDS, THRESHOLDS
 
 _ALGORITHMS = {"ddpo": "DDPO", "alignprop": "AlignProp"}
@@ -53,7 +54,7 @@ def mean_guidance(config):
 
 def held_out(config):
     """What fig1 reports besides its reward: in the miniature the judge is the reward, so another one is held out."""
-    return ("emoji_pickscore",) if config.model.path == "emoji" else tuple(config.eval.rewards)
+    return ("emoji_pickscore",) if config.model.path in MINIATURES else tuple(config.eval.rewards)
 
 
 def _pair(name, changes=()):

@@ -4,11 +4,11 @@ Plain numpy. Values come in the order of the seeds; two arms of the same seed sa
 compares arms resamples pairs of runs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 DRAWS = 10_000  # of the bootstrap
 LEVEL = 95.0  # percent of the draws that an interval covers
@@ -143,11 +143,19 @@ def gain_by_base_share(
       baseline, arm: the same of each seed's final models.
     """
     bins = []
+    for above, upto, rows in prompts_by_base_share(base):
+        theirs, ours = baseline[:, rows].mean(1), arm[:, rows].mean(1)
+        estimates = [mean_over_seeds(x) for x in (theirs, ours, ours - theirs)]
+        bins.append(Bin(above, upto, int(rows.sum()), float(base[rows].mean()), *estimates))
+    return bins
+
+
+def prompts_by_base_share(
+    base: Float[np.ndarray, "P"],
+) -> Iterator[tuple[float | None, float, Bool[np.ndarray, "P"]]]:
+    """(above, upto, which prompts those are) of every bin that has any, see `Bin`."""
     for i, upto in enumerate(SHARES):
         above = SHARES[i - 1] if i else None
         rows = base == upto if above is None else (base > above) & (base <= upto)
         if rows.any():
-            theirs, ours = baseline[:, rows].mean(1), arm[:, rows].mean(1)
-            estimates = [mean_over_seeds(x) for x in (theirs, ours, ours - theirs)]
-            bins.append(Bin(above, upto, int(rows.sum()), float(base[rows].mean()), *estimates))
-    return bins
+            yield above, upto, rows

@@ -17,6 +17,7 @@ from diffexp_jax.formats.files import read_json
 from diffexp_jax.limits import Number, check_number, one_of, positive, whole
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
 from diffexp_jax.parallel import Split, number_of_hosts, split_batch
+from diffexp_jax.pipelines import SHIPPED
 from diffexp_jax.prompts.units import UNITS
 
 CHOICES = {
@@ -176,8 +177,8 @@ def cpu_devices(config: ConfigDict) -> int:
     if config.cpu_devices is not None:
         return config.cpu_devices
     path = Path(config.model.path).expanduser()
-    size = 0 if config.model.path == "emoji" else sum(file.stat().st_size for file in path.rglob("*.safetensors"))
-    most = min(len(os.sched_getaffinity(0)), MOST_CPU_DEVICES) if size or config.model.path == "emoji" else 1
+    size = sum(file.stat().st_size for file in SHIPPED.get(config.model.path, path).rglob("*.safetensors"))
+    most = min(len(os.sched_getaffinity(0)), MOST_CPU_DEVICES) if size else 1
     for n in range(most, 1, -1):
         if _divides(config, n * number_of_hosts()) and 4 * n * size <= backend.host_memory():
             return n

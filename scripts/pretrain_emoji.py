@@ -1,6 +1,6 @@
 """Makes every weight of the emoji world from nothing, with this package's own networks.
 
-    python scripts/pretrain_emoji.py --stages vae,diffusion,clip,aesthetic,judge --workdir runs/pretrain
+    python scripts/pretrain_emoji.py --stages vae,diffusion,diffusion_hard,clip,aesthetic,judge --workdir runs/pretrain
 
 Stages run in the order given; each needs the ones before it. A stage that was stopped continues from its newest
 checkpoint in the workdir, bit for bit. Finished networks are exported in the published formats (float16 safetensors)
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -95,10 +96,14 @@ def main(args: argparse.Namespace) -> None:
         tqdm.write(f"{name}: exported to {args.out}")
 
 
-if __name__ == "__main__":
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stages", default="vae,diffusion,clip,aesthetic,judge", help="in order; vae_decoder polishes a finished VAE")
+    add(
+        "--stages",
+        default="vae,diffusion,diffusion_hard,clip,aesthetic,judge",
+        help="in order; vae_decoder and diffusion_hard go on from finished ones",
+    )
     add("--workdir", type=Path, default=Path("runs/pretrain_emoji"), help="where checkpoints and the log go")
     add("--out", type=Path, default=pretraining.ASSETS, help="where the finished weights go")
     add("--steps", type=int, help="optimizer steps of each stage (default: the stage's own)")
@@ -106,4 +111,8 @@ if __name__ == "__main__":
     add("--from_shipped", action="store_true", help="start from the exported weights instead of from nothing")
     add("--seed", type=int, default=0, help="of weights and data")
     add("--save_every", type=int, default=500, help="optimizer steps between checkpoints")
-    command.guarded(main, parser.parse_args())
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    command.guarded(main, parse())

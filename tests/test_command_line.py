@@ -64,7 +64,7 @@ def command_line(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        ([f"{CONFIG}:model=sd99"], ["model='sd99'", "accepted: emoji, sd15, sd21, sdxl"]),
+        ([f"{CONFIG}:model=sd99"], ["model='sd99'", "accepted: emoji, emoji_hard, sd15, sd21, sdxl"]),
         ([f"{CONFIG}:modle=emoji"], ["'modle=emoji'", "accepted: model=..., reward=..., prompts=..., explore=..."]),
         ([f"{CONFIG}:emoji"], ["'emoji'", "accepted: model=..."]),
         ([f"{CONFIG}:explore=yes"], ["explore='yes'", "accepted: true, false"]),
@@ -126,7 +126,7 @@ def run_program(*arguments, cwd):
 def test_the_real_program_says_one_line(tmp_path):
     done = run_program("-m", "diffexp_jax.train", f"{CONFIG}:model=sd99", "--workdir=x", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: config argument model='sd99': accepted: emoji, sd15, sd21, sdxl\n"
+    assert done.stderr == "error: config argument model='sd99': accepted: emoji, emoji_hard, sd15, sd21, sdxl\n"
     assert not (tmp_path / "x").exists()
 
 

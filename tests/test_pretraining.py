@@ -1,7 +1,9 @@
 """scripts/pretrain_emoji.py: learns, logs, and continues where it stopped."""
 
+import hashlib
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffexp_jax.emoji import pretraining
 from diffexp_jax.emoji.pretraining import Stage
+from diffexp_jax.fingerprint import fingerprint
+from diffexp_jax.pipelines import load_pipeline
 
 _SCRIPT = Path(__file__).parents[1] / "scripts/pretrain_emoji.py"
 
@@ -62,3 +67,36 @@ def test_continues_bit_for_bit(script, tmp_path):
 def test_another_seed_is_another_run(script, tmp_path):
     runs = [script.train(quadratic(), tmp_path / str(n), seed=n, steps=5, save_every=5)["mean"] for n in (0, 1)]
     assert not np.array_equal(*runs)
+
+
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "vae_decoder", "diffusion", "clip", "judge")]
+
+
+@pytest.mark.parametrize("name", ["diffusion_hard", *OTHERS, pytest.param("aesthetic", marks=pytest.mark.slow)])
+def test_every_stage_trains_and_exports(script, tmp_path, monkeypatch, name):
+    """From what is shipped: two steps change what the stage makes, in its published format, and nothing else."""
+    encode = pretraining._encoded_scenes
+    monkeypatch.setattr(pretraining, "_encoded_scenes", lambda *args, **kw: encode(*args[:2], 64, chunk=64, **kw))
+    out = shutil.copytree(pretraining.ASSETS, tmp_path / "assets")
+    shutil.rmtree(out / "model_hard", ignore_errors=True)
+    before = digests(out)
+    line = f"--stages={name} --workdir={tmp_path / 'work'} --out={out} --steps=2 --batch=2 --from_shipped"
+    script.main(script.parse(line.split()))
+    after = digests(out)
+    part = {"diffusion_hard": "model_hard", "vae_decoder": "model/vae", "clip": "reward_clip"}.get(name, name)
+    parts = {"vae": ["model/vae"], "diffusion": ["model/unet", "model/text_encoder"]}.get(name, [part])
+    changed = {path for path in after if after[path] != before.get(path)}
+    assert changed and all(any(path.startswith(f"{part}/") for part in parts) for path in changed), changed
+    assert {path for path in changed if path.endswith(".safetensors")} >= {
+        path for path in before if path.endswith(".safetensors") and any(path.startswith(f"{x}/") for x in parts)
+    }
+    if name == "diffusion_hard":
+        hard, base = (load_pipeline(out / folder) for folder in ("model_hard", "model"))
+        same = {name: fingerprint(x) == fingerprint(base.params[name]) for name, x in hard.params.items()}
+        assert same == {"unet": False, "text_encoder": False, "vae": True}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of every file."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

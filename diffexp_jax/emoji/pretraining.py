@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from safetensors.numpy import save
 from diffexp_jax.emoji import scenes
 from diffexp_jax.emoji.tokenizer import MAX_LENGTH, write_tokenizer
 from diffexp_jax.formats import convert, files
+from diffexp_jax.formats.tokenizers import load_tokenizer, token_ids
 from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
@@ -195,24 +197,30 @@ ACTIVITY_SHARE = 0.65  # of the diffusion model's captions
 
 
 def diffusion_stage(
-    out: Path, *, from_shipped: bool = False, batch: int = 32, n_scenes: int = 49152, drop_caption: float = 0.1
+    out: Path,
+    *,
+    from_shipped: bool = False,
+    hard: bool = False,
+    batch: int = 32,
+    n_scenes: int = 49152,
+    drop_caption: float = 0.1,
 ) -> Stage:
-    """UNet and text encoder together: the eps loss of Eq. 1 with Min-SNR-5 weights, on latents encoded once."""
+    """UNet and text encoder together: the eps loss of Eq. 1 with Min-SNR-5 weights, on latents encoded once.
+
+    With `hard` the shipped model is trained on, on scenes whose objects are missing more unequally; its folder is
+    model_hard.
+    """
     vae = AutoencoderKL(VAEConfig.from_dict(json.loads((out / "model/vae/config.json").read_text())))
     write_tokenizer(out / "model/tokenizer")
-    tokenizer = stable_diffusion.load_tokenizer(out / "model/tokenizer")
-    text_config = TEXT | {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    tokenizer = load_tokenizer(out / "model/tokenizer")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text_config = TEXT | {"vocab_size": len(tokenizer)} | special
     unet, text = UNet(UNetConfig.from_dict(UNET)), TextTransformer(CLIPTextConfig.from_dict(text_config))
-    ids, _ = stable_diffusion.token_ids(tokenizer, [*scenes.captions(), ""])
+    ids, _ = token_ids(tokenizer, [*scenes.captions(), ""])
     schedule = noise_schedule(SCHEDULER)
 
     def init(key):
-        if from_shipped:
+        if from_shipped or hard:
             model = stable_diffusion.load(out / "model")
             return {part: model.params[part] for part in ("unet", "text_encoder")}
         text_key, unet_key = jax.random.split(key)
@@ -235,22 +243,34 @@ def diffusion_stage(
         return (min_snr_weight(alpha_bar[t]) * error).mean(), {"mse": error.mean()}
 
     def export(params, out):
-        save_json(out / "model/model_index.json", MODEL_INDEX)
-        save_json(out / "model/scheduler/scheduler_config.json", SCHEDULER)
-        save_json(out / "model/unet/config.json", UNET)
-        save_half(out / "model/unet/diffusion_pytorch_model.safetensors", convert.to_torch(params["unet"]))
-        save_json(out / "model/text_encoder/config.json", text_config)
-        save_half(out / "model/text_encoder/model.safetensors", convert.to_torch(params["text_encoder"]))
+        folder = out / "model"
+        if hard:  # the same autoencoder and tokenizer
+            folder = shutil.copytree(folder, out / "model_hard", dirs_exist_ok=True)
+        _export_diffusion(folder, text_config, params)
 
-    data = (*_encoded_scenes(vae, load_part(out, "vae", vae), n_scenes), ids, schedule.alpha_bar.astype(np.float32))
-    return Stage("diffusion", 6000, 1.5e-3, init, loss, export, data)
+    missing = scenes.MISSING_HARD if hard else scenes.MISSING
+    encoded = _encoded_scenes(vae, load_part(out, "vae", vae), n_scenes, missing=missing)
+    data = (*encoded, ids, schedule.alpha_bar.astype(np.float32))
+    kind = ("diffusion_hard", 4000, 5e-4) if hard else ("diffusion", 6000, 1.5e-3)
+    return Stage(*kind, init, loss, export, data)
 
 
-def _encoded_scenes(vae: AutoencoderKL, params: Any, n: int, chunk: int = 4096):
+def _export_diffusion(folder: Path, text_config: dict[str, Any], params: Any) -> None:
+    save_json(folder / "model_index.json", MODEL_INDEX)
+    save_json(folder / "scheduler/scheduler_config.json", SCHEDULER)
+    save_json(folder / "unet/config.json", UNET)
+    save_half(folder / "unet/diffusion_pytorch_model.safetensors", convert.to_torch(params["unet"]))
+    save_json(folder / "text_encoder/config.json", text_config)
+    save_half(folder / "text_encoder/model.safetensors", convert.to_torch(params["text_encoder"]))
+
+
+def _encoded_scenes(vae: AutoencoderKL, params: Any, n: int, *, missing: tuple[float, ...], chunk: int = 4096):
     """Latents (float16) and caption ids of n training scenes."""
     sprites, latents, captions = scenes.load_sprites(), [], []
     for i in range(0, n, chunk):
-        scene, activity = scenes.sample_scenes(jax.random.key(100 + i), chunk, activity_share=ACTIVITY_SHARE)
+        scene, activity = scenes.sample_scenes(
+            jax.random.key(100 + i), chunk, activity_share=ACTIVITY_SHARE, missing=missing
+        )
         latents.append(encode_all(vae, params, scenes.render(sprites, scene)).astype(jnp.float16))
         captions.append(scenes.caption_id(scene.animal, activity))
     return jnp.concatenate(latents), jnp.concatenate(captions)
@@ -260,4 +280,5 @@ STAGES: dict[str, Callable[..., Stage]] = {
     "vae": vae_stage,
     "vae_decoder": functools.partial(vae_stage, decoder_only=True),
     "diffusion": diffusion_stage,
+    "diffusion_hard": functools.partial(diffusion_stage, hard=True),
 }

@@ -24,10 +24,20 @@ from diffexp_jax.pipelines.pipeline import (
     zero_conditioning,
 )
 
-__all__ = ["PIPELINES", "Conditioning", "Kind", "Pipeline", "encode_empty", "encode_prompts", "load_pipeline"]
+__all__ = [
+    "PIPELINES",
+    "SHIPPED",
+    "Conditioning",
+    "Kind",
+    "Pipeline",
+    "encode_empty",
+    "encode_prompts",
+    "load_pipeline",
+]
 __all__ += ["make_context", "zero_conditioning"]
 
-EMOJI = Path(__file__).parents[1] / "emoji" / "assets" / "model"  # the model that the package ships
+_ASSETS = Path(__file__).parents[1] / "emoji" / "assets"
+SHIPPED = {"emoji": _ASSETS / "model", "emoji_hard": _ASSETS / "model_hard"}  # the models that the package ships
 
 
 class Kind(NamedTuple):
@@ -55,7 +65,7 @@ def load_pipeline(
     weights: bool = True,
     **options,
 ) -> Pipeline:
-    """Loads a pipeline from a folder or from the Hugging Face hub, or the shipped model for "emoji".
+    """Loads a pipeline from a folder or from the Hugging Face hub, or one of SHIPPED by its name.
 
     Args:
       dtype: of the weights and the networks' arithmetic; timestep embeddings, norms, softmax and the products of LoRA
@@ -71,11 +81,7 @@ def load_pipeline(
     """
     if not weights:
         return _load_shapes(str(path), dtype=dtype, **options)
-    folder = (
-        EMOJI
-        if str(path) == "emoji"
-        else files.model_folder(str(path), all_parts(), revision=revision, variant=variant)
-    )
+    folder = SHIPPED.get(str(path)) or files.model_folder(str(path), all_parts(), revision=revision, variant=variant)
     return _kind(folder).load(folder, dtype=dtype, variant=variant, **options)
 
 
@@ -93,11 +99,11 @@ def all_parts() -> tuple[str, ...]:
 
 
 def _load_shapes(path: str, **options) -> Pipeline:
-    folder = EMOJI if path == "emoji" else Path(path).expanduser()
+    folder = SHIPPED.get(path) or Path(path).expanduser()
     if not folder.is_dir() and path not in sizes.PIPELINES:
         raise InputError(
-            f"model {path!r}: no such folder, and its sizes are not known; accepted: emoji, a folder, or one of "
-            f"{', '.join(sizes.PIPELINES)}"
+            f"model {path!r}: no such folder, and its sizes are not known; accepted: {', '.join(SHIPPED)}, a folder, "
+            f"or one of {', '.join(sizes.PIPELINES)}"
         )
     index, parts = _kind(folder).read_jsons(folder) if folder.is_dir() else sizes.PIPELINES[path]
     return PIPELINES[index["_class_name"]].shapes(index, parts, path, **options)

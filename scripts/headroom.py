@@ -1,0 +1,230 @@
+"""Is there anything to explore? What the base model does with each prompt, plainly and by ways of exploring.
+
+python scripts/headroom.py --model emoji_hard --out docs/results/headroom/emoji_hard.json --document docs/results.md
+
+Nothing is trained. Of every training prompt it samples images plainly, by Eq. 7 with several thresholds, by Eq. 8, and
+by both, on the same noise, and compares how often they succeed, how far a prompt's rewards and images differ from
+each other, and how good the best of them are. Prompts are sorted by how often the base model succeeds with them,
+in images of other noise (--many), so that none is put somewhere by the luck of the images that are compared.
+"""
+
+from diffexp_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupt()  # the imports take seconds
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import results_document
+import sweep_plan
+from jaxtyping import Float
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffexp_jax import InputError, backend, comparison, evaluation, image_statistics, parallel, settings
+from diffexp_jax.experiment import Experiment, Task
+from diffexp_jax.formats.files import write_whole
+from diffexp_jax.limits import check_number, one_of, whole
+from diffexp_jax.programs import make_embedder, make_explore, make_generate, make_scorers
+
+_PLAIN = {"t_thresh": 1000}  # no step is above it
+_NO_WEIGHTS = {"weight_range": (1.0, 1.0)}
+WAYS = {  # name: what it sets of exploration
+    "plain": _PLAIN | _NO_WEIGHTS,
+    "weights": _PLAIN,
+    **{f"t > {t}": {"t_thresh": t} | _NO_WEIGHTS for t in (900, 800, 700, 600)},
+    "both": {},
+}
+BEST_OF = 8
+_STATISTICS = {  # of a prompt's images: heading of the table
+    "success": "images that succeed",
+    "never": "prompts without one",
+    "mean": "reward",
+    "std": "its std in a prompt",
+    "best": f"best of {BEST_OF}",
+    "distance": "distance",
+}
+
+
+def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    check_number("--samples_per_prompt ", args.samples_per_prompt, whole(BEST_OF, 2**16))
+    check_number("--many ", args.many, whole(1, 2**16))
+    command.check_writable(args.out.parent, "--out")
+    if args.document:
+        results_document.between(args.document.read_text(), markers(args.out.stem), "", str(args.document))
+    overrides = dict(map(sweep_plan.parse_override, rest)) | {"eval.every": 1}
+    argument = f"paper.py:{args.experiment}" + (f",model={args.model}" if args.model else "")
+    config, _ = sweep_plan.resolve(argument, {"eval.prompts": (), "exploration.enabled": True}, overrides)
+    backend.set_cpu_devices(settings.cpu_devices(config))
+    found = {"argument": argument, "settings": about(config), "machine": backend.machine()} | measure(config, args)
+    write_whole(args.out, json.dumps(found) + "\n")
+    print("\n".join(section(found)))
+    if args.document:
+        write_section(args.document, args.out.stem, found)
+
+
+def about(config: ConfigDict) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {"model": config.model.path, **config.sampling.to_dict(), **config.exploration.to_dict()}
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(config: ConfigDict, args: argparse.Namespace) -> dict[str, Any]:
+    """Samples and scores; of every way and prompt the statistics, and how often the base model succeeds."""
+    model = Model(Experiment.build(config))
+    success = args.success or model.experiment.reward
+    one_of("--success", success, model.scorers)
+    task, n = model.experiment.train, args.samples_per_prompt
+    task = task._replace(tokens={name: r.tokenize(task.texts) for name, r in model.experiment.rewards.items()})
+    with tqdm(total=len(task.texts) * (args.many + n * len(WAYS)), desc="headroom", unit="image") as bar:
+        _, many = model.sample(task, args.many, WAYS["plain"], seed=args.seed + 1, bar=bar)
+        base = many[success].reshape(len(task.texts), -1).mean(1)
+        if not 0 <= base.min() <= base.max() <= 1:
+            raise InputError(f"--success {success}: wants a reward that is 1 where an image succeeds, else 0")
+        ways = {}
+        for name, changes in WAYS.items():
+            images, scores = model.sample(task, n, changes, seed=args.seed, bar=bar)
+            ways[name] = model.statistics(images, scores, success, n)
+    names = {"reward": model.experiment.reward, "success": success, "many": args.many, "samples_per_prompt": n}
+    return names | {"prompts": task.texts, "base": rounded(base), "ways": ways}
+
+
+class Model:
+    """The base model, ready to sample and to be scored."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment, split = experiment, experiment.split
+        frozen = parallel.replicate(experiment.frozen)
+        self.scorers = make_scorers(experiment, frozen)
+        self._params, lora = frozen["model"], experiment.initial_lora()
+        self._lora = parallel.replicate(jax.tree.map(np.zeros_like, lora))  # an update of nothing
+        self._generate = make_generate(
+            experiment.sampler.pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale
+        )
+        with_features = [reward for reward in experiment.rewards.values() if reward.embed]
+        batch = split.per_forward * split.devices
+        self._embed = make_embedder(with_features[0], batch=batch) if with_features else None
+
+    def sample(self, task: Task, n: int, changes: Mapping[str, Any], *, seed: int, bar: tqdm) -> tuple[Any, dict]:
+        """n images of each prompt with these numbers of exploration, and their scores."""
+        sampler = self.experiment.sampler
+        sampler = sampler._replace(exploration=sampler.exploration._replace(**changes))
+        rows = np.repeat(np.arange(len(task.texts)), n)
+        texts = tuple(task.texts[row] for row in rows)
+        cond, tokens = jax.tree.map(lambda x: x[rows], (task.cond, task.tokens))
+        if sampler.exploration.weight_range != (1.0, 1.0):
+            cond = self._weighted(self.experiment._replace(sampler=sampler), cond, rows, seed)
+        return evaluation.evaluate(
+            self._generate,
+            self.scorers,
+            self._params,
+            self._lora,
+            Task(task.name, texts, cond, tokens),
+            sampler.uncond,
+            parallel.replicate(sampler.steps(explore=True)),
+            seed=seed,
+            batch=self.experiment.split.samples,
+            advance=bar.update,
+        )
+
+    def _weighted(self, experiment: Experiment, cond: Any, rows: np.ndarray, seed: int) -> Any:
+        """Every image's conditioning, with random weights of its own (Eq. 8)."""
+        devices = jax.device_count()
+        padded = np.concatenate([np.arange(len(rows)), np.zeros(-len(rows) % devices, int)])
+        keys = parallel.sample_keys(parallel.stream(seed, "weights"), len(padded))
+        null = jax.tree.map(lambda x: np.broadcast_to(x, (len(padded), *x.shape)), experiment.sampler.empty)
+        units = experiment.units[rows[padded]]
+        cond = jax.tree.map(lambda x: x[padded], cond)
+        weighted = make_explore(experiment)(*parallel.shard((cond, null, units, keys), len(padded)))
+        return jax.tree.map(lambda x: x[: len(rows)], parallel.unshard(weighted))
+
+    def statistics(self, images: np.ndarray, scores: Mapping[str, Any], success: str, n: int) -> dict[str, list]:
+        """Of each prompt's n images."""
+        rewards = scores[self.experiment.reward].reshape(-1, n)
+        found = {"success": scores[success].reshape(-1, n).mean(1), "mean": rewards.mean(1), "std": rewards.std(1)}
+        found["best"] = best_of(rewards, BEST_OF)
+        if self._embed:
+            features = self._embed(images).reshape(len(rewards), n, -1)
+            found["distance"] = np.array([image_statistics.mean_pairwise_distance(x) for x in features])
+        return {name: rounded(x) for name, x in found.items()}
+
+
+def best_of(rewards: Float[np.ndarray, "P n"], k: int) -> Float[np.ndarray, " P"]:
+    """The expected best of k of the n, drawn without replacement: unbiased in n."""
+    n = rewards.shape[1]
+    # the i-th smallest is the best of k where the other k - 1 are among the i - 1 below it
+    below = np.arange(n)
+    logs = np.array([_log_choose(i, k - 1) - _log_choose(n, k) for i in below])
+    return np.sort(rewards, axis=1) @ np.exp(logs)
+
+
+def _log_choose(n: int, k: int) -> float:
+    if k > n:
+        return -np.inf
+    return float(np.log(np.arange(n - k + 1, n + 1)).sum() - np.log(np.arange(1, k + 1)).sum())
+
+
+def rounded(x: np.ndarray) -> list[float]:
+    return np.round(np.asarray(x, np.float64), 5).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ document
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- headroom: {name} -->", f"<!-- /headroom: {name} -->"
+
+
+def section(found: Mapping[str, Any]) -> list[str]:
+    """The lines of Markdown: a table of all prompts, and of success by how often the base model succeeds."""
+    ways = {name: {what: np.array(x) for what, x in way.items()} for name, way in found["ways"].items()}
+    shown = [what for what in _STATISTICS if what == "never" or what in ways["plain"]]
+    rows = [[name, *(_shown(way, what) for what in shown)] for name, way in ways.items()]
+    base, bins = np.array(found["base"]), []
+    for above, upto, inside in comparison.prompts_by_base_share(base):
+        shares = [f"{100 * way['success'][inside].mean():.1f} %" for way in ways.values()]
+        bins.append([results_document.bin_name({"above": above, "upto": upto}), str(inside.sum()), *shares])
+    s = found["settings"]
+    said = (
+        f"{len(base)} prompts, {found['samples_per_prompt']} images each and way; {s['steps']} steps, guidance "
+        f"{s['guidance']:g}, w_low {s['w_low']:g}, weights {s['weight_range'][0]:g} to {s['weight_range'][1]:g} of a "
+        f"{s['unit']}, both: t > {s['t_thresh']:g}. An image succeeds by {found['success']}; rewards are of "
+        f"{found['reward']}. {found['machine']['devices']}, jax {found['machine']['jax']}."
+    )
+    first = results_document.table(["way", *(_STATISTICS[what] for what in shown)], rows)
+    header = [f"base model succeeds in, of {found['many']}", "prompts", *ways]
+    return [said, "", *first, "", *results_document.table(header, bins)]
+
+
+def _shown(way: Mapping[str, np.ndarray], what: str) -> str:
+    if what == "never":
+        return f"{100 * (way['success'] == 0).mean():.0f} %"
+    mean = way[what].mean()
+    return f"{100 * mean:.1f} %" if what == "success" else f"{mean:.3f}" if what == "distance" else f"{mean:.2f}"
+
+
+def write_section(document: Path, name: str, found: Mapping[str, Any]) -> None:
+    text = results_document.between(document.read_text(), markers(name), "\n".join(section(found)), str(document))
+    write_whole(document, text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--experiment", default="fig4_ddpo_pickscore", help="of configs/paper.py: prompts, reward, sampling")
+    add("--model", help="of configs/models.py (default: the experiment's)")
+    add("--success", help="the reward that says which images succeed (default: the experiment's own)")
+    add("--samples_per_prompt", type=int, default=16)
+    add("--many", type=int, default=64, help="images of a prompt that say how often the base model succeeds")
+    add("--seed", type=int, default=2000, help="of the noise")
+    add("--out", type=Path, required=True, help="the .json file to write")
+    add("--document", type=Path, help="a document with the lines <!-- headroom: NAME --> and <!-- /headroom: NAME -->")
+    command.guarded(main, *parser.parse_known_args())
