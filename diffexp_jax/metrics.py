@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 
 from diffexp_jax import InputError, parallel
+from diffexp_jax.formats.files import replaced
 
 _RECENT = 100  # rows
 
@@ -60,12 +61,10 @@ class MetricsWriter:
         missing = sorted(set(range(last + 1)) - kept.keys())
         if missing:
             logging.warning("%s: has no rows of the iterations %s", self._path, _as_ranges(missing))
-        partial = self._path.with_suffix(".partial")
-        with open(partial, "w") as file:
+        with replaced(self._path) as partial, open(partial, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept.values())
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self._path)
         self.recent.extend(kept.values())
         if self._wants_tensorboard:
             from tensorboardX import SummaryWriter

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from diffexp_jax import InputError, command, lease
 from diffexp_jax.exploration import exploring_iterations
+from diffexp_jax.formats.files import replaced
 from diffexp_jax.sampler import model_dtype
 from diffexp_jax.settings import method_settings, read_config
 
@@ -142,6 +143,5 @@ def _check_identity(workdir: Path, config: ConfigDict, identity: Mapping[str, st
 
 
 def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

@@ -29,6 +29,7 @@ import sweep_runs
 from sweep_runs import Experiment
 
 from diffexp_jax import InputError
+from diffexp_jax.formats.files import write_whole
 
 KEPT = "sweeps"  # in --out: the numbers of the runs
 
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
         for arm in experiment.arms.keys() - results["arms"].keys():
             print(f"{experiment.name} {arm}: no finished run, left out")
         results_figure.save(results, args.out / experiment.name)
-        replace(args.out / f"{experiment.name}.json", json.dumps(results, separators=(",", ":")) + "\n")
+        write_whole(args.out / f"{experiment.name}.json", json.dumps(results, separators=(",", ":")) + "\n")
         if experiment.base and args.sweeps.resolve() != (args.out / KEPT).resolve():
             sweep_runs.keep(experiment, args.sweeps, args.out / KEPT)
         page = (args.sweeps / "experiments" if experiment.base else args.out) / f"{experiment.name}.html"
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"written: {page}")
     every = results_document.read_results(args.out)
     for path, write in documents.items():
-        replace(path, write(path.read_text(encoding="utf-8"), every, where=str(path)))
+        write_whole(path, write(path.read_text(encoding="utf-8"), every, where=str(path)))
         print(f"written: {path}")
 
 
@@ -88,16 +89,6 @@ def named_runs(name: str | None, runs: list[str]) -> Experiment:
     if len(arms) < 2:
         raise InputError("one arm alone is nothing to compare; wants the baseline and another one")
     return Experiment(name, f"{', '.join(arms)} compared", None, next(iter(arms)), arms, None)
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def parse() -> argparse.Namespace:

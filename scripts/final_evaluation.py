@@ -24,8 +24,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffexp_jax import InputError, backend, checkpoint, evaluation, image_statistics, parallel, settings
+from diffexp_jax import backend, checkpoint, evaluation, image_statistics, parallel, settings
 from diffexp_jax.experiment import Experiment, Task
+from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.programs import make_embedder, make_generate, make_scorers
 
@@ -65,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
         for way, (n, explore) in ways.items():
             measure = partial(model.measure, n=n, explore=explore, seed=args.seed, advance=bar.update)
             results[way] = {task.name: measure(task) for task in tasks}
-    write(args.out, results)
+    write_whole(args.out, json.dumps(results) + "\n")
 
 
 def run_settings(workdir: Path) -> ConfigDict:
@@ -133,17 +134,6 @@ class Model(NamedTuple):
             "prompts": list(task.texts),
             "per_prompt": {name: np.round(x.astype(float), DIGITS).tolist() for name, x in per_prompt.items()},
         }
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(results) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import sweep_plan  # noqa: E402
 from sweep_plan import Run  # noqa: E402
 
 from diffexp_jax import InputError  # noqa: E402
+from diffexp_jax.formats.files import write_whole  # noqa: E402
 from diffexp_jax.limits import check_number, whole  # noqa: E402
 from diffexp_jax.metrics import read_metrics  # noqa: E402
 
@@ -112,9 +113,7 @@ def note(out: Path, experiments: dict[str, dict]) -> None:
     folder = out / "experiments"
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in experiments.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(folder / f"{name}.json")
+        write_whole(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- running

@@ -22,7 +22,7 @@ BELOW = {
     "exploration": set(),
     "state": set(),
     "parallel": {"parallel", "stopping", "InputError", "RewardError", "HostError"},
-    "metrics": {"parallel", "InputError"},
+    "metrics": {"parallel", "formats.files", "InputError"},
     "image_statistics": set(),
     "comparison": set(),
     "fingerprint": set(),
@@ -38,6 +38,7 @@ BELOW = {
     "algorithms": {"algorithms", "sampling", "process", "state", "backend", "limits", "InputError"},
     "settings": {
         "algorithms",
+        "pipelines",
         "prompts",
         "models.precision",
         "formats.files",
@@ -58,7 +59,7 @@ BELOW = {
     "lease": {"InputError"},
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "InputError"},
-    "workdir": {"settings", "sampler", "exploration", "command", "lease", "InputError"},
+    "workdir": {"settings", "sampler", "exploration", "command", "lease", "formats.files", "InputError"},
     "checkpoint": {"orbax_errors", "parallel", "InputError"},
     "orbax_errors": set(),
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}

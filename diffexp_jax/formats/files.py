@@ -1,6 +1,8 @@
 """Model folders in the published formats: config.json beside single or sharded safetensors, full or fp16."""
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,38 @@ from diffexp_jax import InputError
 
 # Weight files by the names that diffusers (first) and transformers (second) write.
 STEMS = ("diffusion_pytorch_model", "model")
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Gives a file to write beside `path`, which takes its place at the end, or is removed where that fails.
+
+    Raises:
+      OSError: it names `path`.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:  # a write to an open file does not say which
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; folders above it are made.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -129,7 +163,9 @@ def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None
     if (folder := Path(path).expanduser()).is_dir():
         return folder
     if not _HUB_ID.fullmatch(path):
-        raise InputError(f"model {path!r}: no such folder; accepted: emoji, a folder in diffusers' format, or a hub id")
+        raise InputError(
+            f"model {path!r}: no such folder; accepted: emoji, emoji_hard, a folder in diffusers' format, or a hub id"
+        )
     mark = f".{variant}" if variant else ""
     names = ["*.json", "merges.txt"]
     shard = "-?????-of-?????"

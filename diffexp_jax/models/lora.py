@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from diffexp_jax import InputError
 from diffexp_jax.formats import lora_names
+from diffexp_jax.formats.files import replaced
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
@@ -103,13 +104,8 @@ def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float) -> Non
     adapter = {f"{lora_names.PREFIX}{key}": value for key, value in adapter.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")  # a full disk leaves the old file as it was
-    try:
-        # not save_file: that makes files that nobody but their owner can read
+    with replaced(path) as partial:  # not by save_file: that makes files that nobody but their owner can read
         partial.write_bytes(_sorted_header(save(tensors, {"format": "pt", METADATA: json.dumps(adapter)})))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _sorted_header(data: bytes) -> bytes:

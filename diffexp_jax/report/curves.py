@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffexp_jax.formats.files import replaced
 from diffexp_jax.metrics import read_metrics
-from diffexp_jax.report.page import SERIES, Drawing, Legend, drawing, replaced
+from diffexp_jax.report.page import SERIES, Drawing, Legend, drawing
 from diffexp_jax.report.results import in_words
 
 _TRAINING = ("grad_norm", "ratio/clip_fraction", "approx_kl")

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from diffexp_jax.report.page import replaced
+from diffexp_jax.formats.files import replaced
 
 _CELL = 128  # pixels: smaller pictures are enlarged by a whole factor
 _TEXT = 44  # pixels of the caption strip: three lines

@@ -13,18 +13,18 @@ A part of a section is a string or one of the classes here; another kind needs a
 """
 
 import base64
-import contextlib
 import hashlib
 import html
 import io
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
+
+from diffexp_jax.formats.files import replaced
 
 _HERE = Path(__file__).parent
 # What matplotlib draws with, and the page's name for it, which is another colour where the page is dark.
@@ -172,24 +172,6 @@ def page(title: str, sections: Sequence[Section], *, lead: Sequence[str | Part] 
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # no other script may run
     )
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Gives a file to write beside `path`, which takes its place at the end, or is removed where that fails.
-
-    Raises:
-      OSError: it names `path`.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:  # a write to an open file does not say which
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
