@@ -8,7 +8,7 @@ Each side is a process of its own that stays ready while the other one runs, so 
 repetition of one, a repetition of the other, and so on. Reported are medians, their ratio, each side's peak memory, how
 long the first repetition took (compiling, here; allocating, there), and the share of the machine's own matrix peak that
 our arithmetic comes to. Torch is installed for the tests (requirements-test.txt); torch_peer.py says what it does. With
---no_torch our side is timed alone.
+--no_torch our side is timed alone, with --trl TRL's trainers are timed too (trl_peer.py).
 
 The work of a repetition on a CPU: 64 images of 20 steps with the emoji model, or 4 of 5 steps with a random model of
 the shape of SD 1.5 ("mid": 50 million parameters, 32 x 32 latents), from two prompts, with brightness as the reward. On
@@ -32,12 +32,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_work import CASES, HERE, PUBLISHED, SIZES, matrix_peak
+from benchmark_work import CASES, HERE, PUBLISHED, SCORING, SIZES, matrix_peak
 from tqdm import tqdm
 
 from diffexp_jax import InputError, backend
 from diffexp_jax.limits import check_number, whole
 
+PEERS = ("torch", "trl")
 PROMPTS = ("a dog riding a bike", "a cat")
 # More and less work of our side: cost should follow it, and the first repetition's should not.
 GROWTH = [("emoji", "sampling", {"samples": n}) for n in (16, 64, 256)]
@@ -105,8 +106,8 @@ def compare(
     again.repeat()
     again.close()
     row["ours"]["first_again"] = again.seconds[0]
-    if "torch" in row:
-        row["ratio"] = row["torch"]["median"] / row["ours"]["median"]
+    for name in names[1:]:
+        row[name]["ratio"] = row[name]["median"] / row["ours"]["median"]
     return row
 
 
@@ -125,16 +126,17 @@ def grow(model: str, folder: str, case: str, size: dict[str, int], repeats: int)
 
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| model | case | ours | torch | torch / ours | memory, ours | torch | first | first again | matrix peak |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    peers = [name for name in PEERS if any(name in row for row in report["rows"])]
+    header = ["model", "case", "ours", *(x for name in peers for x in (name, f"{name} / ours")), "memory, ours", *peers]
+    header += ["first", "first again", "matrix peak"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in report["rows"]:
-        ours, torch = row["ours"], row.get("torch")
+        ours, others = row["ours"], [row.get(name) for name in peers]
         share = row["flops"] / ours["median"] / report["matrix_peak"]
         cells = [row["model"], row["case"], f"{ours['median']:.2f} s"]
-        cells += [f"{torch['median']:.2f} s", f"{row['ratio']:.2f}"] if torch else ["", ""]
-        cells += [f"{side['peak_bytes'] / 1e9:.2f} GB" if side else "" for side in (ours, torch)]
+        for side in others:
+            cells += [f"{side['median']:.2f} s", f"{side['ratio']:.2f}"] if side else ["", ""]
+        cells += [f"{side['peak_bytes'] / 1e9:.2f} GB" if side else "" for side in (ours, *others)]
         cells += [f"{ours['first']:.0f} s", f"{ours['first_again']:.0f} s", f"{100 * share:.0f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     if report["growth"]:
@@ -171,8 +173,13 @@ def main(args: argparse.Namespace) -> None:
     check_number("--repeats ", args.repeats, whole(1, 1000))
     command.check_writable(args.out.parent, "--out")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or this program would hold all memory
-    names, cases = ("ours",) if args.no_torch else ("ours", "torch"), args.case or list(CASES)
     models = args.model or [name for name in SIZES if (name in PUBLISHED) == (backend.platform() != "cpu")]
+    work = [
+        (model, case, sides_of(args, model, case))
+        for model in models
+        for case in args.case or [*CASES, *SCORING]
+        if model == "emoji" or case not in SCORING
+    ]
     report = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
@@ -184,23 +191,38 @@ def main(args: argparse.Namespace) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         write_models(
-            folder, list(dict.fromkeys([*models, *(GROWTH[0][:1] if args.growth else ())])), torch="torch" in names
+            folder, list(dict.fromkeys([*models, *(GROWTH[0][:1] if args.growth else ())])), torch=not args.no_torch
         )
-        with tqdm(total=len(names) * len(models) * len(cases) * (args.repeats + 1), unit="repetition") as bar:
-            for model in models:
-                for case in cases:
-                    bar.set_description(f"{model}, {case}")
-                    options = {"names": names, "profile": args.profile}
-                    row = compare(model, str(Path(folder, model)), case, args.repeats, bar, **options)
-                    report["rows"].append(row)
-                    args.out.write_text(json.dumps(report, indent=1) + "\n")  # what is there so far
-                    tqdm.write(f"{model}, {case}: {in_words(row)}")
+        with tqdm(total=sum(len(x[2]) for x in work) * (args.repeats + 1), unit="repetition") as bar:
+            for model, case, names in work:
+                bar.set_description(f"{model}, {case}")
+                options = {"names": names, "profile": args.profile}
+                row = compare(model, str(Path(folder, model)), case, args.repeats, bar, **options)
+                report["rows"].append(row)
+                args.out.write_text(json.dumps(report, indent=1) + "\n")  # what is there so far
+                tqdm.write(f"{model}, {case}: {in_words(row)}")
         for model, case, size in tqdm(GROWTH if args.growth else [], desc="growth"):
             report["growth"].append(grow(model, str(Path(folder, model)), case, size, args.repeats))
             args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     if args.table:
         write_table(args.table, table(report))
+
+
+def sides_of(args: argparse.Namespace, model: str, case: str) -> tuple[str, ...]:
+    """Who does this case.
+
+    Raises:
+      InputError: TRL is asked for and not there.
+    """
+    names = ("ours",) if args.no_torch else ("ours", "torch")
+    if args.trl:
+        try:
+            import trl_peer
+        except ImportError as error:
+            raise InputError(f"--trl: {error}; scripts/trl_peer.py says what to install") from None
+        names += ("trl",) if trl_peer.can(model, case) else ()
+    return names
 
 
 def write_models(folder: str, models: Sequence[str], *, torch: bool) -> None:
@@ -223,8 +245,9 @@ def write_models(folder: str, models: Sequence[str], *, torch: bool) -> None:
 
 def in_words(row: dict[str, Any]) -> str:
     """The medians, and their ratio."""
-    ours = f"{row['ours']['median']:.2f} s"
-    return f"{ours}, torch {row['torch']['median']:.2f} s, ratio {row['ratio']:.2f}" if "torch" in row else ours
+    said = [f"{row['ours']['median']:.2f} s"]
+    said += [f"{x} {row[x]['median']:.2f} s, ratio {row[x]['ratio']:.2f}" for x in PEERS if x in row]
+    return ", ".join(said)
 
 
 if __name__ == "__main__":
@@ -235,9 +258,10 @@ if __name__ == "__main__":
     add(
         "--model", action="append", choices=tuple(SIZES), help="(repeat for several; default: the machine's, see above)"
     )
-    add("--case", action="append", choices=tuple(CASES), help="(repeat for several; default: all)")
+    add("--case", action="append", choices=(*CASES, *SCORING), help="(repeat for several; default: all)")
     add("--repeats", type=int, default=5, help="timed repetitions of each side, after a first")
     add("--no_torch", action="store_true", help="time our side alone")
+    add("--trl", action="store_true", help="time TRL's trainers too; scripts/trl_peer.py says what to install")
     add("--profile", type=Path, help="a folder for jax's profiles of one more repetition of ours (for XProf)")
     add("--growth", action="store_true", help="also time the emoji model with other batches, steps and K")
     command.guarded(main, parser.parse_args())

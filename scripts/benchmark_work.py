@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from random_weights import peak_memory, random_weights
 
 from diffexp_jax import backend, flops, parallel, settings
@@ -19,6 +21,7 @@ from diffexp_jax.algorithms import Inputs, alignprop
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_programs
+from diffexp_jax.rewards import load_reward
 
 HERE = Path(__file__).resolve().parent
 
@@ -46,6 +49,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "AlignProp, K = T/4": ("alignprop", {"alignprop.truncation": "fixed"}, False),
     "AlignProp, uniform K": ("alignprop", {"alignprop.truncation": "uniform"}, False),
 }
+SCORING = ("scoring", "scoring, with its gradient")  # by the emoji world's CLIP, of images of its size
+N_SCORED = 256  # images
 
 
 def brightness(images):
@@ -100,6 +105,8 @@ def configure(model: str, folder: str, case: str, size: Size) -> Any:
 
 def our_work(model: str, folder: str, case: str, size: Size) -> tuple[Callable[[int], Any], float]:
     """A function that does a repetition of the case by a run's own programs, and its floating-point operations."""
+    if case in SCORING:
+        return our_scoring(case)
     sys.path.insert(0, str(HERE))  # of the reward
     experiment = Experiment.build(configure(model, folder, case, size), weights=model not in PUBLISHED)
     programs, n = make_programs(experiment), jax.device_count()
@@ -128,6 +135,32 @@ def our_work(model: str, folder: str, case: str, size: Size) -> tuple[Callable[[
     return iterate, n * work
 
 
+def our_scoring(case: str) -> tuple[Callable[[int], Any], float]:
+    """The same of a reward that is in the program: scores, or their sum's gradient by the images."""
+    backend.set_cpu_devices(len(os.sched_getaffinity(0)) if backend.platform() == "cpu" else 1)
+    reward, n = load_reward("emoji_pickscore"), N_SCORED // jax.device_count()
+    images, texts = scored_images(), [SCORED_PROMPT] * N_SCORED
+    images, tokens = parallel.shard((images, reward.tokenize(texts)), n * jax.device_count())
+
+    def scores(params, images, tokens):
+        return reward.score(params, images, tokens)[0]
+
+    def gradient(params, images, tokens):
+        return jax.grad(lambda images: scores(params, images, tokens).sum())(images)
+
+    program = parallel.pmap(gradient if "gradient" in case else scores)
+    args = parallel.replicate(reward.params), images, tokens
+    return lambda repetition: program(*args), jax.device_count() * flops.of(program, *args)
+
+
+SCORED_PROMPT = "a dog riding a bike"
+
+
+def scored_images() -> np.ndarray:
+    """[N,64,64,3] in [0,1]."""
+    return np.random.default_rng(0).random((N_SCORED, 64, 64, 3), np.float32)
+
+
 def matrix_peak() -> float:
     """FLOP/s of a matrix product, the best of some: float32 with all cores of a CPU, bfloat16 on an accelerator."""
     n, dtype, best = (2048, jnp.float32, 0.0) if backend.platform() == "cpu" else (8192, jnp.bfloat16, 0.0)
@@ -152,11 +185,19 @@ def worker(side: str, model: str, folder: str, case: str, size: Size) -> None:
     if side == "ours":
         work, operations = our_work(model, folder, case, size)
         run, device_peak = (lambda repetition: jax.block_until_ready(work(repetition))), peak_memory
+    elif side == "trl":
+        import trl_peer
+
+        run, operations = trl_peer.make_work(model, folder, case, size, live_steps), 0.0
+        device_peak = trl_peer.peak_memory
     else:
         import torch_peer
 
-        run, operations = torch_peer.make_work(model, folder, case, size, live_steps, PUBLISHED), 0.0
-        device_peak = torch_peer.peak_memory
+        if case in SCORING:
+            run = torch_peer.make_scoring(scored_images(), SCORED_PROMPT, gradient="gradient" in case)
+        else:
+            run = torch_peer.make_work(model, folder, case, size, live_steps, PUBLISHED)
+        operations, device_peak = 0.0, torch_peer.peak_memory
     print(json.dumps({"ready": True, "flops": operations}), flush=True)
     for repetition, line in enumerate(sys.stdin):
         with jax.profiler.trace(line.strip()) if line.strip() else contextlib.nullcontext():

@@ -11,7 +11,7 @@ if ! cat requirements.txt requirements-test.txt | cmp -s - "$stamp"; then
   "$python" -m pip install --disable-pip-version-check "$(grep '^torch==' requirements-test.txt)"
   alone="^open_clip_torch=="  # and this without its dependencies: torchvision pulls another torch too
   "$python" -m pip install --disable-pip-version-check -r requirements.txt -r <(grep -v "$alone" requirements-test.txt)
-  "$python" -m pip install --disable-pip-version-check --no-deps "$(grep -o "$alone[0-9.]*" requirements-test.txt)"
+  "$python" -m pip install --disable-pip-version-check --no-deps "$(grep -o "${alone}[0-9.]*" requirements-test.txt)"
   "$python" -m pip install --disable-pip-version-check --no-deps -e .
   cat requirements.txt requirements-test.txt > "$stamp"
 fi

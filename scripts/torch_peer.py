@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from diffexp_jax.pipelines import sizes
 
@@ -95,6 +96,33 @@ def make_work(
         work() if work else trainer.alignprop(live_steps(case, size.steps, repetition))
         if DEVICE == "cuda":
             torch.cuda.synchronize()
+
+    return run
+
+
+def make_scoring(images: np.ndarray, prompt: str, *, gradient: bool) -> Callable:
+    """A function that scores these images [N,H,W,3] in [0,1] by the emoji world's CLIP; gives scores, or a gradient."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    folder = EMOJI.parent / "reward_clip"
+    model = CLIPModel.from_pretrained(folder).requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    length = model.config.text_config.max_position_embeddings
+    ids = tokenizer([prompt] * len(images), padding="max_length", max_length=length, return_tensors="pt").to(DEVICE)
+    mean, std = (torch.tensor(x, device=DEVICE)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    pixels = torch.from_numpy(images).to(DEVICE).permute(0, 3, 1, 2)
+
+    def scores(x):
+        x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        found = model(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], pixel_values=x)
+        return model.logit_scale.exp() * (found.text_embeds * found.image_embeds).sum(-1)
+
+    def run(repetition):
+        with torch.set_grad_enabled(gradient):
+            x = pixels.clone().requires_grad_(gradient)
+            result = torch.autograd.grad(scores(x).sum(), x)[0] if gradient else scores(x)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return result
 
     return run
 
