@@ -1,8 +1,12 @@
 """What the processes of test_hosts.py run; they import nothing that uses a device before the hosts have met."""
 
+import gc
+import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +24,7 @@ def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
         count = iter(range(1, 100))
 
         def update(state, frozen, inputs):
+            note_memory(folder / f"memory-{jax.process_index()}.json", frozen)
             batch = inputs.batch
             images = programs.generate(frozen["model"], state.lora, batch.context, batch.key, inputs.steps)
             found = {"prompts": batch.prompt_id, "noise": jax.vmap(jax.random.key_data)(batch.key), "images": images}
@@ -34,6 +39,20 @@ def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
         return programs._replace(update=update)
 
     patch.setattr(train, "make_programs", make_programs)
+
+
+def note_memory(path: Path, frozen: Any) -> None:
+    """Writes down what the frozen arrays and the UNet take once, and what is on each of this host's devices."""
+    gc.collect()
+    live = Counter()
+    for x in jax.live_arrays():
+        for device in x.sharding.addressable_devices:  # to look at x's shards would make arrays of them, that live too
+            live[str(device)] += x.nbytes // len(x.sharding.device_set)
+    copies, unet = (
+        sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.local_device_count()
+        for tree in (frozen, frozen["model"]["unet"])
+    )
+    path.write_text(json.dumps({"frozen": copies, "unet": unet, "live": live}))
 
 
 def recorded(folder: str) -> None:

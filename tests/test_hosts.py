@@ -89,7 +89,17 @@ def run_on(folder: Path, algorithm: str, settings: dict, *, hosts: int, devices:
         assert other.code == 0, other.err
         assert "reward" not in other.out and "it/s" not in other.err and "look at" not in other.out
     assert "look at" in first.out
+    assert_frozen_once(folder, hosts=hosts, devices=devices)
     return folder
+
+
+def assert_frozen_once(folder: Path, *, hosts: int, devices: int) -> None:
+    """The frozen arrays are on each device once: all else, LoRA, optimizer and samples, is less than half a UNet."""
+    for index in range(hosts):
+        found = json.loads((folder / f"memory-{index}.json").read_text())
+        assert len(found["live"]) == devices
+        for there in found["live"].values():
+            assert found["frozen"] <= there < found["frozen"] + 0.5 * found["unet"], found
 
 
 def relative(ours, theirs) -> float:

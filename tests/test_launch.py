@@ -11,7 +11,7 @@ from conftest import ROOT, as_flags
 from test_hosts import PROCESS, ended, free_port
 from test_train import LORA, rows_of
 
-SCRIPTS = ("launch_gpu.sh", "launch_slurm.sbatch", "launch_tpu.sh")
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.*") if path.suffix in (".sh", ".sbatch"))
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -30,10 +30,11 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_bash_reads_the_scripts(script):
-    """And shellcheck, where there is one."""
+    """And shellcheck, which lies beside Python."""
     subprocess.run(["bash", "-n", ROOT / "scripts" / script], check=True)
-    if shellcheck := shutil.which("shellcheck"):
-        subprocess.run([shellcheck, ROOT / "scripts" / script], check=True)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "pip install -r requirements-test.txt brings it"
+    subprocess.run([shellcheck, ROOT / "scripts" / script], check=True)
 
 
 # A TPU that is ready, taken away, ready again; its run ends with an error, then well.

@@ -5,6 +5,8 @@ import math
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -203,6 +205,14 @@ def test_tensorboard_is_written_on_top(tmp_path):
     assert read_metrics(tmp_path)[0]["loss"] == 0.5
 
 
+def eventually(condition: Callable[[], bool], patience: float = 60.0) -> bool:
+    """Whether it comes to hold within so many seconds."""
+    end = time.monotonic() + patience
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return holds
+
+
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
     """Without an account; the id is kept, so that a continued run is the same run there."""
     pytest.importorskip("wandb")
@@ -214,8 +224,10 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
             writer.write(1 if start is None else 2, {"loss": 0.5, "grad_norm": math.inf})
         names.append((tmp_path / "wandb-id.txt").read_text())
     assert names[0] == names[1]
-    logs = [path.read_bytes() for path in tmp_path.glob(f"wandb/offline-run-*/run-{names[0].strip()}.wandb")]
-    assert len(logs) == 2 and all(b"loss" in log and b"grad_norm" not in log for log in logs)
+    logs = list(tmp_path.glob(f"wandb/offline-run-*/run-{names[0].strip()}.wandb"))
+    # its service may still be writing after `finish`
+    assert len(logs) == 2 and all(eventually(lambda log=log: b"loss" in log.read_bytes()) for log in logs)
+    assert not any(b"grad_norm" in log.read_bytes() for log in logs)
     assert [row["iteration"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
