@@ -10,7 +10,9 @@ _LAPTOP = {
 }
 MODELS = {
     "emoji": {"model.path": "emoji"} | _LAPTOP,
-    "emoji_hard": {"model.path": "emoji_hard"} | _LAPTOP,  # objects are missing more, and more unequally
+    # Objects are missing more, and more unequally; the threshold at which the base model's rare successes are most
+    # frequent (docs/results.md)
+    "emoji_hard": {"model.path": "emoji_hard", "exploration.t_thresh": 700} | _LAPTOP,
     "sd15": {  # 512 pixels
         "model.path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "model.vae_slice": 1,

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import results_document
 import sweep_plan
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -60,7 +60,8 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
         results_document.between(args.document.read_text(), markers(args.out.stem), "", str(args.document))
     overrides = dict(map(sweep_plan.parse_override, rest)) | {"eval.every": 1}
     argument = f"paper.py:{args.experiment}" + (f",model={args.model}" if args.model else "")
-    config, _ = sweep_plan.resolve(argument, {"eval.prompts": (), "exploration.enabled": True}, overrides)
+    changes = {"eval.prompts": (), "exploration.enabled": True}
+    config, _ = sweep_plan.changed_config(argument, changes, overrides)
     backend.set_cpu_devices(settings.cpu_devices(config))
     found = {"argument": argument, "settings": about(config), "machine": backend.machine()} | measure(config, args)
     write_whole(args.out, json.dumps(found) + "\n")
@@ -80,21 +81,35 @@ def about(config: ConfigDict) -> dict[str, Any]:
 def measure(config: ConfigDict, args: argparse.Namespace) -> dict[str, Any]:
     """Samples and scores; of every way and prompt the statistics, and how often the base model succeeds."""
     model = Model(Experiment.build(config))
-    success = args.success or model.experiment.reward
-    one_of("--success", success, model.scorers)
+    success, least = parse_success(args.success, model.scorers)
     task, n = model.experiment.train, args.samples_per_prompt
     task = task._replace(tokens={name: r.tokenize(task.texts) for name, r in model.experiment.rewards.items()})
     with tqdm(total=len(task.texts) * (args.many + n * len(WAYS)), desc="headroom", unit="image") as bar:
         _, many = model.sample(task, args.many, WAYS["plain"], seed=args.seed + 1, bar=bar)
-        base = many[success].reshape(len(task.texts), -1).mean(1)
-        if not 0 <= base.min() <= base.max() <= 1:
-            raise InputError(f"--success {success}: wants a reward that is 1 where an image succeeds, else 0")
+        base = (many[success] >= least).reshape(len(task.texts), -1).mean(1)
         ways = {}
         for name, changes in WAYS.items():
             images, scores = model.sample(task, n, changes, seed=args.seed, bar=bar)
-            ways[name] = model.statistics(images, scores, success, n)
-    names = {"reward": model.experiment.reward, "success": success, "many": args.many, "samples_per_prompt": n}
+            rewards = scores[model.experiment.reward].reshape(-1, n)
+            ways[name] = model.statistics(images, rewards, scores[success].reshape(-1, n) >= least)
+    names = {"reward": model.experiment.reward, "success": [success, least], "many": args.many}
+    names["samples_per_prompt"] = n
     return names | {"prompts": task.texts, "base": rounded(base), "ways": ways}
+
+
+def parse_success(text: str, rewards: Collection[str]) -> tuple[str, float]:
+    """ "emoji_judge:0.5" -> the reward's name, and from what on an image succeeds.
+
+    Raises:
+      InputError: it is not written so, or evaluation does not report such a reward.
+    """
+    name, _, least = text.rpartition(":")
+    try:
+        number = float(least)
+    except ValueError:
+        raise InputError(f"--success {text}: wants REWARD:NUMBER, as in emoji_judge:0.5") from None
+    one_of("--success", name, rewards)
+    return name, number
 
 
 class Model:
@@ -146,13 +161,14 @@ class Model:
         weighted = make_explore(experiment)(*parallel.shard((cond, null, units, keys), len(padded)))
         return jax.tree.map(lambda x: x[: len(rows)], parallel.unshard(weighted))
 
-    def statistics(self, images: np.ndarray, scores: Mapping[str, Any], success: str, n: int) -> dict[str, list]:
+    def statistics(
+        self, images: UInt8[np.ndarray, "N H W 3"], rewards: Float[np.ndarray, "P n"], succeeds: Bool[np.ndarray, "P n"]
+    ) -> dict[str, list]:
         """Of each prompt's n images."""
-        rewards = scores[self.experiment.reward].reshape(-1, n)
-        found = {"success": scores[success].reshape(-1, n).mean(1), "mean": rewards.mean(1), "std": rewards.std(1)}
+        found = {"success": succeeds.mean(1), "mean": rewards.mean(1), "std": rewards.std(1)}
         found["best"] = best_of(rewards, BEST_OF)
         if self._embed:
-            features = self._embed(images).reshape(len(rewards), n, -1)
+            features = self._embed(images).reshape(*rewards.shape, -1)
             found["distance"] = np.array([image_statistics.mean_pairwise_distance(x) for x in features])
         return {name: rounded(x) for name, x in found.items()}
 
@@ -192,12 +208,12 @@ def section(found: Mapping[str, Any]) -> list[str]:
     for above, upto, inside in comparison.prompts_by_base_share(base):
         shares = [f"{100 * way['success'][inside].mean():.1f} %" for way in ways.values()]
         bins.append([results_document.bin_name({"above": above, "upto": upto}), str(inside.sum()), *shares])
-    s = found["settings"]
+    s, (success, least) = found["settings"], found["success"]
     said = (
         f"{len(base)} prompts, {found['samples_per_prompt']} images each and way; {s['steps']} steps, guidance "
         f"{s['guidance']:g}, w_low {s['w_low']:g}, weights {s['weight_range'][0]:g} to {s['weight_range'][1]:g} of a "
-        f"{s['unit']}, both: t > {s['t_thresh']:g}. An image succeeds by {found['success']}; rewards are of "
-        f"{found['reward']}. {found['machine']['devices']}, jax {found['machine']['jax']}."
+        f"{s['unit']}, both: t > {s['t_thresh']:g}. An image succeeds with {success} >= "
+        f"{least:g}; rewards are of {found['reward']}. {found['machine']['devices']}, jax {found['machine']['jax']}."
     )
     first = results_document.table(["way", *(_STATISTICS[what] for what in shown)], rows)
     header = [f"base model succeeds in, of {found['many']}", "prompts", *ways]
@@ -216,15 +232,21 @@ def write_section(document: Path, name: str, found: Mapping[str, Any]) -> None:
     write_whole(document, text)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and what is left: settings of the experiment."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add = parser.add_argument
     add("--experiment", default="fig4_ddpo_pickscore", help="of configs/paper.py: prompts, reward, sampling")
     add("--model", help="of configs/models.py (default: the experiment's)")
-    add("--success", help="the reward that says which images succeed (default: the experiment's own)")
+    add("--success", default="emoji_judge:0.5", metavar="REWARD:NUMBER", help="an image with so much of it succeeds")
     add("--samples_per_prompt", type=int, default=16)
     add("--many", type=int, default=64, help="images of a prompt that say how often the base model succeeds")
     add("--seed", type=int, default=2000, help="of the noise")
     add("--out", type=Path, required=True, help="the .json file to write")
     add("--document", type=Path, help="a document with the lines <!-- headroom: NAME --> and <!-- /headroom: NAME -->")
-    command.guarded(main, *parser.parse_known_args())
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    command.guarded(main, *parse())

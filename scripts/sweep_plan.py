@@ -68,6 +68,13 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def resolve(argument: str, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[ConfigDict, dict]:
+    """`changed_config`, checked: that asks how many devices there are."""
+    config, changed = changed_config(argument, changes, overrides)
+    check_config(config)
+    return config, changed
+
+
+def changed_config(argument: str, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[ConfigDict, dict]:
     """An arm's config, and all that it changes of what `argument` names: values in place of functions.
 
     Args:
@@ -76,7 +83,7 @@ def resolve(argument: str, changes: Mapping[str, Any], overrides: Mapping[str, A
       overrides: of the config that the arm starts from; they win over ALL_ARMS, not over the arm's own changes.
 
     Raises:
-      InputError: a setting that does not exist or cannot work.
+      InputError: a setting that does not exist.
     """
     file, _, rest = argument.partition(":")
     try:
@@ -88,7 +95,6 @@ def resolve(argument: str, changes: Mapping[str, Any], overrides: Mapping[str, A
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         said = str(error.args[0] if error.args else type(error).__name__)  # str() of a KeyError is quoted
         raise InputError(f"{argument}: {said.splitlines()[0]}") from None
-    check_config(config)
     return config, dict(overrides) | changed
 
 
