@@ -1,11 +1,15 @@
 """What the command-line programs share: one line per mistake, and exit codes."""
 
 import ast
+import contextlib
 import difflib
+import gc
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +51,8 @@ def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> N
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.set_verbosity(logging.WARNING)  # orbax logs every file that it touches
     try:
-        main(*args)
+        with no_lost_interrupt():
+            main(*args)
     except InputError as error:
         fail(2, error)
     except (FloatingPointError, HostError, RewardError, OSError) as error:  # a NaN; the disk is full, say
@@ -62,6 +67,35 @@ def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> N
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def no_lost_interrupt() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt as usual, but never where Python prints an exception and goes on.
+
+    That is in callbacks of the garbage collector (jax has one, which is often at work while a program is traced) and in
+    `__del__`: there the signal is sent again a little later.
+    """
+    lost = {code for callback in gc.callbacks if (code := getattr(callback, "__code__", None))}
+
+    def interrupt(number, frame):
+        while frame is not None and frame.f_code not in lost and frame.f_code.co_name != "__del__":
+            frame = frame.f_back
+        if frame is None:
+            raise KeyboardInterrupt
+        again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    usual = threading.current_thread() is threading.main_thread()
+    if not usual or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def quiet_interrupt() -> None:

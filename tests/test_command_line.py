@@ -278,6 +278,33 @@ def test_ctrl_c_is_one_line(tmp_path, code, said):
     assert done.stderr == f"\n{said}\n" and done.returncode in (130, -2)
 
 
+LOST = """
+import gc, os, signal, time
+from diffexp_jax import command
+def kill(*args):
+    if kills:
+        os.kill(os.getpid(), kills.pop())
+        sum(range(1000))
+class Dying:
+    def __del__(self):
+        kill()
+kills = [signal.SIGINT]
+def main():
+    {use}
+    time.sleep(30)
+gc.callbacks.append(kill)
+command.guarded(main)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("use", ["gc.collect()", "Dying()"])
+def test_ctrl_c_where_python_would_lose_it(tmp_path, use):
+    """In a callback of the garbage collector and in __del__ an exception is printed and forgotten."""
+    done = run_program("-c", LOST.format(use=use), cwd=tmp_path)
+    assert (done.stderr, done.stdout, done.returncode) == ("\nstopped\n", "", 130)
+
+
 # -------------------------------------------------------------------------------------------------------- broken models
 
 
