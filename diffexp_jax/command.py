@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import difflib
-import gc
 import os
 import re
 import signal
@@ -71,31 +70,25 @@ def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> N
 
 @contextlib.contextmanager
 def no_lost_interrupt() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt as usual, but never where Python prints an exception and goes on.
+    """Ctrl-C is not lost where Python would print the KeyboardInterrupt and go on: the signal is sent again there.
 
-    That is in callbacks of the garbage collector (jax has one, which is often at work while a program is traced) and in
-    `__del__`: there the signal is sent again a little later.
+    That is in callbacks of the garbage collector (jax has one, often at work while a program is traced) and of weak
+    references, and in `__del__`.
     """
-    lost = {code for callback in gc.callbacks if (code := getattr(callback, "__code__", None))}
+    usual = sys.unraisablehook
 
-    def interrupt(number, frame):
-        while frame is not None and frame.f_code not in lost and frame.f_code.co_name != "__del__":
-            frame = frame.f_back
-        if frame is None:
-            raise KeyboardInterrupt
-        again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+    def hook(unraisable):
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            return usual(unraisable)
+        again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
         again.daemon = True
         again.start()
 
-    usual = threading.current_thread() is threading.main_thread()
-    if not usual or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = hook
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = usual
 
 
 def quiet_interrupt() -> None:

@@ -279,7 +279,7 @@ def test_ctrl_c_is_one_line(tmp_path, code, said):
 
 
 LOST = """
-import gc, os, signal, time
+import gc, os, signal, time, weakref
 from diffexp_jax import command
 def kill(*args):
     if kills:
@@ -298,9 +298,9 @@ print("went on")
 """
 
 
-@pytest.mark.parametrize("use", ["gc.collect()", "Dying()"])
+@pytest.mark.parametrize("use", ["gc.collect()", "Dying()", "weak = weakref.ref(set(), kill)"])
 def test_ctrl_c_where_python_would_lose_it(tmp_path, use):
-    """In a callback of the garbage collector and in __del__ an exception is printed and forgotten."""
+    """In callbacks of the garbage collector and of weak references, and in __del__, Python prints it and goes on."""
     done = run_program("-c", LOST.format(use=use), cwd=tmp_path)
     assert (done.stderr, done.stdout, done.returncode) == ("\nstopped\n", "", 130)
 
