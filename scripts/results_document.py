@@ -149,6 +149,14 @@ def machine_line(results: Mapping[str, Any]) -> str:
     return f"Measured on {'; '.join(machines) or 'a machine that was not recorded'}."
 
 
+def command_line(results: Mapping[str, Any]) -> str:
+    """What made the runs, where a sweep did."""
+    if not results["experiment"]:
+        return ""
+    model = f" --model {results['model']}" if results["model"] else ""
+    return f"`python scripts/sweep.py --experiment {results['experiment']}{model}`"
+
+
 def unfinished_line(results: Mapping[str, Any]) -> str:
     """Which runs are not in the tables: a method that fails with some seeds must not look better for it."""
     left_out = [
@@ -162,14 +170,13 @@ def unfinished_line(results: Mapping[str, Any]) -> str:
 def section(results: Mapping[str, Any]) -> str:
     """All that is written of one experiment."""
     name, columns = results["name"], measured(results)
-    model = f" --model {results['model']}" if results["model"] else ""
     n = results["samples_per_prompt"]
     images = f"{n[0]} images of each prompt" if len(n) == 1 else "images"
     signs = [(results["prompts"], sign) for sign in SIGNS]
     parts = [
         [f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is *{results['baseline']}*."],
         [settings_line(results)],
-        [f"{machine_line(results)} `python scripts/sweep.py --experiment {name}{model}`"],
+        [f"{machine_line(results)} {command_line(results)}".strip()],
         [unfinished_line(results)] if results["unfinished"] else [],
         [f"![Curves of {name}](results/{name}.png)"],
         [f"Final models, {images} sampled without exploration:"],

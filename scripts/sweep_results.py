@@ -48,6 +48,7 @@ def analyse(experiment: Experiment) -> dict[str, Any]:
     finals = [seed.final for runs in arms.values() for seed in runs.values()]
     return {
         "name": experiment.name,
+        "experiment": experiment.command,
         "shows": experiment.shows,
         "model": experiment.model,
         "baseline": experiment.baseline,

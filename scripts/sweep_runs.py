@@ -21,6 +21,7 @@ class Experiment(NamedTuple):
     """What is compared: folders of runs, one subfolder a seed."""
 
     name: str
+    command: str | None  # scripts/sweep.py's --experiment; None: runs that were given by hand
     shows: str
     model: str | None
     baseline: str
@@ -67,7 +68,7 @@ def find(sweeps: Path, experiment: str, model: str | None = None) -> Experiment:
     usual = about["model"] in (None, "emoji") and not about["overrides"]
     arms = {arm: sweeps / path for arm, path in about["arms"].items()}
     name = about["experiment"] if usual else stem
-    return Experiment(name, about["shows"], about["model"], about["baseline"], arms, sweeps / about["base"])
+    return Experiment(name, about["experiment"], about["shows"], about["model"], about["baseline"], arms, sweeps / about["base"])
 
 
 def read_runs(folder: Path) -> dict[int, Seed]:
