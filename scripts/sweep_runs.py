@@ -68,7 +68,9 @@ def find(sweeps: Path, experiment: str, model: str | None = None) -> Experiment:
     usual = about["model"] in (None, "emoji") and not about["overrides"]
     arms = {arm: sweeps / path for arm, path in about["arms"].items()}
     name = about["experiment"] if usual else stem
-    return Experiment(name, about["experiment"], about["shows"], about["model"], about["baseline"], arms, sweeps / about["base"])
+    return Experiment(
+        name, about["experiment"], about["shows"], about["model"], about["baseline"], arms, sweeps / about["base"]
+    )
 
 
 def read_runs(folder: Path) -> dict[int, Seed]:

@@ -710,37 +710,3 @@ def test_evaluate(script, workdir, tmp_path, tiny_settings):
     assert abs(base["mean"] - tuned["mean"]) > 1e-3
     with Image.open(tmp_path / "e-unseen.png") as grid:  # six pictures (two prompts, three each), before and after
         assert grid.size[0] > 6 * 128 and 2 * 128 < grid.size[1] < 3 * 128, grid.size
-
-
-def test_readme_results(script, tmp_path, monkeypatch):
-    """A row for each way to sample the base model and each run; what is outside of the markers stays."""
-    from diffexp_jax.emoji import reward_stages
-
-    accuracy = {"clean/animal": 1.0, "clean/object": 0.99, "decoded/animal": 0.985, "decoded/object": 0.97}
-    monkeypatch.setattr(reward_stages, "judge_accuracy", lambda assets, n: accuracy)
-    monkeypatch.chdir(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text("above\n<!-- results -->\nold\n<!-- /results -->\nbelow\n")
-    Image.new("RGB", (4, 4)).save("grid.png")
-
-    def write(name, eta, share):
-        judge = {key: {"emoji_judge": {"mean": x, "standard_error": 0.02}} for key, x in share.items()}
-        Path(name).write_text(json.dumps({"iteration": 9, "sampling": {"eta": eta}, "animal_activities": judge}))
-
-    write("a.json", 0.0, {"base": 0.25, "tuned": 0.5})
-    write("b.json", 0.0, {"base": 0.25, "tuned": 0.4})
-    write("c.json", 1.0, {"base": 0.2, "tuned": 0.6})
-    runs = [f"--eval={name}={name}.json" for name in "abc"]
-    script("readme_results", *runs, "--machine=2 cores", f"--readme={readme}", "--picture=grid.png")
-    text = readme.read_text()
-    assert text.startswith("above\n<!-- results -->\n") and text.endswith("<!-- /results -->\nbelow\n")
-    assert "old" not in text and "98.5 %" in text and "2 cores" in text
-    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| ")]
-    assert [(row[0], row[2]) for row in cells[1:]] == [
-        ("base model, eta 0", "25 ± 2 %"),
-        ("a, 9 iterations", "50 ± 2 %"),
-        ("b, 9 iterations", "40 ± 2 %"),
-        ("base model, eta 1", "20 ± 2 %"),
-        ("c, 9 iterations", "60 ± 2 %"),
-    ]
-    assert (tmp_path / "docs" / "before_after.png").is_file()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffexp_jax.emoji.pretraining import ASSETS
+from diffexp_jax.emoji.reward_stages import judge_accuracy
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,3 +42,11 @@ def test_scripts_sample_equals_diffusers(tmp_path):
     theirs = pipe(prompts, num_inference_steps=20, guidance_scale=7.5, latents=noise, output_type="np").images
     assert np.abs(ours - theirs).max() <= 2e-3
     assert ours.std() > 0.05
+
+
+@pytest.mark.slow
+def test_the_judge_is_right_about_held_out_scenes():
+    """As they are drawn, and after the VAE."""
+    found = judge_accuracy(ASSETS, n=1024)
+    assert found.keys() == {"clean/animal", "clean/object", "decoded/animal", "decoded/object"}
+    assert min(found.values()) >= 0.999, found
