@@ -1,5 +1,6 @@
 """scripts/pretrain_emoji.py: learns, logs, and continues where it stopped."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax.emoji import pretraining
+from diffexp_jax.emoji import pretraining, reward_stages
 from diffexp_jax.emoji.pretraining import Stage
 from diffexp_jax.fingerprint import fingerprint
 from diffexp_jax.pipelines import load_pipeline
@@ -77,10 +78,12 @@ def test_every_stage_trains_and_exports(script, tmp_path, monkeypatch, name):
     """From what is shipped: two steps change what the stage makes, in its published format, and nothing else."""
     encode = pretraining._encoded_scenes
     monkeypatch.setattr(pretraining, "_encoded_scenes", lambda *args, **kw: encode(*args[:2], 64, chunk=64, **kw))
+    if name in reward_stages.STAGES:
+        monkeypatch.setitem(script.STAGES, name, functools.partial(reward_stages.STAGES[name], n_pictures=512))
     out = shutil.copytree(pretraining.ASSETS, tmp_path / "assets")
     shutil.rmtree(out / "model_hard", ignore_errors=True)
     before = digests(out)
-    line = f"--stages={name} --workdir={tmp_path / 'work'} --out={out} --steps=2 --batch=2 --from_shipped"
+    line = f"--stages={name} --workdir={tmp_path / 'work'} --out={out} --steps=2 --batch=16 --from_shipped"
     script.main(script.parse(line.split()))
     after = digests(out)
     part = {"diffusion_hard": "model_hard", "vae_decoder": "model/vae", "clip": "reward_clip"}.get(name, name)
