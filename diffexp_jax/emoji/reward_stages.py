@@ -144,7 +144,7 @@ def aesthetic_stage(
     def loss(params, data, key):
         features, ratings = data
         row = jax.random.randint(key, (batch,), 0, len(ratings))
-        error = aesthetic.rate(params, features[row]) - ratings[row]
+        error = aesthetic.rating(params, features[row]) - ratings[row]
         return jnp.square(error).mean(), {"largest": jnp.abs(error).max()}
 
     def export(params, out):
