@@ -289,6 +289,7 @@ class Dying:
     def __del__(self):
         kill()
 kills = [signal.SIGINT]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def main():
     {use}
     time.sleep(30)

@@ -280,7 +280,9 @@ def test_unsupported_unet(folder, key, value):
 
 
 def test_unknown_folder():
-    with pytest.raises(InputError, match="no such folder; accepted: emoji, a folder in diffusers' format, or a hub id"):
+    with pytest.raises(
+        InputError, match="no such folder; accepted: emoji, emoji_hard, a folder in diffusers' format, or a hub id"
+    ):
         load_pipeline("nowhere/at/all")
 
 
