@@ -183,10 +183,21 @@ class Experiment(NamedTuple):
         if explore is not None:
             drawn_for = ids if self.sampler.exploration.scope == "prompt" else np.arange(n)
             keys = parallel.keys_of(parallel.stream(seed, "weights", it), drawn_for)
-            null = jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), self.sampler.empty)
-            null, units, keys = parallel.shard((null, self.units[ids], keys), n)
-            batch = batch._replace(context=batch.context._replace(cond=explore(batch.context.cond, null, units, keys)))
+            cond = self.reweighted(explore, batch.context.cond, ids, keys)
+            batch = batch._replace(context=batch.context._replace(cond=cond))
         return batch
+
+    def reweighted(
+        self, explore: Callable[..., Conditioning], cond: Conditioning, ids: Int[np.ndarray, " N"], keys: Any
+    ) -> Conditioning:
+        """Conditioning that lies on the devices, of the training prompts with these indices, by Eq. 8.
+
+        Args:
+          explore: `programs.make_explore`'s.
+          keys: [N]; the same key draws the same weights for a prompt.
+        """
+        null = jax.tree.map(lambda x: np.broadcast_to(x, (len(ids), *x.shape)), self.sampler.empty)
+        return explore(cond, *parallel.shard((null, self.units[ids], keys), len(ids)))
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

@@ -33,11 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_work import CASES, HERE, PUBLISHED, SCORING, SIZES, matrix_peak
+from results_document import between
 from tqdm import tqdm
 
 from diffexp_jax import InputError, backend
+from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
 
+MARKERS = "<!-- benchmark -->", "<!-- /benchmark -->"
 PEERS = ("torch", "trl")
 PROMPTS = ("a dog riding a bike", "a cat")
 # More and less work of our side: cost should follow it, and the first repetition's should not.
@@ -162,11 +165,7 @@ def table(report: dict[str, Any]) -> str:
 
 def write_table(path: Path, text: str) -> None:
     """Puts the table between the markers of a document."""
-    before, begin, rest = path.read_text().partition("<!-- benchmark -->\n")
-    _, end, after = rest.partition("<!-- /benchmark -->")
-    if not begin or not end:
-        raise InputError(f"--table {path}: wants the lines <!-- benchmark --> and <!-- /benchmark -->")
-    path.write_text(f"{before}{begin}{text}\n{end}{after}")
+    write_whole(path, between(path.read_text(), MARKERS, text, f"--table {path}"))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "AlignProp, uniform K": ("alignprop", {"alignprop.truncation": "uniform"}, False),
 }
 SCORING = ("scoring", "scoring, with its gradient")  # by the emoji world's CLIP, of images of its size
-N_SCORED = 256  # images
+N_SCORED, SCORED_PROMPT = 256, "a dog riding a bike"  # images, and what each is scored with
 
 
 def brightness(images):
@@ -151,9 +151,6 @@ def our_scoring(case: str) -> tuple[Callable[[int], Any], float]:
     program = parallel.pmap(gradient if "gradient" in case else scores)
     args = parallel.replicate(reward.params), images, tokens
     return lambda repetition: program(*args), jax.device_count() * flops.of(program, *args)
-
-
-SCORED_PROMPT = "a dog riding a bike"
 
 
 def scored_images() -> np.ndarray:

@@ -34,14 +34,16 @@ from typing import Any
 
 import fault_cases
 import fault_runs
+import results_document
 from fault_runs import ALGORITHMS, HOSTS, differences, rows, start, until, wait, wait_for_all
 from tqdm import tqdm
 
 from diffexp_jax import InputError
+from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
-MARKS = "<!-- table -->\n", "<!-- /table -->"
+MARKS = "<!-- table -->", "<!-- /table -->"
 _LATE = 0.2  # seconds after the moment that was aimed at, at most
 # And 0 where the run came to its end first. -15 is SIGTERM's usual effect, while the model is loaded: 143 in a shell.
 _CODES = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,)}
@@ -233,11 +235,8 @@ def table(found: dict[str, list]) -> str:
 
 
 def write_table(document: Path, found: dict[str, list]) -> None:
-    before, mark, rest = document.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (mark and end):
-        raise InputError(f"--table {document}: wants a line {MARKS[0].strip()} and a line {MARKS[1]}")
-    document.write_text(before + mark + table(found) + end + after)
+    text = results_document.between(document.read_text(), MARKS, table(found).rstrip(), f"--table {document}")
+    write_whole(document, text)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import jax
 import numpy as np
 import results_document
 import sweep_plan
-from jaxtyping import Bool, Float, UInt8
+from final_evaluation import Model
+from jaxtyping import Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -31,7 +32,8 @@ from diffexp_jax import InputError, backend, comparison, evaluation, image_stati
 from diffexp_jax.experiment import Experiment, Task
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, one_of, whole
-from diffexp_jax.programs import make_embedder, make_explore, make_generate, make_scorers
+from diffexp_jax.pipelines import Conditioning
+from diffexp_jax.programs import make_explore
 
 _PLAIN = {"t_thresh": 1000}  # no step is above it
 _NO_WEIGHTS = {"weight_range": (1.0, 1.0)}
@@ -60,7 +62,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
         results_document.between(args.document.read_text(), markers(args.out.stem), "", str(args.document))
     overrides = dict(map(sweep_plan.parse_override, rest)) | {"eval.every": 1}
     argument = f"paper.py:{args.experiment}" + (f",model={args.model}" if args.model else "")
-    changes = {"eval.prompts": (), "exploration.enabled": True}
+    changes = {"eval.prompts": lambda config: (config.prompts,), "exploration.enabled": True}
     config, _ = sweep_plan.changed_config(argument, changes, overrides)
     backend.set_cpu_devices(settings.cpu_devices(config))
     found = {"argument": argument, "settings": about(config), "machine": backend.machine()} | measure(config, args)
@@ -80,19 +82,19 @@ def about(config: ConfigDict) -> dict[str, Any]:
 
 def measure(config: ConfigDict, args: argparse.Namespace) -> dict[str, Any]:
     """Samples and scores; of every way and prompt the statistics, and how often the base model succeeds."""
-    model = Model(Experiment.build(config))
+    experiment = Experiment.build(config)
+    model = Model.build(experiment, jax.tree.map(np.zeros_like, experiment.initial_lora()))  # an update of nothing
     success, least = parse_success(args.success, model.scorers)
-    task, n = model.experiment.train, args.samples_per_prompt
-    task = task._replace(tokens={name: r.tokenize(task.texts) for name, r in model.experiment.rewards.items()})
+    (task,), n = experiment.evals, args.samples_per_prompt
     with tqdm(total=len(task.texts) * (args.many + n * len(WAYS)), desc="headroom", unit="image") as bar:
-        _, many = model.sample(task, args.many, WAYS["plain"], seed=args.seed + 1, bar=bar)
+        _, many = sample(model, task, args.many, WAYS["plain"], seed=args.seed + 1, bar=bar)
         base = (many[success] >= least).reshape(len(task.texts), -1).mean(1)
         ways = {}
         for name, changes in WAYS.items():
-            images, scores = model.sample(task, n, changes, seed=args.seed, bar=bar)
-            rewards = scores[model.experiment.reward].reshape(-1, n)
-            ways[name] = model.statistics(images, rewards, scores[success].reshape(-1, n) >= least)
-    names = {"reward": model.experiment.reward, "success": [success, least], "many": args.many}
+            images, scores = sample(model, task, n, changes, seed=args.seed, bar=bar)
+            rewards = scores[experiment.reward].reshape(-1, n)
+            ways[name] = statistics(model, images, rewards, scores[success].reshape(-1, n) >= least)
+    names = {"reward": experiment.reward, "success": [success, least], "many": args.many}
     names["samples_per_prompt"] = n
     return names | {"prompts": task.texts, "base": rounded(base), "ways": ways}
 
@@ -112,65 +114,53 @@ def parse_success(text: str, rewards: Collection[str]) -> tuple[str, float]:
     return name, number
 
 
-class Model:
-    """The base model, ready to sample and to be scored."""
+def sample(
+    model: Model, task: Task, n: int, changes: Mapping[str, Any], *, seed: int, bar: tqdm
+) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[str, Float[np.ndarray, " N"]]]:
+    """n images of each prompt with these numbers of exploration, and their scores."""
+    sampler = model.experiment.sampler
+    sampler = sampler._replace(exploration=sampler.exploration._replace(**changes))
+    rows = np.repeat(np.arange(len(task.texts)), n)
+    cond, tokens = jax.tree.map(lambda x: x[rows], (task.cond, task.tokens))
+    if sampler.exploration.weight_range != (1.0, 1.0):
+        cond = weighted(model.experiment._replace(sampler=sampler), cond, rows, seed)
+    return evaluation.evaluate(
+        model.generate,
+        model.scorers,
+        model.params,
+        model.lora,
+        Task(task.name, tuple(task.texts[row] for row in rows), cond, tokens),
+        sampler.uncond,
+        parallel.replicate(sampler.steps(explore=True)),
+        seed=seed,
+        batch=model.experiment.split.samples,
+        advance=bar.update,
+    )
 
-    def __init__(self, experiment: Experiment):
-        self.experiment, split = experiment, experiment.split
-        frozen = parallel.replicate(experiment.frozen)
-        self.scorers = make_scorers(experiment, frozen)
-        self._params, lora = frozen["model"], experiment.initial_lora()
-        self._lora = parallel.replicate(jax.tree.map(np.zeros_like, lora))  # an update of nothing
-        self._generate = make_generate(
-            experiment.sampler.pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale
-        )
-        with_features = [reward for reward in experiment.rewards.values() if reward.embed]
-        batch = split.per_forward * split.devices
-        self._embed = make_embedder(with_features[0], batch=batch) if with_features else None
 
-    def sample(self, task: Task, n: int, changes: Mapping[str, Any], *, seed: int, bar: tqdm) -> tuple[Any, dict]:
-        """n images of each prompt with these numbers of exploration, and their scores."""
-        sampler = self.experiment.sampler
-        sampler = sampler._replace(exploration=sampler.exploration._replace(**changes))
-        rows = np.repeat(np.arange(len(task.texts)), n)
-        texts = tuple(task.texts[row] for row in rows)
-        cond, tokens = jax.tree.map(lambda x: x[rows], (task.cond, task.tokens))
-        if sampler.exploration.weight_range != (1.0, 1.0):
-            cond = self._weighted(self.experiment._replace(sampler=sampler), cond, rows, seed)
-        return evaluation.evaluate(
-            self._generate,
-            self.scorers,
-            self._params,
-            self._lora,
-            Task(task.name, texts, cond, tokens),
-            sampler.uncond,
-            parallel.replicate(sampler.steps(explore=True)),
-            seed=seed,
-            batch=self.experiment.split.samples,
-            advance=bar.update,
-        )
+def weighted(experiment: Experiment, cond: Conditioning, rows: Int[np.ndarray, " N"], seed: int) -> Conditioning:
+    """Every image's conditioning, with random weights of its own (Eq. 8)."""
+    padded = np.append(np.arange(len(rows)), np.zeros(-len(rows) % jax.device_count(), int))
+    n, ids = len(padded), rows[padded]
+    on_devices = parallel.shard(jax.tree.map(lambda x: x[padded], cond), n)
+    keys = parallel.sample_keys(parallel.stream(seed, "weights"), n)
+    found = parallel.unshard(experiment.reweighted(make_explore(experiment), on_devices, ids, keys))
+    return jax.tree.map(lambda x: x[: len(rows)], found)
 
-    def _weighted(self, experiment: Experiment, cond: Any, rows: np.ndarray, seed: int) -> Any:
-        """Every image's conditioning, with random weights of its own (Eq. 8)."""
-        devices = jax.device_count()
-        padded = np.concatenate([np.arange(len(rows)), np.zeros(-len(rows) % devices, int)])
-        keys = parallel.sample_keys(parallel.stream(seed, "weights"), len(padded))
-        null = jax.tree.map(lambda x: np.broadcast_to(x, (len(padded), *x.shape)), experiment.sampler.empty)
-        units = experiment.units[rows[padded]]
-        cond = jax.tree.map(lambda x: x[padded], cond)
-        weighted = make_explore(experiment)(*parallel.shard((cond, null, units, keys), len(padded)))
-        return jax.tree.map(lambda x: x[: len(rows)], parallel.unshard(weighted))
 
-    def statistics(
-        self, images: UInt8[np.ndarray, "N H W 3"], rewards: Float[np.ndarray, "P n"], succeeds: Bool[np.ndarray, "P n"]
-    ) -> dict[str, list]:
-        """Of each prompt's n images."""
-        found = {"success": succeeds.mean(1), "mean": rewards.mean(1), "std": rewards.std(1)}
-        found["best"] = best_of(rewards, BEST_OF)
-        if self._embed:
-            features = self._embed(images).reshape(*rewards.shape, -1)
-            found["distance"] = np.array([image_statistics.mean_pairwise_distance(x) for x in features])
-        return {name: rounded(x) for name, x in found.items()}
+def statistics(
+    model: Model,
+    images: UInt8[np.ndarray, "N H W 3"],
+    rewards: Float[np.ndarray, "P n"],
+    succeeds: Bool[np.ndarray, "P n"],
+) -> dict[str, list]:
+    """Of each prompt's n images."""
+    found = {"success": succeeds.mean(1), "mean": rewards.mean(1), "std": rewards.std(1)}
+    found["best"] = best_of(rewards, BEST_OF)
+    if model.embed:
+        features = model.embed(images).reshape(*rewards.shape, -1)
+        found["distance"] = np.array([image_statistics.mean_pairwise_distance(x) for x in features])
+    return {name: rounded(x) for name, x in found.items()}
 
 
 def best_of(rewards: Float[np.ndarray, "P n"], k: int) -> Float[np.ndarray, " P"]:

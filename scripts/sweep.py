@@ -110,10 +110,8 @@ def platform() -> str:
 
 def note(out: Path, experiments: dict[str, dict]) -> None:
     """Writes down which runs are the arms of each experiment, for scripts/analyse.py."""
-    folder = out / "experiments"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in experiments.items():
-        write_whole(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
+        write_whole(out / "experiments" / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- running
