@@ -191,7 +191,7 @@ def left_by(folder, host, **changes):
     folder.mkdir(exist_ok=True)
     (folder / "lock").touch()
     owner = {"host": host, "boot": "another", "pid": 7, "id": "theirs"} | changes
-    (folder / "lease.json").write_text(json.dumps(owner))
+    lease._write(folder / "lease.json", owner)  # whole, as the real one
     return owner
 
 
