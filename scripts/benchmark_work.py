@@ -213,7 +213,8 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--live", type=int)
+    parser.add_argument("--per_forward", type=int)
     args = vars(parser.parse_args())
-    changes = {key: x for key in ("samples", "steps", "live") if (x := args.pop(key)) is not None}
+    changes = {key: x for key in ("samples", "steps", "live", "per_forward") if (x := args.pop(key)) is not None}
     size = SIZES[args["model"]]._replace(**changes)
     worker(**args, size=size._replace(per_forward=min(size.per_forward, size.samples)))

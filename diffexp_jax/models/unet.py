@@ -17,7 +17,7 @@ from diffexp_jax.models.layers import (
     GroupNorm,
     ResnetBlock,
     Upsample,
-    gelu,
+    geglu,
     layer_norm,
     pointwise_conv,
     timestep_embedding,
@@ -132,8 +132,7 @@ class TransformerBlock(nn.Module):
         x = x + Attention(self.heads, self.dtype, name="attn1")(norm[0](x))
         x = x + Attention(self.heads, self.dtype, name="attn2")(norm[1](x), context)
         h = Dense(8 * x.shape[-1], dtype=self.dtype, name="ff.net.0.proj")(norm[2](x))
-        h, gate = jnp.split(h, 2, axis=-1)
-        return x + Dense(x.shape[-1], dtype=self.dtype, name="ff.net.2")(h * gelu(gate))
+        return x + Dense(x.shape[-1], dtype=self.dtype, name="ff.net.2")(geglu(h))
 
 
 class Transformer2D(nn.Module):
