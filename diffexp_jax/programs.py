@@ -164,10 +164,10 @@ def make_scorer(
       reward: any; one in plain Python is called with up to `batch` images of one size, on each host with its share.
       batch: images at once, over all devices (a multiple of their number). A smaller one is filled up, so that what
         the reward reads of them is compiled once for each of its sizes: for most rewards there is one.
-      params: the reward's, on every device (`parallel.replicate`); None: put there now.
+      params: the reward's, on every device (`parallel.share`); None: put there now.
     """
     score_prepared = parallel.pmap(reward.score_prepared)
-    params = parallel.replicate(reward.params) if params is None else params
+    params = parallel.share(reward.params) if params is None else params
 
     def in_program(images, tokens):
         done, start = [], 0

@@ -66,7 +66,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     lora, identity = experiment.initial_lora(), experiment.identity()
     parallel.check_same("model, reward or prompts", str(identity))
     with parallel.on_first(lambda: workdirs.claim(workdir, config, identity, describe(experiment))) as lease:
-        programs, frozen = make_programs(experiment), parallel.replicate(experiment.frozen)
+        programs, frozen = make_programs(experiment), parallel.share(experiment.frozen)
         plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
         scorers = make_scorers(experiment, frozen)
         this = Run(config, workdir, experiment, programs, scorers, frozen, plain, explored, lease)

@@ -107,8 +107,7 @@ def compare(
         }
     again = Side("ours", model, folder, case, cache=cache)
     again.repeat()
-    again.close()
-    row["ours"]["first_again"] = again.seconds[0]
+    row["ours"] |= {"peak_bytes_again": again.close(), "first_again": again.seconds[0]}
     for name in names[1:]:
         row[name]["ratio"] = row[name]["median"] / row["ours"]["median"]
     return row
@@ -130,8 +129,8 @@ def grow(model: str, folder: str, case: str, size: dict[str, int], repeats: int)
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown."""
     peers = [name for name in PEERS if any(name in row for row in report["rows"])]
-    header = ["model", "case", "ours", *(x for name in peers for x in (name, f"{name} / ours")), "memory, ours", *peers]
-    header += ["first", "first again", "matrix peak"]
+    header = ["model", "case", "ours", *(x for name in peers for x in (name, f"{name} / ours"))]
+    header += ["memory, ours", "again", *peers, "first", "again", "matrix peak"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in report["rows"]:
         ours, others = row["ours"], [row.get(name) for name in peers]
@@ -139,7 +138,8 @@ def table(report: dict[str, Any]) -> str:
         cells = [row["model"], row["case"], f"{ours['median']:.2f} s"]
         for side in others:
             cells += [f"{side['median']:.2f} s", f"{side['ratio']:.2f}"] if side else ["", ""]
-        cells += [f"{side['peak_bytes'] / 1e9:.2f} GB" if side else "" for side in (ours, *others)]
+        peaks = [ours["peak_bytes"], ours["peak_bytes_again"], *(side and side["peak_bytes"] for side in others)]
+        cells += [f"{peak / 1e9:.2f} GB" if peak else "" for peak in peaks]
         cells += [f"{ours['first']:.0f} s", f"{ours['first_again']:.0f} s", f"{100 * share:.0f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     if report["growth"]:

@@ -36,7 +36,7 @@ class Size(NamedTuple):
     live: int = 0  # K of AlignProp; 0: the case's own
 
 
-SIZES = {"emoji": Size(64, 20, 64), "mid": Size(4, 5, 4), "sd15": Size(16, 50, 8), "sdxl": Size(4, 20, 4, "block")}
+SIZES = {"emoji": Size(64, 20, 32), "mid": Size(4, 5, 4), "sd15": Size(16, 50, 8), "sdxl": Size(4, 20, 4, "block")}
 PUBLISHED = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
 
 # name: (method, what it changes, whether exploration's schedule is on)
@@ -114,7 +114,7 @@ def our_work(model: str, folder: str, case: str, size: Size) -> tuple[Callable[[
         frozen = random_weights(experiment.frozen)
         lora = init_lora(jax.random.key(0), experiment.sampler.pipeline.base, rank=experiment.config.lora.rank)
     else:
-        frozen, lora = parallel.replicate(experiment.frozen), experiment.initial_lora()
+        frozen, lora = parallel.share(experiment.frozen), experiment.initial_lora()
     steps = parallel.replicate(experiment.sampler.steps(explore=CASES[case][2]))
     batch = experiment.draw_batch(0, None)
     if case.startswith("sampling"):
@@ -149,7 +149,7 @@ def our_scoring(case: str) -> tuple[Callable[[int], Any], float]:
         return jax.grad(lambda images: scores(params, images, tokens).sum())(images)
 
     program = parallel.pmap(gradient if "gradient" in case else scores)
-    args = parallel.replicate(reward.params), images, tokens
+    args = parallel.share(reward.params), images, tokens
     return lambda repetition: program(*args), jax.device_count() * flops.of(program, *args)
 
 

@@ -455,7 +455,8 @@ def emoji_run(method: str, dtype: str, old_log_prob: str) -> Run:
     changes = SETTINGS | METHODS[method] | {"model.dtype": dtype, "ddpo.old_log_prob": old_log_prob}
     config = settings(method, "model=emoji,explore=false", changes | {"batch.samples": SAMPLES * jax.device_count()})
     experiment = Experiment.build(config)
-    frozen, steps = parallel.replicate((experiment.frozen, experiment.sampler.steps(explore=False)))
+    frozen = parallel.share(experiment.frozen)
+    steps = parallel.replicate(experiment.sampler.steps(explore=False))
     return Run(config, experiment, make_programs(experiment), frozen, steps, make_float_images(experiment))
 
 

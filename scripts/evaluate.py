@@ -107,7 +107,7 @@ class Comparison(NamedTuple):
             rewards,
             make_generate(sampler.pipeline, n_chunks=1, lora_scale=1.0),
             {name: make_scorer(reward, batch=batch) for name, reward in rewards.items()},
-            parallel.replicate(sampler.pipeline.sampling_params),
+            parallel.share(sampler.pipeline.sampling_params),
             loras,
             parallel.replicate(sampler.steps(explore=False)),
             batch,

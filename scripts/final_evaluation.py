@@ -95,7 +95,7 @@ class Model(NamedTuple):
     @classmethod
     def build(cls, experiment: Experiment, lora: Any) -> "Model":
         """The programs are those of the run's own evaluations, so they are compiled already."""
-        frozen, split = parallel.replicate(experiment.frozen), experiment.split
+        frozen, split = parallel.share(experiment.frozen), experiment.split
         pipeline, batch = experiment.sampler.pipeline, split.per_forward * split.devices
         features = next((name for name, reward in experiment.rewards.items() if reward.embed), None)
         return cls(

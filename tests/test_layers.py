@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax.models import layers
+from diffexp_jax.models import convolution, layers, low_rank
 
 
 def normal(seed, *shape):
@@ -39,9 +39,26 @@ def native(x, kernel):
 )
 def test_conv3x3_same_and_its_gradients(shape, features):
     x, kernel, g = normal(0, *shape), normal(1, 3, 3, shape[-1], features), normal(2, *shape[:-1], features)
-    ours, ours_vjp = jax.vjp(layers.conv3x3_same, x, kernel)
+    ours, ours_vjp = jax.vjp(convolution.conv3x3_same, x, kernel)
     theirs, their_vjp = jax.vjp(native, x, kernel)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    for name, a, b in zip(("input", "kernel"), ours_vjp(g), their_vjp(g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "shape, features", [((2, 8, 6, 4), 3), ((3, 5, 7, 2), 6), ((1, 1, 4, 3), 1), ((2, 2, 1, 1), 5)]
+)
+def test_conv3x3_half_and_its_gradients(shape, features):
+    def native(x, kernel):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=dimensions)
+
+    x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], features)
+    ours, ours_vjp = jax.vjp(convolution.conv3x3_half, x, kernel)
+    theirs, their_vjp = jax.vjp(native, x, kernel)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    g = normal(2, *theirs.shape)
     for name, a, b in zip(("input", "kernel"), ours_vjp(g), their_vjp(g), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5, err_msg=name)
 
@@ -56,14 +73,15 @@ def test_conv3x3_same_in_a_scan():
         return jnp.sum(jnp.sin(3 * jax.lax.scan(body, x, kernels)[0]))
 
     grad = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), static_argnums=0)
-    ours, theirs = grad(layers.conv3x3_same, x, kernels), grad(native, x, kernels)
+    ours, theirs = grad(convolution.conv3x3_same, x, kernels), grad(native, x, kernels)
     assert np.abs(theirs[1][1]).max() > 0.1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), ours, theirs)
 
 
-def test_conv3x3_same_is_what_the_layer_uses_on_cpu():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_the_layer_uses_on_cpu(stride):
     x = normal(0, 1, 4, 4, 2)
-    conv = layers.Conv(3)
+    conv = layers.Conv(3, stride=stride)
     params = conv.init(jax.random.key(0), x)
     jaxpr = str(jax.make_jaxpr(conv.apply)(params, x))
     assert ("custom_vjp_call" in jaxpr) == (jax.default_backend() == "cpu")
@@ -192,6 +210,21 @@ def test_gelu_is_torchs_and_not_the_tanh_one():
     assert np.abs(ours - jax.nn.gelu(x, approximate=True)).max() > 1e-4
 
 
+@pytest.mark.parametrize("dtype, digits", [("float32", 2e-6), ("bfloat16", 2**-7)])
+def test_geglu_is_torchs_with_its_gradient(dtype, digits):
+    torch = pytest.importorskip("torch")
+    x, g = (3 * normal(0, 5, 12)).astype(dtype), normal(1, 5, 6).astype(dtype)
+    ours, pull_back = jax.vjp(layers.geglu, x)
+    theirs_x = torched(x.astype(jnp.float32)).requires_grad_()
+    h, gate = theirs_x.chunk(2, dim=-1)
+    theirs = h * torch.nn.functional.gelu(gate)
+    theirs.backward(torched(g.astype(jnp.float32)))
+    (ours_grad,) = pull_back(g)
+    assert ours.dtype == ours_grad.dtype == x.dtype
+    for own, want in ((ours, theirs.detach()), (ours_grad, theirs_x.grad)):
+        np.testing.assert_allclose(own.astype(jnp.float32), want.numpy(), rtol=digits, atol=digits)
+
+
 # ---- Dense and its LoRA
 
 
@@ -234,18 +267,39 @@ def test_the_low_rank_update_by_products_of_bfloat16_has_float32s_digits():
     """What an accelerator multiplies is bfloat16; the result and all gradients are those of full float32 products."""
     x, g = (normal(i, 2, 40, n).astype(jnp.bfloat16).astype(jnp.float32) for i, n in ((0, 48), (1, 56)))
     a, b = normal(2, 48, 4), normal(3, 4, 56)
-    text = str(jax.make_jaxpr(layers.low_rank)(x.astype(jnp.bfloat16), a, b))
+    text = str(jax.make_jaxpr(low_rank.low_rank)(x.astype(jnp.bfloat16), a, b))
     assert "bf16[48,12]" in text and "HIGHEST" not in text
 
     def all_of(x, a, b):
-        out, pull_back = jax.vjp(layers.low_rank, x, a, b)
+        out, pull_back = jax.vjp(low_rank.low_rank, x, a, b)
         return out, *pull_back(g)
 
     exact = all_of(x, a, b)
     for own, want, digits in zip(all_of(x.astype(jnp.bfloat16), a, b), exact, (1e-6, 2**-8, 1e-6, 1e-6), strict=True):
         assert np.linalg.norm(own.astype(jnp.float32) - want) <= digits * np.linalg.norm(want)
     sixteen = [normal(i, *shape) for i, shape in enumerate([(5, 48), (48, 32), (32, 56)])]
-    assert "HIGHEST" in str(jax.make_jaxpr(layers.low_rank)(sixteen[0].astype(jnp.bfloat16), *sixteen[1:]))  # rank 32
+    assert "HIGHEST" in str(jax.make_jaxpr(low_rank.low_rank)(sixteen[0].astype(jnp.bfloat16), *sixteen[1:]))  # rank 32
+
+
+def test_the_merged_product_and_its_gradients():
+    """One product of the sum of the weights, and the gradients of three: of a shared update, and of each sample's."""
+    x, kernel, a, b = normal(0, 3, 5, 6), normal(1, 6, 4), normal(2, 6, 2), normal(3, 2, 4)
+
+    def plain(x, kernel, a, b):
+        return x @ kernel + (x @ a) @ b
+
+    def each(function):  # of every sample
+        def one(x, a, b):
+            return jnp.sin(function(x, kernel, a, b)).sum()
+
+        return jax.vmap(jax.grad(one, argnums=(1, 2)), in_axes=(0, None, None))(x, a, b)
+
+    ours, ours_vjp = jax.vjp(low_rank.merged_product, x, kernel, a, b)
+    theirs, their_vjp = jax.vjp(plain, x, kernel, a, b)
+    g = normal(4, *theirs.shape)
+    results = [(ours, *ours_vjp(g), *each(low_rank.merged_product)), (theirs, *their_vjp(g), *each(plain))]
+    for own, want in zip(*results, strict=True):
+        np.testing.assert_allclose(own, want, rtol=0, atol=2e-5)
 
 
 def test_dense_with_zero_b_is_the_plain_layer_bit_for_bit():

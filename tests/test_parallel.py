@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from diffexp_jax import parallel
+from diffexp_jax.formats import convert
 from diffexp_jax.parallel import devices
 
 
@@ -54,6 +55,18 @@ def test_replicate_and_first(compiles):
     compiled = compiles.count
     parallel.replicate({"x": np.ones(3), "n": np.int32(5)})
     assert compiles.count == compiled  # another tree of the same shapes is no other program
+
+
+def test_a_cpus_devices_read_the_hosts_copy():
+    x = convert.aligned(np.arange(6.0).reshape(2, 3).T, np.float32)
+    copies = parallel.share({"x": x, "n": np.int32(2), "unaligned": np.arange(9.0, dtype=np.float32)[1:]})
+    n = jax.local_device_count()
+    where = [shard.data.unsafe_buffer_pointer() for shard in copies["x"].addressable_shards]
+    assert where == [x.ctypes.data] * n
+    replicated = parallel.replicate(jax.tree.map(lambda x: x[0], jax.device_get(copies)))
+    for name, copy in copies.items():
+        np.testing.assert_array_equal(copy, replicated[name])
+        assert copy.sharding == replicated[name].sharding  # no program moves it again
 
 
 def test_streams_are_independent_of_each_other():

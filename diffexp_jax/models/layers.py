@@ -10,11 +10,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from diffexp_jax import backend
+from diffexp_jax.models.convolution import conv, conv3x3_half, conv3x3_same
+from diffexp_jax.models.low_rank import low_rank, merged_product
 
 # ----------------------------------------------------------------------------------------------------------- functions
 
@@ -69,65 +70,6 @@ def timestep_embedding(t: Num[Array, "B"], width: int) -> Float[Array, "B width"
 # --------------------------------------------------------------------------------------------------------- convolution
 
 
-def _conv(x, kernel, strides, padding):
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-@jax.custom_vjp
-def conv3x3_same(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B H W D"]:
-    """3x3 convolution, stride 1, zero padding 1, whose gradient is fast inside loops on CPU.
-
-    XLA:CPU reaches its fast convolution inside scan/while only for channels-last *forward* convolutions (jax issue
-    12868); the transposed ones that autodiff makes are up to 100 x slower there. So the backward pass is written as
-    forward convolutions too: of the gradient with the flipped, transposed kernel, and of the input with the gradient.
-    """
-    return _conv(x, kernel, (1, 1), ((1, 1), (1, 1)))
-
-
-def _conv3x3_fwd(x, kernel):
-    return conv3x3_same(x, kernel), (x, kernel)
-
-
-def _conv3x3_bwd(saved, g):
-    x, kernel = saved
-    same = ((1, 1), (1, 1))
-    dx = _conv(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), (1, 1), same)
-    # channels play the batch, the batch plays the channels, the gradient is the kernel
-    dkernel = _conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), same)  # [C, 3, 3, D]
-    return dx, dkernel.transpose(1, 2, 0, 3)
-
-
-conv3x3_same.defvjp(_conv3x3_fwd, _conv3x3_bwd)
-
-
-@jax.custom_vjp
-def conv3x3_half(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B h w D"]:
-    """3x3 convolution, stride 2, zero padding 1 (h = ceil(H / 2)), whose gradient is fast inside loops on CPU too."""
-    return _conv(x, kernel, (2, 2), ((1, 1), (1, 1)))
-
-
-# Row m + a of the gradient (a = 0, 1) meets row 2 m + r of the input (r = 0, 1) by this row of the kernel; 3: by none.
-_TAPS = np.array([[1, 2], [3, 0]])  # [a, r]
-
-
-def _conv3x3_half_fwd(x, kernel):
-    return conv3x3_half(x, kernel), (x, kernel)
-
-
-def _conv3x3_half_bwd(saved, g):
-    x, kernel = saved
-    (batch, height, width, channels), (h, w) = x.shape, g.shape[1:3]
-    taps = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))[_TAPS][:, :, _TAPS]  # [a, r, b, s, C, D]
-    taps = taps.transpose(0, 2, 5, 1, 3, 4).reshape(2, 2, g.shape[-1], 4 * channels)
-    dx = _conv(g, taps, (1, 1), ((0, 1), (0, 1))).reshape(batch, h, w, 2, 2, channels)
-    dx = dx.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * h, 2 * w, channels)[:, :height, :width]
-    (dkernel,) = jax.vjp(lambda kernel: _conv(x, kernel, (2, 2), ((1, 1), (1, 1))), kernel)[1](g)
-    return dx, dkernel
-
-
-conv3x3_half.defvjp(_conv3x3_half_fwd, _conv3x3_half_bwd)
-
-
 class Conv(nn.Module):
     """2-D convolution, NHWC; `padding` as ((top, bottom), (left, right))."""
 
@@ -149,7 +91,7 @@ class Conv(nn.Module):
         elif self.kernel_size == 3 and self.padding == ((1, 1), (1, 1)) and self.stride in on_cpu:
             y = on_cpu[self.stride](x, kernel)
         else:
-            y = _conv(x, kernel, (self.stride, self.stride), self.padding)
+            y = conv(x, kernel, (self.stride, self.stride), self.padding)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
@@ -172,89 +114,6 @@ def product(layer: nn.Module, x: Float[Array, "*B in"], kernel: Float[Array, "in
     if x.dtype == jnp.float32 and backend.platform() == "cpu":
         return merged_product(x, kernel, a, b)
     return (x @ kernel + low_rank(x, a, b)).astype(x.dtype)
-
-
-@jax.custom_vjp
-def merged_product(
-    x: Float[Array, "*B in"], kernel: Float[Array, "in out"], a: Float[Array, "in rank"], b: Float[Array, "rank out"]
-) -> Float[Array, "*B out"]:
-    """x (W + A B), in one product instead of three: thin products cost a CPU more than their arithmetic.
-
-    The gradients of A and B are of their own size, that of a frozen W is left out by the compiler.
-    """
-    return x @ (kernel + a @ b)
-
-
-def _merged_fwd(x, kernel, a, b):
-    return merged_product(x, kernel, a, b), (x, kernel, a, b)
-
-
-def _merged_bwd(saved, g):
-    x, kernel, a, b = saved
-    dx = g @ (kernel + a @ b).T
-    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return dx, x.T @ g, x.T @ (g @ b.T), (x @ a).T @ g
-
-
-merged_product.defvjp(_merged_fwd, _merged_bwd)
-
-
-def low_rank(
-    x: Float[Array, "*B in"], a: Float[Array, "in rank"], b: Float[Array, "rank out"]
-) -> Float[Array, "*B out"]:
-    """(x A) B in float32, whatever type x has: full products, not an accelerator's faster ones (TF32, bfloat16)."""
-    if x.dtype == jnp.bfloat16 and a.shape[1] <= MOST_OUTER:
-        return _low_rank_of_bfloat16(x, a, b)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(jnp.matmul(x.astype(jnp.float32), a, precision=highest), b, precision=highest)
-
-
-MOST_OUTER = 16  # a rank up to which (x A) B is a sum of outer products
-
-
-@jax.custom_vjp
-def _low_rank_of_bfloat16(x, a, b):
-    """The same for x in bfloat16: float32's digits from the units that multiply bfloat16.
-
-    x is exact in bfloat16, and so is the gradient that comes back; what they are multiplied with is split into three
-    bfloat16 numbers, whose products are added in float32. The product with B has as few terms as the rank: as a sum of
-    outer products it becomes part of what reads it. Full float32 products run beside a GPU's matrix units; on an H100
-    layers with them take 1.1 to 2.8 times as long (docs/accelerators.md).
-    """
-    return _low_rank_fwd(x, a, b)[0]
-
-
-def _low_rank_fwd(x, a, b):
-    h = _exact_product(x, a)
-    return _outer(h, b), (x, h, a, b)
-
-
-def _low_rank_bwd(saved, g):
-    x, h, a, b = saved
-    g = g.astype(x.dtype)  # exact: the sum that it is the gradient of was rounded to that type
-    rows, slopes = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    dh = _exact_product(g, b.T)
-    da = _exact_product(rows.T, dh.reshape(len(rows), -1))
-    db = _exact_product(slopes.T, h.reshape(len(rows), -1)).T
-    return _outer(dh, a.T).astype(x.dtype), da, db
-
-
-_low_rank_of_bfloat16.defvjp(_low_rank_fwd, _low_rank_bwd)
-
-
-def _exact_product(x: Float[Array, "*B in"], y: Float[Array, "in n"]) -> Float[Array, "*B half"]:
-    """x y for x in bfloat16 and y in float32, with float32's digits."""
-    thirds = []
-    for _ in range(3):  # 8 bits each
-        thirds.append(jax.lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7))
-        y = y - thirds[-1]
-    split = jnp.concatenate(thirds, axis=1).astype(x.dtype)
-    products = jnp.matmul(x, split, preferred_element_type=jnp.float32)
-    return products.reshape(*x.shape[:-1], 3, -1).sum(-2)
-
-
-def _outer(h: Float[Array, "*B rank"], b: Float[Array, "rank out"]) -> Float[Array, "*B out"]:
-    return sum(h[..., k : k + 1] * b[k] for k in range(len(b)))
 
 
 class Dense(nn.Module):

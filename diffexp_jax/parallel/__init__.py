@@ -13,6 +13,7 @@ from diffexp_jax.parallel.devices import (
     sample_index,
     shard,
     shard_local,
+    share,
     split_batch,
     unshard,
     unshard_local,
@@ -34,6 +35,6 @@ from diffexp_jax.parallel.hosts import (
 from diffexp_jax.parallel.randomness import keys_of, sample_keys, stream
 
 __all__ = ["AXIS", "Split", "first", "pmap", "replicate", "sample_index", "shard", "shard_local", "split_batch"]
-__all__ += ["unshard", "unshard_local", "keys_of", "sample_keys", "stream"]
+__all__ += ["share", "unshard", "unshard_local", "keys_of", "sample_keys", "stream"]
 __all__ += ["HostSettings", "agree", "check_same", "exchange", "from_each", "from_first", "is_first", "joined"]
 __all__ += ["number_of_hosts", "on_first", "own_share", "together"]

@@ -58,6 +58,21 @@ def replicate(tree: Any) -> Any:
     return _copy(np.arange(jax.local_device_count()), tree)
 
 
+def share(tree: Any) -> Any:
+    """`replicate` for arrays that are read alone, of host arrays: the devices of a CPU read one copy.
+
+    That is the host's own where an array begins at a multiple of 64 bytes (`formats.convert.aligned`), so it must not
+    be written any more, nor be donated to a program.
+    """
+    place = _copy(np.arange(jax.local_device_count()), np.int32(0))
+
+    def one(x):
+        pieces = [jax.device_put(np.asarray(x)[None], device) for device in place.sharding.addressable_devices]
+        return jax.make_array_from_single_device_arrays(place.shape + np.shape(x), place.sharding, pieces)
+
+    return jax.tree.map(one, tree)
+
+
 _copy = pmap(lambda _, tree: tree, in_axes=(0, None))  # made once: every pmap compiles for itself
 _put = pmap(lambda tree: tree)
 
