@@ -8,15 +8,19 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 
 
 def of(function: Any, *args: Any) -> float:
     """Operations of function(*args): matrix products and convolutions, a multiply-add is two.
 
+    What nobody reads is not counted: a compiler leaves it out, as it does the gradients of weights that are frozen.
+
     Args may be shapes. Loops count by their length (a `while` once: its length is not known), of branches the dearest
     counts; what is mapped over devices counts for one of them.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _count(jaxpr: Jaxpr) -> float:

@@ -166,8 +166,9 @@ MOST_CPU_DEVICES = 8
 def cpu_devices(config: ConfigDict) -> int:
     """How many devices a run makes of this host's CPU: `cpu_devices`, else a device per core, to MOST_CPU_DEVICES.
 
-    XLA keeps cores busier by a program on each than by several threads in one. Fewer where the batch does not divide,
-    or where the copies of the model would fill a quarter of the memory; one for a model that is not on the disk yet.
+    XLA keeps cores busier by a program on each than by several threads in one. The devices share the weights, but each
+    has activations of its own, for which the model's size is a measure: fewer where that, times their number, would
+    fill a quarter of the memory, or where the batch does not divide; one for a model that is not on the disk yet.
 
     Raises:
       InputError: a setting that is not accepted.

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from diffexp_jax import InputError, backend, checkpoint, evaluation, parallel, report, settings
 from diffexp_jax.experiment import check_files, load_rewards, make_task
+from diffexp_jax.formats.files import replaced
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.programs import make_generate, make_scorer
@@ -59,7 +60,8 @@ def main(args: argparse.Namespace) -> None:
             try:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 save_pairs(grid, pictures["base"], pictures["tuned"], [captions[i] for i in shown], columns=columns)
-                args.out.write_text(json.dumps(results, indent=2) + "\n")  # what is there so far
+                with replaced(args.out) as partial:
+                    partial.write_text(json.dumps(results, indent=2) + "\n")  # what is there so far
             except OSError as error:
                 raise InputError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
     print(f"written: {args.out} and image grids beside it")

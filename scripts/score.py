@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from diffexp_jax import InputError, report
 from diffexp_jax.evaluation import score_all
-from diffexp_jax.formats.files import read_json
+from diffexp_jax.formats.files import read_json, replaced
 from diffexp_jax.limits import check_number, positive, whole
 from diffexp_jax.programs import make_scorer
 from diffexp_jax.rewards import check_reward, load_reward, reward_name
@@ -149,7 +149,7 @@ def read_image(path: Path) -> np.ndarray:
 def write(path: Path, rows: list[dict]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with replaced(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
