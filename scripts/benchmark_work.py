@@ -64,7 +64,7 @@ def update_key(repetition: int) -> jax.Array:
 
 
 def live_steps(case: str, n_steps: int, repetition: int = 0) -> int:
-    """K of the case; "uniform K" draws one for each repetition, the same on both sides."""
+    """K of the case; "uniform K" draws one for each repetition, the same on both sides. Uses a device."""
     if case.endswith("uniform K"):
         return int(alignprop.live_steps(update_key(repetition), n_steps, truncation="uniform", k=1).sum())
     return n_steps // 4 if case.endswith("T/4") else n_steps
@@ -91,7 +91,7 @@ def configure(model: str, folder: str, case: str, size: Size) -> Any:
             "sampling.eta": 1.0 if method == "ddpo" else 0.0,
             "eval.every": 0,
             "log.images_every": 0,
-            "alignprop.truncation_k": size.live or live_steps(case, size.steps),
+            "alignprop.truncation_k": size.live or (size.steps // 4 if case.endswith("T/4") else size.steps),
         }
         | changes
     )
