@@ -72,6 +72,7 @@ def test_the_peer_scores_alike(scripts, monkeypatch):
         np.testing.assert_allclose(ours[order], theirs, atol=1e-4 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_the_peer_learns(trainer):
     """Both methods change the LoRA, and nothing else; one chunk of samples makes one update."""
     frozen = [p.clone() for p in trainer.unet.parameters() if not p.requires_grad]

@@ -19,6 +19,7 @@ def test_assets_are_small():
     assert total <= 30e6
 
 
+@pytest.mark.slow
 def test_scripts_sample_equals_diffusers(tmp_path):
     """StableDiffusionPipeline loads the folder as it is and makes the images of scripts/sample.py."""
     torch = pytest.importorskip("torch")

@@ -247,6 +247,7 @@ def test_samples_are_those_of_the_same_reward_on_the_device(make_config):
     assert samples.images is expected.images is None  # once they are scored nobody reads them
 
 
+@pytest.mark.slow
 def test_samples_of_a_sum_with_plain_python(make_config):
     """The host scores a chunk's bytes, the program its floats; the two halves are added."""
     settings = PLAIN | {"batch.samples_per_forward": 2, "reward_weights": (2.0, 3.0)}

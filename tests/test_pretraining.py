@@ -70,10 +70,8 @@ def test_another_seed_is_another_run(script, tmp_path):
     assert not np.array_equal(*runs)
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "vae_decoder", "diffusion", "clip", "judge")]
-
-
-@pytest.mark.parametrize("name", ["diffusion_hard", *OTHERS, pytest.param("aesthetic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diffusion_hard", "vae", "vae_decoder", "diffusion", "clip", "judge", "aesthetic"])
 def test_every_stage_trains_and_exports(script, tmp_path, monkeypatch, name):
     """From what is shipped: two steps change what the stage makes, in its published format, and nothing else."""
     encode = pretraining._encoded_scenes

@@ -344,6 +344,7 @@ def run_with_images(algorithm: str, workdir: str, settings: str) -> None:
     print(f"{jax.device_count()} devices")
 
 
+@pytest.mark.slow
 @ONE
 def test_a_run_goes_on_with_other_devices(
     finished, tiny_settings, tiny_model, make_config, tmp_path, capsys, monkeypatch

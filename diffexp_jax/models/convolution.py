@@ -6,8 +6,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
-def conv(x, kernel, strides, padding):
-    """Of a channels-last x [B, H, W, C] with a kernel [height, width, C, D]."""
+def conv(
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "height width C D"],
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> Float[Array, "B h w D"]:
+    """A convolution, channels last; `padding` as ((top, bottom), (left, right))."""
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
