@@ -63,11 +63,16 @@ def update_key(repetition: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(0), repetition)
 
 
+def most_live_steps(case: str, n_steps: int) -> int:
+    """K of the case, or the largest that it draws."""
+    return n_steps // 4 if case.endswith("T/4") else n_steps
+
+
 def live_steps(case: str, n_steps: int, repetition: int = 0) -> int:
     """K of the case; "uniform K" draws one for each repetition, the same on both sides. Uses a device."""
     if case.endswith("uniform K"):
         return int(alignprop.live_steps(update_key(repetition), n_steps, truncation="uniform", k=1).sum())
-    return n_steps // 4 if case.endswith("T/4") else n_steps
+    return most_live_steps(case, n_steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ours
@@ -91,7 +96,7 @@ def configure(model: str, folder: str, case: str, size: Size) -> Any:
             "sampling.eta": 1.0 if method == "ddpo" else 0.0,
             "eval.every": 0,
             "log.images_every": 0,
-            "alignprop.truncation_k": size.live or (size.steps // 4 if case.endswith("T/4") else size.steps),
+            "alignprop.truncation_k": size.live or most_live_steps(case, size.steps),
         }
         | changes
     )
@@ -218,11 +223,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("side", "model", "folder", "case"):
         parser.add_argument(name)
-    parser.add_argument("--samples", type=int)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--live", type=int)
-    parser.add_argument("--per_forward", type=int)
+    numbers = ("samples", "steps", "live", "per_forward")  # of Size
+    for name in numbers:
+        parser.add_argument(f"--{name}", type=int)
     args = vars(parser.parse_args())
-    changes = {key: x for key in ("samples", "steps", "live", "per_forward") if (x := args.pop(key)) is not None}
+    changes = {name: x for name in numbers if (x := args.pop(name)) is not None}
     size = SIZES[args["model"]]._replace(**changes)
     worker(**args, size=size._replace(per_forward=min(size.per_forward, size.samples)))

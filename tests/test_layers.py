@@ -27,40 +27,34 @@ def hwc(x):
     return np.moveaxis(x.numpy(), 1, -1)
 
 
-def native(x, kernel):
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def native(x, kernel, stride=1):
+    padding, dimensions = ((1, 1), (1, 1)), ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=dimensions)
 
 
 # ---- convolution
 
 
-@pytest.mark.parametrize(
-    "shape, features", [((2, 8, 8, 4), 4), ((3, 5, 7, 2), 6), ((1, 1, 3, 3), 1), ((2, 2, 1, 1), 5)]
-)
-def test_conv3x3_same_and_its_gradients(shape, features):
-    x, kernel, g = normal(0, *shape), normal(1, 3, 3, shape[-1], features), normal(2, *shape[:-1], features)
-    ours, ours_vjp = jax.vjp(convolution.conv3x3_same, x, kernel)
-    theirs, their_vjp = jax.vjp(native, x, kernel)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    for name, a, b in zip(("input", "kernel"), ours_vjp(g), their_vjp(g), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5, err_msg=name)
+SHAPES = [
+    ((2, 8, 8, 4), 4),
+    ((2, 8, 6, 4), 3),
+    ((3, 5, 7, 2), 6),
+    ((1, 1, 3, 3), 1),
+    ((1, 1, 4, 3), 1),
+    ((2, 2, 1, 1), 5),
+]
 
 
-@pytest.mark.parametrize(
-    "shape, features", [((2, 8, 6, 4), 3), ((3, 5, 7, 2), 6), ((1, 1, 4, 3), 1), ((2, 2, 1, 1), 5)]
-)
-def test_conv3x3_half_and_its_gradients(shape, features):
-    def native(x, kernel):
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=dimensions)
-
+@pytest.mark.parametrize("name, stride", [("conv3x3_same", 1), ("conv3x3_half", 2)])
+@pytest.mark.parametrize("shape, features", SHAPES)
+def test_convolutions_of_3x3_and_their_gradients(name, stride, shape, features):
     x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], features)
-    ours, ours_vjp = jax.vjp(convolution.conv3x3_half, x, kernel)
-    theirs, their_vjp = jax.vjp(native, x, kernel)
+    ours, ours_vjp = jax.vjp(getattr(convolution, name), x, kernel)
+    theirs, their_vjp = jax.vjp(lambda x, kernel: native(x, kernel, stride), x, kernel)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     g = normal(2, *theirs.shape)
-    for name, a, b in zip(("input", "kernel"), ours_vjp(g), their_vjp(g), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5, err_msg=name)
+    for of, a, b in zip(("input", "kernel"), ours_vjp(g), their_vjp(g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5, err_msg=of)
 
 
 def test_conv3x3_same_in_a_scan():

@@ -39,7 +39,7 @@ def _normal_cdf(x: Array) -> Array:
 def geglu(x: Float[Array, "*B twice"]) -> Float[Array, "*B half"]:
     """The first half times the second's GELU (Shazeer 2020), in float32. Keeps its input alone for the gradient."""
     h, gate = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return (h * (gate * _normal_cdf(gate))).astype(x.dtype)
+    return (h * gelu(gate)).astype(x.dtype)
 
 
 def _geglu_bwd(x, g):

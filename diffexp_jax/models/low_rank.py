@@ -73,7 +73,7 @@ def _low_rank_bwd(saved, g):
 _low_rank_of_bfloat16.defvjp(_low_rank_fwd, _low_rank_bwd)
 
 
-def _exact_product(x: Float[Array, "*B in"], y: Float[Array, "in n"]) -> Float[Array, "*B half"]:
+def _exact_product(x: Float[Array, "*B in"], y: Float[Array, "in n"]) -> Float[Array, "*B n"]:
     """x y for x in bfloat16 and y in float32, with float32's digits."""
     thirds = []
     for _ in range(3):  # 8 bits each
