@@ -38,6 +38,7 @@ from diffexp_jax.limits import check_number, whole  # noqa: E402
 from diffexp_jax.metrics import read_metrics  # noqa: E402
 
 LOG = "log.txt"
+GPU_MEMORY = 0.9  # of a GPU's memory that the runs on it have together
 POLL = 0.5  # seconds between looks at what runs
 GRACE = 120.0  # seconds that a program may take to stop before it is killed: one that compiles does not listen
 
@@ -49,6 +50,7 @@ class Active(NamedTuple):
     rest: list[list[str]]  # commands that follow
     process: subprocess.Popen
     log: IO[str]
+    place: dict[str, str]  # see `places`
 
 
 def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -67,7 +69,8 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     if args.print:
         left = sweep_plan.commands_left(runs, cpu_devices=None, **wanted)
     else:
-        parallel, cpu_devices = processes(args.parallel, len(runs))
+        kind, n_devices = devices()
+        parallel, cpu_devices = processes(args.parallel, len(runs), kind, n_devices)
         left = sweep_plan.commands_left(runs, cpu_devices=cpu_devices, **wanted)
     note(args.out, experiments)
     if not left:
@@ -79,33 +82,49 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     else:
         if len(left) < len(runs):
             print(f"{len(runs) - len(left)} of {len(runs)} runs are done")
-        run_all(runs, left, min(parallel, len(left)))
+        n_gpus = n_devices if kind == "gpu" and parallel > 1 else 0
+        run_all(runs, left, places(min(parallel, len(left)), n_gpus))
 
 
-def processes(asked: int | None, n_runs: int) -> tuple[int, int | None]:
+def processes(asked: int | None, n_runs: int, kind: str, n_devices: int) -> tuple[int, int | None]:
     """How many runs at once, and what cpu_devices each gets: None leaves it to the run.
 
-    On a CPU a run on each core is faster than one on all. One that has begun on one device stays there, also when it is
-    the last that is left: with another number of devices last bits differ.
+    A run on each core of a CPU, or on each GPU, is faster than one on all. One that has begun on one device stays
+    there, also when it is the last that is left: with another number of devices last bits differ.
     """
     cores = len(os.sched_getaffinity(0))
     if asked is None:
-        asked = cores if n_runs > 1 and platform() == "cpu" else 1
-        return asked, 1 if asked > 1 else None
-    return asked, 1 if asked > 1 and platform() == "cpu" else None
+        asked = {"cpu": cores, "gpu": n_devices}.get(kind, 1) if n_runs > 1 else 1
+    return asked, 1 if asked > 1 and kind == "cpu" else None
 
 
-def platform() -> str:
-    """ "cpu", "gpu" or "tpu": asked of another program, so that this one holds no accelerator.
+def places(parallel: int, n_gpus: int) -> list[dict[str, str]]:
+    """What each of the runs that go on at once finds in its environment: its GPU, and its part of that one's memory.
+
+    Args:
+      n_gpus: that the runs share out; 0 where they choose for themselves.
+    """
+    if not n_gpus:
+        return [{}] * parallel
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = listed.split(",") if listed else [str(i) for i in range(n_gpus)]
+    on_one = -(-parallel // n_gpus)
+    part = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{GPU_MEMORY / on_one:.3f}"} if on_one > 1 else {}
+    return [part | {"CUDA_VISIBLE_DEVICES": names[i % n_gpus]} for i in range(parallel)]
+
+
+def devices() -> tuple[str, int]:
+    """("cpu", "gpu" or "tpu", how many): asked of another program, so that this one holds no accelerator.
 
     Raises:
       InputError: jax finds no device.
     """
-    code = "import jax; print(jax.default_backend())"
+    code = "import jax; print(jax.default_backend(), jax.local_device_count())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if found.returncode:
         raise InputError(f"no device to run on: {(found.stderr.strip().splitlines() or ['jax cannot start'])[-1]}")
-    return found.stdout.split()[-1]
+    kind, n = found.stdout.split()[-2:]
+    return kind, int(n)
 
 
 def note(out: Path, experiments: dict[str, dict]) -> None:
@@ -117,26 +136,32 @@ def note(out: Path, experiments: dict[str, dict]) -> None:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], parallel: int) -> None:
-    """Works through all commands, so many runs at once; a run that fails is named, and the others go on.
+def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], places: Sequence[dict[str, str]]) -> None:
+    """Works through all commands, a run at each place; a run that fails is named, and the others go on.
 
     Raises SystemExit: 1 where a run failed; 130 or 143 where SIGINT or SIGTERM stopped it.
     """
     received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
-    waiting, active, failed = list(left), [], []
+    waiting, free, active, failed = list(left), list(places), [], []
     done = {run.workdir: iterations_done(run) for run in runs}
     total = sum(run.iterations for run in runs)
     with tqdm(total=total, initial=sum(done.values()), unit="it", desc="sweep", smoothing=0.0) as bar:
         while (waiting or active) and not received:
-            while waiting and len(active) < parallel:
-                active.append(start(*waiting.pop(0)))
+            while waiting and free:
+                active.append(start(*waiting.pop(0), free.pop(0)))
             time.sleep(POLL)
             for item in active:
                 done[item.run.workdir] = iterations_done(item.run)
             bar.update(sum(done.values()) - bar.n)
-            active = [later for item in active if (later := follow(item, failed)) is not None]
+            before, active = active, []
+            for item in before:
+                later = follow(item, failed)
+                if later:
+                    active.append(later)
+                else:
+                    free.append(item.place)
             runs_left = len(waiting) + len(active)
             bar.set_postfix_str(f"{len(runs) - runs_left - len(failed)} of {len(runs)} runs done")
     if received:
@@ -153,15 +178,16 @@ def iterations_done(run: Run) -> int:
     return min(rows[-1]["iteration"], run.iterations) if rows else 0
 
 
-def start(run: Run, commands: list[list[str]]) -> Active:
+def start(run: Run, commands: list[list[str]], place: dict[str, str]) -> Active:
     """Begins the first of a run's commands; what it says is added to the run's log."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     log = open(run.workdir / LOG, "a", encoding="utf-8")
     words, *rest = commands
     print(f"$ {shlex.join(words)}", file=log, flush=True)
     words = [sys.executable, *words[1:]]  # where it says python
-    process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=sweep_plan.environment())
-    return Active(run, rest, process, log)
+    environment = sweep_plan.environment() | place
+    process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return Active(run, rest, process, log, place)
 
 
 def follow(item: Active, failed: list[Run]) -> Active | None:
@@ -171,7 +197,7 @@ def follow(item: Active, failed: list[Run]) -> Active | None:
         return item
     item.log.close()
     if code == 0:
-        return start(item.run, item.rest) if item.rest else None
+        return start(item.run, item.rest, item.place) if item.rest else None
     failed.append(item.run)
     path = item.run.workdir / LOG
     lines = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
@@ -203,7 +229,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--seeds", type=int, default=3, help="how many runs of each arm")
     add("--first_seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/sweeps"), help="folder of all sweeps: runs that they share are run once")
-    add("--parallel", type=int, help="runs at once (default: on a CPU one for each core, else 1)")
+    add("--parallel", type=int, help="runs at once (default: one for each core of a CPU or each GPU)")
     add("--iterations", type=int, help="of every run (default: the config's)")
     add("--samples_per_prompt", type=int, default=4, help="images of the final evaluation; 0: there is none")
     add("--base_samples", type=int, default=16, help="images of each prompt that say how often the base model succeeds")

@@ -302,16 +302,16 @@ def test_what_is_done_is_skipped(command_line, scripts, planned):
 
 @pytest.fixture
 def run_all(scripts, tmp_path, monkeypatch):
-    """run_all(commands of each run, parallel) with small programs in place of training."""
+    """run_all(commands of each run, its places) with small programs in place of training."""
     monkeypatch.setattr(scripts.sweep, "POLL", 0.02)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def call(*commands, parallel=2):
+    def call(*commands, places=({}, {})):
         runs = [
             scripts.plan.Run(tmp_path / f"run{i}", f"run {i}", "", {}, 1, None, False) for i in range(len(commands))
         ]
         left = [(run, [["python", "-c", code] for code in codes]) for run, codes in zip(runs, commands, strict=True)]
-        scripts.sweep.run_all(runs, left, parallel)
+        scripts.sweep.run_all(runs, left, places)
 
     yield call
     for number, handler in before.items():
@@ -362,7 +362,7 @@ time.sleep(60)
 
     threading.Thread(target=send).start()
     with pytest.raises(SystemExit) as stop:
-        run_all([waits], ["print('begun')"], parallel=1)
+        run_all([waits], ["print('begun')"], places=[{}])
     assert stop.value.code == code
     assert "stopped; the same command goes on" in capsys.readouterr().err
     assert (tmp_path / "run0" / "log.txt").read_text().endswith(f"stopped cleanly by {int(number)}\n")
@@ -370,14 +370,42 @@ time.sleep(60)
 
 
 def test_how_many_at_once(scripts, monkeypatch):
-    """On a CPU a run on each core, on one device each, which stays so for the last one; on accelerators one."""
-    processes, devices = scripts.sweep.processes, ["cpu"]
-    monkeypatch.setattr(scripts.sweep, "platform", lambda: devices[0])
+    """On a CPU a run on each core, on one device each, which stays so for the last one; one on each GPU."""
+    processes = scripts.sweep.processes
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6))
-    assert processes(None, 10) == (6, 1) and processes(3, 10) == (3, 1)
-    assert processes(None, 1) == (1, None) and processes(1, 10) == (1, None)
-    devices[0] = "gpu"
-    assert processes(None, 10) == (1, None) and processes(4, 10) == (4, None)
+    assert processes(None, 10, "cpu", 1) == (6, 1) and processes(3, 10, "cpu", 1) == (3, 1)
+    assert processes(None, 1, "cpu", 1) == (1, None) and processes(1, 10, "cpu", 1) == (1, None)
+    assert processes(None, 10, "gpu", 8) == (8, None) and processes(4, 10, "gpu", 1) == (4, None)
+    assert processes(None, 1, "gpu", 8) == (1, None) and processes(None, 10, "tpu", 8) == (1, None)
+
+
+def test_gpus_are_shared_out(scripts, monkeypatch):
+    """Runs take turns at the GPUs; those on one have 90 % of its memory together. One run has them all."""
+    places = scripts.sweep.places
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert places(2, 0) == [{}, {}]
+    assert places(2, 4) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    third = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.300"}
+    assert places(3, 1) == [third | {"CUDA_VISIBLE_DEVICES": "0"}] * 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(3, 2)] == ["2", "5", "2"]
+
+
+def test_a_place_that_is_free_is_taken_again(run_all, tmp_path):
+    """Two places for four runs of two commands: each run keeps its place, and no place has two runs at once."""
+    code = f"""
+import os, pathlib, time
+print(place := os.environ["PLACE"])
+mine = pathlib.Path("{tmp_path}") / f"busy{{place}}"
+mine.touch(exist_ok=False)
+time.sleep(0.1)
+mine.unlink()
+"""
+    run_all(*[[code, code]] * 4, places=[{"PLACE": "a"}, {"PLACE": "b"}])
+    said = [(tmp_path / f"run{i}" / "log.txt").read_text().split() for i in range(4)]
+    taken = [[word for word in words if word in "ab"] for words in said]
+    assert all(first == second for first, second in taken)
+    assert {"a", "b"} == {first for first, _ in taken}
 
 
 # --------------------------------------------------------------------------------------------------------- whole sweeps
