@@ -1,5 +1,7 @@
 """The dry run: its counts against published ones and XLA's, its shapes against a real run's, and what it prints."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,14 @@ def loop(x, w):
     return jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
 
 
+def same_in_every_turn(x, w):
+    return jax.lax.scan(lambda x, _: (x @ jax.nn.relu(w @ w), None), x, length=5)[0]
+
+
+def same_but_in_a_branch(x, w):
+    return jax.lax.scan(lambda x, _: (jax.lax.cond(x[0, 0] > 0, lambda: x @ (w @ w), lambda: x), None), x, length=5)[0]
+
+
 def branch(x, w):
     return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
 
@@ -44,6 +54,18 @@ def convolve(x, kernel):
         (lambda x, w: jnp.einsum("bij,bjk->bik", x, w), [zeros(5, 2, 3), zeros(5, 3, 4)], 2 * 5 * 2 * 3 * 4),
         (loop, [zeros(2, 3), zeros(3, 3)], 5 * 2 * 2 * 3 * 3),
         (jax.jit(lambda x, w: jax.lax.map(lambda row: loop(row, w), x)), [zeros(7, 2, 3), zeros(3, 3)], 7 * 5 * 36),
+        (same_in_every_turn, [zeros(2, 3), zeros(3, 3)], 5 * 36 + 54),
+        (
+            lambda x, w: jax.lax.map(lambda row: same_in_every_turn(row, w), x),
+            [zeros(7, 2, 3), zeros(3, 3)],
+            7 * 180 + 54,
+        ),
+        (
+            lambda x, w: jax.lax.map(lambda w: same_in_every_turn(x, w), w),
+            [zeros(2, 3), zeros(7, 3, 3)],
+            7 * (180 + 54),
+        ),
+        (same_but_in_a_branch, [zeros(2, 3), zeros(3, 3)], 5 * (36 + 54)),
         (branch, [zeros(2, 3), zeros(3, 3)], 2 * 36),
         (convolve, [zeros(2, 8, 8, 3), zeros(3, 3, 3, 5)], 2 * (2 * 8 * 8 * 5) * 27),
         (jax.value_and_grad(checkpointed), [zeros(2, 3), zeros(3, 3)], 3 * 36),
@@ -70,6 +92,35 @@ def test_flops_against_xla():
     ours = flops.of(unet, model.params, x, context)
     theirs = jax.jit(unet).lower(model.params, x, context).cost_analysis()["flops"]
     assert 0.9 * theirs < ours < 1.1 * theirs
+
+
+def test_what_is_taken_out_of_the_loop(make_config):
+    """XLA makes the prompts' keys and values once for all steps of sampling, as the count has it, and no queries so."""
+    experiment = Experiment.build(make_config("ddpo", {"eval.every": 0}), weights=False)
+    sampling, *_ = dry_run.programs_of(experiment.config, experiment)
+    depths = loops_around(jax.jit(sampling.function).lower(*sampling.args).compile().as_text(), "attn2/to_")
+    assert depths["k"] == depths["v"] == depths["q"] - 1
+
+
+def loops_around(program: str, layer: str) -> dict[str, int]:
+    """{letter of the projection: the most loops that its products are in} in a compiled program's text."""
+    callers, loops, products, inside = {}, set(), [], ""
+    for line in program.splitlines():
+        if name := re.match(r"(?:ENTRY )?%?([\w.-]+) \(", line):
+            inside = name[1]
+        for how, called in re.findall(r"(calls|to_apply|body|condition)=%([\w.-]+)", line):
+            callers.setdefault(called, []).append(inside)
+            loops |= {called} if how == "body" else set()
+        if " dot(" in line and (found := re.search(re.escape(layer) + r"([a-z])\b", line)):
+            products.append((found[1], inside))
+
+    def depth(name):
+        return (name in loops) + max((depth(caller) for caller in callers.get(name, [])), default=0)
+
+    deepest = {}
+    for projection, name in products:
+        deepest[projection] = max(depth(name), deepest.get(projection, 0))
+    return deepest
 
 
 # --------------------------------------------------------------------------------------------------------------- shapes
