@@ -2,7 +2,7 @@
 
 _LAPTOP = {
     "model.vae_slice": 32,
-    "sampling.steps": 20,
+    "sampling.steps": 10,
     "batch.samples": 64,
     "batch.samples_per_forward": 32,
     "eval.prompts": ("animal_activities", "animal_activities_unseen", "animals_with_article"),

@@ -24,6 +24,16 @@ def script(monkeypatch):
     return check_machine
 
 
+@pytest.fixture
+def machine(script):
+    return script.machine_checks
+
+
+@pytest.fixture
+def models(script):
+    return script.models
+
+
 def run_script(folder, *flags):
     """(what it printed, its report) of the script as a user runs it; it must find nothing wrong."""
     command = [sys.executable, str(ROOT / "scripts" / "check_machine.py"), "--out", "found.json", *flags]
@@ -117,11 +127,11 @@ STORED = {"x/images": np.linspace(0.0, 1.0, 50), "emoji/gradient": np.linspace(-
         ("cpu", "float32", np.nan, False),
     ],
 )
-def test_perturbed_results(script, monkeypatch, platform, dtype, error, ok):
+def test_perturbed_results(models, monkeypatch, platform, dtype, error, ok):
     monkeypatch.setattr(backend, "platform", lambda: platform)
     stored, x = STORED["x/images"], STORED["x/images"].copy()
     x[3] += error * np.linalg.norm(stored - stored.mean())
-    found = script.check_parity(lambda: {"x/images": x}, STORED, dtype)
+    found = models.check_parity(lambda: {"x/images": x}, STORED, dtype)
     assert found.ok is ok and ("matmul_precision" in found.advice) == (dtype == "float32")
 
 
@@ -135,12 +145,12 @@ def test_perturbed_results(script, monkeypatch, platform, dtype, error, ok):
         ("float32", lambda g: 0 * g, False),
     ],
 )
-def test_wrong_gradients(script, monkeypatch, dtype, change, ok):
-    monkeypatch.setattr(script, "emoji_results", lambda dtype: ({}, change(STORED["emoji/gradient"])))
-    assert script.check_gradient(STORED, dtype).ok is ok
+def test_wrong_gradients(models, monkeypatch, dtype, change, ok):
+    monkeypatch.setattr(models, "emoji_results", lambda dtype: ({}, change(STORED["emoji/gradient"])))
+    assert models.check_gradient(STORED, dtype).ok is ok
 
 
-def test_wrong_attention(script):
+def test_wrong_attention(machine):
     """A filled-up key that nobody masks is far beyond bfloat16's rounding."""
 
     def attend(q, k, v, filled=0):
@@ -148,36 +158,36 @@ def test_wrong_attention(script):
         k, v = (jnp.pad(x, ((0, 0), (0, filled), (0, 0), (0, 0))) for x in (k, v))
         return jax.nn.dot_product_attention(q, k, v).reshape(1, 64, 80)
 
-    right, text = script.attention_error(attend, 64, 77, 2, 40)
-    wrong, _ = script.attention_error(lambda *qkv: attend(*qkv, filled=1), 64, 77, 2, 40)
-    assert right < script.ATTENTION_ERROR / 3 < 3 * script.ATTENTION_ERROR < wrong and "dot" in text
+    right, text = machine.attention_error(attend, 64, 77, 2, 40)
+    wrong, _ = machine.attention_error(lambda *qkv: attend(*qkv, filled=1), 64, 77, 2, 40)
+    assert right < machine.ATTENTION_ERROR / 3 < 3 * machine.ATTENTION_ERROR < wrong and "dot" in text
 
 
-def test_cudnn_that_is_not_taken(script, monkeypatch):
+def test_cudnn_that_is_not_taken(machine, monkeypatch):
     monkeypatch.setattr(attention, "has_fused_attention", lambda dtype, width: True)
     monkeypatch.setattr(attention, "MIN_FUSED_LOGITS", 16)
     monkeypatch.setattr(attention, "attention", lambda q, k, v, heads: q)
-    found = script.check_attention(8, 8, 2, 8)
+    found = machine.check_attention(8, 8, 2, 8)
     assert found.ok is False and found.found.startswith("no cuDNN in the program") and "reinstall" in found.advice
 
 
-def test_an_accelerator_that_jax_does_not_use(script, monkeypatch):
-    monkeypatch.setattr(script.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
-    assert script.check_devices().ok  # JAX_PLATFORMS asks for the CPU
+def test_an_accelerator_that_jax_does_not_use(machine, monkeypatch):
+    monkeypatch.setattr(machine.Path, "exists", lambda self: str(self) == "/dev/nvidia0")
+    assert machine.check_devices().ok  # JAX_PLATFORMS asks for the CPU
     monkeypatch.delenv("JAX_PLATFORMS")
-    found = script.check_devices()
+    found = machine.check_devices()
     assert found.ok is False and f'pip install "jax[cuda13]=={jax.__version__}"' in found.advice
 
 
-def test_versions_that_do_not_fit(script, monkeypatch):
+def test_versions_that_do_not_fit(machine, monkeypatch):
     versions = {"jax": "0.10.2", "jaxlib": "0.10.1", "flax": "1", "optax": "1"}
-    monkeypatch.setattr(script, "machine", lambda: {"versions": versions})
-    found = script.check_versions()
+    monkeypatch.setattr(machine, "machine", lambda: {"versions": versions})
+    found = machine.check_versions()
     assert found.ok is False and found.advice == "install jaxlib==0.10.2"
 
 
 @pytest.mark.parametrize("rise, ok", [(0.01, True), (0.0, False), (-0.01, False), (np.nan, False)])
-def test_training_that_does_not_learn(script, monkeypatch, rise, ok):
+def test_training_that_does_not_learn(models, monkeypatch, rise, ok):
     """Before and after from the same noise, so that what counts is the spread of the differences."""
     noise = np.random.default_rng(0).standard_normal((2, 16)) * [[1.0], [0.003]]
 
@@ -194,26 +204,26 @@ def test_training_that_does_not_learn(script, monkeypatch, rise, ok):
         def brightness(self, state, n_batches):
             return noise[0] + (rise + noise[1] if state == 3 else 0.0)
 
-    monkeypatch.setattr(script, "emoji_run", lambda *args: Stub())
-    assert script.check_learning("ddpo", 3, 1).ok is ok
+    monkeypatch.setattr(models, "emoji_run", lambda *args: Stub())
+    assert models.check_learning("ddpo", 3, 1).ok is ok
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ddpo", "alignprop"])
-def test_full_size_on_a_tiny_model(script, make_config, method):
+def test_full_size_on_a_tiny_model(models, make_config, method):
     """Each program is compiled once, and called twice."""
     config = make_config(method, {"eval.every": 0, "log.images_every": 0})
-    compiled, listed = [], script.compiled_once
+    compiled, listed = [], models.compiled_once
 
     def spy(function, plans):
         compiled.append(plans)
         return listed(function, plans)
 
-    script.compiled_once = spy
+    models.compiled_once = spy
     try:
-        found = script.full_size(config)
+        found = models.full_size(config)
     finally:
-        script.compiled_once = listed
+        models.compiled_once = listed
     assert found.ok and "GiB planned, compiled in" in found.found
     assert len(compiled) == len(compiled[0]) == {"ddpo": 2, "alignprop": 1}[method]
     assert found.numbers["planned_bytes"] == max(plan.bytes for plan in compiled[0]) > 1e5
