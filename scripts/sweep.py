@@ -231,7 +231,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--out", type=Path, default=Path("runs/sweeps"), help="folder of all sweeps: runs that they share are run once")
     add("--parallel", type=int, help="runs at once (default: one for each core of a CPU or each GPU)")
     add("--iterations", type=int, help="of every run (default: the config's)")
-    add("--samples_per_prompt", type=int, default=4, help="images of the final evaluation; 0: there is none")
+    add("--samples_per_prompt", type=int, default=4, help="images of the final evaluation, at least; 0: none")
     add("--base_samples", type=int, default=16, help="images of each prompt that say how often the base model succeeds")
     add("--print", nargs="?", const="commands", choices=("commands", "slurm"), help="print what is left, run nothing")
     return parser.parse_known_args(argv)

@@ -45,6 +45,7 @@ class Run(NamedTuple):
     argument: str  # what follows --config
     changes: dict[str, Any]  # of that config
     iterations: int
+    images: int  # of each prompt in the run's own evaluations
     base: Path | None  # of a baseline: where the evaluation of the model before fine-tuning is
     explored: bool  # whether the final evaluation is with DiffExp's guidance schedule too
 
@@ -149,7 +150,17 @@ def plan(
             config, changed = resolve(argument, changes, overrides)
             arms[arm] = f"runs/{run_name(config)}"
             run = folders.setdefault(
-                arms[arm], Run(out / arms[arm], f"{name} {arm}", argument, changed, config.iterations, None, False)
+                arms[arm],
+                Run(
+                    out / arms[arm],
+                    f"{name} {arm}",
+                    argument,
+                    changed,
+                    config.iterations,
+                    config.eval.samples_per_prompt,
+                    base=None,
+                    explored=False,
+                ),
             )
             if arm == sweep["baseline"]:
                 explored = sweep["explored_evaluation"]
@@ -218,14 +229,19 @@ def commands_left(
 ) -> list[tuple[Run, list[list[str]]]]:
     """Of every run that is not done the commands, in order; the base model's are with the first run that shares it.
 
+    Args:
+      samples_per_prompt: images of a final evaluation, or as many as the run's own evaluations have, if more.
+      base_samples: the same of the base model, for how often it succeeds.
+
     A run of which only numbers were kept, see `sweep_runs.keep`, is done.
     """
     left, begun = [], set()
     for run in runs:
-        wanted = {"samples_per_prompt": samples_per_prompt, "explored": run.explored}
+        n_images, n_base = max(samples_per_prompt, run.images), max(base_samples, run.images)
+        wanted = {"samples_per_prompt": n_images, "explored": run.explored}
         is_kept = samples_per_prompt and has_all_rows(run) and has_final(run.workdir / FINAL, many=0, **wanted)
         commands = [] if is_kept or is_trained(run) else [train_command(run, cpu_devices=cpu_devices)]
-        for path, base, many in ((run.workdir / FINAL, False, 0), (run.base, True, base_samples)):
+        for path, base, many in ((run.workdir / FINAL, False, 0), (run.base, True, n_base)):
             if path and path not in begun and samples_per_prompt and not has_final(path, many=many, **wanted):
                 begun.add(path)
                 commands.append(final_command(run, path, base=base, many=many, **wanted))

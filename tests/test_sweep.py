@@ -256,7 +256,7 @@ def test_the_printed_slurm_script(command_line, tmp_path):
     said = done.stdout.splitlines()
     assert f"--config={ROOT}/configs/paper.py:fig1,model=emoji" in said and "--config.seed=1" in said
     assert "--config.eval.rewards=('emoji_pickscore',)" in said and "--base" not in said
-    assert said.count("--samples_per_prompt=4") == 1
+    assert said.count("--samples_per_prompt=64") == 1 and "--many=64" in out  # as the run's own evaluations of a prompt
 
 
 def finish(run, plan, *, iterations=None, explored=False) -> None:
@@ -308,7 +308,7 @@ def run_all(scripts, tmp_path, monkeypatch):
 
     def call(*commands, places=({}, {})):
         runs = [
-            scripts.plan.Run(tmp_path / f"run{i}", f"run {i}", "", {}, 1, None, False) for i in range(len(commands))
+            scripts.plan.Run(tmp_path / f"run{i}", f"run {i}", "", {}, 1, 1, None, False) for i in range(len(commands))
         ]
         left = [(run, [["python", "-c", code] for code in codes]) for run, codes in zip(runs, commands, strict=True)]
         scripts.sweep.run_all(runs, left, places)
