@@ -12,6 +12,7 @@ of paper.py.
 | fig1, fig4_ALGORITHM_REWARD, fig8, fig10b | DiffExp |
 | fig9a_REWARD | one part of exploration, or both |
 | fig9b_REWARD | thresholds of Eq. 7 |
+| controls_fig1 | DiffExp, each of its parts, and the schedule's mean as a constant guidance |
 | controls_ALGORITHM_REWARD | DiffExp, and what could explain its gain away; its schedule on the baseline's model |
 | unknowns_ALGORITHM_REWARD | DiffExp, and other values of what the paper does not give, one changed at a time |
 | tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
@@ -62,18 +63,25 @@ def _pair(name, changes=()):
     return {"baseline": (f"paper.py:{name},explore=false", changes), "diffexp": (f"paper.py:{name}", changes)}
 
 
-def _changed(name, arms):
-    return {arm: (f"paper.py:{name}", changes) for arm, changes in arms.items()}
+def _changed(name, arms, common=()):
+    return {arm: (f"paper.py:{name}", dict(common) | changes) for arm, changes in arms.items()}
+
+
+_CONSTANT = {"exploration.w_low": mean_guidance, "exploration.t_thresh": 0}  # every step is above that
 
 
 def _controls(name):
-    constant = {"exploration.w_low": mean_guidance, "exploration.t_thresh": 0}  # every step is above that
     arms = {
-        "constant": constant,
+        "constant": _CONSTANT,
         "all_iterations": {"exploration.fraction": 1.0},
         "per_prompt": {"exploration.scope": "prompt"},
     }
     return _pair(name) | _changed(name, arms)
+
+
+def _parts(name, common):
+    arms = {part: PARTS[part] for part in ("weighting", "schedule")} | {"constant": _CONSTANT}
+    return _pair(name, common) | _changed(name, arms, common)
 
 
 def _unknowns(name):
@@ -127,6 +135,9 @@ SWEEPS = {
         for reward in REWARDS
     },
     "fig10b": _experiment("AlignProp with and without DiffExp on SDXL", _pair("fig10b")),
+    "controls_fig1": _experiment(
+        "DDPO on one prompt that the base model fails: which part of exploration helps", _parts("fig1", _FIG1)
+    ),
     **{
         f"controls_{algorithm}_{reward}": _experiment(
             f"{_ALGORITHMS[algorithm]} on {reward}: what could explain DiffExp's gain away",
