@@ -77,7 +77,8 @@ def default() -> ml_collections.ConfigDict:
     lo.path = placeholder(str)  # a LoRA file to start from (diffusers, peft or kohya); None: from nothing
 
     c.optim = o = ml_collections.ConfigDict()  # AdamW
-    o.lr = 3e-4  # constant learning rate
+    o.lr = 3e-4  # learning rate
+    o.schedule = "constant"  # or "linear", "cosine": it falls to 0 over the run's iterations
     o.b1 = 0.9  # decay of the gradient's running mean
     o.b2 = 0.999  # decay of its running square
     o.eps = 1e-8  # added to the root of that square

@@ -88,7 +88,7 @@ class Experiment(NamedTuple):
             settings=settings,
             split=batch_split(config),
             group=config.batch.group,
-            optimizer=make_optimizer(config.optim),
+            optimizer=make_optimizer(config.optim, config.iterations * updates_of(method, settings)),
             config=config,
         )
         if method.needs.step_noise:
@@ -203,10 +203,22 @@ class Experiment(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
+def updates_of(method: Method, settings: Mapping[str, Any]) -> int:
+    """Optimizer updates of an iteration, each pass over its samples counted."""
+    return method.updates(settings) * settings.get("inner_epochs", 1)
+
+
+def make_optimizer(optim: ConfigDict, n_updates: int) -> optax.GradientTransformation:
+    """AdamW on the clipped gradient; the learning rate's schedule is of a run with so many updates."""
+    schedules = {
+        "constant": optim.lr,
+        "linear": optax.linear_schedule(optim.lr, 0.0, n_updates),
+        "cosine": optax.cosine_decay_schedule(optim.lr, n_updates),
+    }
+    lr = schedules[optim.schedule]
     return optax.chain(
         optax.clip_by_global_norm(optim.grad_clip),
-        optax.adamw(optim.lr, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay),
+        optax.adamw(lr, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay),
     )
 
 

@@ -26,6 +26,7 @@ CHOICES = {
     "model.remat": ("none", "step", "block"),
     "reward_dtype": DTYPES,
     "eval.reward_dtype": DTYPES,
+    "optim.schedule": ("constant", "linear", "cosine"),
     "exploration.unit": UNITS,
     "exploration.scope": ("image", "prompt"),
 }

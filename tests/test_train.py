@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -24,7 +25,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, progress, report, train
-from diffexp_jax.experiment import Experiment
+from diffexp_jax.algorithms import METHODS
+from diffexp_jax.experiment import Experiment, make_optimizer, updates_of
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines.stable_diffusion import load
@@ -410,6 +412,32 @@ def test_the_best_by_an_evaluation_that_there_is_not(make_config, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **kwargs: (None, {"pickscore": np.ones(2)}))
     with pytest.raises(InputError, match="checkpoint.best='eval/unseen/beauty': accepted: eval/unseen/pickscore$"):
         evaluation.evaluate_all(experiment, lambda: None, {}, None, None, experiment.sampler.steps(explore=False))
+
+
+@pytest.mark.parametrize(
+    "schedule, rates",
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 3 / 4, 2 / 4, 1 / 4]),
+        ("cosine", [1, 0.853553, 0.5, 0.146447]),  # (1 + cos(pi k / 4)) / 2
+    ],
+)
+def test_the_learning_rate_over_a_run(make_config, schedule, rates):
+    """Of four updates; Adam's step for a gradient that stays the same is the learning rate."""
+    changes = {"optim.schedule": schedule, "optim.lr": 0.5, "optim.weight_decay": 0.0, "optim.eps": 1e-12}
+    optimizer = make_optimizer(make_config("ddpo", changes).optim, 4)
+    x, steps = jnp.zeros(2), []
+    state = optimizer.init(x)
+    for _ in rates:
+        change, state = optimizer.update(jnp.array([0.3, -0.1]), state, x)
+        steps.append(change)
+    np.testing.assert_allclose(steps, 0.5 * np.outer(rates, [-1, 1]), rtol=1e-4)
+
+
+def test_what_counts_as_an_update():
+    """Of the schedule: each pass over the samples anew."""
+    assert updates_of(METHODS["ddpo"], METHODS["ddpo"].defaults | {"updates": 2, "inner_epochs": 3}) == 6
+    assert updates_of(METHODS["alignprop"], METHODS["alignprop"].defaults) == 1
 
 
 def test_expected_time():
