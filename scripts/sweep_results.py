@@ -141,7 +141,10 @@ def ratios(curve: str, both: Sequence[tuple[Seed, Seed]]) -> dict[str, dict[str,
 
 
 def by_base_share(names: Names, both: Sequence[tuple[Seed, Seed]], base: Mapping[str, Any]) -> dict[str, Any]:
-    """{prompt set: bins}, of the first reward that is a share of successes; see `comparison.gain_by_base_share`."""
+    """{prompt set: bins}, of the first reward that is a share of successes; see `comparison.gain_by_base_share`.
+
+    Nothing of a set whose prompts are all in one bin: the final models' table has that.
+    """
     found, many = {}, base.get("many", {})
     for prompts, content in many.items():
         what = next(
@@ -154,6 +157,8 @@ def by_base_share(names: Names, both: Sequence[tuple[Seed, Seed]], base: Mapping
             raise InputError(f"{prompts}: the base model was evaluated on other prompts than a run")
         ours, theirs = (np.array([run["per_prompt"][what] for run in side]) for side in sides)
         bins = comparison.gain_by_base_share(np.array(content["per_prompt"][what]), theirs, ours)
+        if len(bins) < 2:
+            continue
         shown = [
             {key: rounded_estimate(x) if isinstance(x, Estimate) else x for key, x in one._asdict().items()}
             for one in bins
