@@ -155,6 +155,19 @@ def test_gain_by_base_share(results):
     assert results["arms"]["baseline"]["summary"]["by_base_share"] == {}
 
 
+@pytest.mark.parametrize("shares, n_bins", [([0.0, 0.0], None), ([0.0, 0.5], 2)])
+def test_one_bin_is_no_curve(scripts, shares, n_bins):
+    """Prompts that the base model succeeds with equally often are the final models' table again."""
+
+    def evaluated(values):
+        return {SET: {"prompts": ["a", "b"], "per_prompt": {"emoji_judge": values}}}
+
+    run = SimpleNamespace(final={"plain": evaluated([0.5, 1.0])})
+    base = {"many": evaluated(shares), "many_per_prompt": 4}
+    found = scripts.results.by_base_share(SimpleNamespace(held_out="emoji_judge", reward="x"), [(run, run)], base)
+    assert {name: len(content["bins"]) for name, content in found.items()} == ({} if n_bins is None else {SET: n_bins})
+
+
 def test_tables(scripts, results):
     text = scripts.document.section(results)
     for line in (
