@@ -102,7 +102,7 @@ def default() -> ml_collections.ConfigDict:
     d.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
 
     c.alignprop = a = ml_collections.ConfigDict()
-    a.truncation = "uniform"  # how many last steps carry gradient: "uniform", "per_step" or "fixed"
+    a.truncation = "uniform"  # how many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all
     a.truncation_k = 1  # for "fixed": that many
     a.loss_coefficient = 0.01  # factor of the loss
     # What rewards are pulled to: the loss is mean |target - r| for a number, mean(-r) for "none"; "auto" is 10 for the

@@ -30,6 +30,10 @@ def test_fixed_is_the_last_k(k):
     np.testing.assert_array_equal(live, np.broadcast_to(np.arange(5) >= 5 - k, (3, 5)))
 
 
+def test_none_is_all_steps():
+    assert draws("none", 5, n=3)[0].all()
+
+
 def test_uniform_is_the_last_steps_as_many_as_one_draw_says():
     live, count = draws("uniform", 5)
     np.testing.assert_array_equal(live, np.arange(5) >= 5 - count[:, None])

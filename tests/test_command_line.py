@@ -164,7 +164,7 @@ def test_a_real_script_says_one_line(tmp_path):
         ("ddpo", "exploration.weight_range", ("a", "b"), "exploration.weight_range=a: wants 0..100"),
         ("ddpo", "exploration.unit", "sentence", "exploration.unit='sentence': accepted: word, token, phrase"),
         ("ddpo", "exploration.fraction", 1.5, "exploration.fraction=1.5: wants 0..1"),
-        ("alignprop", "alignprop.truncation", "none", "'none': accepted: uniform, per_step, fixed"),
+        ("alignprop", "alignprop.truncation", "all", "'all': accepted: uniform, per_step, fixed, none"),
         ("alignprop", "alignprop.truncation_k", 5, "alignprop.truncation_k=5: wants 1..4"),
         ("alignprop", "batch.samples", 0, "batch.samples=0: wants 1..1048576"),
         ("alignprop", "batch.samples_per_forward", 3, "wants a divisor of the 8 samples"),

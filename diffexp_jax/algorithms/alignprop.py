@@ -15,7 +15,7 @@ from diffexp_jax.algorithms.reward_gradient import reward_gradient
 from diffexp_jax.limits import Number, check_number, one_of, positive, whole
 from diffexp_jax.sampling import differentiable, initial_latents, rollout
 
-TRUNCATIONS = ("uniform", "per_step", "fixed")
+TRUNCATIONS = ("uniform", "per_step", "fixed", "none")
 TARGETS = ("auto", "none")
 
 
@@ -24,9 +24,11 @@ def live_steps(key: PRNGKeyArray, n_steps: int, *, truncation: str, k: int) -> B
 
     "uniform": the last K, K uniform in 1..T, one draw for the iteration. "fixed": the last k. "per_step": the cut
     is drawn anew at every step, uniform in 0..T, as in the published code: step i is live with probability
-    (i + 1) / (T + 1).
+    (i + 1) / (T + 1). "none": all.
     """
     i = jnp.arange(n_steps)
+    if truncation == "none":
+        return i >= 0
     if truncation == "per_step":
         return i >= jax.random.randint(key, (n_steps,), 0, n_steps + 1)
     if truncation == "uniform":
