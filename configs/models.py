@@ -2,7 +2,7 @@
 
 _LAPTOP = {
     "model.vae_slice": 32,
-    "sampling.steps": 10,
+    "sampling.steps": 20,
     "batch.samples": 64,
     "batch.samples_per_forward": 32,
     "eval.prompts": ("animal_activities", "animal_activities_unseen", "animals_with_article"),
@@ -10,9 +10,9 @@ _LAPTOP = {
 }
 MODELS = {
     "emoji": {"model.path": "emoji"} | _LAPTOP,
-    # Objects are missing more, and more unequally; the threshold at which the base model's rare successes are most
-    # frequent (docs/results.md)
-    "emoji_hard": {"model.path": "emoji_hard", "exploration.t_thresh": 700} | _LAPTOP,
+    # Objects are missing more, and more unequally. Half of the steps for more seeds in the same time; the threshold at
+    # which the base model's rare successes are most frequent (docs/results.md)
+    "emoji_hard": _LAPTOP | {"model.path": "emoji_hard", "sampling.steps": 10, "exploration.t_thresh": 700},
     "sd15": {  # 512 pixels
         "model.path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "model.vae_slice": 1,

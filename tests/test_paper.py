@@ -139,7 +139,7 @@ def test_runs_that_figures_share(names, model):
 def test_figure_3_is_commands():
     with pytest.raises(ValueError) as error:
         paper.get_config("fig3,model=emoji")
-    command = 'python scripts/sample.py --model emoji --prompt "a dolphin riding a bike" --steps 10'
+    command = 'python scripts/sample.py --model emoji --prompt "a dolphin riding a bike" --steps 20'
     assert str(error.value) == (
         f"fig3 trains nothing; it is {command} --guidance 5 --explore --out samples/fig3 (high, scheduled) and "
         f"{command} --guidance 1 --out samples/fig3_low (low)"

@@ -80,7 +80,7 @@ def test_every_arm_can_run(scripts, name, model):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        # the schedule's mean, (1 x 1 + 9 x 5) / 10
+        # the schedule's mean, (2 x 1 + 18 x 5) / 20
         ("controls_ddpo_pickscore constant", {"exploration.w_low": 4.6, "exploration.t_thresh": 0}),
         ("controls_ddpo_pickscore all_iterations", {"exploration.fraction": 1.0}),
         ("controls_ddpo_pickscore per_prompt", {"exploration.scope": "prompt"}),
