@@ -67,6 +67,7 @@ class Experiment(NamedTuple):
         check_config(config)
         method, settings = METHODS[config.algorithm], method_settings(config)
         check_files(config, weights=weights)
+        n_updates = config.iterations * method.updates(settings) * method.epochs(settings)
         train, evals = load_prompts(config.prompts), []
         if weights:
             evals = load_prompt_sets(_evaluated(config, config.eval.prompts))
@@ -88,7 +89,7 @@ class Experiment(NamedTuple):
             settings=settings,
             split=batch_split(config),
             group=config.batch.group,
-            optimizer=make_optimizer(config.optim, config.iterations * updates_of(method, settings)),
+            optimizer=make_optimizer(config.optim, n_updates),
             config=config,
         )
         if method.needs.step_noise:
@@ -201,11 +202,6 @@ class Experiment(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
-
-
-def updates_of(method: Method, settings: Mapping[str, Any]) -> int:
-    """Optimizer updates of an iteration, each pass over its samples counted."""
-    return method.updates(settings) * settings.get("inner_epochs", 1)
 
 
 def make_optimizer(optim: ConfigDict, n_updates: int) -> optax.GradientTransformation:

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax.emoji import pictures, reward_stages, scenes
+from diffexp_jax.emoji import pictures, pretraining, reward_stages, scenes
 from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
 from diffexp_jax.formats import convert
-from diffexp_jax.models import clip
+from diffexp_jax.formats.tokenizers import load_tokenizer, token_ids
+from diffexp_jax.models import clip, clip_files
+from diffexp_jax.rewards import preprocess
 
 N = 4096
 N_CAPTIONS = len(ANIMALS) * (1 + len(ACTIVITIES))
@@ -110,3 +112,38 @@ def test_transformers_accepts_the_config():
     params = jax.jit(module.init)(jax.random.key(0), ids, pixels)["params"]
     ours = {name: value.shape for name, value in convert.to_torch(params).items()}
     assert ours == {name: tuple(value.shape) for name, value in reference.items()}
+
+
+def test_an_attack_is_as_bad_as_the_radius_allows():
+    """On a linear loss, where the worst change is known: the radius along the gradient."""
+    radius, weights = 0.5, jax.random.normal(jax.random.key(5), (16, 16, 3))
+    images = jnp.full((8, 16, 16, 3), 0.5)
+    worst = reward_stages.attack(lambda x: (x * weights).mean(0).sum(), jax.random.key(6), images, radius)
+    change = np.asarray(worst - images).reshape(8, -1)
+    np.testing.assert_allclose(np.linalg.norm(change, axis=1), radius, rtol=1e-4)
+    along = change @ np.asarray(weights).ravel() / np.linalg.norm(weights)
+    assert (along > 0.8 * radius).all()
+
+
+def test_an_attacked_image_stays_an_image():
+    white = jnp.ones((2, 16, 16, 3))
+    brighter = reward_stages.attack(jnp.sum, jax.random.key(7), white, 0.5)
+    np.testing.assert_array_equal(brighter.max((1, 2, 3)), 1)
+
+
+def test_the_shipped_reward_stands_an_attack():
+    """Before it was trained on attacked images, 5 % of these captions and 65 % of these objects were told."""
+    folder = pretraining.ASSETS / "reward_clip"
+    model, params = clip_files.load(folder)
+    scene = draw(jax.random.key(8), 64, group=4, held_out=True)
+    images = jax.jit(scenes.render)(pictures.load_sprites(), scene)
+    text = model.apply({"params": params}, token_ids(load_tokenizer(folder), scenes.captions())[0], method="embed_text")
+
+    def told(images):
+        image = model.apply({"params": params}, preprocess.normalise(images), method="embed_image")
+        cosines = clip.unit(image) @ clip.unit(text).T
+        return reward_stages.contrastive_loss(jnp.exp(params["logit_scale"]) * cosines, scene)
+
+    worst = jax.jit(lambda key, x: reward_stages.attack(lambda y: told(y)[0], key, x, 1.0))(jax.random.key(9), images)
+    right = told(worst)[1]
+    assert right["caption"] > 0.8 and right["object"] > 0.95, right

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, progress, report, train
 from diffexp_jax.algorithms import METHODS
-from diffexp_jax.experiment import Experiment, make_optimizer, updates_of
+from diffexp_jax.experiment import Experiment, make_optimizer
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines.stable_diffusion import load
@@ -436,8 +436,10 @@ def test_the_learning_rate_over_a_run(make_config, schedule, rates):
 
 def test_what_counts_as_an_update():
     """Of the schedule: each pass over the samples anew."""
-    assert updates_of(METHODS["ddpo"], METHODS["ddpo"].defaults | {"updates": 2, "inner_epochs": 3}) == 6
-    assert updates_of(METHODS["alignprop"], METHODS["alignprop"].defaults) == 1
+    for name, changes, expected in (("ddpo", {"updates": 2, "inner_epochs": 3}, (2, 3)), ("alignprop", {}, (1, 1))):
+        method = METHODS[name]
+        settings = method.defaults | changes
+        assert (method.updates(settings), method.epochs(settings)) == expected
 
 
 def test_expected_time():

@@ -99,7 +99,8 @@ class Method(NamedTuple):
     `numbers` says which values those that are numbers may have.
     `make(setup, settings)` is the algorithm.
     `check(settings, n_steps)` raises InputError for settings that cannot work although their numbers may.
-    `updates(settings)` is how many optimizer updates an iteration has, each on its own share of the samples.
+    `updates(settings)` is how many optimizer updates an iteration has, each on its own share of the samples,
+    `epochs(settings)` how often all of them are gone over.
     `passes(settings, full_float32)` are those of the network over the samples besides the gradients', by what they are
     for in words: the share of the samples that each goes over.
     """
@@ -111,6 +112,7 @@ class Method(NamedTuple):
     make: Callable[[Setup, Mapping[str, Any]], Algorithm]
     check: Callable[[Mapping[str, Any], int], None] = lambda settings, n_steps: None
     updates: Callable[[Mapping[str, Any]], int] = lambda settings: 1
+    epochs: Callable[[Mapping[str, Any]], int] = lambda settings: 1
     passes: Callable[[Mapping[str, Any], bool], Mapping[str, float]] = lambda settings, full_float32: {"to sample": 1.0}
 
 

@@ -158,5 +158,6 @@ METHOD = Method(
     check=check,
     make=make,
     updates=lambda settings: settings["updates"],
+    epochs=lambda settings: settings["inner_epochs"],
     passes=passes,
 )

@@ -256,5 +256,6 @@ METHOD = Method(
     check=check,
     make=make,
     updates=lambda settings: settings["updates"],
+    epochs=lambda settings: settings["inner_epochs"],
     passes=all_passes,
 )

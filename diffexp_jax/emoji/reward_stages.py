@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
 from tqdm import tqdm
 
@@ -48,7 +48,13 @@ _MAX_LOGIT_SCALE = math.log(100)  # as in Radford et al.
 
 
 def clip_stage(
-    out: Path, *, from_shipped: bool = False, batch: int = 64, n_pictures: int = 12288, style_weight: float = 0.2
+    out: Path,
+    *,
+    from_shipped: bool = False,
+    batch: int = 64,
+    n_pictures: int = 12288,
+    style_weight: float = 0.2,
+    radius: float = 1.5,
 ) -> Stage:
     """CLIP on complete scenes: every picture against all captions, and every caption against the batch.
 
@@ -74,14 +80,20 @@ def clip_stage(
 
     def loss(params, data, key):
         pictures, ids = data
-        scene, images = draw_batch(key, pictures, batch)
         variables = {"params": params["clip"]}
         text = clip.unit(model.apply(variables, ids, method="embed_text"))  # [captions, P]
-        image = clip.unit(model.apply(variables, preprocess.normalise(images), method="embed_image"))
         scale = jnp.exp(jnp.minimum(params["clip"]["logit_scale"], _MAX_LOGIT_SCALE))
-        contrastive, metrics = contrastive_loss(scale * image @ text.T, scene)
-        style = cross_entropy(scale * image @ params["styles"].T, scene.style).mean()
-        return contrastive + style_weight * style, metrics | {"style_loss": style}
+
+        def of_images(images, text, scene):
+            image = clip.unit(model.apply(variables, preprocess.normalise(images), method="embed_image"))
+            contrastive, metrics = contrastive_loss(scale * image @ text.T, scene)
+            style = cross_entropy(scale * image @ params["styles"].T, scene.style).mean()
+            return contrastive + style_weight * style, metrics | {"style_loss": style}
+
+        batch_key, attack_key = jax.random.split(key)
+        scene, images = draw_batch(batch_key, pictures, batch)
+        worst = attack(lambda x: of_images(x, jax.lax.stop_gradient(text), scene)[0], attack_key, images, radius)
+        return of_images(worst, text, scene)
 
     def export(params, out):
         scale = jnp.minimum(params["clip"]["logit_scale"], _MAX_LOGIT_SCALE)
@@ -89,7 +101,33 @@ def clip_stage(
         save_half(out / "reward_clip/model.safetensors", convert.to_torch(params["clip"] | {"logit_scale": scale}))
 
     pictures = make_pictures(out, seed=1, n=n_pictures, group=GROUP, empty_share=EMPTY_SHARE)
-    return Stage("clip", 1200, 1e-3, init, loss, export, (pictures, ids))
+    return Stage("clip", 3000, 1e-3, init, loss, export, (pictures, ids))
+
+
+def attack(
+    loss: Callable[[Array], Array],
+    key: PRNGKeyArray,
+    images: Float[Array, "B H W 3"],
+    radius: float,
+    *,
+    steps: int = 2,
+) -> Float[Array, "B H W 3"]:
+    """Images within `radius` (L2, of an image in [0,1]) that a network does worse on: projected gradient ascent.
+
+    A reward trained on these (Madry et al. 2018, arXiv 1706.06083) has gradients that show: to raise it, an image must
+    change in what is seen in it (Santurkar et al. 2019, arXiv 1906.09453). AlignProp follows just these gradients.
+    """
+
+    def unit(x):
+        return x / (jnp.linalg.norm(x.reshape(len(x), -1), axis=1) + 1e-12)[:, None, None, None]
+
+    start = jax.random.uniform(key, (len(images), 1, 1, 1), maxval=radius)
+    change = start * unit(jax.random.normal(jax.random.fold_in(key, 1), images.shape))
+    for _ in range(steps):
+        change += 1.5 * radius / steps * unit(jax.grad(loss)(images + change))
+        size = jnp.linalg.norm(change.reshape(len(change), -1), axis=1)[:, None, None, None]
+        change *= jnp.minimum(1.0, radius / size)
+    return jax.lax.stop_gradient(jnp.clip(images + change, 0, 1))
 
 
 def contrastive_loss(
