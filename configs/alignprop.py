@@ -18,12 +18,12 @@ def get_config(argument: str | None = None):
     config.optim.weight_decay = 0.1
     config.optim.grad_clip = 5.0
     if chosen["model"] in MINIATURES:  # some minutes on two cores
-        # Of as many images, many small steps learn more than few large ones. Whether a run finds the object is decided
-        # early and by chance (docs/results.md has what was tried).
-        config.iterations = 60
+        # Of as many images, many small steps learn more than few large ones
+        config.iterations = 48
         config.batch.samples = 32
         config.sampling.guidance = 5.0
-        config.optim.lr = 1e-2
+        # Of 0.5 to 4e-2, without exploration (docs/results.md); with 20 steps 2e-2 makes runs restless
+        config.optim.lr = {"emoji": 1e-2, "emoji_hard": 2e-2}[chosen["model"]]
         config.optim.grad_clip = 1.0  # gradients are about 0.03; a rare one of 8 would make Adam crawl for the rest
-        config.eval.every = config.log.images_every = config.checkpoint.every = 30
+        config.eval.every = config.log.images_every = config.checkpoint.every = 24
     return config

@@ -92,7 +92,7 @@ def _unknowns(name):
 
 
 def _tuning(name, algorithm):
-    arms = {"baseline": {}} | {f"lr_x{factor}": times("optim.lr", factor) for factor in (2, 4, 0.5)}
+    arms = {"baseline": {}} | {f"lr_x{factor}": times("optim.lr", factor) for factor in (0.5, 2, 0.25, 4)}
     if algorithm == "ddpo":
         arms |= {"clip_x0.33": times("ddpo.clip", 1 / 3), "clip_x3": times("ddpo.clip", 3)}
         arms |= {f"updates_{n}": {"ddpo.updates": n} for n in (1, 4)}

@@ -88,7 +88,7 @@ def named_runs(name: str | None, runs: list[str]) -> Experiment:
         arms[arm] = Path(folder)
     if len(arms) < 2:
         raise InputError("one arm alone is nothing to compare; wants the baseline and another one")
-    return Experiment(name, None, f"{', '.join(arms)} compared", None, next(iter(arms)), arms, None)
+    return Experiment(name, None, f"{', '.join(arms)} compared", None, next(iter(arms)), arms, None, {})
 
 
 def parse() -> argparse.Namespace:

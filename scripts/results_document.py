@@ -1,6 +1,7 @@
 """docs/results.md's sections and the README's table of results over seeds, written from docs/results/*.json."""
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,8 @@ def command_line(results: Mapping[str, Any]) -> str:
     if not results["experiment"]:
         return ""
     model = f" --model {results['model']}" if results["model"] else ""
-    return f"`python scripts/sweep.py --experiment {results['experiment']}{model}`"
+    given = "".join(f" {shlex.quote(f'--config.{key}={value}')}" for key, value in results["overrides"].items())
+    return f"`python scripts/sweep.py --experiment {results['experiment']}{model}{given}`"
 
 
 def unfinished_line(results: Mapping[str, Any]) -> str:

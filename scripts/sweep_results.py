@@ -51,6 +51,7 @@ def analyse(experiment: Experiment) -> dict[str, Any]:
         "experiment": experiment.command,
         "shows": experiment.shows,
         "model": experiment.model,
+        "overrides": experiment.overrides,
         "baseline": experiment.baseline,
         **names._asdict(),
         "settings": {key: value for key, value in flat(first.config).items() if key in SHOWN},

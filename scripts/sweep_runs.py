@@ -27,6 +27,7 @@ class Experiment(NamedTuple):
     baseline: str
     arms: dict[str, Path]
     base: Path | None  # final.json of the model before fine-tuning
+    overrides: dict[str, Any]  # settings of all arms that the command gave
 
 
 class Seed(NamedTuple):
@@ -69,7 +70,14 @@ def find(sweeps: Path, experiment: str, model: str | None = None) -> Experiment:
     arms = {arm: sweeps / path for arm, path in about["arms"].items()}
     name = about["experiment"] if usual else stem
     return Experiment(
-        name, about["experiment"], about["shows"], about["model"], about["baseline"], arms, sweeps / about["base"]
+        name=name,
+        command=about["experiment"],
+        shows=about["shows"],
+        model=about["model"],
+        baseline=about["baseline"],
+        arms=arms,
+        base=sweeps / about["base"],
+        overrides=about["overrides"],
     )
 
 

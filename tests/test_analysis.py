@@ -169,6 +169,7 @@ def test_one_bin_is_no_curve(scripts, shares, n_bins):
 
 
 def test_tables(scripts, results):
+    results["overrides"] = {"iterations": 4, "reward": "pickscore:my folder"}
     text = scripts.document.section(results)
     for line in (
         "What it shows. The baseline is *baseline*.",
@@ -182,7 +183,7 @@ def test_tables(scripts, results):
         "| diffexp | train | no image | 1 | 0.0 [0.0, 0.0] % | 50.0 [50.0, 50.0] % | +50.0 [+50.0, +50.0] % |",
         "| diffexp | train | 30 to 60 % | 1 | 50.0 [50.0, 50.0] % | 100.0 [100.0, 100.0] % | +50.0 [+50.0, +50.0] % |",
         "Measured on 1 x a CPU, python 3.11, jax 0.10, numpy 2.0. `python scripts/sweep.py --experiment fig4_mine "
-        "--model emoji`",
+        "--model emoji --config.iterations=4 '--config.reward=pickscore:my folder'`",
     ):
         assert line in text.splitlines(), f"{line}\n{text}"
     assert "queries (and UNet evaluations) to" in text
