@@ -59,7 +59,8 @@ def clip_stage(
     """CLIP on complete scenes: every picture against all captions, and every caption against the batch.
 
     These captions never mention the style, as real ones do, and an aesthetic head needs it: so each style gets a
-    learned embedding in place of a caption (not exported), and images keep what tells the styles apart.
+    learned embedding in place of a caption (not exported), and images keep what tells the styles apart. Pictures are
+    attacked within `radius`.
     """
     folder = out / "reward_clip"
     write_tokenizer(folder)
@@ -80,20 +81,19 @@ def clip_stage(
 
     def loss(params, data, key):
         pictures, ids = data
+        batch_key, attack_key = jax.random.split(key)
+        scene, images = draw_batch(batch_key, pictures, batch)
         variables = {"params": params["clip"]}
         text = clip.unit(model.apply(variables, ids, method="embed_text"))  # [captions, P]
         scale = jnp.exp(jnp.minimum(params["clip"]["logit_scale"], _MAX_LOGIT_SCALE))
 
-        def of_images(images, text, scene):
+        def of_images(images):
             image = clip.unit(model.apply(variables, preprocess.normalise(images), method="embed_image"))
             contrastive, metrics = contrastive_loss(scale * image @ text.T, scene)
             style = cross_entropy(scale * image @ params["styles"].T, scene.style).mean()
             return contrastive + style_weight * style, metrics | {"style_loss": style}
 
-        batch_key, attack_key = jax.random.split(key)
-        scene, images = draw_batch(batch_key, pictures, batch)
-        worst = attack(lambda x: of_images(x, jax.lax.stop_gradient(text), scene)[0], attack_key, images, radius)
-        return of_images(worst, text, scene)
+        return of_images(attack(lambda x: of_images(x)[0], attack_key, images, radius))
 
     def export(params, out):
         scale = jnp.minimum(params["clip"]["logit_scale"], _MAX_LOGIT_SCALE)
@@ -112,10 +112,10 @@ def attack(
     *,
     steps: int = 2,
 ) -> Float[Array, "B H W 3"]:
-    """Images within `radius` (L2, of an image in [0,1]) that a network does worse on: projected gradient ascent.
+    """Images within `radius` (L2, of an image in [0,1]) on which the loss is higher, by projected gradient ascent.
 
-    A reward trained on these (Madry et al. 2018, arXiv 1706.06083) has gradients that show: to raise it, an image must
-    change in what is seen in it (Santurkar et al. 2019, arXiv 1906.09453). AlignProp follows just these gradients.
+    A reward that is trained on these (Madry et al. 2018, arXiv 1706.06083) only rises with changes that one can see
+    (Santurkar et al. 2019, arXiv 1906.09453), and it is the reward's gradient that AlignProp follows.
     """
 
     def unit(x):
