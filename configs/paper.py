@@ -58,7 +58,7 @@ PUBLISHED = {
     "drawbench": (_ENSEMBLE, _DRAWBENCH, (_PARTI,), {}),
 }
 MINIATURE = {
-    "dolphin": ("emoji_judge", _DOLPHIN, (), _ONE_PROMPT | {"iterations": 120}),
+    "dolphin": ("emoji_judge", _DOLPHIN, (), _ONE_PROMPT),
     "aesthetic": ("emoji_aesthetic", "animals_with_article", ("animals_unseen_with_article",), {}),
     "pickscore": ("emoji_pickscore", "animal_activities", ("unseen_activities",), {}),
     "drawbench": ("emoji_aesthetic+emoji_pickscore", "animal_activities", ("unseen_activities",), {}),

@@ -68,7 +68,6 @@ def test_the_miniatures_numbers(name):
     usual.eval.prompts = config.eval.prompts
     if name == "fig1":
         usual.ddpo.stats_buffer = usual.eval.samples_per_prompt = 64
-        usual.iterations = 120
     assert usual.to_dict() == config.to_dict()
     assert config.model.path == "emoji" and config.eval.rewards == ("emoji_judge",)
 
