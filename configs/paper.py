@@ -48,21 +48,22 @@ _IMAGEREWARD = "imagereward:weights/imagereward"
 _ENSEMBLE = "hpsv2:weights/hpsv2+aesthetic:weights/aesthetic+pickscore:weights/pickscore"
 _DRAWBENCH = "prompts/DrawBench.csv:Category=Conflicting|Gary Marcus et al.|Reddit"
 _PARTI = "prompts/PartiPrompts.tsv:Challenge=Imagination"
-# One prompt: its statistics are of a whole iteration, and an evaluation is of as many images.
-_ONE_PROMPT = {"ddpo.stats_buffer": 64, "eval.samples_per_prompt": 64}
-# task: its reward, its prompts, the unseen ones, which are only evaluated, and what else is set
+# task: its reward, its prompts, and the unseen ones, which are only evaluated
 PUBLISHED = {
-    "dolphin": (_IMAGEREWARD, _DOLPHIN, (), _ONE_PROMPT),
-    "aesthetic": ("aesthetic:weights/aesthetic", "animals", ("animals_unseen",), {}),
-    "pickscore": ("pickscore:weights/pickscore", "animal_activities", ("unseen_activities",), {}),
-    "drawbench": (_ENSEMBLE, _DRAWBENCH, (_PARTI,), {}),
+    "dolphin": (_IMAGEREWARD, _DOLPHIN, ()),
+    "aesthetic": ("aesthetic:weights/aesthetic", "animals", ("animals_unseen",)),
+    "pickscore": ("pickscore:weights/pickscore", "animal_activities", ("unseen_activities",)),
+    "drawbench": (_ENSEMBLE, _DRAWBENCH, (_PARTI,)),
 }
 MINIATURE = {
-    "dolphin": ("emoji_judge", _DOLPHIN, (), _ONE_PROMPT),
-    "aesthetic": ("emoji_aesthetic", "animals_with_article", ("animals_unseen_with_article",), {}),
-    "pickscore": ("emoji_pickscore", "animal_activities", ("unseen_activities",), {}),
-    "drawbench": ("emoji_aesthetic+emoji_pickscore", "animal_activities", ("unseen_activities",), {}),
+    "dolphin": ("emoji_judge", _DOLPHIN, ()),
+    "aesthetic": ("emoji_aesthetic", "animals_with_article", ("animals_unseen_with_article",)),
+    "pickscore": ("emoji_pickscore", "animal_activities", ("unseen_activities",)),
+    "drawbench": ("emoji_aesthetic+emoji_pickscore", "animal_activities", ("unseen_activities",)),
 }
+
+# One prompt: its statistics are of a whole iteration, and an evaluation is of as many images.
+_ONE_PROMPT = {"ddpo.stats_buffer": 64, "eval.samples_per_prompt": 64}
 PARTS = {
     "none": {"exploration.enabled": False},
     "weighting": {"exploration.t_thresh": 1000},  # no step is above it: the guidance is constant
@@ -74,7 +75,7 @@ REWARDS = ("aesthetic", "pickscore")
 
 # name: (model, algorithm, task, what else is set)
 EXPERIMENTS = {
-    "fig1": ("sd15", "ddpo", "dolphin", {}),
+    "fig1": ("sd15", "ddpo", "dolphin", _ONE_PROMPT),
     **{
         f"{figure}_{algorithm}_{reward}": ("sd15", algorithm, reward, {})
         for figure in ("fig4", "fig5", "fig6", "fig7")
@@ -104,13 +105,13 @@ def get_config(argument: str | None = None):
     usual, algorithm, task, changes = EXPERIMENTS[name]
     options = ",".join([f"model={usual}", *options])
     model = parse(options)["model"]
-    reward, prompts, unseen, of_task = (MINIATURE if model in MINIATURES else PUBLISHED)[task]
+    reward, prompts, unseen = (MINIATURE if model in MINIATURES else PUBLISHED)[task]
     module = {"ddpo": ddpo, "alignprop": alignprop}[algorithm]
     config = module.get_config(f"{options},reward={reward},prompts={prompts}")
     config.eval.prompts = (prompts, *unseen)
     if model not in MINIATURES:
         config.eval.rewards = (_IMAGEREWARD,)
-    config.update_from_flattened_dict(of_task | changes)
+    config.update_from_flattened_dict(changes)
     return config
 
 
