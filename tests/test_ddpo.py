@@ -260,13 +260,8 @@ def test_one_pass_is_for_one_update():
             METHOD.check(METHOD.defaults | {"gradient": "onepass"} | changes, 10)
 
 
-@pytest.mark.parametrize(
-    "reward",
-    [
-        "jax:sample_rewards:bright_and_long_jax",
-        pytest.param("python:sample_rewards:bright_and_long", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", ["jax:sample_rewards:bright_and_long_jax", "python:sample_rewards:bright_and_long"])
 def test_one_pass_on_a_unet(make_config, reward):
     """A tiny pipeline under exploration: LoRA's gradient of both ways within rounding, host rewards too."""
     found = {}

@@ -82,7 +82,7 @@ def test_how_the_work_is_split_may_change(tmp_path):
     _, notes = workdir.plan(tmp_path, settings(**changes))
     assert notes == [
         "batch.samples_per_forward is 4, was 32",
-        "eval.every is 0, was 30",
+        "eval.every is 0, was 24",
         'model.remat is "block", was "step"',
         "model.vae_slice is 1, was 32",
     ]
@@ -95,7 +95,7 @@ def test_keys_that_an_older_version_did_not_know(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "identity.json").unlink()
     config, notes = workdir.plan(tmp_path, settings(iterations=120))
-    assert config.exploration.iterations == 45  # of the 60 that it began with
+    assert config.exploration.iterations == 36  # of the 48 that it began with
     assert notes[-1] == (
         "the run began in an older version: exploration.iterations, textnorm.contrast, textnorm.temperature had the "
         "defaults"
