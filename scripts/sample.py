@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffexp_jax import InputError, checkpoint, exploration, parallel, programs, report, settings
+from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.models.lora import load_lora, scaled
@@ -284,16 +285,19 @@ def write(
     as_bytes = [np.asarray(programs.as_bytes(column)) for column in images]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / "prompts.csv", "w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(("image", "prompt"))
-            for variant, column in zip(variants, as_bytes, strict=True):
-                for i, image in enumerate(column):
-                    name = f"{i:04d}-{variant.name}.png" if variant.name else f"{i:04d}.png"
-                    Image.fromarray(image).save(out / name)
-                    table.writerow((name, texts[i]))
+        rows = [("image", "prompt")]
+        for variant, column in zip(variants, as_bytes, strict=True):
+            for i, image in enumerate(column):
+                name = f"{i:04d}-{variant.name}.png" if variant.name else f"{i:04d}.png"
+                with replaced(out / name) as partial:
+                    Image.fromarray(image).save(partial, format="png")
+                rows.append((name, texts[i]))
+        with replaced(out / "prompts.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
         if args.save_npy:
-            np.save(out / "images.npy", images[[variant.name for variant in variants].index("")].astype(np.float32))
+            asked = images[[variant.name for variant in variants].index("")].astype(np.float32)
+            with replaced(out / "images.npy") as partial, open(partial, "wb") as file:
+                np.save(file, asked)
         by_row = np.stack([column[shown] for column in as_bytes], axis=1).reshape(-1, *as_bytes[0].shape[1:])
         captions = [variant.captions[i] for i in shown for variant in variants]
         report.save_grid(out / report.GRID, by_row, captions, columns=n_columns(len(shown), len(variants)))

@@ -664,6 +664,27 @@ def test_several_images_of_a_prompt(script, tiny_model, tmp_path):
     assert rows == [["image", "prompt"], *map(list, expected)]
 
 
+def test_samples_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A disk that is full halfway through a file leaves the one that was there."""
+    script = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")
+    variant = script["Variant"]("", ["a dog"], None, None, None)
+
+    def sample(value):
+        images = np.full((1, 16, 16, 3), value, np.float32)
+        script["write"](Namespace(out=str(tmp_path), save_npy=True), [variant], ["a dog"], [images])
+
+    def half(self, path, **kwargs):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    sample(0.0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(InputError, match="cannot be written .No space left on device"):
+        sample(1.0)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_what_a_grid_shows_of_many():
     shown_rows = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")["shown_rows"]
     assert shown_rows(5, 4).tolist() == [0, 1, 2, 3, 4]
