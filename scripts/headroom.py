@@ -34,6 +34,7 @@ from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, one_of, whole
 from diffexp_jax.pipelines import Conditioning
 from diffexp_jax.programs import make_explore
+from diffexp_jax.report import Table
 
 _PLAIN = {"t_thresh": 1000}  # no step is above it
 _NO_WEIGHTS = {"weight_range": (1.0, 1.0)}
@@ -205,9 +206,9 @@ def section(found: Mapping[str, Any]) -> list[str]:
         f"{s['unit']}, both: t > {s['t_thresh']:g}. An image succeeds with {success} >= "
         f"{least:g}; rewards are of {found['reward']}. {found['machine']['devices']}, jax {found['machine']['jax']}."
     )
-    first = results_document.table(["way", *(_STATISTICS[what] for what in shown)], rows)
-    header = [f"base model succeeds in, of {found['many']}", "prompts", *ways]
-    return [said, "", *first, "", *results_document.table(header, bins)]
+    first = Table(["way", *(_STATISTICS[what] for what in shown)], rows)
+    second = Table([f"base model succeeds in, of {found['many']}", "prompts", *ways], bins)
+    return [said, "", *results_document.markdown(first), "", *results_document.markdown(second)]
 
 
 def _shown(way: Mapping[str, np.ndarray], what: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffexp_jax import InputError
 from diffexp_jax.formats.files import read_json
+from diffexp_jax.report import Table
 
 Results = Sequence[Mapping[str, Any]]  # of every file, by name
 
@@ -50,9 +51,11 @@ def words(sign: str) -> str:
     return _WORDS.get(sign, sign)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown."""
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+def markdown(table: Table) -> list[str]:
+    """Its lines; none where it has no rows."""
+    if not table.rows:
+        return []
+    return [f"| {' | '.join(row)} |" for row in (table.header, ["---"] * len(table.header), *table.rows)]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -64,7 +67,7 @@ def measured(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(prompts, name) for prompts in (results["prompts"], *results["unseen"]) for name in rewards]
 
 
-def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], header: Sequence[str]) -> list[str]:
+def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], header: Sequence[str]) -> Table:
     """Of the final models, a row for each arm, and one for the model before fine-tuning."""
     base = results["base"]
     first = [cell([base[p][w], None, None] if w in base.get(p, {}) else None, w) for p, w in columns]
@@ -73,10 +76,10 @@ def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], 
         summary = content["summary"]
         cells = [cell(summary["final"].get(p, {}).get(w), w) for p, w in columns]
         rows.append([arm, str(len(summary["seeds"])), *cells])
-    return table(["arm", "seeds", *header], rows)
+    return Table(["arm", "seeds", *header], rows)
 
 
-def difference_table(results: Mapping[str, Any]) -> list[str]:
+def difference_table(results: Mapping[str, Any]) -> Table:
     """Every arm minus the baseline of the same seed; and the baseline's model sampled with the schedule."""
     columns, rows = measured(results), []
     for arm, content in results["arms"].items():
@@ -84,7 +87,7 @@ def difference_table(results: Mapping[str, Any]) -> list[str]:
             found = content["summary"][key]
             if found and not (arm == results["baseline"] and key == "difference"):
                 rows.append([label, *(cell(found.get(p, {}).get(w), w, signed=True) for p, w in columns)])
-    return table(["minus the baseline", *(f"{p}: {w}" for p, w in columns)], rows) if rows else []
+    return Table(["minus the baseline", *(f"{p}: {w}" for p, w in columns)], rows)
 
 
 def ratio_cell(ratio: Mapping[str, Any]) -> str:
@@ -95,7 +98,7 @@ def ratio_cell(ratio: Mapping[str, Any]) -> str:
     return f"{bound}{cell(ratio['ratio'], '')} ({ratio['reached']} of {ratio['seeds']})"
 
 
-def ratio_table(results: Mapping[str, Any]) -> list[str]:
+def ratio_table(results: Mapping[str, Any]) -> Table:
     """Queries to the levels of the baseline, relative to it; UNet evaluations too where those ratios are others."""
     levels = {"final": "the baseline's final reward", "gain": "90 % of its gain"}
     costs = {"reward_queries": "queries", "unet_evaluations": "UNet evaluations"}
@@ -110,10 +113,10 @@ def ratio_table(results: Mapping[str, Any]) -> list[str]:
     columns = [(level, cost) for level in levels for cost in costs]
     rows = [[arm, *(ratio_cell(ratio[level][cost]) for level, cost in columns)] for arm, ratio in arms.items()]
     header = [f"{costs[cost]} to {levels[level]} (seeds that reach it)" for level, cost in columns]
-    return table(["relative to the baseline", *header], rows) if rows else []
+    return Table(["relative to the baseline", *header], rows)
 
 
-def share_table(results: Mapping[str, Any]) -> list[str]:
+def share_table(results: Mapping[str, Any]) -> Table:
     """The gain by how often the base model succeeds."""
     rows = []
     for arm, content in results["arms"].items():
@@ -122,7 +125,7 @@ def share_table(results: Mapping[str, Any]) -> list[str]:
                 cells = [cell(one[key], found["what"], signed=key == "gain") for key in ("baseline", "arm", "gain")]
                 rows.append([arm, prompts, bin_name(one), str(one["prompts"]), *cells])
     header = ["arm", "prompts", "base model succeeds in", "prompts there", "baseline", "arm", "arm minus baseline"]
-    return table(header, rows) if rows else []
+    return Table(header, rows)
 
 
 def bin_name(one: Mapping[str, Any]) -> str:
@@ -175,6 +178,13 @@ def section(results: Mapping[str, Any]) -> str:
     n = results["samples_per_prompt"]
     images = f"{n[0]} images of each prompt" if len(n) == 1 else "images"
     signs = [(results["prompts"], sign) for sign in SIGNS]
+    tables = [
+        final_table(results, columns, [f"{prompts}: {what}" for prompts, what in columns]),
+        difference_table(results),
+        ratio_table(results),
+        final_table(results, signs, list(map(words, SIGNS))),
+        share_table(results),
+    ]
     parts = [
         [f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is *{results['baseline']}*."],
         [settings_line(results)],
@@ -182,11 +192,7 @@ def section(results: Mapping[str, Any]) -> str:
         [unfinished_line(results)] if results["unfinished"] else [],
         [f"![Curves of {name}](results/{name}.png)"],
         [f"Final models, {images} sampled without exploration:"],
-        final_table(results, columns, [f"{prompts}: {what}" for prompts, what in columns]),
-        difference_table(results),
-        ratio_table(results),
-        final_table(results, signs, list(map(words, SIGNS))),
-        share_table(results),
+        *map(markdown, tables),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -199,7 +205,7 @@ def overview(every: Results, row_name: Callable[[Mapping[str, Any]], str]) -> st
         if results["name"].startswith("fig") and all(pair) and pair[1]["summary"]["paired"] > 1:
             rows += overview_rows(results, pair, row_name(results))
     header = ["experiment", "seeds", "what", "before", "without", "with DiffExp", "difference", "queries"]
-    return "\n".join(table(header, rows)) if rows else NONE_YET
+    return "\n".join(markdown(Table(header, rows))) or NONE_YET
 
 
 def overview_rows(results: Mapping[str, Any], pair: Sequence[Mapping[str, Any]], label: str) -> list[list[str]]:

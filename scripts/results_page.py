@@ -1,6 +1,6 @@
 """The page of an experiment over seeds: one HTML file with its tables, curves, pictures and settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import results_figure
 import sweep_runs
 from matplotlib.figure import Figure
 
-from diffexp_jax.report import Row, Section, Table, drawing, pictures_of_two, save_page
+from diffexp_jax.report import Row, Section, drawing, pictures_of_two, save_page
 
 SIZE = (4.6, 3.4)  # inches of a panel
 
@@ -35,18 +35,12 @@ def save(results: Mapping[str, Any], experiment: sweep_runs.Experiment, out: Pat
     if results["unfinished"]:
         lead.append(results_document.unfinished_line(results))
     sections = [
-        Section("Results", [of_markdown(lines, caption) for caption, lines in tables.items() if lines]),
+        Section("Results", [table._replace(caption=caption) for caption, table in tables.items() if table.rows]),
         Section("Curves", [Row(panels(results))]),
         Section("Pictures", pictures(results, experiment)),
         Section("Settings", [results_document.settings_line(results), results_document.machine_line(results)]),
     ]
     save_page(out, f"{results['name']} over seeds", sections, lead=lead)
-
-
-def of_markdown(lines: Sequence[str], caption: str) -> Table:
-    """A table of `results_document` as one of a page."""
-    header, _, *rows = ([cell.strip() for cell in line[2:-2].split(" | ")] for line in lines)
-    return Table(header, rows, caption)
 
 
 def panels(results: Mapping[str, Any]) -> list:
