@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 from optax.losses import softmax_cross_entropy_with_integer_labels as cross_entropy
+from optax.projections import projection_l2_ball
 from tqdm import tqdm
 
 from diffexp_jax.emoji import scenes
@@ -125,8 +126,7 @@ def attack(
     change = start * unit(jax.random.normal(jax.random.fold_in(key, 1), images.shape))
     for _ in range(steps):
         change += 1.5 * radius / steps * unit(jax.grad(loss)(images + change))
-        size = jnp.linalg.norm(change.reshape(len(change), -1), axis=1)[:, None, None, None]
-        change *= jnp.minimum(1.0, radius / size)
+        change = jax.vmap(projection_l2_ball, (0, None))(change, radius)
     return jax.lax.stop_gradient(jnp.clip(images + change, 0, 1))
 
 
