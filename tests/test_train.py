@@ -25,7 +25,6 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, progress, report, train
-from diffexp_jax.algorithms import METHODS
 from diffexp_jax.experiment import Experiment, make_optimizer
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import load_lora
@@ -434,12 +433,18 @@ def test_the_learning_rate_over_a_run(make_config, schedule, rates):
     np.testing.assert_allclose(steps, 0.5 * np.outer(rates, [-1, 1]), rtol=1e-4)
 
 
-def test_what_counts_as_an_update():
-    """Of the schedule: each pass over the samples anew."""
-    for name, changes, expected in (("ddpo", {"updates": 2, "inner_epochs": 3}, (2, 3)), ("alignprop", {}, (1, 1))):
-        method = METHODS[name]
-        settings = method.defaults | changes
-        assert (method.updates(settings), method.epochs(settings)) == expected
+@pytest.mark.parametrize(
+    "algorithm, changes, n", [("ddpo", {"ddpo.updates": 2, "ddpo.inner_epochs": 3}, 12), ("alignprop", {}, 2)]
+)
+def test_what_counts_as_an_update(make_config, algorithm, changes, n):
+    """Of the schedule of a run of two iterations: each pass over the samples anew; the rate is 0 after the last."""
+    config = make_config(algorithm, changes | {"iterations": 2, "optim.schedule": "linear", "optim.weight_decay": 0.0})
+    optimizer, x, steps = Experiment.build(config).optimizer, jnp.zeros(2), []
+    state = optimizer.init(x)
+    for _ in range(n + 1):
+        change, state = optimizer.update(jnp.array([0.3, -0.1]), state, x)
+        steps.append(bool(jnp.any(change != 0)))
+    assert steps == [True] * n + [False]
 
 
 def test_expected_time():
