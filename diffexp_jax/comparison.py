@@ -74,6 +74,12 @@ def ratio_over_seeds(ours: Values, theirs: Values) -> Estimate | None:
 # --------------------------------------------------------------------------------------------------------------- curves
 
 
+def block_means(values: Sequence[float], n: int) -> list[float]:
+    """Means of n values in a row; those at the beginning that fill no block are left out."""
+    first = len(values) % n
+    return np.asarray(values, float)[first:].reshape(-1, n).mean(1).tolist()
+
+
 def queries_to_reach(x: Sequence[float], y: Sequence[float], level: float) -> float | None:
     """The first x at which the curve, straight between its points, is at the level or above; None: it never is."""
     for i, value in enumerate(y):

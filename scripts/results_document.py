@@ -102,16 +102,21 @@ def ratio_table(results: Mapping[str, Any]) -> Table:
     """Queries to the levels of the baseline, relative to it; UNet evaluations too where those ratios are others."""
     levels = {"final": "the baseline's final reward", "gain": "90 % of its gain"}
     costs = {"reward_queries": "queries", "unet_evaluations": "UNet evaluations"}
-    arms = {arm: content["summary"]["ratio"] for arm, content in results["arms"].items() if arm != results["baseline"]}
-    arms = {arm: ratio for arm, ratio in arms.items() if ratio}
+    curves = {"ratio": "evaluated", "training_ratio": "training samples"}
+    ratios = {
+        f"{arm}, {name}": content["summary"][key]
+        for arm, content in results["arms"].items()
+        for key, name in curves.items()
+        if arm != results["baseline"] and content["summary"][key]
+    }
     if all(
         ratio[level]["reward_queries"] == ratio[level]["unet_evaluations"]
-        for ratio in arms.values()
+        for ratio in ratios.values()
         for level in levels
     ):
         costs = {"reward_queries": "queries (and UNet evaluations)"}
     columns = [(level, cost) for level in levels for cost in costs]
-    rows = [[arm, *(ratio_cell(ratio[level][cost]) for level, cost in columns)] for arm, ratio in arms.items()]
+    rows = [[label, *(ratio_cell(ratio[level][cost]) for level, cost in columns)] for label, ratio in ratios.items()]
     header = [f"{costs[cost]} to {levels[level]} (seeds that reach it)" for level, cost in columns]
     return Table(["relative to the baseline", *header], rows)
 
@@ -204,7 +209,8 @@ def overview(every: Results, row_name: Callable[[Mapping[str, Any]], str]) -> st
         pair = [results["arms"].get(arm) for arm in ("baseline", "diffexp")]
         if results["name"].startswith("fig") and all(pair) and pair[1]["summary"]["paired"] > 1:
             rows += overview_rows(results, pair, row_name(results))
-    header = ["experiment", "seeds", "what", "before", "without", "with DiffExp", "difference", "queries"]
+    header = ["experiment", "seeds", "what", "before", "without", "with DiffExp", "difference"]
+    header += ["queries, evaluated", "queries, training samples"]
     return "\n".join(markdown(Table(header, rows))) or NONE_YET
 
 
@@ -217,8 +223,9 @@ def overview_rows(results: Mapping[str, Any], pair: Sequence[Mapping[str, Any]],
         found = explored["difference"].get(prompts, {}).get(what)
         cells = [cell(base if base is None else [base, None, None], what), *(cell(x, what) for x in finals)]
         first = [label, str(explored["paired"])] if i == 0 else ["", ""]
-        ratio = ratio_cell(explored["ratio"]["final"]["reward_queries"]) if i == 0 and explored["ratio"] else ""
-        rows.append([*first, f"{what}, {prompts}", *cells, cell(found, what, signed=True), ratio])
+        ratios = [explored[key] if i == 0 else {} for key in ("ratio", "training_ratio")]
+        queries = [ratio_cell(ratio["final"]["reward_queries"]) if ratio else "" for ratio in ratios]
+        rows.append([*first, f"{what}, {prompts}", *cells, cell(found, what, signed=True), *queries])
     return rows
 
 

@@ -89,13 +89,15 @@ def summary(names: Names, runs: Mapping[int, Seed], baseline: Mapping[int, Seed]
     )
     explored = [final_means(run.final, "explored") for run in runs.values() if "explored" in run.final]
     plain = [final_means(run.final) for run in runs.values() if "explored" in run.final]
+    evaluated = f"eval/{names.prompts}/{names.reward}"
     return {
         "seeds": list(runs),
         "paired": len(both),
         "final": estimates([final_means(run.final) for run in runs.values()]),
         "difference": estimates(differences(ours, theirs)),
         "explored_difference": estimates(differences(explored, plain)),
-        "ratio": ratios(f"eval/{names.prompts}/{names.reward}", both),
+        "ratio": ratios([[curves(run)["evaluation"] for run in pair] for pair in both], evaluated),
+        "training_ratio": ratios([[training_blocks(run) for run in pair] for pair in both], "reward/mean"),
         "by_base_share": by_base_share(names, both, base) if runs is not baseline else {},
     }
 
@@ -125,12 +127,22 @@ def differences(ours: Sequence[Means], theirs: Sequence[Means]) -> list[dict[str
     ]
 
 
-def ratios(curve: str, both: Sequence[tuple[Seed, Seed]]) -> dict[str, dict[str, Ratio]]:
-    """{level: {unit of cost: its ratio}} to the baseline, on one curve of the evaluations."""
-    if not both:
+def training_blocks(run: Seed) -> dict[str, list[float]]:
+    """The curves of training, as means of the iterations from one evaluation to the next: one batch's is noise."""
+    n = min(run.config.eval.every, run.config.iterations)
+    return {name: comparison.block_means(column, n) for name, column in curves(run)["training"].items()}
+
+
+def ratios(pairs: Sequence[Sequence[Mapping[str, list]]], curve: str) -> dict[str, dict[str, Ratio]]:
+    """{level: {unit of cost: its ratio}} to the baseline.
+
+    Args:
+      pairs: the arm's and the baseline's curves of each seed.
+      curve: the name of the one that the levels are of.
+    """
+    if not pairs:
         return {}
     levels = {"final": comparison.final_level, "gain": comparison.gain_level}
-    pairs = [[curves(run)["evaluation"] for run in pair] for pair in both]
     found = {}
     for level, level_of in levels.items():
         found[level] = {}

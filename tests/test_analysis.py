@@ -44,14 +44,14 @@ def final(rewards, shares, n=2) -> dict:
 
 
 def write_run(folder: Path, config, curve, last, *, until=4) -> None:
-    """A run with these evaluated rewards; the training reward is 1, 2, 3, 4."""
+    """A run with these evaluated rewards; the training reward is 1, 2, 3, 4 times the second."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     rows = []
     for it in range(until + 1):
         row = {"iteration": it}
         if it:
-            row |= {"reward_queries": 8 * it, "unet_evaluations": 64 * it, "reward/mean": float(it)}
+            row |= {"reward_queries": 8 * it, "unet_evaluations": 64 * it, "reward/mean": it * curve[1]}
         if it % 2 == 0:
             row |= {f"eval/{name}/pickscore": curve[it // 2] for name in (SET, OTHER)}
             row |= {f"eval/{name}/emoji_judge": 0.1 * it for name in (SET, OTHER)}
@@ -121,7 +121,7 @@ def test_curves(results):
     assert curves["evaluation"]["iteration"] == [0, 2, 4] and curves["evaluation"]["reward_queries"] == QUERIES
     assert curves["evaluation"]["unet_evaluations"] == [0, 128, 256]
     assert curves["evaluation"][f"eval/{SET}/pickscore"] == [1.0, 3.0, 4.0]
-    assert curves["training"]["reward/mean"] == [1.0, 2.0, 3.0, 4.0]
+    assert curves["training"]["reward/mean"] == [3.0, 6.0, 9.0, 12.0]
 
 
 def test_the_comparison(results):
@@ -142,6 +142,11 @@ def test_the_comparison(results):
         "reached": 1,
         "seeds": 2,
     }
+    # Training samples, two iterations each: 3, 7 and 4.5, 10.5, at 12 and 28 queries; the other seed: the same in both
+    training = explored["training_ratio"]["final"]["reward_queries"]
+    reached = 12 + 16 * (7 - 4.5) / 6
+    low = pytest.approx(reached / 28, rel=1e-5)
+    assert training == {"ratio": [pytest.approx((reached + 28) / 56, rel=1e-5), low, 1.0], "reached": 2, "seeds": 2}
 
 
 def test_gain_by_base_share(results):
@@ -178,7 +183,8 @@ def test_tables(scripts, results):
         "| baseline | 2 | 5.50 [4.00, 7.00] | 33.3 [33.3, 33.3] % | 5.50 [4.00, 7.00] | 33.3 [33.3, 33.3] % |",
         "| diffexp | +0.00 [-1.00, +1.00] | +33.3 [+33.3, +33.3] % | +0.00 [-1.00, +1.00] | +33.3 [+33.3, +33.3] % |",
         "| baseline, sampled with the schedule | -1.00 [-1.00, -1.00] | -33.3 [-33.3, -33.3] % | - | - |",
-        "| diffexp | at least 0.75 [0.50, 1.00] (1 of 2) | at least 0.81 [0.50, 1.11] (1 of 2) |",
+        "| diffexp, evaluated | at least 0.75 [0.50, 1.00] (1 of 2) | at least 0.81 [0.50, 1.11] (1 of 2) |",
+        "| diffexp, training samples | 0.83 [0.67, 1.00] (2 of 2) | 0.83 [0.67, 1.00] (2 of 2) |",
         "| diffexp | 2 | - | - | 0.500 [0.500, 0.500] | - | - |",
         "| diffexp | train | no image | 1 | 0.0 [0.0, 0.0] % | 50.0 [50.0, 50.0] % | +50.0 [+50.0, +50.0] % |",
         "| diffexp | train | 30 to 60 % | 1 | 50.0 [50.0, 50.0] % | 100.0 [100.0, 100.0] % | +50.0 [+50.0, +50.0] % |",
@@ -190,7 +196,10 @@ def test_tables(scripts, results):
     ratio = results["arms"]["diffexp"]["summary"]["ratio"]
     ratio["final"]["unet_evaluations"] = {"ratio": [0.5, None, None], "reached": 2, "seeds": 2}
     text = scripts.document.section(results)
-    assert "| diffexp | at least 0.75 [0.50, 1.00] (1 of 2) | 0.50 (2 of 2) |" in text and "(and UNet" not in text
+    assert (
+        "| diffexp, evaluated | at least 0.75 [0.50, 1.00] (1 of 2) | 0.50 (2 of 2) |" in text
+        and "(and UNet" not in text
+    )
 
 
 @pytest.mark.parametrize(

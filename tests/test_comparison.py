@@ -32,6 +32,12 @@ def test_levels():
     assert comparison.gain_level([1.0, 3.0], share=0.5) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("n, expected", [(1, [9.0, 1.0, 2.0, 4.0, 6.0]), (2, [1.5, 5.0]), (5, [4.4]), (6, [])])
+def test_block_means(n, expected):
+    """What fills no block is left out at the beginning: a curve's end matters."""
+    assert comparison.block_means([9.0, 1.0, 2.0, 4.0, 6.0], n) == pytest.approx(expected)
+
+
 def test_mean_over_seeds():
     """Of 0 and 1 a draw's mean is 0, 0.5 or 1 in 1/4, 1/2 and 1/4 of the cases."""
     assert comparison.mean_over_seeds([0.0, 1.0]) == Estimate(0.5, 0.0, 1.0)
