@@ -62,7 +62,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     overrides |= {} if args.iterations is None else {"iterations": args.iterations}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     runs, experiments = sweep_plan.plan(
-        args.experiment, model=args.model, seeds=seeds, out=args.out, overrides=overrides
+        args.experiment, model=args.model, seeds=seeds, out=args.out, overrides=overrides, only=args.arm
     )
     command.check_writable(args.out, "--out")
     wanted = {"samples_per_prompt": args.samples_per_prompt, "base_samples": args.base_samples}
@@ -225,6 +225,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add = parser.add_argument
     add("--experiment", action="append", required=True, help="a name of configs/sweeps.py (repeat for several)")
+    add("--arm", action="append", default=[], help="run only this arm (repeat for several; default: all)")
     add("--model", help="a name of configs/models.py: emoji for the miniature (default: the paper's)")
     add("--seeds", type=int, default=3, help="how many runs of each arm")
     add("--first_seed", type=int, default=0)

@@ -134,21 +134,38 @@ def base_file(config: ConfigDict, *, explored: bool) -> str:
 
 
 def plan(
-    names: Sequence[str], *, model: str | None, seeds: Iterable[int], out: Path, overrides: Mapping[str, Any]
+    names: Sequence[str],
+    *,
+    model: str | None,
+    seeds: Iterable[int],
+    out: Path,
+    overrides: Mapping[str, Any],
+    only: Sequence[str] = (),
 ) -> tuple[list[Run], dict[str, dict]]:
     """All runs, seed by seed and the arms next to each other, each once; and of each experiment what is where.
 
+    Args:
+      only: arms to run; none: all of them.
+
     Raises:
-      InputError: an unknown experiment, or an arm whose settings cannot work.
+      InputError: an unknown experiment or arm, or an arm whose settings cannot work.
     """
-    folders, experiments = {}, {}
     for name in names:
         one_of("--experiment", name, SWEEPS)
+    for arm in only:
+        one_of("--arm", arm, list(dict.fromkeys(arm for name in names for arm in SWEEPS[name]["arms"])))
+    folders, experiments = {}, {}
+    for name in names:
         sweep, arms, base = SWEEPS[name], {}, None
         for arm, (argument, changes) in sweep["arms"].items():
             argument += f",model={model}" if model else ""
             config, changed = resolve(argument, changes, overrides)
             arms[arm] = f"runs/{run_name(config)}"
+            is_baseline = arm == sweep["baseline"]
+            if is_baseline:
+                base = base_file(config, explored=sweep["explored_evaluation"])
+            if only and arm not in only:
+                continue
             run = folders.setdefault(
                 arms[arm],
                 Run(
@@ -162,11 +179,8 @@ def plan(
                     explored=False,
                 ),
             )
-            if arm == sweep["baseline"]:
-                explored = sweep["explored_evaluation"]
-                base = base_file(config, explored=explored)
-                if run.base is None or explored:
-                    folders[arms[arm]] = run._replace(base=out / base, explored=explored)
+            if is_baseline and (run.base is None or sweep["explored_evaluation"]):
+                folders[arms[arm]] = run._replace(base=out / base, explored=sweep["explored_evaluation"])
         about = {"experiment": name, "model": model, "overrides": dict(overrides), "shows": sweep["shows"]}
         about |= {"baseline": sweep["baseline"], "arms": arms, "base": base}
         experiments[file_name(name, model, overrides)] = about

@@ -41,9 +41,9 @@ def scripts(monkeypatch):
 def planned(scripts):
     """planned(experiments, seeds=2): the runs and the arms' folders on the emoji model."""
 
-    def plan(*names, seeds=2, overrides=None):
+    def plan(*names, seeds=2, overrides=None, only=()):
         runs, about = scripts.plan.plan(
-            names, model="emoji", seeds=range(seeds), out=Path("out"), overrides=overrides or {}
+            names, model="emoji", seeds=range(seeds), out=Path("out"), overrides=overrides or {}, only=only
         )
         return runs, {x["experiment"]: x for x in about.values()}
 
@@ -116,6 +116,13 @@ def test_runs_are_shared(planned):
     assert both == arms["controls_alignprop_pickscore"]["diffexp"]
     assert runs[0].explored and not any(run.explored for run in runs[1:10])  # that a control wants
     assert [run.base is not None for run in runs] == ([True] + [False] * 9) * 2
+
+
+def test_some_arms(planned):
+    """They are the runs that they are among all; what is noted of the experiment stays the same."""
+    runs, about = planned("fig9a_pickscore", seeds=1)
+    some, same = planned("fig9a_pickscore", seeds=1, only=("both", "schedule"))
+    assert some == [runs[2], runs[3]] and same == about
 
 
 def test_what_makes_another_run(scripts):
@@ -199,6 +206,7 @@ def command_line(scripts, monkeypatch, tmp_path, capsys):
             ["--experiment=fig1", "--model=sd3"],
             "paper.py:fig1,explore=false,model=sd3: config argument model='sd3': acc",
         ),
+        (["--experiment=fig1", "--arm=both"], "--arm='both': accepted: baseline, diffexp"),
         (["--experiment=fig1", "--seeds=0"], "--seeds 0: wants 1..10000000"),
         (["--experiment=fig1", "--parallel=0"], "--parallel 0: wants 1..10000000"),
         (
