@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import machine_checks
 import machine_models as models
+import machine_tiny
 import numpy as np
 from machine_checks import CUDNN, Outcome
 from tqdm import tqdm
@@ -90,12 +91,12 @@ def all_checks(reference: dict[str, np.ndarray], *, full: bool) -> list[Check]:
     add("float32 products, by default", machine_checks.check_default_products)
     for name, shape in machine_checks.ATTENTIONS.items():
         add(f"attention, {name}", machine_checks.check_attention, *shape)
-    for name in models.TINY:
+    for name in machine_tiny.TINY:
         for dtype in tiny:
             add(
                 f"tiny {name}, {dtype}",
                 models.check_parity,
-                partial(models.tiny_results, name, dtype),
+                partial(machine_tiny.tiny_results, name, dtype),
                 reference,
                 dtype,
             )
@@ -120,8 +121,8 @@ def write_reference() -> None:
     arrays = (
         images
         | {"emoji/gradient": gradient}
-        | models.tiny_results("SD 1.5", "float32")
-        | models.tiny_results("SDXL", "float32")
+        | machine_tiny.tiny_results("SD 1.5", "float32")
+        | machine_tiny.tiny_results("SDXL", "float32")
     )
     np.savez_compressed(REFERENCE, **{name: np.asarray(x, np.float32) for name, x in arrays.items()})
     print(f"written: {REFERENCE}, {REFERENCE.stat().st_size / 1000:.0f} kB")
