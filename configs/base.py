@@ -100,6 +100,9 @@ def default() -> ml_collections.ConfigDict:
     # "auto": in one pass where an iteration is one update and the gradients take at most 2 GiB a device.
     d.gradient = "auto"  # when the gradient is made
     d.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
+    # 1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
+    # gradient and says least about the reward: the fewer the steps, the more so (docs/results.md).
+    d.timestep_fraction = 1.0  # of the steps, from the noise on, that the update learns from
 
     c.alignprop = a = ml_collections.ConfigDict()
     a.truncation = "uniform"  # how many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all

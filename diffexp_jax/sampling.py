@@ -36,6 +36,11 @@ class Trajectory(NamedTuple):
     steps: Steps
     context: Context
 
+    def first(self, n: int | None) -> "Trajectory":
+        """Its first n steps, noise first; None: all."""
+        x_tm1, log_prob, steps = jax.tree.map(lambda x: x[:n], (self.x_tm1, self.log_prob, self.steps))
+        return self._replace(x_tm1=x_tm1, log_prob=log_prob, steps=steps)
+
     def x_t(self, i: Int[Array, ""] | int) -> Float[Array, "B h w c"]:
         """The latents that step i (0-based) begins with."""
         return jnp.where(i == 0, self.x_T, self.x_tm1[i - 1])

@@ -10,7 +10,7 @@ from conftest import nonzero_lora, policy_of
 from diffexp_jax import InputError, parallel
 from diffexp_jax.algorithms import Batch, Inputs, Policy
 from diffexp_jax.algorithms.algorithm import mean_over
-from diffexp_jax.algorithms.ddpo import METHOD, clipped_ratio_loss, ddpo, in_one_pass
+from diffexp_jax.algorithms.ddpo import METHOD, clipped_ratio_loss, ddpo, in_one_pass, trained_steps
 from diffexp_jax.algorithms.policy_gradient import ratio_metrics
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
@@ -99,7 +99,7 @@ def whole():
     return iterate()
 
 
-def by_hand(samples, *, n_updates, inner_epochs, clip):
+def by_hand(samples, *, n_updates, inner_epochs, clip, n_trained=T):
     """The same iteration as loops over epochs, updates and steps; adv of the whole batch, all samples in one chunk."""
     rewards = np.asarray(samples.rewards, np.float64)
     adv = jnp.asarray((rewards - rewards.mean()) / (rewards.std() + 1e-6), jnp.float32)
@@ -109,14 +109,14 @@ def by_hand(samples, *, n_updates, inner_epochs, clip):
     def gradient(lora, rows):
         def loss(lora):
             total, log_ratios = 0.0, []
-            for i in range(T):
+            for i in range(n_trained):
                 step = jax.tree.map(lambda column, i=i: column[i], tr.steps)
                 context = jax.tree.map(lambda x: x[rows], tr.context)
                 log_prob = step_log_prob(PROCESS, linear({}, lora), tr.x_t(i)[rows], tr.x_tm1[i][rows], step, context)
                 log_ratios.append(log_prob - tr.log_prob[i][rows])
                 ratio = jnp.exp(log_ratios[-1])
                 bounded = jnp.minimum(jnp.maximum(ratio, 1 - clip), 1 + clip)
-                total += -jnp.minimum(adv[rows] * ratio, adv[rows] * bounded).mean() / T
+                total += -jnp.minimum(adv[rows] * ratio, adv[rows] * bounded).mean() / n_trained
             return total, jnp.stack(log_ratios)
 
         return jax.value_and_grad(loss, has_aux=True)(lora)
@@ -130,7 +130,7 @@ def by_hand(samples, *, n_updates, inner_epochs, clip):
             norms.append(float(optax.tree.norm(grads)))
             log_ratios.append(np.asarray(log_ratio, np.float64))
     log_ratios = np.array(log_ratios)
-    ratios = np.exp(log_ratios)
+    ratios, thirds = np.exp(log_ratios), dict(zip(("early", "middle", "late"), range(n_trained), strict=False))
     return lora, {
         "loss": np.mean(losses),
         "grad_norm": np.mean(norms),
@@ -139,9 +139,7 @@ def by_hand(samples, *, n_updates, inner_epochs, clip):
         "ratio/clip_fraction_high": (ratios > 1 + clip).mean(),
         "ratio/clip_fraction_low": (ratios < 1 - clip).mean(),
         "ratio/max_abs_log": np.abs(log_ratios).max(),
-        "ratio/log_std_early": log_ratios[:, 0].std(),
-        "ratio/log_std_middle": log_ratios[:, 1].std(),
-        "ratio/log_std_late": log_ratios[:, 2].std(),
+        **{f"ratio/log_std_{name}": log_ratios[:, i].std() for name, i in thirds.items()},
         "approx_kl": 0.5 * np.square(log_ratios).mean(),
     }
 
@@ -169,6 +167,23 @@ def test_an_iteration_is_the_plain_loops(whole, n_updates, inner_epochs, n_chunk
         assert float(metrics[name]) == pytest.approx(value, rel=5e-3, abs=1e-6), name
     if later_updates:
         assert expected["ratio/clip_fraction"] > 0.05  # the clip is at work in what was compared
+
+
+@pytest.mark.parametrize("settings", [{}, {"old_log_prob": "recomputed"}, {"one_pass": True}])
+def test_only_the_first_steps_are_learnt_from(whole, settings):
+    """The samples stay the same; the update is that of a loss over two of the three steps, however it is made."""
+    samples, lora, _ = iterate(n_trained=T - 1, n_chunks=2, n_updates=1 if "one_pass" in settings else 2, **settings)
+    np.testing.assert_allclose(samples.images, whole[0].images, atol=1e-6)
+    expected, _ = by_hand(
+        whole[0], n_updates=1 if "one_pass" in settings else 2, inner_epochs=1, clip=1e-4, n_trained=2
+    )
+    assert_same_lora(lora, expected, rtol=5e-3)
+    assert abs(float(lora["a"] - whole[1]["a"])) > 1e-5  # that of all steps is another
+
+
+@pytest.mark.parametrize("share, n_steps, expected", [(1.0, 50, 50), (0.8, 10, 8), (0.01, 10, 1), (0.66, 3, 2)])
+def test_trained_steps(share, n_steps, expected):
+    assert trained_steps({"timestep_fraction": share}, n_steps) == expected
 
 
 @pytest.mark.parametrize("n_updates, inner_epochs", [(1, 1), (2, 1), (2, 2)])

@@ -62,6 +62,7 @@ def ddpo(
     stats_min_count: int,
     old_log_prob: str = "sampled",
     one_pass: bool = False,
+    n_trained: int | None = None,
 ) -> Algorithm:
     """Makes the algorithm.
 
@@ -74,6 +75,7 @@ def ddpo(
       advantage_clip, stats_buffer, stats_min_count: see `state.advantages`.
       old_log_prob: what the ratio is relative to, see `several_updates`.
       one_pass: make the gradient while sampling, see `one_pass.py`; for a single update an iteration.
+      n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
     """
 
     def init(lora) -> TrainState:
@@ -90,14 +92,8 @@ def ddpo(
         batch, samples = inputs.batch, inputs.samples
         prompt_ids, rewards = across_devices(batch.prompt_id), across_devices(samples.rewards)
         stats = update_stats(state.extra, prompt_ids, rewards)
-        adv = advantages(
-            stats,
-            batch.prompt_id,
-            samples.rewards,
-            batch_rewards=rewards,
-            min_count=stats_min_count,
-            clip=advantage_clip,
-        )
+        scale = dict(batch_rewards=rewards, min_count=stats_min_count, clip=advantage_clip)
+        adv = advantages(stats, batch.prompt_id, samples.rewards, **scale)
         if one_pass:
             loss, grads = -jax.lax.pmean(adv.mean(), AXIS), gradient_of_loss(samples.gradients, adv)  # at ratios of 1
             state, metrics = stepped(optimizer, state, loss, grads, (samples.rewards, samples.parts), stats)
@@ -106,7 +102,8 @@ def ddpo(
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return state, metrics
 
-    return Algorithm(init, partial(sample_with_gradients if one_pass else sample, policy, n_chunks=n_chunks), update)
+    sampled = sample_with_gradients if one_pass else sample
+    return Algorithm(init, partial(sampled, policy, n_chunks=n_chunks, n_trained=n_trained), update)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -136,8 +133,20 @@ def in_one_pass(settings: Mapping[str, Any], n_samples: int, lora_size: int) -> 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
     one_pass = in_one_pass(settings, setup.n_samples, setup.lora_size)
-    rest = {key: value for key, value in settings.items() if key != "gradient"}
-    return ddpo(setup.policy, setup.optimizer, **keywords(setup, rest), one_pass=one_pass)
+    rest = {key: value for key, value in settings.items() if key not in ("gradient", "timestep_fraction")}
+    n_trained = trained_steps(settings, setup.n_steps)
+    return ddpo(setup.policy, setup.optimizer, **keywords(setup, rest), n_trained=n_trained, one_pass=one_pass)
+
+
+def trained_steps(settings: Mapping[str, Any], n_steps: int) -> int:
+    """How many of a chain's steps `timestep_fraction` is, at least one."""
+    return max(1, round(settings["timestep_fraction"] * n_steps))
+
+
+def trained_passes(settings: Mapping[str, Any], full_float32: bool) -> dict[str, float]:
+    """See `Method.passes`: of the steps that are learnt from, where it is not to sample."""
+    shares = passes(settings, full_float32)
+    return {why: x if why == "to sample" else x * settings["timestep_fraction"] for why, x in shares.items()}
 
 
 METHOD = Method(
@@ -152,12 +161,18 @@ METHOD = Method(
         "old_log_prob": "auto",
         "gradient": "auto",
         "stats_min_count": 16,
+        "timestep_fraction": 1.0,
     },
     numbers=NUMBERS
-    | {"advantage_clip": positive(), "stats_buffer": whole(1, 2**20), "stats_min_count": whole(1, 2**20)},
+    | {
+        "timestep_fraction": positive(1.0),
+        "advantage_clip": positive(),
+        "stats_buffer": whole(1, 2**20),
+        "stats_min_count": whole(1, 2**20),
+    },
     check=check,
     make=make,
     updates=lambda settings: settings["updates"],
     epochs=lambda settings: settings["inner_epochs"],
-    passes=passes,
+    passes=trained_passes,
 )

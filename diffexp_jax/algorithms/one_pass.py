@@ -1,7 +1,7 @@
 """The policy gradient in one pass: a sample's gradient is made while it is sampled (LeanGRPO, 2026).
 
 As long as the weights have not moved, the importance ratio is 1 and nothing is clipped, so that the gradient of DDPO's
-loss (`ddpo.clipped_ratio_loss`) over N samples of T steps is
+loss (`ddpo.clipped_ratio_loss`) over N samples of T trained steps is
 
     -1/N sum_i A_i g_i,   g_i = 1/T sum_t grad log p_theta(x_{t-1} | x_t, c)   of sample i
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from diffexp_jax.algorithms.algorithm import AXIS, Policy, Samples, chunked, rewarded, unchunked
 from diffexp_jax.sampling import Context, Steps, initial_latents, step_noise
@@ -28,8 +28,11 @@ def step_and_gradient(
     noise: Float[Array, "h w c"],
     context: Context,
     step: Steps,
+    is_trained: Bool[Array, ""] | None,
 ) -> tuple[Float[Array, "h w c"], Any]:
     """(x_{t-1}, gradient in `lora` of its mean log-prob) of one sample, whose arrays have no batch axis.
+
+    A step that is not trained has a gradient of zeros, which is not made; None: every step is.
 
     The log-prob's slope in the mean is (x_{t-1} - mean) / std^2, divided by the latent's size: noise / std.
     """
@@ -41,14 +44,21 @@ def step_and_gradient(
         return mean[0], std
 
     mean, pull_back, std = jax.vjp(mean_and_std, lora, has_aux=True)
-    (gradient,) = pull_back(noise / (std * math.prod(x_t.shape)))
+
+    def run():
+        return pull_back(noise / (std * math.prod(x_t.shape)))[0]
+
+    nothing = jax.tree.map(jnp.zeros_like, lora)
+    gradient = run() if is_trained is None else jax.lax.cond(is_trained, run, lambda: nothing)
     return mean + std * noise, gradient
 
 
 def sample_with_gradients(
-    policy: Policy, state: Any, frozen: Any, batch: Any, steps: Steps, *, n_chunks: int
+    policy: Policy, state: Any, frozen: Any, batch: Any, steps: Steps, *, n_chunks: int, n_trained: int | None = None
 ) -> Samples:
-    """A method's `Algorithm.sample`; with the gradient of each sample in place of its chain."""
+    """A method's `Algorithm.sample`; a sample has the gradient of its first `n_trained` steps in place of its chain."""
+    n_steps = len(steps.t)
+    n_trained = n_trained or n_steps
 
     def one(chunk):
         x_T = initial_latents(chunk.key, policy.latent_shape)
@@ -57,14 +67,14 @@ def sample_with_gradients(
             x_t, total = carry
             i, step = xs
             noise = step_noise(chunk.key, i, policy.latent_shape)
-            each = jax.vmap(lambda *sample: step_and_gradient(policy, frozen, state.lora, *sample, step))
+            is_trained = i < n_trained if n_trained < n_steps else None
+            each = jax.vmap(lambda *sample: step_and_gradient(policy, frozen, state.lora, *sample, step, is_trained))
             x_tm1, gradients = each(x_t, noise, chunk.context)
             return (x_tm1, jax.tree.map(jnp.add, total, gradients)), None
 
         nothing = jax.tree.map(lambda x: jnp.zeros((len(x_T), *x.shape)), state.lora)
-        n_steps = len(steps.t)
         (x_0, total), _ = jax.lax.scan(body, (x_T, nothing), (jnp.arange(n_steps), steps))
-        gradients = jax.tree.map(lambda x: x / n_steps, total)
+        gradients = jax.tree.map(lambda x: x / n_trained, total)
         return Samples(None, *rewarded(policy, frozen, x_0, chunk.tokens), gradients)
 
     return unchunked(jax.lax.map(one, chunked(batch, n_chunks)))

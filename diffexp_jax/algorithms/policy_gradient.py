@@ -64,14 +64,20 @@ class PolicyGradient(NamedTuple):
     reference: Callable[[Any, Transition, Context], Float[Array, "B h w c"]] | None = None
 
 
-def sample(policy: Policy, state: Any, frozen: Any, batch: Any, steps: Steps, *, n_chunks: int) -> Samples:
-    """A method's `Algorithm.sample`: trajectories, scored. They keep the chunks' axis."""
+def sample(
+    policy: Policy, state: Any, frozen: Any, batch: Any, steps: Steps, *, n_chunks: int, n_trained: int | None = None
+) -> Samples:
+    """A method's `Algorithm.sample`: trajectories, scored. They keep the chunks' axis.
+
+    Args:
+      n_trained: how many of a chain's steps, from the first, are kept; None: all.
+    """
 
     def one(chunk):
         denoise = policy.denoise(frozen, state.lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, trajectory = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, keep_trajectory=True)
-        return Samples(trajectory, *rewarded(policy, frozen, x_0, chunk.tokens))
+        return Samples(trajectory.first(n_trained), *rewarded(policy, frozen, x_0, chunk.tokens))
 
     samples = jax.lax.map(one, chunked(batch, n_chunks))
     return Samples(samples.trajectory, *unchunked((samples.rewards, samples.parts, samples.images)))
