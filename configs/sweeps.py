@@ -15,6 +15,7 @@ of paper.py.
 | controls_fig1 | DiffExp, each of its parts, and the schedule's mean as a constant guidance |
 | controls_ALGORITHM_REWARD | DiffExp, and what could explain its gain away; its schedule on the baseline's model |
 | unknowns_ALGORITHM_REWARD | DiffExp, and other values of what the paper does not give, one changed at a time |
+| steps_ddpo_REWARD | of no exploration: the update learns from the first 80, 60 or 40 % of the steps, not all |
 | tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
 
 Arms of different experiments that come to the same config share their runs. ALGORITHM is ddpo or alignprop, REWARD is
@@ -104,6 +105,8 @@ def _experiment(shows, arms, baseline="baseline", explored_evaluation=False):
     return {"shows": shows, "baseline": baseline, "arms": arms, "explored_evaluation": explored_evaluation}
 
 
+_STEPS = {"all": {"ddpo.timestep_fraction": 1.0}}
+_STEPS |= {f"first_{100 * share:.0f}": {"ddpo.timestep_fraction": share} for share in (0.8, 0.6, 0.4)}
 _FIG1 = {"eval.rewards": held_out}
 _METHODS = [(algorithm, reward) for algorithm in _ALGORITHMS for reward in REWARDS]
 
@@ -152,6 +155,14 @@ SWEEPS = {
             _unknowns(f"fig4_{algorithm}_{reward}"),
         )
         for algorithm, reward in _METHODS
+    },
+    **{
+        f"steps_ddpo_{reward}": _experiment(
+            f"DDPO on {reward} without exploration: how many of the first steps it learns from",
+            _changed(f"fig4_ddpo_{reward},explore=false", _STEPS),
+            "all",
+        )
+        for reward in REWARDS
     },
     **{
         f"tune_{algorithm}_{reward}": _experiment(

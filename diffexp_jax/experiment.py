@@ -129,18 +129,22 @@ class Experiment(NamedTuple):
 
     # ------------------------------------------------------------------------------------------------- an iteration
 
-    def algorithm(self, *, n_chunks: int | None = None) -> Algorithm:
-        """The method on this model and reward; `n_chunks` None: as many as the batch is split into."""
+    @property
+    def policy(self) -> Policy:
+        """What methods know of the model and the trained reward."""
         pipeline, scale = self.sampler.pipeline, self.lora_scale
-        policy = Policy(
+        return Policy(
             denoise=lambda frozen, lora: pipeline.denoiser(frozen["model"], lora, lora_scale=scale),
             decode=lambda frozen, x_0: pipeline.decode(frozen["model"], x_0),
             score=lambda frozen, *args: self.trained.score(frozen["reward"], *args),
             latent_shape=pipeline.latent_shape,
             process=pipeline.process,
         )
+
+    def algorithm(self, *, n_chunks: int | None = None) -> Algorithm:
+        """The method on this model and reward; `n_chunks` None: as many as the batch is split into."""
         setup = Setup(
-            policy,
+            self.policy,
             self.optimizer,
             n_samples=self.split.samples // self.split.devices,
             n_chunks=n_chunks or self.split.chunks,
