@@ -123,7 +123,7 @@ def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
     parts = {part: count(tree) for part, tree in pipeline.params.items()}
     parts |= {f"reward {name}": count(reward.params) for name, reward in experiment.rewards.items()}
     evaluated = 2 * split.samples * config.sampling.steps
-    passes = method.passes(experiment.settings, full_float32(config))
+    passes = method.passes(experiment.settings, config.sampling.steps, full_float32(config))
     return [
         f"dry run of {method.name} on {config.model.path}: shapes and programs, no weights; nothing is written",
         f"latents     {height} x {width} x {channels}, networks in {model_dtype(config)}, "

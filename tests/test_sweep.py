@@ -87,7 +87,7 @@ def test_every_arm_can_run(scripts, name, model):
         ("unknowns_ddpo_pickscore w_low_0", {"exploration.w_low": 0.0}),
         ("unknowns_ddpo_pickscore upper_2.0", {"exploration.weight_range": (1.0, 2.0)}),
         ("unknowns_ddpo_pickscore token", {"exploration.unit": "token"}),
-        ("tune_ddpo_pickscore lr_x2", {"optim.lr": 1.2e-2}),
+        ("tune_ddpo_pickscore lr_x2", {"optim.lr": 4.8e-2}),
         ("tune_ddpo_pickscore clip_x3", {"ddpo.clip": 9e-3}),
         ("tune_ddpo_pickscore updates_4", {"ddpo.updates": 4}),
         ("fig1 baseline", {"eval.rewards": ("emoji_pickscore",)}),
@@ -240,7 +240,7 @@ def test_printed_commands(command_line, tmp_path):
     assert train[3] == f"--config={ROOT}/configs/paper.py:fig4_ddpo_pickscore,explore=false,model=emoji"
     workdir = train[4].removeprefix("--workdir=")
     assert workdir.startswith("runs/sweeps/runs/ddpo-emoji_pickscore-emoji-plain-") and workdir.endswith("/seed0")
-    assert train[5:] == ["--config.eval.every=5", "--config.checkpoint.every=5", "--config.seed=0"]
+    assert train[5:] == ["--config.eval.every=3", "--config.checkpoint.every=3", "--config.seed=0"]
     script = f"{ROOT}/scripts/final_evaluation.py"
     flags = [f"--workdir={workdir}", "--samples_per_prompt=4"]
     assert final == ["python", script, *flags, f"--out={workdir}/final.json"]
@@ -291,7 +291,7 @@ def test_what_is_done_is_skipped(command_line, scripts, planned):
     (runs[1].workdir / plan.LORA_FILE).unlink()  # only its numbers were kept
     assert command_line(*arguments) == (0, "nothing to do: 4 runs are done\n", "")
     finish(runs[1], plan)
-    finish(runs[2], plan, iterations=59)  # stopped before its end
+    finish(runs[2], plan, iterations=35)  # stopped before its end
     (runs[3].workdir / plan.FINAL).unlink()  # not evaluated
     lines = command_line(*arguments, "--print")[1].splitlines()
     assert len(lines) == 2 and "-m diffexp_jax.train" in lines[0] and str(runs[2].workdir) in lines[0]

@@ -101,8 +101,8 @@ class Method(NamedTuple):
     `check(settings, n_steps)` raises InputError for settings that cannot work although their numbers may.
     `updates(settings)` is how many optimizer updates an iteration has, each on its own share of the samples,
     `epochs(settings)` how often all of them are gone over.
-    `passes(settings, full_float32)` are those of the network over the samples besides the gradients', by what they are
-    for in words: the share of the samples that each goes over.
+    `passes(settings, n_steps, full_float32)` are those of the network over the samples besides the gradients', by what
+    they are for in words: the share of all steps of all samples that each goes over.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Method(NamedTuple):
     check: Callable[[Mapping[str, Any], int], None] = lambda settings, n_steps: None
     updates: Callable[[Mapping[str, Any]], int] = lambda settings: 1
     epochs: Callable[[Mapping[str, Any]], int] = lambda settings: 1
-    passes: Callable[[Mapping[str, Any], bool], Mapping[str, float]] = lambda settings, full_float32: {"to sample": 1.0}
+    passes: Callable[[Mapping[str, Any], int, bool], Mapping[str, float]] = lambda *_: {"to sample": 1.0}
 
 
 def rewarded(

@@ -143,10 +143,11 @@ def trained_steps(settings: Mapping[str, Any], n_steps: int) -> int:
     return max(1, round(settings["timestep_fraction"] * n_steps))
 
 
-def trained_passes(settings: Mapping[str, Any], full_float32: bool) -> dict[str, float]:
+def trained_passes(settings: Mapping[str, Any], n_steps: int, full_float32: bool) -> dict[str, float]:
     """See `Method.passes`: of the steps that are learnt from, where it is not to sample."""
-    shares = passes(settings, full_float32)
-    return {why: x if why == "to sample" else x * settings["timestep_fraction"] for why, x in shares.items()}
+    share = trained_steps(settings, n_steps) / n_steps
+    shares = passes(settings, n_steps, full_float32)
+    return {why: x if why == "to sample" else share * x for why, x in shares.items()}
 
 
 METHOD = Method(

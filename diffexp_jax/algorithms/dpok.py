@@ -224,8 +224,8 @@ def check(settings: Mapping[str, Any], n_steps: int) -> None:
     check_updates("dpok", settings)
 
 
-def all_passes(settings: Mapping[str, Any], full_float32: bool) -> dict[str, float]:
-    return passes(settings, full_float32) | {"of the untuned model": 1.0}
+def all_passes(settings: Mapping[str, Any], n_steps: int, full_float32: bool) -> dict[str, float]:
+    return passes(settings, n_steps, full_float32) | {"of the untuned model": 1.0}
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:

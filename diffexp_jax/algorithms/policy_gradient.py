@@ -293,7 +293,7 @@ def keywords(setup: Setup, settings: Mapping[str, Any]) -> dict[str, Any]:
     return rest | resolved | {"n_chunks": setup.n_chunks, "n_prompts": setup.n_prompts}
 
 
-def passes(settings: Mapping[str, Any], full_float32: bool) -> dict[str, float]:
+def passes(settings: Mapping[str, Any], n_steps: int, full_float32: bool) -> dict[str, float]:
     """See `Method.passes`: all but the first minibatch are recorded."""
     recomputed = resolved_old_log_prob(settings, full_float32) == "recomputed"
     again = 1.0 - 1.0 / settings["updates"] if recomputed else 0.0
