@@ -27,8 +27,8 @@ import sweep_plan
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from diffexp_jax import backend, parallel
-from diffexp_jax.algorithms import Policy
+from diffexp_jax import InputError, backend, parallel
+from diffexp_jax.algorithms import METHODS, Policy
 from diffexp_jax.algorithms.algorithm import rewarded
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.formats.files import write_whole
@@ -47,6 +47,10 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     argument = f"paper.py:{args.experiment},explore=false" + (f",model={args.model}" if args.model else "")
     config, _ = sweep_plan.changed_config(argument, {}, dict(map(sweep_plan.parse_override, rest)))
     backend.set_cpu_devices(1)
+    if not METHODS[config.algorithm].needs.step_noise:
+        raise InputError(
+            f"--experiment {args.experiment}: {config.algorithm} has no log-probs of steps; wants one of DDPO"
+        )
     experiment = Experiment.build(config)
     total = gradients(experiment, args.prompts, args.samples_per_prompt, seed=args.seed)
     found = {"argument": argument, "sampling": config.sampling.to_dict(), "reward": experiment.reward}

@@ -78,6 +78,7 @@ def test_the_documents_numbers_are_those_of_the_files(script):
     [
         (["--samples_per_prompt=1"], "--samples_per_prompt 1: wants 2..65536"),
         (["--prompts=0"], "--prompts 0: "),
+        (["--experiment=fig8"], "--experiment fig8: alignprop has no log-probs of steps; wants one of DDPO"),
     ],
 )
 def test_bad_input(script, tmp_path, monkeypatch, capsys, arguments, said):
