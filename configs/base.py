@@ -126,6 +126,7 @@ def default() -> ml_collections.ConfigDict:
     p.value_lr = 1e-4  # learning rate of that function (Adam)
     p.value_steps = 5  # Adam steps that it takes each iteration
     p.old_log_prob = "auto"  # what the importance ratio is relative to, see ddpo.old_log_prob
+    p.timestep_fraction = 1.0  # of the steps, from the noise on, that the update learns from, see ddpo's
 
     c.eval = v = ml_collections.ConfigDict()
     v.every = 10  # iterations between evaluations (without exploration); 0: never

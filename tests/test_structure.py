@@ -182,7 +182,7 @@ def settings_read(path: Path) -> set[str]:
 def settings_of_method(name: str) -> set[str]:
     """The keys that a method uses: as a parameter of its function, or as settings["KEY"], also in what it shares."""
     used = set()
-    for file in (name, "policy_gradient"):
+    for file in (name, "policy_settings"):
         tree = ast.parse((PACKAGE / "algorithms" / f"{file}.py").read_text())
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)):
             if getattr(function, "name", "") == name:

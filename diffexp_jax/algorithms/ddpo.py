@@ -24,17 +24,8 @@ from diffexp_jax.algorithms.algorithm import (
     stepped,
 )
 from diffexp_jax.algorithms.one_pass import gradient_of_loss, sample_with_gradients
-from diffexp_jax.algorithms.policy_gradient import (
-    NUMBERS,
-    PolicyGradient,
-    Transition,
-    check_updates,
-    has_several_updates,
-    keywords,
-    passes,
-    sample,
-    updated,
-)
+from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
+from diffexp_jax.algorithms.policy_settings import NUMBERS, check_updates, has_several_updates, keywords, passes
 from diffexp_jax.limits import check_number, one_of, positive, whole
 from diffexp_jax.state import TrainState, advantages, init_stats, update_stats
 
@@ -133,21 +124,8 @@ def in_one_pass(settings: Mapping[str, Any], n_samples: int, lora_size: int) -> 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
     one_pass = in_one_pass(settings, setup.n_samples, setup.lora_size)
-    rest = {key: value for key, value in settings.items() if key not in ("gradient", "timestep_fraction")}
-    n_trained = trained_steps(settings, setup.n_steps)
-    return ddpo(setup.policy, setup.optimizer, **keywords(setup, rest), n_trained=n_trained, one_pass=one_pass)
-
-
-def trained_steps(settings: Mapping[str, Any], n_steps: int) -> int:
-    """How many of a chain's steps `timestep_fraction` is, at least one."""
-    return max(1, round(settings["timestep_fraction"] * n_steps))
-
-
-def trained_passes(settings: Mapping[str, Any], n_steps: int, full_float32: bool) -> dict[str, float]:
-    """See `Method.passes`: of the steps that are learnt from, where it is not to sample."""
-    share = trained_steps(settings, n_steps) / n_steps
-    shares = passes(settings, n_steps, full_float32)
-    return {why: x if why == "to sample" else share * x for why, x in shares.items()}
+    rest = {key: value for key, value in settings.items() if key != "gradient"}
+    return ddpo(setup.policy, setup.optimizer, **keywords(setup, rest), one_pass=one_pass)
 
 
 METHOD = Method(
@@ -166,7 +144,6 @@ METHOD = Method(
     },
     numbers=NUMBERS
     | {
-        "timestep_fraction": positive(1.0),
         "advantage_clip": positive(),
         "stats_buffer": whole(1, 2**20),
         "stats_min_count": whole(1, 2**20),
@@ -175,5 +152,5 @@ METHOD = Method(
     make=make,
     updates=lambda settings: settings["updates"],
     epochs=lambda settings: settings["inner_epochs"],
-    passes=trained_passes,
+    passes=passes,
 )

@@ -26,16 +26,8 @@ from diffexp_jax.algorithms.algorithm import (
     Setup,
     chunked,
 )
-from diffexp_jax.algorithms.policy_gradient import (
-    NUMBERS,
-    PolicyGradient,
-    Transition,
-    check_updates,
-    keywords,
-    passes,
-    sample,
-    updated,
-)
+from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
+from diffexp_jax.algorithms.policy_settings import NUMBERS, check_updates, keywords, passes, trained_steps
 from diffexp_jax.limits import Number, positive, whole
 from diffexp_jax.sampling import Trajectory
 from diffexp_jax.state import TrainState
@@ -180,6 +172,7 @@ def dpok(
     value_lr: float,
     value_steps: int,
     old_log_prob: str = "sampled",
+    n_trained: int | None = None,
 ) -> Algorithm:
     """Makes the algorithm: the loss is reward_weight times `clamped_ratio_loss`, and kl_weight times `divergence`.
 
@@ -189,6 +182,7 @@ def dpok(
       value_baseline: whether an advantage is the reward less `value`, or the reward itself.
       value_lr, value_steps: of Adam, and how many of its steps are taken an iteration, before the LoRA's.
       old_log_prob: what the ratio is relative to, see `several_updates`.
+      n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
     """
     value_optimizer = optax.adam(value_lr)
 
@@ -217,7 +211,7 @@ def dpok(
         state, more = updated(method, state, frozen, samples, weight, extra, **updates)
         return state, metrics | more
 
-    return Algorithm(init, partial(sample, policy, n_chunks=n_chunks), update)
+    return Algorithm(init, partial(sample, policy, n_chunks=n_chunks, n_trained=n_trained), update)
 
 
 def check(settings: Mapping[str, Any], n_steps: int) -> None:
@@ -225,7 +219,8 @@ def check(settings: Mapping[str, Any], n_steps: int) -> None:
 
 
 def all_passes(settings: Mapping[str, Any], n_steps: int, full_float32: bool) -> dict[str, float]:
-    return passes(settings, n_steps, full_float32) | {"of the untuned model": 1.0}
+    share = trained_steps(settings, n_steps) / n_steps
+    return passes(settings, n_steps, full_float32) | {"of the untuned model": share}
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
@@ -245,6 +240,7 @@ METHOD = Method(
         "value_lr": 1e-4,
         "value_steps": 5,
         "old_log_prob": "auto",
+        "timestep_fraction": 1.0,
     },
     numbers=NUMBERS
     | {

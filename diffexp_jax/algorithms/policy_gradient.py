@@ -4,7 +4,7 @@ An iteration samples once. The update then takes one or several optimizer steps,
 step's log-prob, summed up step by step and chunk by chunk: what is held at a time is the work of one step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,24 +13,18 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from diffexp_jax import backend
 from diffexp_jax.algorithms.algorithm import (
     AXIS,
     Policy,
     Samples,
-    Setup,
     chunked,
     mean_over,
     reward_metrics,
     rewarded,
     unchunked,
 )
-from diffexp_jax.limits import Number, one_of, positive, whole
 from diffexp_jax.sampling import Context, Steps, Trajectory, initial_latents, rollout, transition_log_prob
 from diffexp_jax.state import TrainState
-
-# Where the log-probs of the sampling policy come from, see `several_updates` and `resolved_old_log_prob`.
-OLD_LOG_PROBS = ("sampled", "recomputed", "current")
 
 
 class Transition(NamedTuple):
@@ -254,47 +248,3 @@ def ratio_metrics(log_ratio: Float[Array, "*N T B"], clip: float) -> dict[str, F
         if its_steps.size:  # fewer steps than thirds
             metrics[f"ratio/log_std_{name}"] = jnp.sqrt(mean(jnp.square(its_steps - mean(its_steps))))
     return metrics
-
-
-# ------------------------------------------------------------------------------------------------------------ settings
-
-
-# Of the updates, which every such method has. A ratio that nothing clips is a clip that is large.
-NUMBERS: dict[str, Number] = {"updates": whole(1, 4096), "inner_epochs": whole(1, 4096), "clip": positive()}
-
-
-def check_updates(method: str, settings: Mapping[str, Any]) -> None:
-    """Raises InputError for the words among those settings."""
-    one_of(f"{method}.old_log_prob", settings["old_log_prob"], ("auto", *OLD_LOG_PROBS))
-
-
-def has_several_updates(settings: Mapping[str, Any]) -> bool:
-    """Whether an iteration is more than one optimizer step."""
-    return settings["updates"] * settings["inner_epochs"] > 1
-
-
-def resolved_old_log_prob(settings: Mapping[str, Any], full_float32: bool) -> str:
-    """What the setting comes to on this machine.
-
-    "auto" takes the sampling program's log-probs in float32 on a CPU, where that program and the update's agree to
-    1e-5, and recomputed ones elsewhere. Not "current", although in 16 bits rounding changes a log-prob by more than an
-    update does, so that about half of the samples are clipped for no reason: with several updates an iteration the
-    clip is all that bounds them (docs/precision.md shows the curves).
-    """
-    if settings["old_log_prob"] != "auto":
-        return settings["old_log_prob"]
-    return "sampled" if full_float32 and backend.platform() == "cpu" else "recomputed"
-
-
-def keywords(setup: Setup, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method's function takes by keyword: its settings, those of the updates resolved, and the split."""
-    resolved = {"n_updates": settings["updates"], "old_log_prob": resolved_old_log_prob(settings, setup.full_float32)}
-    rest = {key: value for key, value in settings.items() if key not in ("updates", "old_log_prob")}
-    return rest | resolved | {"n_chunks": setup.n_chunks, "n_prompts": setup.n_prompts}
-
-
-def passes(settings: Mapping[str, Any], n_steps: int, full_float32: bool) -> dict[str, float]:
-    """See `Method.passes`: all but the first minibatch are recorded."""
-    recomputed = resolved_old_log_prob(settings, full_float32) == "recomputed"
-    again = 1.0 - 1.0 / settings["updates"] if recomputed else 0.0
-    return {"to sample": 1.0} | ({"for the old log-probs": again} if again else {})
