@@ -86,23 +86,24 @@ def iterate(optimizer, **changes):
     return parallel.first(state), parallel.first(samples), parallel.first(after), parallel.first(metrics)
 
 
-@pytest.mark.parametrize("n_chunks", [1, 3])
-@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
-def test_an_iteration_is_the_plain_loop(n_chunks, kl_weight):
-    _, samples, after, metrics = iterate(optax.sgd(0.1), n_chunks=n_chunks, kl_weight=kl_weight)
-    kept = samples.trajectory
-    x_t = jax.vmap(lambda kept: jax.vmap(kept.x_t)(jnp.arange(T)))(kept)
-    tr = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(T, N, *SHAPE), (x_t, kept.x_tm1))
+@pytest.mark.parametrize(
+    "n_chunks, kl_weight, n_trained", [(1, 0.5, None), (3, 0.5, None), (3, 0.0, None), (3, 0.5, 2)]
+)
+def test_an_iteration_is_the_plain_loop(n_chunks, kl_weight, n_trained):
+    _, samples, after, metrics = iterate(optax.sgd(0.1), n_chunks=n_chunks, kl_weight=kl_weight, n_trained=n_trained)
+    kept, n = samples.trajectory, n_trained or T
+    x_t = jax.vmap(lambda kept: jax.vmap(kept.x_t)(jnp.arange(n)))(kept)
+    tr = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(n, N, *SHAPE), (x_t, kept.x_tm1))
 
     def objective(lora):
         total = 0.0
-        for i in range(T):
+        for i in range(n):
             step = jax.tree.map(lambda column, i=i: column[i], STEPS)
             log_prob = step_log_prob(PROCESS, linear({}, lora), tr[0][i], tr[1][i], step, CONTEXT)
             ratio = jnp.exp(log_prob - jax.lax.stop_gradient(log_prob))
             gap = linear({}, lora)(tr[0][i], step, None) - linear({}, None)(tr[0][i], step, None)
             total += -10.0 * (samples.rewards * ratio).mean() + kl_weight * jnp.square(gap).mean()
-        return total / T
+        return total / n
 
     value, grads = jax.value_and_grad(objective)(LORA)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
