@@ -121,11 +121,20 @@ def ratio_table(results: Mapping[str, Any]) -> Table:
     return Table(["relative to the baseline", *header], rows)
 
 
+def gains_by_share(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """{arm: {prompt set: gains by how often the base model succeeds}} of the arms that explore in another way."""
+    return {
+        arm: content["summary"]["by_base_share"]
+        for arm, content in results["arms"].items()
+        if any(key.startswith("exploration.") for key in content["differs"])
+    }
+
+
 def share_table(results: Mapping[str, Any]) -> Table:
     """The gain by how often the base model succeeds."""
     rows = []
-    for arm, content in results["arms"].items():
-        for prompts, found in content["summary"]["by_base_share"].items():
+    for arm, sets in gains_by_share(results).items():
+        for prompts, found in sets.items():
             for one in found["bins"]:
                 cells = [cell(one[key], found["what"], signed=key == "gain") for key in ("baseline", "arm", "gain")]
                 rows.append([arm, prompts, bin_name(one), str(one["prompts"]), *cells])

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from results_document import bin_name, measured
+from results_document import bin_name, gains_by_share, measured
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -81,8 +81,8 @@ def unet_evaluations_per_query(results: Mapping[str, Any]) -> float | None:
 
 def share_bars(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """{arm: bins of the training prompts}."""
-    found = {arm: content["summary"]["by_base_share"] for arm, content in results["arms"].items()}
-    return {arm: sets[results["prompts"]]["bins"] for arm, sets in found.items() if results["prompts"] in sets}
+    prompts, found = results["prompts"], gains_by_share(results)
+    return {arm: sets[prompts]["bins"] for arm, sets in found.items() if prompts in sets}
 
 
 def draw_bars(axis: Any, shares: Mapping[str, list[Mapping[str, Any]]], prompts: str) -> None:

@@ -193,6 +193,8 @@ def test_tables(scripts, results):
     ):
         assert line in text.splitlines(), f"{line}\n{text}"
     assert "queries (and UNet evaluations) to" in text
+    results["arms"]["diffexp"]["differs"] = {"optim.lr": 1e-3}  # nothing of exploration: no table by what it can act on
+    assert "base model succeeds in" not in scripts.document.section(results)
     ratio = results["arms"]["diffexp"]["summary"]["ratio"]
     ratio["final"]["unet_evaluations"] = {"ratio": [0.5, None, None], "reached": 2, "seeds": 2}
     text = scripts.document.section(results)
