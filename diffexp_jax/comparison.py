@@ -35,9 +35,9 @@ class Reach(NamedTuple):
 class Ratio(NamedTuple):
     """How much of x an arm takes to reach levels of the baseline, relative to the baseline."""
 
-    ratio: Estimate | None  # None where the baseline's levels are where it begins
+    ratio: Estimate | None  # None where no baseline gains anything
     reached: int  # seeds whose run of the arm reached the level; the ratio is a lower bound if that is not all
-    seeds: int
+    seeds: int  # whose baseline gains something
 
 
 def resampled(n_seeds: int) -> Int[np.ndarray, "D S"]:
@@ -114,13 +114,16 @@ def ratio_to_baseline(
 ) -> Ratio:
     """How much of x it takes to reach the baseline's level, relative to the baseline itself, over pairs of curves.
 
+    Only pairs whose baseline gains something: where it ends no higher than it begins there is nothing to reach.
+
     Args:
       ours, theirs: the arm's and the baseline's curve (x, y) of each seed.
       level_of: a baseline's y -> the level that both of its pair are to reach.
     """
     levels = [level_of(y) for _, y in theirs]
-    pairs = [(reach(*a, level), reach(*b, level)) for a, b, level in zip(ours, theirs, levels, strict=True)]
-    ratio = ratio_over_seeds([a.x for a, _ in pairs], [b.x for _, b in pairs])
+    compared = [(a, b, level) for a, b, level in zip(ours, theirs, levels, strict=True) if level > b[1][0]]
+    pairs = [(reach(*a, level), reach(*b, level)) for a, b, level in compared]
+    ratio = ratio_over_seeds([a.x for a, _ in pairs], [b.x for _, b in pairs]) if pairs else None
     return Ratio(ratio, sum(a.reached for a, _ in pairs), len(pairs))
 
 

@@ -74,7 +74,10 @@ def test_ratio_to_baseline():
 
 def test_no_ratio_to_a_baseline_that_gains_nothing():
     flat = [(X, [1.0, 1.0, 0.5, 0.5])]
-    assert comparison.ratio_to_baseline(flat, flat, comparison.final_level) == comparison.Ratio(None, 1, 1)
+    assert comparison.ratio_to_baseline(flat, flat, comparison.final_level) == comparison.Ratio(None, 0, 0)
+    rises = [(X, [0.0, 1.0, 2.0, 3.0])]
+    both = comparison.ratio_to_baseline(flat + rises, flat + rises, comparison.final_level)
+    assert both == comparison.Ratio(Estimate(1.0, None, None), 1, 1)
 
 
 def test_gain_by_base_share():
