@@ -11,6 +11,7 @@ from diffexp_jax import dry_run, parallel, programs
 from diffexp_jax.algorithms import Batch, Policy
 from diffexp_jax.algorithms.algorithm import chunked, unchunked
 from diffexp_jax.algorithms.ddpo import ddpo
+from diffexp_jax.algorithms.policy_settings import trained_steps
 from diffexp_jax.algorithms.reward_gradient import gradient_over_chunks
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.formats import convert
@@ -194,12 +195,14 @@ def test_microbatches_are_the_same_images(sample):
 
 
 def test_what_a_sampling_program_hands_on(make_config):
-    """Every latent once, no images."""
+    """Every latent of the steps that are learnt from once, no images."""
     config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0})
     experiment = Experiment.build(config, weights=False)
     sampling, *_ = dry_run.programs_of(config, experiment)
     samples = jax.eval_shape(sampling.function, *sampling.args)
-    latent, b, t = experiment.sampler.pipeline.latent_shape, config.batch.samples, config.sampling.steps
+    latent, b = experiment.sampler.pipeline.latent_shape, config.batch.samples
+    t = trained_steps(experiment.settings, config.sampling.steps)
+    assert t < config.sampling.steps
     assert samples.images is None
     of_latents = [x.size for x in jax.tree.leaves(samples) if x.shape[-3:] == latent]
     assert sum(of_latents) == b * (t + 1) * np.prod(latent)

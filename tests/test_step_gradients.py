@@ -27,11 +27,13 @@ def test_standardised(script):
     np.testing.assert_allclose(script.standardised(np.array([[1.0, 3.0], [2.0, 2.0]])), [[-1, 1], [0, 0]], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_their_mean_is_ddpos_gradient(script, make_config):
     """The gradient of DDPO's first update, of the same samples."""
     changes = {"prompts": "prompt:a dog riding a bike", "exploration.enabled": False}
     changes |= {
         "ddpo.updates": 1,
+        "ddpo.timestep_fraction": 1.0,
         "ddpo.gradient": "twopass",
         "ddpo.stats_min_count": 8,  # more than there are: mean and std of the batch
         "ddpo.stats_buffer": 8,

@@ -17,7 +17,9 @@ from diffexp_jax.metrics import MetricsWriter, read_metrics
 LATE = {"stop_grace": 600.0, "checkpoint.every": 100} | PLAIN  # nothing is saved but when a run is stopped
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_run_after_the_iteration(make_config, tmp_path, monkeypatch, capfd, number, code):
     """It is saved, a line says how to go on, and it ends as if it had not been stopped."""
     config = make_config("ddpo", LATE)
