@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import json
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,7 @@ def rounded(x: np.ndarray) -> list[float]:
 # ------------------------------------------------------------------------------------------------------------ document
 
 
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- headroom: {name} -->", f"<!-- /headroom: {name} -->"
+markers = partial(results_document.markers, kind="headroom")
 
 
 def section(found: Mapping[str, Any]) -> list[str]:
@@ -219,8 +219,7 @@ def _shown(way: Mapping[str, np.ndarray], what: str) -> str:
 
 
 def write_section(document: Path, name: str, found: Mapping[str, Any]) -> None:
-    text = results_document.between(document.read_text(), markers(name), "\n".join(section(found)), str(document))
-    write_whole(document, text)
+    results_document.write_between(document, markers(name), section(found))
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffexp_jax import InputError
-from diffexp_jax.formats.files import read_json
+from diffexp_jax.formats.files import read_json, write_whole
 from diffexp_jax.report import Table
 
 Results = Sequence[Mapping[str, Any]]  # of every file, by name
@@ -241,8 +241,14 @@ def overview_rows(results: Mapping[str, Any], pair: Sequence[Mapping[str, Any]],
 # ----------------------------------------------------------------------------------------------------------- documents
 
 
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- results: {name} -->", f"<!-- /results: {name} -->"
+def markers(name: str, *, kind: str = "results") -> tuple[str, str]:
+    """The lines around what is written of one model or experiment."""
+    return f"<!-- {kind}: {name} -->", f"<!-- /{kind}: {name} -->"
+
+
+def write_between(document: Path, pair: tuple[str, str], lines: Sequence[str]) -> None:
+    """Writes the document with these lines between the two markers; raises as `between`."""
+    write_whole(document, between(document.read_text(encoding="utf-8"), pair, "\n".join(lines), str(document)))
 
 
 def between(text: str, pair: tuple[str, str], content: str, where: str) -> str:

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from diffexp_jax import InputError, backend, parallel
-from diffexp_jax.algorithms import METHODS, Policy
-from diffexp_jax.algorithms.algorithm import rewarded
+from diffexp_jax.algorithms import METHODS, Batch, Policy, policy_gradient
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.pipelines import make_context
 from diffexp_jax.report import Table
-from diffexp_jax.sampling import Trajectory, initial_latents, rollout, step_log_prob
+from diffexp_jax.sampling import Trajectory, step_log_prob
+from diffexp_jax.state import PromptStats, TrainState, advantages
 
 
 def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -60,8 +61,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     write_whole(args.out, json.dumps(found) + "\n")
     print("\n".join(section(found)))
     if args.document:
-        text, lines = args.document.read_text(), "\n".join(section(found))
-        write_whole(args.document, results_document.between(text, markers(args.out.stem), lines, str(args.document)))
+        results_document.write_between(args.document, markers(args.out.stem), section(found))
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -97,8 +97,10 @@ def gradients(experiment: Experiment, n_prompts: int, n: int, *, seed: int) -> F
 
 
 def standardised(rewards: Float[np.ndarray, "P n"]) -> Float[np.ndarray, "P n"]:
-    """Among each prompt's images, as `state.advantages` does; zeros where all are the same."""
-    return (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-6)
+    """DDPO's advantages among each prompt's images, without their clip; zeros where all are the same."""
+    n_prompts, n = rewards.shape
+    stats, ids = PromptStats(jnp.asarray(rewards), jnp.full(n_prompts, n)), np.arange(n_prompts).repeat(n)
+    return np.asarray(advantages(stats, ids, rewards.reshape(-1), min_count=1, clip=np.inf)).reshape(rewards.shape)
 
 
 def make_sample(experiment: Experiment) -> Any:
@@ -108,10 +110,10 @@ def make_sample(experiment: Experiment) -> Any:
 
     def sample(lora, frozen, ids, keys):
         cond, tokens = jax.tree.map(lambda x: x[ids], everything)
-        x_T, context = initial_latents(keys, policy.latent_shape), make_context(cond, sampler.uncond)
-        denoise, steps = policy.denoise(frozen, lora), sampler.steps(explore=False)
-        x_0, trajectory = rollout(policy.process, denoise, x_T, context, steps, keys, keep_trajectory=True)
-        return trajectory, rewarded(policy, frozen, x_0, tokens)[0]
+        batch = Batch(ids, make_context(cond, sampler.uncond), tokens, keys)
+        state = TrainState(jnp.zeros((), jnp.int32), lora, None, None)
+        samples = policy_gradient.sample(policy, state, frozen, batch, sampler.steps(explore=False), n_chunks=1)
+        return jax.tree.map(lambda x: x[0], samples.trajectory), samples.rewards
 
     return sample
 
@@ -139,8 +141,7 @@ def make_gradient(policy: Policy) -> Any:
 # ------------------------------------------------------------------------------------------------------------ document
 
 
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- steps: {name} -->", f"<!-- /steps: {name} -->"
+markers = partial(results_document.markers, kind="steps")
 
 
 def section(found: Mapping[str, Any]) -> list[str]:

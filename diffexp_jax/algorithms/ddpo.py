@@ -143,11 +143,7 @@ METHOD = Method(
         "timestep_fraction": 1.0,
     },
     numbers=NUMBERS
-    | {
-        "advantage_clip": positive(),
-        "stats_buffer": whole(1, 2**20),
-        "stats_min_count": whole(1, 2**20),
-    },
+    | {"advantage_clip": positive(), "stats_buffer": whole(1, 2**20), "stats_min_count": whole(1, 2**20)},
     check=check,
     make=make,
     updates=lambda settings: settings["updates"],
