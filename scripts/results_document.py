@@ -131,14 +131,17 @@ def gains_by_share(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def share_table(results: Mapping[str, Any]) -> Table:
-    """The gain by how often the base model succeeds."""
+    """Every arm minus the baseline by how often the base model succeeds; baseline: of the arm with the most pairs."""
+    found = gains_by_share(results)
+    widest = max(found, key=lambda arm: results["arms"][arm]["summary"]["paired"], default=None)
     rows = []
-    for arm, sets in gains_by_share(results).items():
-        for prompts, found in sets.items():
-            for one in found["bins"]:
-                cells = [cell(one[key], found["what"], signed=key == "gain") for key in ("baseline", "arm", "gain")]
-                rows.append([arm, prompts, bin_name(one), str(one["prompts"]), *cells])
-    header = ["arm", "prompts", "base model succeeds in", "prompts there", "baseline", "arm", "arm minus baseline"]
+    for prompts, of_widest in found[widest].items() if found else ():
+        what = of_widest["what"]
+        for i, one in enumerate(of_widest["bins"]):
+            gains = [sets[prompts]["bins"][i]["gain"] if prompts in sets else None for sets in found.values()]
+            cells = [cell(one["baseline"], what), *(cell(gain, what, signed=True) for gain in gains)]
+            rows.append([prompts, bin_name(one), str(one["prompts"]), *cells])
+    header = ["prompts", "base model succeeds in", "prompts there", "baseline", *(f"gain of {arm}" for arm in found)]
     return Table(header, rows)
 
 

@@ -186,8 +186,9 @@ def test_tables(scripts, results):
         "| diffexp, evaluated | at least 0.75 [0.50, 1.00] (1 of 2) | at least 0.81 [0.50, 1.11] (1 of 2) |",
         "| diffexp, training samples | 0.83 [0.67, 1.00] (2 of 2) | 0.83 [0.67, 1.00] (2 of 2) |",
         "| diffexp | 2 | - | - | 0.500 [0.500, 0.500] | - | - |",
-        "| diffexp | train | no image | 1 | 0.0 [0.0, 0.0] % | 50.0 [50.0, 50.0] % | +50.0 [+50.0, +50.0] % |",
-        "| diffexp | train | 30 to 60 % | 1 | 50.0 [50.0, 50.0] % | 100.0 [100.0, 100.0] % | +50.0 [+50.0, +50.0] % |",
+        "| prompts | base model succeeds in | prompts there | baseline | gain of diffexp |",
+        "| train | no image | 1 | 0.0 [0.0, 0.0] % | +50.0 [+50.0, +50.0] % |",
+        "| train | 30 to 60 % | 1 | 50.0 [50.0, 50.0] % | +50.0 [+50.0, +50.0] % |",
         "Measured on 1 x a CPU, python 3.11, jax 0.10, numpy 2.0. `python scripts/sweep.py --experiment fig4_mine "
         "--model emoji --config.iterations=4 '--config.reward=pickscore:my folder'`",
     ):
