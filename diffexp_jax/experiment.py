@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,8 +134,13 @@ class Experiment(NamedTuple):
     def policy(self) -> Policy:
         """What methods know of the model and the trained reward."""
         pipeline, scale = self.sampler.pipeline, self.lora_scale
+
+        def denoise(frozen, lora, both_halves=True):
+            return pipeline.denoiser(frozen["model"], lora, lora_scale=scale, both_halves=both_halves)
+
         return Policy(
-            denoise=lambda frozen, lora: pipeline.denoiser(frozen["model"], lora, lora_scale=scale),
+            denoise=denoise,
+            unguided=partial(denoise, both_halves=False) if self.sampler.has_unguided_steps else None,
             decode=lambda frozen, x_0: pipeline.decode(frozen["model"], x_0),
             score=lambda frozen, *args: self.trained.score(frozen["reward"], *args),
             latent_shape=pipeline.latent_shape,

@@ -20,7 +20,7 @@ from diffexp_jax.pipelines import (
     zero_conditioning,
 )
 from diffexp_jax.prompts import PromptSet
-from diffexp_jax.sampling import Steps
+from diffexp_jax.sampling import Steps, is_unguided
 
 
 class Exploration(NamedTuple):
@@ -70,6 +70,21 @@ class Sampler(NamedTuple):
         t = process.timesteps(self.n_steps)
         w_t = guidance_schedule(t, w_low=e.w_low, w_high=self.guidance, t_thresh=e.t_thresh, active=explore)
         return process.make_steps(t, w_t, eta=self.eta)
+
+    def evaluations(self, *, explore: bool) -> int:
+        """UNet evaluations of a sample: both halves of the guidance, or the one that counts (`by_guidance`)."""
+        return 2 * self.n_steps - int(is_unguided(self.steps(explore=explore).w_t).sum())
+
+    def evaluations_of(self, iterations: int) -> int:
+        """Of a sample in each of the first iterations of fine-tuning."""
+        explored = min(iterations, self.exploration.iterations) if self.exploration.enabled else 0
+        plain = iterations - explored
+        return explored * self.evaluations(explore=True) + plain * self.evaluations(explore=False)
+
+    @property
+    def has_unguided_steps(self) -> bool:
+        """Whether fine-tuning has steps that take one half of the guidance."""
+        return any(self.evaluations(explore=on) < 2 * self.n_steps for on in {False, self.exploration.enabled})
 
     def encode(self, prompts: PromptSet) -> Conditioning:
         """The prompts' conditioning, a row each; zeros where there are no weights. Warns of prompts that are cut.

@@ -54,11 +54,7 @@ def classifier_free_guidance(
 
 
 def guided(network: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
-    """Wraps network(x_t, t, conditioning) in classifier-free guidance; both halves run as one batch.
-
-    Also where w_t is 1 or 0 and one of them counts for nothing: to leave it out, the halves would have to run one after
-    the other, which costs more than DiffExp's few steps at w_low = 1 save (docs/benchmarks.md).
-    """
+    """Wraps network(x_t, t, conditioning) in classifier-free guidance; both halves run as one batch."""
 
     def denoise(x_t, step, context):
         both = jax.tree.map(lambda *halves: jnp.concatenate(halves), context.cond, context.uncond)
@@ -68,25 +64,61 @@ def guided(network: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
     return denoise
 
 
+def unguided(network: Callable[..., Float[Array, "B h w c"]]) -> Denoise:
+    """The same for steps whose w_t is 1 or 0, as DiffExp's first ones: the half that counts, alone."""
+
+    def denoise(x_t, step, context):
+        half = jax.tree.map(lambda cond, uncond: jnp.where(step.w_t == 0.0, uncond, cond), *context)
+        return network(x_t, step.t, half)
+
+    return denoise
+
+
+def is_unguided(w_t: Float[Array, "*T"]) -> Bool[Array, "*T"]:
+    """Whether one half of the guidance is all that counts."""
+    return (w_t == 0.0) | (w_t == 1.0)
+
+
+def by_guidance(step: Steps, work: Callable[[Any], Any], guided: Any, unguided: Any | None) -> Any:
+    """work(guided), or work(unguided) where the step's w_t is 1 or 0.
+
+    Args:
+      work: all that is done at a step, its gradient too: differentiated, a condition would keep what both of its
+        branches need for their gradients.
+      guided, unguided: the network with both halves of the guidance, and with the one that counts. A program holds
+        both; None: no step of the run is of the second kind.
+    """
+    if unguided is None:
+        return work(guided)
+    return jax.lax.cond(is_unguided(step.w_t), lambda: work(unguided), lambda: work(guided))
+
+
 # ------------------------------------------------------------------------------------------------ differentiable chains
 
 # As Denoise, with a further argument: where it is False, the output carries no gradient
 LiveDenoise = Callable[[Float[Array, "B h w c"], Steps, Context, Bool[Array, ""]], Float[Array, "B h w c"]]
 
 
-def differentiable(denoise: Callable[[Any, Any], Denoise], frozen: Any, lora: Any, *, remat: bool) -> LiveDenoise:
+# (frozen, lora) -> the network under guidance
+MakeDenoise = Callable[[Any, Any], Denoise]
+
+
+def differentiable(
+    denoise: MakeDenoise, frozen: Any, lora: Any, *, remat: bool, unguided: MakeDenoise | None = None
+) -> LiveDenoise:
     """The network for a chain whose gradient in `lora` is wanted, for `rollout` with live steps.
 
     Args:
-      denoise: (frozen, lora) -> the guided network.
+      denoise: the guided network.
       frozen: arrays that have no gradient.
       remat: the backward pass of a live step computes its activations again, so that one latent per step is all that
         a chain keeps; False keeps every activation of every step.
+      unguided: see `by_guidance`.
     """
-    return recomputed(denoise, frozen, lora) if remat else truncated(denoise(frozen, lora))
+    return (recomputed if remat else truncated)(denoise, frozen, lora, unguided)
 
 
-def recomputed(denoise: Callable[[Any, Any], Denoise], frozen: Any, lora: Any) -> LiveDenoise:
+def recomputed(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoise | None) -> LiveDenoise:
     """See `differentiable`. The backward pass of a step that is not live runs no network at all.
 
     The condition is in the backward pass alone: so a program holds the network once to sample and once for the
@@ -96,7 +128,7 @@ def recomputed(denoise: Callable[[Any, Any], Denoise], frozen: Any, lora: Any) -
     @jax.custom_vjp
     def evaluate(frozen, lora, x_t, step, context, live):
         del live
-        return denoise(frozen, lora)(x_t, step, context)
+        return by_guidance(step, lambda make: make(frozen, lora)(x_t, step, context), denoise, unguided)
 
     def forward(*args):
         return evaluate(*args), args
@@ -104,25 +136,29 @@ def recomputed(denoise: Callable[[Any, Any], Denoise], frozen: Any, lora: Any) -
     def backward(args, gradient):
         frozen, lora, x_t, step, context, live = args
 
-        def run():
-            _, pull_back = jax.vjp(lambda lora, x_t: denoise(frozen, lora)(x_t, step, context), lora, x_t)
+        def run(make):
+            _, pull_back = jax.vjp(lambda lora, x_t: make(frozen, lora)(x_t, step, context), lora, x_t)
             return pull_back(gradient)
 
         nothing = jax.tree.map(jnp.zeros_like, (lora, x_t))
-        return None, *jax.lax.cond(live, run, lambda: nothing), None, None, None
+        gradients = jax.lax.cond(live, lambda: by_guidance(step, run, denoise, unguided), lambda: nothing)
+        return None, *gradients, None, None, None
 
     evaluate.defvjp(forward, backward)
     return partial(evaluate, frozen, lora)
 
 
-def truncated(denoise: Denoise) -> LiveDenoise:
+def truncated(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoise | None) -> LiveDenoise:
     """See `differentiable`: the same by a condition around the network, whose activations are kept."""
 
+    def attached(x_t, step, context):
+        return by_guidance(step, lambda make: make(frozen, lora)(x_t, step, context), denoise, unguided)
+
     def detached(*args):
-        return jax.lax.stop_gradient(denoise(*args))
+        return jax.lax.stop_gradient(attached(*args))
 
     def step_denoise(x_t, step, context, live):
-        return jax.lax.cond(live, denoise, detached, x_t, step, context)
+        return jax.lax.cond(live, attached, detached, x_t, step, context)
 
     return step_denoise
 

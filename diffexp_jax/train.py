@@ -155,7 +155,7 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
     values: dict[str, Any] = {name: float(value) for name, value in parallel.first(metrics).items()}
     parallel.together(lambda: check_finite(it + 1, values, run.workdir))
     values["reward_queries"] = (it + 1) * run.experiment.split.samples
-    values["unet_evaluations"] = 2 * run.config.sampling.steps * values["reward_queries"]  # both halves of the guidance
+    values["unet_evaluations"] = run.experiment.split.samples * run.experiment.sampler.evaluations_of(it + 1)
     return state, values | {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
 
 

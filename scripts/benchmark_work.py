@@ -39,12 +39,14 @@ class Size(NamedTuple):
 SIZES = {"emoji": Size(64, 20, 32), "mid": Size(4, 5, 4), "sd15": Size(16, 50, 8), "sdxl": Size(4, 20, 4, "block")}
 PUBLISHED = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
 
+T_THRESH = 600  # of DiffExp's schedule: guidance is 1 in four steps of ten
+
 # name: (method, what it changes, whether exploration's schedule is on)
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "sampling": ("alignprop", {}, False),
-    "sampling, DiffExp's schedule": ("alignprop", {"exploration.t_thresh": 600}, True),
     "DDPO, two updates": ("ddpo", {"ddpo.updates": 2}, False),
     "DDPO, one update": ("ddpo", {"ddpo.updates": 1}, False),
+    "DDPO, one update, DiffExp's schedule": ("ddpo", {"ddpo.updates": 1, "exploration.t_thresh": T_THRESH}, True),
     "AlignProp, K = T": ("alignprop", {"alignprop.truncation": "fixed"}, False),
     "AlignProp, K = T/4": ("alignprop", {"alignprop.truncation": "fixed"}, False),
     "AlignProp, uniform K": ("alignprop", {"alignprop.truncation": "uniform"}, False),
@@ -80,7 +82,7 @@ def live_steps(case: str, n_steps: int, repetition: int = 0) -> int:
 
 def configure(model: str, folder: str, case: str, size: Size) -> Any:
     """A run's settings that do the case's work, on this machine's devices, which it sets up."""
-    method, changes, _ = CASES[case]
+    method, changes, explore = CASES[case]
     config = settings.default_config()
     config.algorithm = method
     config.prompts, config.reward = str(Path(folder, "prompts.txt")), "jax:benchmark_work:brightness"
@@ -94,6 +96,7 @@ def configure(model: str, folder: str, case: str, size: Size) -> Any:
             "batch.samples_per_forward": size.per_forward,
             "sampling.steps": size.steps,
             "sampling.eta": 1.0 if method == "ddpo" else 0.0,
+            "exploration.enabled": explore,
             "eval.every": 0,
             "log.images_every": 0,
             "alignprop.truncation_k": size.live or most_live_steps(case, size.steps),
@@ -206,7 +209,8 @@ def worker(side: str, model: str, folder: str, case: str, size: Size) -> None:
         if case in SCORING:
             run = torch_peer.make_scoring(scored_images(), SCORED_PROMPT, gradient="gradient" in case)
         else:
-            run = torch_peer.make_work(model, folder, case, size, live_steps, PUBLISHED)
+            t_thresh = T_THRESH if CASES[case][2] else 1000
+            run = torch_peer.make_work(model, folder, case, size, live_steps, PUBLISHED, t_thresh=t_thresh)
         operations, device_peak = 0.0, torch_peer.peak_memory
     print(json.dumps({"ready": True, "flops": operations}), flush=True)
     for repetition, line in enumerate(sys.stdin):

@@ -1,9 +1,10 @@
 """What scripts/benchmark.py compares with: the same sampling and training in plain torch, as careful as it gets.
 
-diffusers' UNet and VAE in channels_last, LoRA by peft, both halves of the guidance in one batch, prompts encoded once,
-the step's coefficients computed once, no scheduler objects, gradients for LoRA alone, torch.utils.checkpoint for each
-live step of AlignProp and none for the others. The reward is brightness. On a GPU the networks are bfloat16 with
-torch's fused attention, the LoRA float32; models of a published size have random weights. Nothing is compiled.
+diffusers' UNet and VAE in channels_last, LoRA by peft, both halves of the guidance in one batch (the conditional one
+alone where it is 1), prompts encoded once, the step's coefficients computed once, no scheduler objects, gradients for
+LoRA alone, torch.utils.checkpoint for each live step of AlignProp and none for the others. The reward is brightness. On
+a GPU the networks are bfloat16 with torch's fused attention, the LoRA float32; models of a published size have random
+weights. Nothing is compiled.
 """
 
 import os
@@ -78,13 +79,25 @@ def peak_memory() -> int | None:
 
 
 def make_work(
-    model: str, folder: str, case: str, size: Any, live_steps: Callable[[str, int, int], int], published: dict[str, str]
+    model: str,
+    folder: str,
+    case: str,
+    size: Any,
+    live_steps: Callable[[str, int, int], int],
+    published: dict[str, str],
+    *,
+    t_thresh: int,
 ) -> Callable:
-    """A function that does a repetition of the case; `published`: {model: its id} of models without files."""
+    """A function that does a repetition of the case.
+
+    Args:
+      published: {model: its id} of models without files.
+      t_thresh: of DiffExp's schedule.
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     parts = random_parts(published[model]) if model in published else parts_of(EMOJI if model == "emoji" else folder)
     texts = Path(folder, "prompts.txt").read_text().splitlines()
-    trainer = Trainer(*parts(texts), size, eta=1.0 if case.startswith("DDPO") else 0.0)
+    trainer = Trainer(*parts(texts), size, eta=1.0 if case.startswith("DDPO") else 0.0, t_thresh=t_thresh)
     if case.startswith("sampling"):
         work = trainer.sample_images
     elif case.startswith("DDPO"):
@@ -161,8 +174,10 @@ def random_parts(name: str) -> Callable:
 class Trainer:
     """The model, its LoRA with an optimizer, and the steps' coefficients."""
 
-    def __init__(self, unet: Any, vae: Any, cond: Any, uncond: Any, added: Any, size: Any, *, eta: float):
-        """Args: as `parts_of`'s function gives them, then the work's size and DDIM's noise."""
+    def __init__(
+        self, unet: Any, vae: Any, cond: Any, uncond: Any, added: Any, size: Any, *, eta: float, t_thresh: int = 1000
+    ):
+        """Args: as `parts_of`'s function gives them, then the work's size, DDIM's noise, Eq. 7's threshold."""
         self.unet = unet.requires_grad_(False).to(DEVICE, DTYPE, memory_format=torch.channels_last)
         self.vae_dtype = torch.float32 if vae.config.force_upcast else DTYPE
         self.vae = vae.requires_grad_(False).to(DEVICE, self.vae_dtype, memory_format=torch.channels_last)
@@ -186,20 +201,24 @@ class Trainer:
             prev = t - 1000 // size.steps
             a_t, a_prev = float(a[t]), float(a[prev] if prev >= 0 else a[0])
             std = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
-            self.steps.append((torch.tensor(t, device=DEVICE), a_t, a_prev, std))
+            w = 1.0 if t > t_thresh else GUIDANCE
+            self.steps.append((torch.tensor(t, device=DEVICE), a_t, a_prev, std, w))
 
     def mean(self, x: torch.Tensor, step: tuple, both: torch.Tensor) -> torch.Tensor:
         """Of p(x_{t-1} | x_t), by the guided noise."""
-        t, a_t, a_prev, std = step
-        doubled = torch.cat([x, x]).to(DTYPE).contiguous(memory_format=torch.channels_last)
-        added = {name: row.expand(len(doubled), -1) for name, row in self.added.items()} if self.added else None
+        t, *_, w = step
+        inputs, context = (x, both[: len(x)]) if w == 1 else (torch.cat([x, x]), both)
+        inputs = inputs.to(DTYPE).contiguous(memory_format=torch.channels_last)
+        added = {name: row.expand(len(inputs), -1) for name, row in self.added.items()} if self.added else None
         with torch.autocast(DEVICE, DTYPE, enabled=DEVICE == "cuda"):  # the LoRA is float32, the network is not
-            cond, uncond = self.unet(doubled, t, both, added_cond_kwargs=added).sample.float().chunk(2)
-        eps = GUIDANCE * cond + (1 - GUIDANCE) * uncond
-        return self.move(x, eps, step)
+            out = self.unet(inputs, t, context, added_cond_kwargs=added).sample.float()
+        if w != 1:
+            cond, uncond = out.chunk(2)
+            out = w * cond + (1 - w) * uncond
+        return self.move(x, out, step)
 
     def move(self, x: torch.Tensor, eps: torch.Tensor, step: tuple) -> torch.Tensor:
-        _, a_t, a_prev, std = step
+        _, a_t, a_prev, std, _ = step
         x_0 = (x - (1 - a_t) ** 0.5 * eps) / a_t**0.5
         return a_prev**0.5 * x_0 + (1 - a_prev - std**2) ** 0.5 * eps
 

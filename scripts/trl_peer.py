@@ -20,8 +20,8 @@ __all__ = ["can", "make_work", "peak_memory"]
 
 
 def can(model: str, case: str) -> bool:
-    """Whether TRL does this: its samplers alone are diffusers', and random models need files."""
-    return model in ("emoji", "mid") and case.startswith(("DDPO", "AlignProp"))
+    """Whether TRL does this: its samplers alone are diffusers', random models need files, and guidance is constant."""
+    return model in ("emoji", "mid") and case.startswith(("DDPO", "AlignProp")) and not case.endswith("schedule")
 
 
 def make_work(model: str, folder: str, case: str, size: Any, live_steps: Callable[[str, int, int], int]) -> Callable:

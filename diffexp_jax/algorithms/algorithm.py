@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from diffexp_jax.limits import Number
 from diffexp_jax.process import Process
-from diffexp_jax.sampling import Context, Denoise, Steps
+from diffexp_jax.sampling import Context, Denoise, MakeDenoise, Steps, by_guidance
 from diffexp_jax.state import TrainState
 
 AXIS = "data"  # the name of the device axis that the functions below run under
@@ -20,12 +20,22 @@ AXIS = "data"  # the name of the device axis that the functions below run under
 class Policy(NamedTuple):
     """The model and the reward, as pure functions; `frozen` holds every array that is not trained."""
 
-    denoise: Callable[[Any, Any], Denoise]  # (frozen, lora) -> guided denoiser
+    denoise: MakeDenoise
     decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
     # (frozen, images, tokens) -> rewards and their parts, less what the host adds to the samples (`Reward.start`)
     score: Callable[..., tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]]
     latent_shape: tuple[int, int, int]
     process: Process
+    unguided: MakeDenoise | None = None  # see `sampling.by_guidance`
+
+    def at(self, step: Steps, work: Callable[["Policy"], Any]) -> Any:
+        """work(this), whose `denoise` is the cheapest for the step; see `sampling.by_guidance`."""
+        alone = self.unguided and self._replace(denoise=self.unguided, unguided=None)
+        return by_guidance(step, work, self, alone)
+
+    def denoiser(self, frozen: Any, lora: Any) -> Denoise:
+        """The cheapest at each step, for where there is no gradient."""
+        return lambda x_t, step, context: self.at(step, lambda p: p.denoise(frozen, lora)(x_t, step, context))
 
 
 class Batch(NamedTuple):

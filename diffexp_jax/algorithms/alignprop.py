@@ -57,7 +57,7 @@ def alignprop(
     """
 
     def loss(lora, frozen, chunk, steps, live):
-        denoise = differentiable(policy.denoise, frozen, lora, remat=remat)
+        denoise = differentiable(policy.denoise, frozen, lora, remat=remat, unguided=policy.unguided)
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)

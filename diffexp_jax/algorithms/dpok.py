@@ -195,7 +195,7 @@ def dpok(
         reward = clamped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
         return reward_weight * reward + kl_weight * divergence(*outputs)
 
-    def untuned(frozen, step: Transition, context):
+    def untuned(policy, frozen, step: Transition, context):
         return policy.denoise(frozen, None)(step.x_t, step.step, context)
 
     method = PolicyGradient(policy, optimizer, loss, untuned)

@@ -55,7 +55,7 @@ def draft(
     def loss(lora, frozen, chunk, steps, live):
         denoise = policy.denoise(frozen, lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
-        live_denoise = differentiable(policy.denoise, frozen, lora, remat=remat)
+        live_denoise = differentiable(policy.denoise, frozen, lora, remat=remat, unguided=policy.unguided)
         x_0, _ = rollout(policy.process, live_denoise, x_T, chunk.context, steps, chunk.key, live=live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
 

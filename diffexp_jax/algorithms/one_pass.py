@@ -10,6 +10,7 @@ forward pass of training too: no second one, no stored trajectory, no ratio. Wha
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,8 +69,12 @@ def sample_with_gradients(
             i, step = xs
             noise = step_noise(chunk.key, i, policy.latent_shape)
             is_trained = i < n_trained if n_trained < n_steps else None
-            each = jax.vmap(lambda *sample: step_and_gradient(policy, frozen, state.lora, *sample, step, is_trained))
-            x_tm1, gradients = each(x_t, noise, chunk.context)
+
+            def each(policy):
+                one = partial(step_and_gradient, policy, frozen, state.lora, step=step, is_trained=is_trained)
+                return jax.vmap(one)(x_t, noise, chunk.context)
+
+            x_tm1, gradients = policy.at(step, each)
             return (x_tm1, jax.tree.map(jnp.add, total, gradients)), None
 
         nothing = jax.tree.map(lambda x: jnp.zeros((len(x_T), *x.shape)), state.lora)

@@ -55,7 +55,7 @@ class PolicyGradient(NamedTuple):
     policy: Policy
     optimizer: optax.GradientTransformation
     loss: Callable[..., Float[Array, ""]]
-    reference: Callable[[Any, Transition, Context], Float[Array, "B h w c"]] | None = None
+    reference: Callable[[Policy, Any, Transition, Context], Float[Array, "B h w c"]] | None = None
 
 
 def sample(
@@ -68,7 +68,7 @@ def sample(
     """
 
     def one(chunk):
-        denoise = policy.denoise(frozen, state.lora)
+        denoise = policy.denoiser(frozen, state.lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, trajectory = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, keep_trajectory=True)
         return Samples(trajectory.first(n_trained), *rewarded(policy, frozen, x_0, chunk.tokens))
@@ -89,7 +89,21 @@ def step_gradient(
     method: PolicyGradient, lora: Any, frozen: Any, transition: Transition, context: Context, visit: Visit | None
 ) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "B"]]:
     """((loss, its gradient in `lora`), log-prob) of one step; zeros for a gradient, not made, where it only records."""
-    policy = method.policy
+    return method.policy.at(
+        transition.step, lambda policy: _step_gradient(method, policy, lora, frozen, transition, context, visit)
+    )
+
+
+def _step_gradient(
+    method: PolicyGradient,
+    policy: Policy,
+    lora: Any,
+    frozen: Any,
+    transition: Transition,
+    context: Context,
+    visit: Visit | None,
+) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "B"]]:
+    """See `step_gradient`; the policy is the method's, or its network without guidance."""
 
     def evaluate(lora):
         out = policy.denoise(frozen, lora)(transition.x_t, transition.step, context)
@@ -101,7 +115,7 @@ def step_gradient(
         transition = transition._replace(old_log_prob=log_prob)
     elif visit is not None:
         transition = transition._replace(old_log_prob=jnp.where(visit.is_own, log_prob, transition.old_log_prob))
-    reference = method.reference(frozen, transition, context) if method.reference else None
+    reference = method.reference(policy, frozen, transition, context) if method.reference else None
 
     def loss(log_prob, out):
         return method.loss(log_prob, (out, reference) if method.reference else None, transition)

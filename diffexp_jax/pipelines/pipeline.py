@@ -11,7 +11,7 @@ from tqdm import tqdm
 from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.process import Process
-from diffexp_jax.sampling import Context, Denoise, guided
+from diffexp_jax.sampling import Context, Denoise, guided, unguided
 
 SHOWN = 4096  # prompts whose encoding takes long enough for a progress bar
 
@@ -57,10 +57,13 @@ class Pipeline(NamedTuple):
         """The parts that sampling reads: all but the text encoders."""
         return {part: tree for part, tree in self.params.items() if part not in self.text_parts}
 
-    def denoiser(self, params: Any, lora: Any, *, lora_scale: float = 1.0) -> Denoise:
-        """The network under classifier-free guidance; `lora_scale` is alpha / rank."""
-        lora = scaled(lora, lora_scale)
-        return guided(lambda x_t, t, conditioning: self.denoise(params, lora, x_t, t, conditioning))
+    def denoiser(self, params: Any, lora: Any, *, lora_scale: float = 1.0, both_halves: bool = True) -> Denoise:
+        """The network under classifier-free guidance; `lora_scale` is alpha / rank.
+
+        Not of `both_halves`: for steps whose guidance is 1 or 0.
+        """
+        lora, wrap = scaled(lora, lora_scale), guided if both_halves else unguided
+        return wrap(lambda x_t, t, conditioning: self.denoise(params, lora, x_t, t, conditioning))
 
 
 def encode_prompts(pipeline: Pipeline, texts: Sequence[str], *, chunk: int = 64) -> tuple[Conditioning, list[str]]:
