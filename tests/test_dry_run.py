@@ -199,6 +199,16 @@ def test_unknown_sizes():
 # --------------------------------------------------------------------------------------------------------------- report
 
 
+def test_halves_that_exploration_leaves_out(make_config):
+    """Two steps of four at a guidance of 1: 6 evaluations of a sample instead of 8."""
+    for w_low, said in (
+        (1.0, "64 to sample, 24 for the old log-probs; 25% fewer while it explores"),
+        (2.0, "log-probs"),
+    ):
+        config = make_config("ddpo", {"exploration.w_low": w_low, "ddpo.old_log_prob": "recomputed"})
+        assert dry_run.describe(config, Experiment.build(config, weights=False))[-1].endswith(said)
+
+
 def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0, "ddpo.old_log_prob": "recomputed"})
