@@ -117,7 +117,8 @@ def make_scoring(images: np.ndarray, prompt: str, *, gradient: bool) -> Callable
     """A function that scores these images [N,H,W,3] in [0,1] by the emoji world's CLIP; gives scores, or a gradient."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     folder = EMOJI.parent / "reward_clip"
-    model = CLIPModel.from_pretrained(folder).requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
+    model = CLIPModel.from_pretrained(folder).float()  # its file is float16
+    model = model.requires_grad_(False).to(DEVICE, memory_format=torch.channels_last)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     length = model.config.text_config.max_position_embeddings
     ids = tokenizer([prompt] * len(images), padding="max_length", max_length=length, return_tensors="pt").to(DEVICE)
