@@ -1,5 +1,6 @@
 """A model with the settings that it is sampled by: what training, evaluation and scripts/sample.py have in common."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,11 +76,16 @@ class Sampler(NamedTuple):
         """UNet evaluations of a sample: both halves of the guidance, or the one that counts (`by_guidance`)."""
         return 2 * self.n_steps - int(is_unguided(self.steps(explore=explore).w_t).sum())
 
-    def evaluations_of(self, iterations: int) -> int:
-        """Of a sample in each of the first iterations of fine-tuning."""
-        explored = min(iterations, self.exploration.iterations) if self.exploration.enabled else 0
-        plain = iterations - explored
-        return explored * self.evaluations(explore=True) + plain * self.evaluations(explore=False)
+    def count_evaluations(self) -> Callable[[int], int]:
+        """A function (iterations) -> UNet evaluations of a sample in each of the first ones of fine-tuning."""
+        explored, plain = (self.evaluations(explore=on) for on in (True, False))
+        exploring = self.exploration.iterations if self.exploration.enabled else 0
+
+        def count(iterations):
+            n = min(iterations, exploring)
+            return n * explored + (iterations - n) * plain
+
+        return count
 
     @property
     def has_unguided_steps(self) -> bool:

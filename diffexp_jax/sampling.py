@@ -93,14 +93,23 @@ def by_guidance(step: Steps, work: Callable[[Any], Any], guided: Any, unguided: 
     return jax.lax.cond(is_unguided(step.w_t), lambda: work(unguided), lambda: work(guided))
 
 
+# (frozen, lora) -> the network under guidance
+MakeDenoise = Callable[[Any, Any], Denoise]
+
+
+def by_step(guided: MakeDenoise, unguided: MakeDenoise | None, frozen: Any, lora: Any) -> Denoise:
+    """The network that takes at each step the halves of the guidance that count, see `by_guidance`."""
+
+    def denoise(x_t, step, context):
+        return by_guidance(step, lambda make: make(frozen, lora)(x_t, step, context), guided, unguided)
+
+    return denoise
+
+
 # ------------------------------------------------------------------------------------------------ differentiable chains
 
 # As Denoise, with a further argument: where it is False, the output carries no gradient
 LiveDenoise = Callable[[Float[Array, "B h w c"], Steps, Context, Bool[Array, ""]], Float[Array, "B h w c"]]
-
-
-# (frozen, lora) -> the network under guidance
-MakeDenoise = Callable[[Any, Any], Denoise]
 
 
 def differentiable(
@@ -115,7 +124,9 @@ def differentiable(
         a chain keeps; False keeps every activation of every step.
       unguided: see `by_guidance`.
     """
-    return (recomputed if remat else truncated)(denoise, frozen, lora, unguided)
+    if remat:
+        return recomputed(denoise, frozen, lora, unguided)
+    return truncated(by_step(denoise, unguided, frozen, lora))
 
 
 def recomputed(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoise | None) -> LiveDenoise:
@@ -128,7 +139,7 @@ def recomputed(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoi
     @jax.custom_vjp
     def evaluate(frozen, lora, x_t, step, context, live):
         del live
-        return by_guidance(step, lambda make: make(frozen, lora)(x_t, step, context), denoise, unguided)
+        return by_step(denoise, unguided, frozen, lora)(x_t, step, context)
 
     def forward(*args):
         return evaluate(*args), args
@@ -148,17 +159,14 @@ def recomputed(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoi
     return partial(evaluate, frozen, lora)
 
 
-def truncated(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoise | None) -> LiveDenoise:
+def truncated(denoise: Denoise) -> LiveDenoise:
     """See `differentiable`: the same by a condition around the network, whose activations are kept."""
 
-    def attached(x_t, step, context):
-        return by_guidance(step, lambda make: make(frozen, lora)(x_t, step, context), denoise, unguided)
-
     def detached(*args):
-        return jax.lax.stop_gradient(attached(*args))
+        return jax.lax.stop_gradient(denoise(*args))
 
     def step_denoise(x_t, step, context, live):
-        return jax.lax.cond(live, attached, detached, x_t, step, context)
+        return jax.lax.cond(live, denoise, detached, x_t, step, context)
 
     return step_denoise
 

@@ -48,6 +48,7 @@ class Run(NamedTuple):
     frozen: Any
     plain: Steps
     explored: Steps
+    evaluations: Any  # `Sampler.count_evaluations`
     lease: Lease | None  # of the workdir; the first host's
 
 
@@ -68,8 +69,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     with parallel.on_first(lambda: workdirs.claim(workdir, config, identity, describe(experiment))) as lease:
         programs, frozen = make_programs(experiment), parallel.share(experiment.frozen)
         plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
-        scorers = make_scorers(experiment, frozen)
-        this = Run(config, workdir, experiment, programs, scorers, frozen, plain, explored, lease)
+        scorers, evaluations = make_scorers(experiment, frozen), experiment.sampler.count_evaluations()
+        this = Run(config, workdir, experiment, programs, scorers, frozen, plain, explored, evaluations, lease)
         state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
@@ -144,7 +145,7 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
     Raises:
       FloatingPointError: the loss or the gradient is not finite.
     """
-    clock, explore = time.perf_counter(), run.experiment.explores(it)
+    clock, explore, split = time.perf_counter(), run.experiment.explores(it), run.experiment.split
     steps = run.explored if explore else run.plain
     batch = run.experiment.draw_batch(it, run.programs.explore if explore else None)
     sample = run.programs.sample
@@ -154,8 +155,7 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
     state, metrics = run.programs.update(state, run.frozen, Inputs(batch, steps, key, samples))
     values: dict[str, Any] = {name: float(value) for name, value in parallel.first(metrics).items()}
     parallel.together(lambda: check_finite(it + 1, values, run.workdir))
-    values["reward_queries"] = (it + 1) * run.experiment.split.samples
-    values["unet_evaluations"] = run.experiment.split.samples * run.experiment.sampler.evaluations_of(it + 1)
+    values |= {"reward_queries": (it + 1) * split.samples, "unet_evaluations": run.evaluations(it + 1) * split.samples}
     return state, values | {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
 
 

@@ -112,7 +112,7 @@ def test_which_runs_leave_halves_out(make_config, changes, skips):
     config = make_config("ddpo", {"exploration.w_low": 1.0, "exploration.iterations": 3} | changes)
     experiment = Experiment.build(config)
     assert (experiment.policy.unguided is not None) == skips
-    count = experiment.sampler.evaluations_of
+    count = experiment.sampler.count_evaluations()
     if "sampling.guidance" in changes:
         assert [count(n) for n in (0, 1, 4)] == [0, 4, 16]
     else:

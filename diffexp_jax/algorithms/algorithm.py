@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from diffexp_jax.limits import Number
 from diffexp_jax.process import Process
-from diffexp_jax.sampling import Context, Denoise, MakeDenoise, Steps, by_guidance
+from diffexp_jax.sampling import Context, Denoise, MakeDenoise, Steps, by_guidance, by_step
 from diffexp_jax.state import TrainState
 
 AXIS = "data"  # the name of the device axis that the functions below run under
@@ -35,7 +35,7 @@ class Policy(NamedTuple):
 
     def denoiser(self, frozen: Any, lora: Any) -> Denoise:
         """The cheapest at each step, for where there is no gradient."""
-        return lambda x_t, step, context: self.at(step, lambda p: p.denoise(frozen, lora)(x_t, step, context))
+        return by_step(self.denoise, self.unguided, frozen, lora)
 
 
 class Batch(NamedTuple):

@@ -89,21 +89,7 @@ def step_gradient(
     method: PolicyGradient, lora: Any, frozen: Any, transition: Transition, context: Context, visit: Visit | None
 ) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "B"]]:
     """((loss, its gradient in `lora`), log-prob) of one step; zeros for a gradient, not made, where it only records."""
-    return method.policy.at(
-        transition.step, lambda policy: _step_gradient(method, policy, lora, frozen, transition, context, visit)
-    )
-
-
-def _step_gradient(
-    method: PolicyGradient,
-    policy: Policy,
-    lora: Any,
-    frozen: Any,
-    transition: Transition,
-    context: Context,
-    visit: Visit | None,
-) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "B"]]:
-    """See `step_gradient`; the policy is the method's, or its network without guidance."""
+    policy = method.policy
 
     def evaluate(lora):
         out = policy.denoise(frozen, lora)(transition.x_t, transition.step, context)
@@ -140,7 +126,11 @@ def minibatch_gradient(
         def one(xs):
             i, weight, old_log_prob, step = xs
             transition = Transition(kept.x_t(i), kept.x_tm1[i], weight, old_log_prob, step)
-            return step_gradient(method, lora, frozen, transition, kept.context, visit)
+
+            def gradient(policy):
+                return step_gradient(method._replace(policy=policy), lora, frozen, transition, kept.context, visit)
+
+            return method.policy.at(step, gradient)
 
         xs = jnp.arange(len(kept.x_tm1)), chunk.weight, chunk.old_log_prob, kept.steps
         return mean_over(one, xs)
