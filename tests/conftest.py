@@ -215,6 +215,7 @@ def write_tiny_settings(folder: Path, tiny_model: Path, tiny_clip: Path) -> dict
         "exploration.w_low": 0.5,
         "exploration.t_thresh": 500,
         "optim.lr": 1e-2,
+        "optim.schedule": "constant",  # a run that is made longer goes on at the same rate
         "optim.eps": 1e-4,  # Adam divides gradients by their own size: of the smallest, only rounding would be left
         "alignprop.loss_coefficient": 1.0,
         "ddpo.stats_buffer": 4,
