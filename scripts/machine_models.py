@@ -28,10 +28,8 @@ HERE = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------------------------------- stored results of float32
 
-# The largest errors of images and latents (relative to their spread), and of AlignProp's gradient (to its length). On a
-# CPU they are 0.034 and 0.12 to 0.35 in bfloat16, 0.0043 and 0.048 in float16: a half to a third of these. A gradient
-# of attention that is rounded on its way is 1 to 2 away.
-TOLERANCES = {"float32": (1e-3, 1e-3), "bfloat16": (0.1, 0.7), "float16": (0.015, 0.15)}
+# The largest errors of images and latents (relative to their spread), and of AlignProp's gradient (to its length).
+TOLERANCES = {"float32": (1e-3, 1e-3), "bfloat16": (0.1, 0.35), "float16": (0.015, 0.15)}
 ON_A_CPU = (1e-4, 1e-4)  # float32's there
 
 
@@ -66,9 +64,13 @@ SETTINGS = {
     "sampling.steps": STEPS,
     "optim.grad_clip": 1e6,  # so that Adam's first mean is the gradient
 }
+# AlignProp's gradient is that of the last two steps: by the network's weights, and by its input. Through all 8 a few
+# samples' gradients blow up on the way, and how far hangs on rounding: rounding the weights alone to bfloat16 moves it
+# by 0.04 to 3.5 of its length, from batch to batch; that of two steps by 0.02 to 0.08.
+LIVE_STEPS = 2
 METHODS = {
     "alignprop": {"prompts": "animals_unseen_with_article", "optim.lr": 1e-2, "optim.weight_decay": 0.0}
-    | {"alignprop.truncation": "fixed", "alignprop.truncation_k": STEPS},
+    | {"alignprop.truncation": "fixed", "alignprop.truncation_k": LIVE_STEPS},
     "ddpo": {"prompts": "prompt:a cat", "optim.lr": 5e-3, "optim.schedule": "constant", "optim.weight_decay": 0.0}
     | {"ddpo.clip": 0.1, "ddpo.timestep_fraction": 1.0},
 }

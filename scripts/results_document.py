@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,22 +214,37 @@ def section(results: Mapping[str, Any]) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def overview(every: Results, row_name: Callable[[Mapping[str, Any]], str]) -> str:
-    """A row for each comparison of DiffExp with plain fine-tuning over two seeds or more: one says too little."""
+def overview(every: Results, *, page: str = "", brief: bool = False) -> str:
+    """The comparisons of DiffExp with plain fine-tuning over two seeds or more: one says too little.
+
+    Args:
+      page: the document that has their sections; "": this one.
+      brief: leave out the trained reward on unseen prompts: what is held out says more there.
+    """
     rows = []
     for results in every:
         pair = [results["arms"].get(arm) for arm in ("baseline", "diffexp")]
         if results["name"].startswith("fig") and all(pair) and pair[1]["summary"]["paired"] > 1:
-            rows += overview_rows(results, pair, row_name(results))
+            given = "".join(f", `{key}={value}`" for key, value in results["overrides"].items())
+            label = f"[{results['name']}]({page}#{results['name']}){given}"
+            rows += overview_rows(results, pair, label, shown=in_brief(results) if brief else measured(results))
     header = ["experiment", "seeds", "what", "before", "without", "with DiffExp", "difference"]
     header += ["queries, evaluated", "queries, training samples"]
     return "\n".join(markdown(Table(header, rows))) or NONE_YET
 
 
-def overview_rows(results: Mapping[str, Any], pair: Sequence[Mapping[str, Any]], label: str) -> list[list[str]]:
+def in_brief(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What of `measured` a brief table has."""
+    left_out = {(prompts, results["reward"]) for prompts in results["unseen"]} if results["held_out"] else set()
+    return [pair for pair in measured(results) if pair not in left_out]
+
+
+def overview_rows(
+    results: Mapping[str, Any], pair: Sequence[Mapping[str, Any]], label: str, *, shown: Sequence[tuple[str, str]]
+) -> list[list[str]]:
     without, explored = (content["summary"] for content in pair)
     rows = []
-    for i, (prompts, what) in enumerate(measured(results)):
+    for i, (prompts, what) in enumerate(shown):
         base = results["base"].get(prompts, {}).get(what)
         finals = [side["final"].get(prompts, {}).get(what) for side in (without, explored)]
         found = explored["difference"].get(prompts, {}).get(what)
@@ -279,7 +294,7 @@ def document(text: str, every: Results, *, where: str = "the document") -> str:
             raise InputError(
                 f"{where}: has a section {name!r}, of which there are no results; known: {', '.join(known)}"
             )
-    text = between(text, markers(OVERVIEW), overview(every, lambda x: f"[{x['name']}](#{x['name']})"), where)
+    text = between(text, markers(OVERVIEW), overview(every), where)
     for results in every:
         pair = markers(results["name"])
         if pair[0] not in text:
@@ -290,4 +305,4 @@ def document(text: str, every: Results, *, where: str = "the document") -> str:
 
 def readme(text: str, every: Results, *, where: str = "README.md") -> str:
     """The README with its table of results over seeds written anew."""
-    return between(text, README, overview(every, lambda x: f"[{x['name']}](docs/results.md#{x['name']})"), where)
+    return between(text, README, overview(every, page="docs/results.md", brief=True), where)

@@ -270,6 +270,9 @@ def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, s
     assert text.startswith("# R\n\n<!-- results: all -->\n| experiment |") and "\n\nprose\n\n## fig4_mine\n\n" in text
     assert readme.read_text().startswith("first\n") and readme.read_text().endswith("\nlast\n")
     assert f"| [fig4_mine](docs/results.md#fig4_mine) | {row}" in readme.read_text()
+    whats = ["pickscore, train", "emoji_judge, train", "pickscore, unseen", "emoji_judge, unseen"]
+    assert [what for what in whats if f" | {what} | " in text] == whats
+    assert [what for what in whats if f" | {what} | " in readme.read_text()] == [*whats[:2], whats[3]]
     # prose that is added stays; writing again changes nothing
     document.write_text(text.replace("## fig4_mine\n", "## fig4_mine\n\nWhat this says.\n"))
     edited = document.read_text()
