@@ -280,6 +280,7 @@ def test_networks_beside_plain_python_are_reported_in_float32(make_config, tiny_
     np.testing.assert_allclose(parts["bright_and_long"], [0.01 * len(text) for text in texts], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_ddpo_learns_the_opposite_from_the_opposite_reward(make_config):
     """JPEG's two rewards: each sample's advantage changes its sign, so the gradient and Adam's first step do too."""
     changes = []
