@@ -61,10 +61,14 @@ def markdown(table: Table) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def measured(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(prompt set, reward) of what is reported: trained prompts first, the trained reward before the held-out one."""
+def measured(results: Mapping[str, Any], *, brief: bool = False) -> list[tuple[str, str]]:
+    """(prompt set, reward) of what is reported: trained prompts first, the trained reward before the held-out one.
+
+    In brief unseen prompts have the held-out one alone: it says more there.
+    """
     rewards = [name for name in (results["reward"], results["held_out"]) if name]
-    return [(prompts, name) for prompts in (results["prompts"], *results["unseen"]) for name in rewards]
+    unseen = [(prompts, name) for prompts in results["unseen"] for name in (rewards[-1:] if brief else rewards)]
+    return [(results["prompts"], name) for name in rewards] + unseen
 
 
 def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], header: Sequence[str]) -> Table:
@@ -219,7 +223,7 @@ def overview(every: Results, *, page: str = "", brief: bool = False) -> str:
 
     Args:
       page: the document that has their sections; "": this one.
-      brief: leave out the trained reward on unseen prompts: what is held out says more there.
+      brief: see `measured`.
     """
     rows = []
     for results in every:
@@ -227,24 +231,18 @@ def overview(every: Results, *, page: str = "", brief: bool = False) -> str:
         if results["name"].startswith("fig") and all(pair) and pair[1]["summary"]["paired"] > 1:
             given = "".join(f", `{key}={value}`" for key, value in results["overrides"].items())
             label = f"[{results['name']}]({page}#{results['name']}){given}"
-            rows += overview_rows(results, pair, label, shown=in_brief(results) if brief else measured(results))
+            rows += overview_rows(results, pair, label, brief=brief)
     header = ["experiment", "seeds", "what", "before", "without", "with DiffExp", "difference"]
     header += ["queries, evaluated", "queries, training samples"]
     return "\n".join(markdown(Table(header, rows))) or NONE_YET
 
 
-def in_brief(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What of `measured` a brief table has."""
-    left_out = {(prompts, results["reward"]) for prompts in results["unseen"]} if results["held_out"] else set()
-    return [pair for pair in measured(results) if pair not in left_out]
-
-
 def overview_rows(
-    results: Mapping[str, Any], pair: Sequence[Mapping[str, Any]], label: str, *, shown: Sequence[tuple[str, str]]
+    results: Mapping[str, Any], pair: Sequence[Mapping[str, Any]], label: str, *, brief: bool
 ) -> list[list[str]]:
     without, explored = (content["summary"] for content in pair)
     rows = []
-    for i, (prompts, what) in enumerate(shown):
+    for i, (prompts, what) in enumerate(measured(results, brief=brief)):
         base = results["base"].get(prompts, {}).get(what)
         finals = [side["final"].get(prompts, {}).get(what) for side in (without, explored)]
         found = explored["difference"].get(prompts, {}).get(what)
