@@ -12,6 +12,7 @@ of paper.py.
 | fig1, fig4_ALGORITHM_REWARD, fig8, fig10b | DiffExp |
 | fig9a_REWARD | one part of exploration, or both |
 | fig9b_REWARD | thresholds of Eq. 7 |
+| thresholds_ddpo_REWARD | the same for DDPO |
 | controls_fig1 | DiffExp, each of its parts, and the schedule's mean as a constant guidance |
 | controls_ALGORITHM_REWARD | DiffExp, and what could explain its gain away; its schedule on the baseline's model |
 | unknowns_ALGORITHM_REWARD | DiffExp, and other values of what the paper does not give, one changed at a time |
@@ -134,6 +135,14 @@ SWEEPS = {
             {"none": (f"paper.py:fig9a_{reward}_none", {})}
             | {name: (f"paper.py:fig9b_{reward}_{name}", {}) for name in THRESHOLDS},
             "none",
+        )
+        for reward in REWARDS
+    },
+    **{
+        f"thresholds_ddpo_{reward}": _experiment(
+            f"DDPO on {reward}: the threshold of the guidance schedule",
+            {"baseline": (f"paper.py:fig4_ddpo_{reward},explore=false", {})}
+            | _changed(f"fig4_ddpo_{reward}", THRESHOLDS),
         )
         for reward in REWARDS
     },

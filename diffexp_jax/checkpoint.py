@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from diffexp_jax import InputError, orbax_errors, parallel
+from diffexp_jax.lease import LOCK
 
 NEWEST, BEST = "newest", "best"  # which checkpoint, besides the number of an iteration
 # Every host has the whole state, so one is enough to write it, and to read it for all (`parallel.from_first`): the
@@ -43,6 +44,7 @@ class Checkpoints:
         self._is_first = parallel.is_first()
         if not self._is_first:
             return
+        self._is_claimed = (self._folder.parent / LOCK).exists()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._scores = _scores(self._folder)
         self._held: dict[str, Any] | None = None
@@ -90,7 +92,7 @@ class Checkpoints:
             self.wait()
             if iteration <= max(self._manager.all_steps(), default=-1):
                 return
-            if not self._folder.is_dir():  # orbax would make it anew
+            if not self._folder.is_dir() or self._is_gone():  # orbax would make it anew
                 raise OSError(f"{self._folder}: is gone; nothing was saved of iteration {iteration}")
             state = jax.tree.map(np.array, state)
             if score is not None:
@@ -129,20 +131,29 @@ class Checkpoints:
         with self._lock:
             try:
                 self._manager.wait_until_finished()
+                if self._writing is not None and self._is_gone():
+                    shutil.rmtree(self._folder / str(self._writing), ignore_errors=True)
+                    raise OSError("the workdir is gone")
+                self._writing = None
             except Exception as error:
                 self._failed(error)
 
+    def _is_gone(self) -> bool:
+        """Whether the run's workdir was removed or renamed: its lock went with it. (orbax may have made another.)"""
+        return self._is_claimed and not (self._folder.parent / LOCK).exists()
+
     def _failed(self, error: Exception) -> None:
         """orbax and tensorstore raise many types for one full disk: here they are one."""
-        self._scores.pop(self._writing, None)
-        for partial in self._folder.glob(f"{self._writing}.orbax-checkpoint-tmp*"):
+        iteration, self._writing = self._writing, None
+        self._scores.pop(iteration, None)
+        for partial in self._folder.glob(f"{iteration}.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
         for folder in (self._folder, self._folder.parent):  # tensorstore makes folders that are gone anew
             with contextlib.suppress(OSError):
                 folder.rmdir()
         reason = orbax_errors.reason(error)
         raise OSError(
-            f"{self._folder}: the checkpoint of iteration {self._writing} could not be written ({reason}); the older "
+            f"{self._folder}: the checkpoint of iteration {iteration} could not be written ({reason}); the older "
             "ones are untouched"
         ) from None
 

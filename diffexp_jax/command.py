@@ -88,7 +88,8 @@ def no_lost_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = usual
+        if sys.unraisablehook is hook:  # what was put before it since then is to stay (`orbax_errors.quiet`)
+            sys.unraisablehook = usual
 
 
 def quiet_interrupt() -> None:

@@ -44,8 +44,13 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
     config.unlock()
     config[config.algorithm] = method_settings(config)
     path = workdir / "config.json"
-    if not (path.exists() and any((workdir / "checkpoints").glob("[0-9]*"))):  # nothing of a run is there to lose
+    if not any((workdir / "checkpoints").glob("[0-9]*")):  # nothing of a run is there to lose
         return Plan(_complete(config, config, config.model.dtype), [])
+    if not path.exists():
+        raise InputError(
+            f"workdir {workdir}: has checkpoints and no config.json, so of which run is not known; move them away, or "
+            "take another --workdir"
+        )
     with lease.hold(workdir, create=False):
         old, new_keys = read_config(path)
     identified = _IDENTIFIED if (workdir / "identity.json").is_file() else {}

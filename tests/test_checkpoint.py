@@ -10,7 +10,7 @@ import optax
 import pytest
 from test_command_line import run_program
 
-from diffexp_jax import InputError, checkpoint, parallel
+from diffexp_jax import InputError, checkpoint, lease, orbax_errors, parallel
 from diffexp_jax.checkpoint import Checkpoints
 from diffexp_jax.state import TrainState
 
@@ -176,6 +176,59 @@ def main():
 
 command.guarded(main)
 """
+
+
+def test_a_workdir_that_is_renamed_during_a_write_is_not_made_anew(tmp_path, monkeypatch):
+    """orbax makes the folders that it misses; the next run of that name would go on with what it wrote there."""
+    workdir, usual = tmp_path / "run", orbax_errors.in_daemon_threads
+
+    def late(work):
+        workdir.rename(tmp_path / "moved")
+        return usual(work)
+
+    workdir.mkdir()
+    with lease.hold(workdir), Checkpoints(workdir, keep=3) as checkpoints:
+        checkpoints.save(1, state(1))
+        checkpoints.wait()
+        monkeypatch.setattr(orbax_errors, "in_daemon_threads", late)
+        checkpoints.save(2, state(2))
+        with pytest.raises(
+            OSError, match=r"the checkpoint of iteration 2 could not be written \(the workdir is gone\)"
+        ):
+            checkpoints.wait()
+        with pytest.raises(OSError, match="is gone; nothing was saved of iteration 3"):
+            checkpoints.save(3, state(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    assert checkpoint.read_lora(tmp_path / "moved")[0] == 1
+
+
+LATE = """
+import asyncio, threading
+from diffexp_jax import command, orbax_errors
+
+loop = asyncio.new_event_loop()
+
+class Reporter:
+    def __del__(self):
+        loop.call_soon_threadsafe(print)
+
+def main():
+    orbax_errors.quiet()
+    loop.close()
+    raise OSError("no space left")
+
+late = Reporter()
+try:
+    command.guarded(main)
+finally:
+    del late
+"""
+
+
+def test_what_tensorstore_says_after_the_end_is_not_shown(tmp_path):
+    """Its threads report to a loop that is closed by then, also once `guarded` has said the error."""
+    done = run_program("-c", LATE, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: no space left\n")
 
 
 def test_a_write_that_fails_is_said_at_the_next_iteration(tmp_path):

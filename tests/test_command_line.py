@@ -401,6 +401,13 @@ def test_a_workdir_whose_config_is_broken(fails, make_config, workdir):
     assert "config.json: not readable as json" in said
 
 
+def test_checkpoints_without_a_config(fails, make_config, workdir):
+    """A run of other settings would go on with them."""
+    (workdir / "config.json").unlink()
+    said = fails(2, command.guarded, train.run, make_config("alignprop"), workdir)
+    assert "has checkpoints and no config.json, so of which run is not known; move them away" in said
+
+
 def test_a_workdir_without_a_checkpoint_is_free(make_config, workdir):
     """A run that failed before its first checkpoint leaves nothing that could be lost."""
     shutil.rmtree(workdir / "checkpoints")
