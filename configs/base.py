@@ -107,6 +107,9 @@ def default() -> ml_collections.ConfigDict:
     c.alignprop = a = ml_collections.ConfigDict()
     a.truncation = "uniform"  # how many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all
     a.truncation_k = 1  # for "fixed": that many
+    # False: a step's gradient goes through the linear part of the later steps alone, not through their networks, as in
+    # DRTune (Wu et al. 2024). Through ten or more networks a few samples' gradients blow up (docs/results.md).
+    a.input_gradient = True  # as published
     a.loss_coefficient = 0.01  # factor of the loss
     # What rewards are pulled to: the loss is mean |target - r| for a number, mean(-r) for "none"; "auto" is 10 for the
     # aesthetic reward alone, as published, else "none".

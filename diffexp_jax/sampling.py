@@ -113,7 +113,13 @@ LiveDenoise = Callable[[Float[Array, "B h w c"], Steps, Context, Bool[Array, ""]
 
 
 def differentiable(
-    denoise: MakeDenoise, frozen: Any, lora: Any, *, remat: bool, unguided: MakeDenoise | None = None
+    denoise: MakeDenoise,
+    frozen: Any,
+    lora: Any,
+    *,
+    remat: bool,
+    unguided: MakeDenoise | None = None,
+    input_gradient: bool = True,
 ) -> LiveDenoise:
     """The network for a chain whose gradient in `lora` is wanted, for `rollout` with live steps.
 
@@ -123,10 +129,24 @@ def differentiable(
       remat: the backward pass of a live step computes its activations again, so that one latent per step is all that
         a chain keeps; False keeps every activation of every step.
       unguided: see `by_guidance`.
+      input_gradient: False: the network's output has no gradient in its input x_t, as in DRTune (Wu et al. 2024). A
+        step's gradient then reaches the reward by the steps' linear part alone, not through the later steps' networks.
     """
+    if not input_gradient:
+        denoise, unguided = input_detached(denoise), unguided and input_detached(unguided)
     if remat:
         return recomputed(denoise, frozen, lora, unguided)
     return truncated(by_step(denoise, unguided, frozen, lora))
+
+
+def input_detached(make: MakeDenoise) -> MakeDenoise:
+    """The same network, without a gradient in x_t."""
+
+    def detached(frozen, lora):
+        denoise = make(frozen, lora)
+        return lambda x_t, step, context: denoise(jax.lax.stop_gradient(x_t), step, context)
+
+    return detached
 
 
 def recomputed(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoise | None) -> LiveDenoise:

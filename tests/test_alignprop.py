@@ -71,7 +71,7 @@ def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 class Tiny:
     """The tiny pipeline with a weighted mean of the pixels as its reward, and its one compiled program."""
 
-    def __init__(self, config):
+    def __init__(self, config, input_gradient=True):
         self.config, self.experiment, self.traced = config, Experiment.build(config), 0
         self.model, self.n = self.experiment.sampler.pipeline, config.batch.samples
         self.policy = policy_of(self.model, self.score)
@@ -83,6 +83,7 @@ class Tiny:
             reward_target=None,
             truncation="uniform",
             truncation_k=1,
+            input_gradient=input_gradient,
         )
         self.update = parallel.pmap(self.algorithm.update)
         self.model_arrays = parallel.replicate(self.experiment.frozen)["model"]
@@ -110,8 +111,13 @@ class Tiny:
 
 
 @pytest.fixture(scope="module")
-def tiny(make_config):
-    return Tiny(make_config("alignprop", {"eval.every": 0, "batch.samples": 4, "batch.samples_per_forward": 2}))
+def four_samples(make_config):
+    return make_config("alignprop", {"eval.every": 0, "batch.samples": 4, "batch.samples_per_forward": 2})
+
+
+@pytest.fixture(scope="module")
+def tiny(four_samples):
+    return Tiny(four_samples)
 
 
 class Reference:
@@ -127,15 +133,18 @@ class Reference:
         for name, parameter in [*self.pipe.unet.named_parameters(), *self.pipe.vae.named_parameters()]:
             parameter.requires_grad_("lora_" in name)
 
-    def run(self, x_T, cond, uncond, weights, *, w, n_live):
-        """(rewards [B], {name: gradient}, images); network outputs are detached before the last n_live steps."""
+    def run(self, x_T, cond, uncond, weights, *, w, n_live, input_gradient=True):
+        """(rewards [B], {name: gradient}, images); network outputs are detached before the last n_live steps, inputs
+        where they are to have no gradient.
+        """
         torch, unet, vae, scheduler = self.torch, self.pipe.unet, self.pipe.vae, self.pipe.scheduler
         scheduler.set_timesteps(N_STEPS)
         x = torch.tensor(np.asarray(x_T).transpose(0, 3, 1, 2))
         context = torch.tensor(np.concatenate([cond, uncond]))
         unet.zero_grad()
         for i, t in enumerate(scheduler.timesteps):
-            eps, eps_null = unet(torch.cat([x, x]), t, context).sample.chunk(2)
+            x_in = x if input_gradient else x.detach()
+            eps, eps_null = unet(torch.cat([x_in, x_in]), t, context).sample.chunk(2)
             eps = w * eps + (1 - w) * eps_null
             if i < N_STEPS - n_live:
                 eps = eps.detach()
@@ -194,6 +203,22 @@ def test_gradient_is_torchs(tiny, reference, n_live, w):
         _, whole, _ = reference.run(x_T, cond, uncond, tiny.weights, w=w, n_live=N_STEPS)
         whole = {name.removesuffix(".default_0.weight"): value for name, value in whole.items()}
         assert relative_error(ours, whole) > 0.02
+
+
+def test_gradient_without_the_inputs_is_torchs(four_samples, tiny, reference):
+    """DRTune's stop-gradient: the same images and reward, another gradient."""
+    detached = Tiny(four_samples, input_gradient=False)
+    batch, steps = tiny.experiment.draw_batch(0, None), tiny.steps(5.0)
+    state, metrics = detached.step(detached.state, batch, steps, N_STEPS, tiny.weights)
+    ours = as_torch_names(parallel.first(state.opt_state)[1])
+    cond, uncond, keys = (x[0] for x in (batch.context.cond.embedding, batch.context.uncond.embedding, batch.key))
+    chain = (initial_latents(keys, tiny.model.latent_shape), cond, uncond, tiny.weights)
+    rewards, theirs, _ = reference.run(*chain, w=5.0, n_live=N_STEPS, input_gradient=False)
+    _, whole, _ = reference.run(*chain, w=5.0, n_live=N_STEPS)
+    theirs, whole = ({k.removesuffix(".default_0.weight"): x for k, x in g.items()} for g in (theirs, whole))
+    assert float(metrics["reward/mean"][0]) == pytest.approx(rewards.mean(), abs=1e-4)
+    assert relative_error(ours, theirs) <= 1e-3
+    assert relative_error(ours, whole) > 0.02
 
 
 def test_one_program_serves_every_truncation(tiny, compiles):

@@ -198,19 +198,15 @@ def network(theta):
 THETA = jnp.array([0.8, 0.5, -0.3])
 
 
-def loss(theta, x_T, live, denoise=network, eta=0.0, remat=True):
-    """What AlignProp differentiates."""
-    steps = make_steps(N, eta)
-    chosen = (
-        denoise(theta)
-        if live is None
-        else differentiable(lambda frozen, theta: denoise(theta), None, theta, remat=remat)
-    )
+def loss(theta, x_T, live, denoise=network, eta=0.0, **options):
+    """What AlignProp differentiates; see `differentiable` for the options."""
+    steps, options = make_steps(N, eta), {"remat": True} | options
+    chosen = denoise(theta) if live is None else differentiable(lambda _, theta: denoise(theta), None, theta, **options)
     x_0, _ = sampling.rollout(PROCESS, chosen, x_T, context(3), steps, KEYS, live=live)
     return jnp.sum(jnp.square(x_0 - 1.0))
 
 
-GRAD = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnames=("eta", "remat"))
+GRAD = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnames=("eta", "remat", "input_gradient"))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -221,13 +217,13 @@ def test_all_live_is_the_plain_gradient(eta):
     assert_same(ours, plain)
 
 
-@jax.jit
-def where_grad(theta, x_T, live):
+@partial(jax.jit, static_argnames="detached")
+def where_grad(theta, x_T, live, detached=False):
     """The reference: stop_gradient by a `where`, the mask handed over in the guidance column."""
 
     def loss(theta, x_T):
         def denoise(x_t, step, context):
-            out = network(theta)(x_t, step, context)
+            out = network(theta)(jax.lax.stop_gradient(x_t) if detached else x_t, step, context)
             return jnp.where(step.w_t > 0, out, jax.lax.stop_gradient(out))
 
         x_0, _ = sampling.rollout(PROCESS, denoise, x_T, context(3), make_steps(N, w=live.astype(jnp.float32)), KEYS)
@@ -250,6 +246,16 @@ def test_truncated_gradient_is_stop_gradient(mask):
     assert_same(ours, theirs)
     assert_same(GRAD(THETA, x_T, live, remat=False), theirs)
     assert np.all(np.asarray(ours[1][0]) != 0) == any(mask)
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_without_input_gradient_the_linear_recursion_alone_joins_the_steps(remat):
+    """d x_0 / d theta sums each step's own, times the coefficients of the steps after it; d x_0 / d x_T is theirs."""
+    x_T, live = normal(0, 3, *SHAPE), jnp.array([1, 0, 1, 1, 0, 1], bool)
+    value, (d_theta, d_x) = GRAD(THETA, x_T, live, remat=remat, input_gradient=False)
+    assert_same((value, (d_theta, d_x)), where_grad(THETA, x_T, live, detached=True))
+    assert_same(d_x, GRAD(THETA, x_T, jnp.zeros(N, bool))[1][1])
+    assert np.abs(d_theta / GRAD(THETA, x_T, live)[1][0] - 1).max() > 0.05
 
 
 def test_no_live_step_leaves_the_linear_recursion_only():

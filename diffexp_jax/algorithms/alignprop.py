@@ -45,6 +45,7 @@ def alignprop(
     reward_target: float | None,
     truncation: str,
     truncation_k: int,
+    input_gradient: bool = True,
     remat: bool = True,
 ) -> Algorithm:
     """Makes the algorithm.
@@ -53,11 +54,12 @@ def alignprop(
       n_chunks: forward passes that a device's samples are split into; their gradients are averaged.
       loss_coefficient: the loss is this times mean |reward_target - r|, or times mean(-r) without a target.
       truncation: "uniform", "per_step" or "fixed" (then the last `truncation_k` steps), see `live_steps`.
-      remat: see `sampling.differentiable`.
+      input_gradient, remat: see `sampling.differentiable`.
     """
+    chain = partial(differentiable, remat=remat, unguided=policy.unguided, input_gradient=input_gradient)
 
     def loss(lora, frozen, chunk, steps, live):
-        denoise = differentiable(policy.denoise, frozen, lora, remat=remat, unguided=policy.unguided)
+        denoise = chain(policy.denoise, frozen, lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
@@ -105,7 +107,13 @@ def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
 METHOD = Method(
     name="alignprop",
     needs=Needs(reward_gradient=True),
-    defaults={"truncation": "uniform", "truncation_k": 1, "loss_coefficient": 0.01, "reward_target": "auto"},
+    defaults={
+        "truncation": "uniform",
+        "truncation_k": 1,
+        "input_gradient": True,
+        "loss_coefficient": 0.01,
+        "reward_target": "auto",
+    },
     numbers={"truncation_k": whole(1, 1000), "loss_coefficient": positive()},
     check=check,
     make=make,
