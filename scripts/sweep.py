@@ -145,7 +145,8 @@ def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], pl
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
     waiting, free, active, failed = list(left), list(places), [], []
-    done = {run.workdir: iterations_done(run) for run in runs}
+    unfinished = {run.workdir for run, _ in left}
+    done = {run.workdir: done_of(run, run.workdir in unfinished) for run in runs}
     total = sum(run.iterations for run in runs)
     with tqdm(total=total, initial=sum(done.values()), unit="it", desc="sweep", smoothing=0.0) as bar:
         while (waiting or active) and not received:
@@ -153,7 +154,7 @@ def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], pl
                 active.append(start(*waiting.pop(0), free.pop(0)))
             time.sleep(POLL)
             for item in active:
-                done[item.run.workdir] = iterations_done(item.run)
+                done[item.run.workdir] = done_of(item.run, True)
             bar.update(sum(done.values()) - bar.n)
             before, active = active, []
             for item in before:
@@ -173,7 +174,10 @@ def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], pl
         sys.exit(1)
 
 
-def iterations_done(run: Run) -> int:
+def done_of(run: Run, unfinished: bool) -> int:
+    """An unfinished run without checkpoints begins anew, whatever numbers of it were kept."""
+    if unfinished and not (run.workdir / "checkpoints").exists():
+        return 0
     rows = read_metrics(run.workdir)
     return min(rows[-1]["iteration"], run.iterations) if rows else 0
 

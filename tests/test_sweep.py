@@ -306,6 +306,17 @@ def test_what_is_done_is_skipped(command_line, scripts, planned):
     assert len(again) == 3 and not any(line.split()[1] == "-m" and "explore=false" in line for line in controls)
 
 
+def test_progress_counts_what_need_not_be_trained_again(scripts, planned, tmp_path, monkeypatch):
+    """Of a run only numbers were kept: they are enough, or it is trained anew."""
+    monkeypatch.chdir(tmp_path)
+    run = planned("fig1", seeds=1)[0][0]
+    assert [scripts.sweep.done_of(run, unfinished) for unfinished in (False, True)] == [0, 0]
+    finish(run, scripts.plan, iterations=30)
+    assert [scripts.sweep.done_of(run, unfinished) for unfinished in (False, True)] == [30, 0]
+    (run.workdir / "checkpoints").mkdir()
+    assert scripts.sweep.done_of(run, True) == 30
+
+
 # -------------------------------------------------------------------------------------------------------------- running
 
 
