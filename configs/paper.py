@@ -27,10 +27,11 @@ pixels.
 
 `,model=` takes any of models.py's names. With emoji or emoji_hard an experiment becomes its miniature: that model with
 its settings, on prompts that it knows, with its rewards in the place of the published ones (ImageReward's: the judge).
+AlignProp is the published one there too, which alignprop.py's miniature is not (`alignprop.input_gradient`).
 
 Memory by `--dry_run` in float32 on a CPU (its numbers, not a GPU's; bfloat16 halves the weights), GiB a device:
-fig4_ddpo_aesthetic sampling 5.93, update 12.42; fig4_alignprop_aesthetic 21.19; fig4_ddpo_pickscore,model=sdxl sampling
-19.22, update 19.21; fig10b 38.46. The others were not measured.
+fig4_ddpo_aesthetic sampling 5.54, update 10.19; fig4_alignprop_aesthetic 11.51; fig4_ddpo_pickscore,model=sdxl sampling
+17.71, update 17.88; fig10b 32.43. The others were not measured.
 
 Weights, DrawBench and PartiPrompts cannot be shipped. They are looked for, the prompts in their published files, in
 `weights/` and `prompts/` of the current folder; other places by `--config.model.path=`,
@@ -112,6 +113,7 @@ def get_config(argument: str | None = None):
     reward, prompts, unseen = (MINIATURE if model in MINIATURES else PUBLISHED)[task]
     module = {"ddpo": ddpo, "alignprop": alignprop}[algorithm]
     config = module.get_config(f"{options},reward={reward},prompts={prompts}")
+    config.alignprop.input_gradient = True  # the paper's AlignProp, in the miniature too
     config.eval.prompts = (prompts, *unseen)
     if model in MINIATURES:
         config.update_from_flattened_dict(_MINIATURE_SETTINGS.get((algorithm, task), {}))

@@ -97,7 +97,7 @@ def test_the_first_hour(tmp_path):
     assert {"report.html", "curves.png", "metrics.jsonl", "images", "checkpoints"} <= {x.name for x in run.iterdir()}
     evaluation = json.loads((run / "eval.json").read_text())["animal_activities"]
     base, tuned = (evaluation[name]["emoji_judge"]["mean"] for name in ("base", "tuned"))
-    assert tuned > base + 0.2, (base, tuned)  # some machines come to 54 %, others to 97: chance is large
+    assert tuned > base + 0.5, (base, tuned)  # 27 and 93 to 96 %
     with open(folder / "samples" / "dog.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12 and {row["prompt"] for row in rows} == {"a dog riding a bike"}

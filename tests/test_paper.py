@@ -68,6 +68,7 @@ def test_the_miniatures_numbers(name):
     usual.eval.prompts = config.eval.prompts
     if name == "fig1":
         usual.ddpo.stats_buffer = usual.eval.samples_per_prompt = 64
+    usual.alignprop.input_gradient = True  # as published
     if (config.algorithm, config.reward) == ("alignprop", "emoji_aesthetic"):  # which a larger rate over-optimises
         usual.optim.lr, usual.iterations = 2.5e-3, 36
     assert usual.to_dict() == config.to_dict()
