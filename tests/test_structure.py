@@ -60,7 +60,7 @@ BELOW = {
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "InputError"},
     "workdir": {"settings", "sampler", "exploration", "command", "lease", "formats.files", "InputError"},
-    "checkpoint": {"orbax_errors", "parallel", "InputError"},
+    "checkpoint": {"orbax_errors", "parallel", "lease", "InputError"},
     "orbax_errors": set(),
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}
     | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "about", "report", "command"}
