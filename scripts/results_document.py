@@ -61,14 +61,10 @@ def markdown(table: Table) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def measured(results: Mapping[str, Any], *, brief: bool = False) -> list[tuple[str, str]]:
-    """(prompt set, reward) of what is reported: trained prompts first, the trained reward before the held-out one.
-
-    In brief unseen prompts have the held-out one alone: it says more there.
-    """
+def measured(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(prompt set, reward) of what is reported: trained prompts first, the trained reward before the held-out one."""
     rewards = [name for name in (results["reward"], results["held_out"]) if name]
-    unseen = [(prompts, name) for prompts in results["unseen"] for name in (rewards[-1:] if brief else rewards)]
-    return [(results["prompts"], name) for name in rewards] + unseen
+    return [(prompts, name) for prompts in (results["prompts"], *results["unseen"]) for name in rewards]
 
 
 def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], header: Sequence[str]) -> Table:
@@ -218,40 +214,73 @@ def section(results: Mapping[str, Any]) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def overview(every: Results, *, page: str = "", brief: bool = False) -> str:
-    """The comparisons of DiffExp with plain fine-tuning over two seeds or more: one says too little.
+_COMPARED = ["before", "without", "with DiffExp", "difference"]
+_QUERIES = ["queries, evaluated", "queries, training samples"]
 
-    Args:
-      page: the document that has their sections; "": this one.
-      brief: see `measured`.
-    """
+
+def overview(every: Results) -> str:
+    """The comparisons of DiffExp with plain fine-tuning, all that is measured of each."""
     rows = []
-    for results in every:
-        pair = [results["arms"].get(arm) for arm in ("baseline", "diffexp")]
-        if results["name"].startswith("fig") and all(pair) and pair[1]["summary"]["paired"] > 1:
-            given = "".join(f", `{key}={value}`" for key, value in results["overrides"].items())
-            label = f"[{results['name']}]({page}#{results['name']}){given}"
-            rows += overview_rows(results, pair, label, brief=brief)
-    header = ["experiment", "seeds", "what", "before", "without", "with DiffExp", "difference"]
-    header += ["queries, evaluated", "queries, training samples"]
+    for results in comparisons(every):
+        for i, (prompts, what) in enumerate(measured(results)):
+            first, queries = ["", ""], ["", ""]
+            if i == 0:
+                first, queries = label(results, results["name"]), queries_cells(results)
+            rows.append([*first, f"{what}, {prompts}", *compared_cells(results, prompts, what), *queries])
+    return "\n".join(markdown(Table(["experiment", "seeds", "what", *_COMPARED, *_QUERIES], rows))) or NONE_YET
+
+
+def brief_overview(every: Results, page: str) -> str:
+    """The same with a row each, of the reward that says most; `page` is the document that has their sections."""
+    rows = []
+    for results in comparisons(every):
+        what = telling_reward(results)
+        unseen = [compared_cells(results, prompts, what)[-1] for prompts in results["unseen"][:1]] or ["-"]
+        cells = [*compared_cells(results, results["prompts"], what), *unseen, *queries_cells(results)]
+        rows.append([*label(results, results["experiment"], page), what, *cells])
+    header = ["experiment", "seeds", "what", *_COMPARED, "difference, unseen prompts", *_QUERIES]
     return "\n".join(markdown(Table(header, rows))) or NONE_YET
 
 
-def overview_rows(
-    results: Mapping[str, Any], pair: Sequence[Mapping[str, Any]], label: str, *, brief: bool
-) -> list[list[str]]:
-    without, explored = (content["summary"] for content in pair)
-    rows = []
-    for i, (prompts, what) in enumerate(measured(results, brief=brief)):
-        base = results["base"].get(prompts, {}).get(what)
-        finals = [side["final"].get(prompts, {}).get(what) for side in (without, explored)]
-        found = explored["difference"].get(prompts, {}).get(what)
-        cells = [cell(base if base is None else [base, None, None], what), *(cell(x, what) for x in finals)]
-        first = [label, str(explored["paired"])] if i == 0 else ["", ""]
-        ratios = [explored[key] if i == 0 else {} for key in ("ratio", "training_ratio")]
-        queries = [ratio_cell(ratio["final"]["reward_queries"]) if ratio else "" for ratio in ratios]
-        rows.append([*first, f"{what}, {prompts}", *cells, cell(found, what, signed=True), *queries])
-    return rows
+def comparisons(every: Results) -> Results:
+    """Those of DiffExp with plain fine-tuning over two seeds or more: one says too little."""
+    return [
+        results
+        for results in every
+        if results["name"].startswith("fig")
+        and results["arms"].keys() >= {"baseline", "diffexp"}
+        and results["arms"]["diffexp"]["summary"]["paired"] > 1
+    ]
+
+
+def label(results: Mapping[str, Any], words: str, page: str = "") -> list[str]:
+    """Words that lead to its section, what its command sets, and how many seeds it has."""
+    given = "".join(f", `{key}={value}`" for key, value in results["overrides"].items())
+    seeds = results["arms"]["diffexp"]["summary"]["paired"]
+    return [f"[{words}]({page}#{results['name']}){given}", str(seeds)]
+
+
+def compared_cells(results: Mapping[str, Any], prompts: str, what: str) -> list[str]:
+    """Of one reward on one prompt set: the model before, the final ones of both arms, and their difference."""
+    without, explored = (results["arms"][arm]["summary"] for arm in ("baseline", "diffexp"))
+    base = results["base"].get(prompts, {}).get(what)
+    finals = [cell(side["final"].get(prompts, {}).get(what), what) for side in (without, explored)]
+    difference = cell(explored["difference"].get(prompts, {}).get(what), what, signed=True)
+    return [cell(base if base is None else [base, None, None], what), *finals, difference]
+
+
+def queries_cells(results: Mapping[str, Any]) -> list[str]:
+    """To the baseline's final reward: as evaluated, and on the training samples."""
+    ratios = [results["arms"]["diffexp"]["summary"][key] for key in ("ratio", "training_ratio")]
+    return [ratio_cell(ratio["final"]["reward_queries"]) if ratio else "" for ratio in ratios]
+
+
+def telling_reward(results: Mapping[str, Any]) -> str:
+    """A share of successes, unless the base model has them all; else the reward that is trained on."""
+    for what in filter(None, (results["reward"], results["held_out"])):
+        if what in _PERCENT and results["base"].get(results["prompts"], {}).get(what, 0.0) < 1.0:
+            return what
+    return results["reward"]
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
@@ -303,4 +332,4 @@ def document(text: str, every: Results, *, where: str = "the document") -> str:
 
 def readme(text: str, every: Results, *, where: str = "README.md") -> str:
     """The README with its table of results over seeds written anew."""
-    return between(text, README, overview(every, page="docs/results.md", brief=True), where)
+    return between(text, README, brief_overview(every, "docs/results.md"), where)

@@ -269,10 +269,13 @@ def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, s
     assert f"| [fig4_mine](#fig4_mine) | {row}at least 0.75 [0.50, 1.00] (1 of 2) |" in text
     assert text.startswith("# R\n\n<!-- results: all -->\n| experiment |") and "\n\nprose\n\n## fig4_mine\n\n" in text
     assert readme.read_text().startswith("first\n") and readme.read_text().endswith("\nlast\n")
-    assert f"| [fig4_mine](docs/results.md#fig4_mine) | {row}" in readme.read_text()
+    brief = readme.read_text().splitlines()[-3]
+    judged = "2 | emoji_judge | 16.7 % | 33.3 [33.3, 33.3] % | 66.7 [66.7, 66.7] % | +33.3 [+33.3, +33.3] % | "
+    assert brief.startswith(f"| [fig4_mine](docs/results.md#fig4_mine) | {judged}+33.3 [+33.3, +33.3] % | at least ")
+    always = {"reward": "aesthetic", "held_out": "emoji_judge", "prompts": "p", "base": {"p": {"emoji_judge": 1.0}}}
+    assert scripts.document.telling_reward(always) == "aesthetic"  # there is nothing to gain in the judge's
     whats = ["pickscore, train", "emoji_judge, train", "pickscore, unseen", "emoji_judge, unseen"]
     assert [what for what in whats if f" | {what} | " in text] == whats
-    assert [what for what in whats if f" | {what} | " in readme.read_text()] == [*whats[:2], whats[3]]
     # prose that is added stays; writing again changes nothing
     document.write_text(text.replace("## fig4_mine\n", "## fig4_mine\n\nWhat this says.\n"))
     edited = document.read_text()
