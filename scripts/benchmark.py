@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_work import CASES, HERE, PUBLISHED, SCORING, SIZES, matrix_peak
-from results_document import between
+from document_parts import between
 from tqdm import tqdm
 
 from diffexp_jax import InputError, backend

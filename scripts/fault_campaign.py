@@ -32,9 +32,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import document_parts
 import fault_cases
 import fault_runs
-import results_document
 from fault_runs import ALGORITHMS, HOSTS, differences, rows, start, until, wait, wait_for_all
 from tqdm import tqdm
 
@@ -235,7 +235,7 @@ def table(found: dict[str, list]) -> str:
 
 
 def write_table(document: Path, found: dict[str, list]) -> None:
-    text = results_document.between(document.read_text(), MARKS, table(found).rstrip(), f"--table {document}")
+    text = document_parts.between(document.read_text(), MARKS, table(found).rstrip(), f"--table {document}")
     write_whole(document, text)
 
 

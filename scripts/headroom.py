@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import document_parts
 import jax
 import numpy as np
 import results_document
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     check_number("--many ", args.many, whole(1, 2**16))
     command.check_writable(args.out.parent, "--out")
     if args.document:
-        results_document.between(args.document.read_text(), markers(args.out.stem), "", str(args.document))
+        document_parts.between(args.document.read_text(), markers(args.out.stem), "", str(args.document))
     overrides = dict(map(sweep_plan.parse_override, rest)) | {"eval.every": 1}
     argument = f"paper.py:{args.experiment}" + (f",model={args.model}" if args.model else "")
     changes = {"eval.prompts": lambda config: (config.prompts,), "exploration.enabled": True}
@@ -187,7 +188,7 @@ def rounded(x: np.ndarray) -> list[float]:
 # ------------------------------------------------------------------------------------------------------------ document
 
 
-markers = partial(results_document.markers, kind="headroom")
+markers = partial(document_parts.markers, kind="headroom")
 
 
 def section(found: Mapping[str, Any]) -> list[str]:
@@ -208,7 +209,7 @@ def section(found: Mapping[str, Any]) -> list[str]:
     )
     first = Table(["way", *(_STATISTICS[what] for what in shown)], rows)
     second = Table([f"base model succeeds in, of {found['many']}", "prompts", *ways], bins)
-    return [said, "", *results_document.markdown(first), "", *results_document.markdown(second)]
+    return [said, "", *document_parts.markdown(first), "", *document_parts.markdown(second)]
 
 
 def _shown(way: Mapping[str, np.ndarray], what: str) -> str:
@@ -219,7 +220,7 @@ def _shown(way: Mapping[str, np.ndarray], what: str) -> str:
 
 
 def write_section(document: Path, name: str, found: Mapping[str, Any]) -> None:
-    results_document.write_between(document, markers(name), section(found))
+    document_parts.write_between(document, markers(name), section(found))
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from document_parts import between, markdown, markers
+
 from diffexp_jax import InputError
-from diffexp_jax.formats.files import read_json, write_whole
+from diffexp_jax.formats.files import read_json
 from diffexp_jax.report import Table
 
 Results = Sequence[Mapping[str, Any]]  # of every file, by name
@@ -49,13 +51,6 @@ def cell(estimate: Sequence[float | None] | None, what: str, *, signed: bool = F
 def words(sign: str) -> str:
     """What one of SIGNS is called."""
     return _WORDS.get(sign, sign)
-
-
-def markdown(table: Table) -> list[str]:
-    """Its lines; none where it has no rows."""
-    if not table.rows:
-        return []
-    return [f"| {' | '.join(row)} |" for row in (table.header, ["---"] * len(table.header), *table.rows)]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -284,29 +279,6 @@ def telling_reward(results: Mapping[str, Any]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
-
-
-def markers(name: str, *, kind: str = "results") -> tuple[str, str]:
-    """The lines around what is written of one model or experiment."""
-    return f"<!-- {kind}: {name} -->", f"<!-- /{kind}: {name} -->"
-
-
-def write_between(document: Path, pair: tuple[str, str], lines: Sequence[str]) -> None:
-    """Writes the document with these lines between the two markers; raises as `between`."""
-    write_whole(document, between(document.read_text(encoding="utf-8"), pair, "\n".join(lines), str(document)))
-
-
-def between(text: str, pair: tuple[str, str], content: str, where: str) -> str:
-    """The text with this content between the two markers.
-
-    Raises:
-      InputError: a marker is missing.
-    """
-    before, begin, rest = text.partition(pair[0])
-    _, end, after = rest.partition(pair[1])
-    if not begin or not end:
-        raise InputError(f"{where}: wants the lines {pair[0]} and {pair[1]}")
-    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def document(text: str, every: Results, *, where: str = "the document") -> str:

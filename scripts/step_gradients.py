@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import document_parts
 import jax
 import jax.numpy as jnp
 import numpy as np
-import results_document
 import sweep_plan
 from jaxtyping import Array, Float
 from tqdm import tqdm
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     check_number("--samples_per_prompt ", args.samples_per_prompt, whole(2, 2**16))
     command.check_writable(args.out.parent, "--out")
     if args.document:
-        results_document.between(args.document.read_text(), markers(args.out.stem), "", str(args.document))
+        document_parts.between(args.document.read_text(), markers(args.out.stem), "", str(args.document))
     argument = f"paper.py:{args.experiment},explore=false" + (f",model={args.model}" if args.model else "")
     config, _ = sweep_plan.changed_config(argument, {}, dict(map(sweep_plan.parse_override, rest)))
     backend.set_cpu_devices(1)
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     write_whole(args.out, json.dumps(found) + "\n")
     print("\n".join(section(found)))
     if args.document:
-        results_document.write_between(args.document, markers(args.out.stem), section(found))
+        document_parts.write_between(args.document, markers(args.out.stem), section(found))
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -141,7 +141,7 @@ def make_gradient(policy: Policy) -> Any:
 # ------------------------------------------------------------------------------------------------------------ document
 
 
-markers = partial(results_document.markers, kind="steps")
+markers = partial(document_parts.markers, kind="steps")
 
 
 def section(found: Mapping[str, Any]) -> list[str]:
@@ -153,7 +153,7 @@ def section(found: Mapping[str, Any]) -> list[str]:
         f"jax {found['machine']['jax']}."
     )
     sizes = [f"{size / least:.1f}" for size in found["size"]]
-    return [said, "", *results_document.markdown(Table(["t", *map(str, found["t"])], [["size", *sizes]]))]
+    return [said, "", *document_parts.markdown(Table(["t", *map(str, found["t"])], [["size", *sizes]]))]
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
