@@ -53,7 +53,7 @@ def alignprop(
     Args:
       n_chunks: forward passes that a device's samples are split into; their gradients are averaged.
       loss_coefficient: the loss is this times mean |reward_target - r|, or times mean(-r) without a target.
-      truncation: "uniform", "per_step" or "fixed" (then the last `truncation_k` steps), see `live_steps`.
+      truncation: "uniform", "per_step", "none" or "fixed" (the last `truncation_k` steps), see `live_steps`.
       input_gradient, remat: see `sampling.differentiable`.
     """
     chain = partial(differentiable, remat=remat, unguided=policy.unguided, input_gradient=input_gradient)
