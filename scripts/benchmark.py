@@ -24,6 +24,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,11 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_work import CASES, HERE, PUBLISHED, SCORING, SIZES, matrix_peak
-from document_parts import between
+from document_parts import check, write_between
 from tqdm import tqdm
 
 from diffexp_jax import InputError, backend
-from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
 
 MARKERS = "<!-- benchmark -->", "<!-- /benchmark -->"
@@ -168,12 +168,14 @@ def table(report: dict[str, Any]) -> str:
 
 def write_table(path: Path, text: str) -> None:
     """Puts the table between the markers of a document."""
-    write_whole(path, between(path.read_text(), MARKERS, text, f"--table {path}"))
+    write_between(path, MARKERS, [text])
 
 
 def main(args: argparse.Namespace) -> None:
     check_number("--repeats ", args.repeats, whole(1, 1000))
     command.check_writable(args.out.parent, "--out")
+    if args.table:
+        check(args.table, MARKERS)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or this program would hold all memory
     models = args.model or [name for name in SIZES if (name in PUBLISHED) == (backend.platform() != "cpu")]
     work = [
@@ -184,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
     ]
     report = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "machine": backend.machine(),
         "repeats": args.repeats,
         "matrix_peak": matrix_peak(),

@@ -20,6 +20,13 @@ def markers(name: str, *, kind: str = "results") -> tuple[str, str]:
     return f"<!-- {kind}: {name} -->", f"<!-- /{kind}: {name} -->"
 
 
+def check(document: Path, pair: tuple[str, str]) -> None:
+    """Raises InputError where `write_between` could not write: to be asked before long work."""
+    if not document.is_file():
+        raise InputError(f"{document}: the file is missing")
+    between(document.read_text(encoding="utf-8"), pair, "", str(document))
+
+
 def write_between(document: Path, pair: tuple[str, str], lines: Sequence[str]) -> None:
     """Writes the document with these lines between the two markers; raises as `between`."""
     write_whole(document, between(document.read_text(encoding="utf-8"), pair, "\n".join(lines), str(document)))

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     check_number("--many ", args.many, whole(1, 2**16))
     command.check_writable(args.out.parent, "--out")
     if args.document:
-        document_parts.between(args.document.read_text(), markers(args.out.stem), "", str(args.document))
+        document_parts.check(args.document, markers(args.out.stem))
     overrides = dict(map(sweep_plan.parse_override, rest)) | {"eval.every": 1}
     argument = f"paper.py:{args.experiment}" + (f",model={args.model}" if args.model else "")
     changes = {"eval.prompts": lambda config: (config.prompts,), "exploration.enabled": True}

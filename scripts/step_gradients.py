@@ -44,7 +44,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     check_number("--samples_per_prompt ", args.samples_per_prompt, whole(2, 2**16))
     command.check_writable(args.out.parent, "--out")
     if args.document:
-        document_parts.between(args.document.read_text(), markers(args.out.stem), "", str(args.document))
+        document_parts.check(args.document, markers(args.out.stem))
     argument = f"paper.py:{args.experiment},explore=false" + (f",model={args.model}" if args.model else "")
     config, _ = sweep_plan.changed_config(argument, {}, dict(map(sweep_plan.parse_override, rest)))
     backend.set_cpu_devices(1)

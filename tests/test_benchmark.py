@@ -134,6 +134,16 @@ def test_table_literal(scripts, tmp_path):
         scripts.benchmark.write_table(path, text)
 
 
+def test_a_table_that_cannot_be_written_is_told_before_the_work(scripts, tmp_path):
+    args = SimpleNamespace(repeats=1, out=tmp_path / "b.json", table=tmp_path / "b.md")
+    with pytest.raises(InputError, match="b.md: the file is missing"):
+        scripts.benchmark.main(args)
+    (tmp_path / "b.md").write_text("no markers")
+    with pytest.raises(InputError, match="b.md: wants the lines <!-- benchmark --> and"):
+        scripts.benchmark.main(args)
+    assert not (tmp_path / "b.json").exists()
+
+
 @pytest.mark.slow
 def test_a_benchmark(tmp_path):
     line = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--model=emoji", "--case=sampling", "--repeats=1"]
