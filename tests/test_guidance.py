@@ -120,6 +120,7 @@ def test_which_runs_leave_halves_out(make_config, changes, skips):
         assert [count(n) for n in (0, 1, 4)] == [0, 8 - fewer, 4 * 8 - 3 * fewer]
 
 
+@pytest.mark.slow
 def test_a_run_that_never_needs_it_has_one_network(make_config):
     """The program of a run whose steps all take both halves is no larger for it."""
 

@@ -171,8 +171,9 @@ def test_an_odd_length_would_not_have_a_gradient(small_sizes, monkeypatch, reque
         lower_all("gpu", make("alignprop", "sd15", "bfloat16"))
 
 
-@pytest.mark.parametrize("device", ["gpu", pytest.param("tpu", marks=pytest.mark.slow)], indirect=True)
-@pytest.mark.parametrize("algorithm", [pytest.param("ddpo", marks=pytest.mark.slow), "alignprop"])
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["gpu", "tpu"], indirect=True)
+@pytest.mark.parametrize("algorithm", ["ddpo", "alignprop"])
 def test_the_emoji_world(device, algorithm):
     """The quickstart, and its like by DDPO, as they are configured: bfloat16 on such devices."""
     module = {"ddpo": ddpo, "alignprop": alignprop}[algorithm]

@@ -396,6 +396,7 @@ def test_a_run_goes_on_with_other_devices(
 # --------------------------------------------------------------------------------------------------------- what it says
 
 
+@pytest.mark.slow  # test_checkpoint.py has its parts
 def test_the_best_checkpoint_is_kept(make_config, tmp_path, monkeypatch):
     """It is saved when it is measured, though no checkpoint is due then; the scripts take it."""
     values = dict(enumerate([1.0, 3.0, 2.0, 2.5]))
