@@ -39,7 +39,6 @@ from fault_runs import ALGORITHMS, HOSTS, differences, rows, start, until, wait,
 from tqdm import tqdm
 
 from diffexp_jax import InputError
-from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
@@ -235,8 +234,7 @@ def table(found: dict[str, list]) -> str:
 
 
 def write_table(document: Path, found: dict[str, list]) -> None:
-    text = document_parts.between(document.read_text(), MARKS, table(found).rstrip(), f"--table {document}")
-    write_whole(document, text)
+    document_parts.write_between(document, MARKS, [table(found).rstrip()])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import document_parts
 import jax
 import numpy as np
-import results_document
+import results_tables
 import sweep_plan
 from final_evaluation import Model
 from jaxtyping import Bool, Float, Int, UInt8
@@ -199,7 +199,7 @@ def section(found: Mapping[str, Any]) -> list[str]:
     base, bins = np.array(found["base"]), []
     for above, upto, inside in comparison.prompts_by_base_share(base):
         shares = [f"{100 * way['success'][inside].mean():.1f} %" for way in ways.values()]
-        bins.append([results_document.bin_name({"above": above, "upto": upto}), str(inside.sum()), *shares])
+        bins.append([results_tables.bin_name({"above": above, "upto": upto}), str(inside.sum()), *shares])
     s, (success, least) = found["settings"], found["success"]
     said = (
         f"{len(base)} prompts, {found['samples_per_prompt']} images each and way; {s['steps']} steps, guidance "

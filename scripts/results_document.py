@@ -7,6 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from document_parts import between, markdown, markers
+from results_tables import (
+    SHARES,
+    SIGNS,
+    cell,
+    difference_table,
+    final_table,
+    measured,
+    ratio_cell,
+    ratio_table,
+    share_table,
+    words,
+)
 
 from diffexp_jax import InputError
 from diffexp_jax.formats.files import read_json
@@ -17,133 +29,11 @@ Results = Sequence[Mapping[str, Any]]  # of every file, by name
 NONE_YET = "No results over seeds have been measured yet."
 README = ("<!-- results over seeds -->", "<!-- /results over seeds -->")
 OVERVIEW = "all"  # the section before those of the experiments
-SIGNS = ("diversity/distance", "diversity/vendi", "luminance", "saturation", "background_share")
-_PERCENT = ("emoji_judge", "background_share")  # and their parts: shares
-_DIGITS = {"diversity/distance": 3, "luminance": 3, "saturation": 3}
-_WORDS = {"diversity/distance": "distance of a prompt's images", "diversity/vendi": "Vendi score"}
-_WORDS |= {"background_share": "background"}
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The results in a folder, by name."""
     return [read_json(path) for path in sorted(folder.glob("*.json"))]
-
-
-# ------------------------------------------------------------------------------------------------------------- numbers
-
-
-def number(x: float, what: str, *, signed: bool = False) -> str:
-    """Shares in percent, the others with as many digits as they deserve."""
-    sign = "+" if signed else ""
-    x, digits = (100 * x, 1) if what.split("/")[0] in _PERCENT else (x, _DIGITS.get(what, 2))
-    return f"{round(x, digits) + 0.0:{sign}.{digits}f}"  # no -0.00
-
-
-def cell(estimate: Sequence[float | None] | None, what: str, *, signed: bool = False) -> str:
-    """ "19.10 [18.90, 19.31]"; without an interval where there is one seed, "-" where there is nothing."""
-    if estimate is None:
-        return "-"
-    mean, low, high = (None if x is None else number(x, what, signed=signed) for x in estimate)
-    unit = " %" if what.split("/")[0] in _PERCENT else ""
-    return f"{mean}{unit}" if low is None else f"{mean} [{low}, {high}]{unit}"
-
-
-def words(sign: str) -> str:
-    """What one of SIGNS is called."""
-    return _WORDS.get(sign, sign)
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
-def measured(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(prompt set, reward) of what is reported: trained prompts first, the trained reward before the held-out one."""
-    rewards = [name for name in (results["reward"], results["held_out"]) if name]
-    return [(prompts, name) for prompts in (results["prompts"], *results["unseen"]) for name in rewards]
-
-
-def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], header: Sequence[str]) -> Table:
-    """Of the final models, a row for each arm, and one for the model before fine-tuning."""
-    base = results["base"]
-    first = [cell([base[p][w], None, None] if w in base.get(p, {}) else None, w) for p, w in columns]
-    rows = [["before", "-", *first]] if base else []
-    for arm, content in results["arms"].items():
-        summary = content["summary"]
-        cells = [cell(summary["final"].get(p, {}).get(w), w) for p, w in columns]
-        rows.append([arm, str(len(summary["seeds"])), *cells])
-    return Table(["arm", "seeds", *header], rows)
-
-
-def difference_table(results: Mapping[str, Any]) -> Table:
-    """Every arm minus the baseline of the same seed; and the baseline's model sampled with the schedule."""
-    columns, rows = measured(results), []
-    for arm, content in results["arms"].items():
-        for key, label in (("difference", arm), ("explored_difference", f"{arm}, sampled with the schedule")):
-            found = content["summary"][key]
-            if found and not (arm == results["baseline"] and key == "difference"):
-                rows.append([label, *(cell(found.get(p, {}).get(w), w, signed=True) for p, w in columns)])
-    return Table(["minus the baseline", *(f"{p}: {w}" for p, w in columns)], rows)
-
-
-def ratio_cell(ratio: Mapping[str, Any]) -> str:
-    """ "0.81 [0.74, 0.92] (5 of 5)"; a lower bound where not every seed reached the level."""
-    if ratio["ratio"] is None:
-        return "-"
-    bound = "at least " if ratio["reached"] < ratio["seeds"] else ""
-    return f"{bound}{cell(ratio['ratio'], '')} ({ratio['reached']} of {ratio['seeds']})"
-
-
-def ratio_table(results: Mapping[str, Any]) -> Table:
-    """Queries to the levels of the baseline, relative to it; UNet evaluations too where those ratios are others."""
-    levels = {"final": "the baseline's final reward", "gain": "90 % of its gain"}
-    costs = {"reward_queries": "queries", "unet_evaluations": "UNet evaluations"}
-    curves = {"ratio": "evaluated", "training_ratio": "training samples"}
-    ratios = {
-        f"{arm}, {name}": content["summary"][key]
-        for arm, content in results["arms"].items()
-        for key, name in curves.items()
-        if arm != results["baseline"] and content["summary"][key]
-    }
-    if all(
-        ratio[level]["reward_queries"] == ratio[level]["unet_evaluations"]
-        for ratio in ratios.values()
-        for level in levels
-    ):
-        costs = {"reward_queries": "queries (and UNet evaluations)"}
-    columns = [(level, cost) for level in levels for cost in costs]
-    rows = [[label, *(ratio_cell(ratio[level][cost]) for level, cost in columns)] for label, ratio in ratios.items()]
-    header = [f"{costs[cost]} to {levels[level]} (seeds that reach it)" for level, cost in columns]
-    return Table(["relative to the baseline", *header], rows)
-
-
-def gains_by_share(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """{arm: {prompt set: gains by how often the base model succeeds}} of the arms that explore in another way."""
-    return {
-        arm: content["summary"]["by_base_share"]
-        for arm, content in results["arms"].items()
-        if any(key.startswith("exploration.") for key in content["differs"])
-    }
-
-
-def share_table(results: Mapping[str, Any]) -> Table:
-    """Every arm minus the baseline by how often the base model succeeds; baseline: of the arm with the most pairs."""
-    found = gains_by_share(results)
-    widest = max(found, key=lambda arm: results["arms"][arm]["summary"]["paired"], default=None)
-    rows = []
-    for prompts, of_widest in found[widest].items() if found else ():
-        what = of_widest["what"]
-        for i, one in enumerate(of_widest["bins"]):
-            gains = [sets[prompts]["bins"][i]["gain"] if prompts in sets else None for sets in found.values()]
-            cells = [cell(one["baseline"], what), *(cell(gain, what, signed=True) for gain in gains)]
-            rows.append([prompts, bin_name(one), str(one["prompts"]), *cells])
-    header = ["prompts", "base model succeeds in", "prompts there", "baseline", *(f"gain of {arm}" for arm in found)]
-    return Table(header, rows)
-
-
-def bin_name(one: Mapping[str, Any]) -> str:
-    if one["above"] is None:
-        return "no image"
-    return f"{100 * one['above']:.0f} to {100 * one['upto']:.0f} %"
 
 
 def settings_line(results: Mapping[str, Any]) -> str:
@@ -248,11 +138,11 @@ def comparisons(every: Results) -> Results:
     ]
 
 
-def label(results: Mapping[str, Any], words: str, page: str = "") -> list[str]:
-    """Words that lead to its section, what its command sets, and how many seeds it has."""
+def label(results: Mapping[str, Any], text: str, page: str = "") -> list[str]:
+    """A text that leads to its section, what its command sets, and how many seeds it has."""
     given = "".join(f", `{key}={value}`" for key, value in results["overrides"].items())
     seeds = results["arms"]["diffexp"]["summary"]["paired"]
-    return [f"[{words}]({page}#{results['name']}){given}", str(seeds)]
+    return [f"[{text}]({page}#{results['name']}){given}", str(seeds)]
 
 
 def compared_cells(results: Mapping[str, Any], prompts: str, what: str) -> list[str]:
@@ -273,7 +163,7 @@ def queries_cells(results: Mapping[str, Any]) -> list[str]:
 def telling_reward(results: Mapping[str, Any]) -> str:
     """A share of successes, unless the base model has them all; else the reward that is trained on."""
     for what in filter(None, (results["reward"], results["held_out"])):
-        if what in _PERCENT and results["base"].get(results["prompts"], {}).get(what, 0.0) < 1.0:
+        if what in SHARES and results["base"].get(results["prompts"], {}).get(what, 0.0) < 1.0:
             return what
     return results["reward"]
 

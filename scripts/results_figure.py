@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from results_document import bin_name, gains_by_share, measured
+from results_tables import bin_name, gains_by_share, measured
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

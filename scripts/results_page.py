@@ -6,6 +6,7 @@ from typing import Any
 
 import results_document
 import results_figure
+import results_tables
 import sweep_runs
 from matplotlib.figure import Figure
 
@@ -20,16 +21,16 @@ def save(results: Mapping[str, Any], experiment: sweep_runs.Experiment, out: Pat
     Raises:
       OSError: it cannot be written.
     """
-    columns = results_document.measured(results)
+    columns = results_tables.measured(results)
     names = [f"{prompts}: {what}" for prompts, what in columns]
-    signs = [(results["prompts"], sign) for sign in results_document.SIGNS]
-    words = [results_document.words(sign) for sign in results_document.SIGNS]
+    signs = [(results["prompts"], sign) for sign in results_tables.SIGNS]
+    words = [results_tables.words(sign) for sign in results_tables.SIGNS]
     tables = {
-        "Final models, sampled without exploration": results_document.final_table(results, columns, names),
-        "Of the same seeds": results_document.difference_table(results),
-        "What it costs to get there": results_document.ratio_table(results),
-        "Diversity, and signs of over-optimisation": results_document.final_table(results, signs, words),
-        "By how often the base model succeeds": results_document.share_table(results),
+        "Final models, sampled without exploration": results_tables.final_table(results, columns, names),
+        "Of the same seeds": results_tables.difference_table(results),
+        "What it costs to get there": results_tables.ratio_table(results),
+        "Diversity, and signs of over-optimisation": results_tables.final_table(results, signs, words),
+        "By how often the base model succeeds": results_tables.share_table(results),
     }
     lead = [f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is **{results['baseline']}**."]
     if results["unfinished"]:

@@ -271,7 +271,8 @@ def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, s
     assert readme.read_text().startswith("first\n") and readme.read_text().endswith("\nlast\n")
     brief = readme.read_text().splitlines()[-3]
     judged = "2 | emoji_judge | 16.7 % | 33.3 [33.3, 33.3] % | 66.7 [66.7, 66.7] % | +33.3 [+33.3, +33.3] % | "
-    assert brief.startswith(f"| [fig4_mine](docs/results.md#fig4_mine) | {judged}+33.3 [+33.3, +33.3] % | at least ")
+    queries = "at least 0.75 [0.50, 1.00] (1 of 2) | 0.83 [0.67, 1.00] (2 of 2) |"
+    assert brief == f"| [fig4_mine](docs/results.md#fig4_mine) | {judged}+33.3 [+33.3, +33.3] % | {queries}"
     always = {"reward": "aesthetic", "held_out": "emoji_judge", "prompts": "p", "base": {"p": {"emoji_judge": 1.0}}}
     assert scripts.document.telling_reward(always) == "aesthetic"  # there is nothing to gain in the judge's
     whats = ["pickscore, train", "emoji_judge, train", "pickscore, unseen", "emoji_judge, unseen"]

@@ -203,7 +203,7 @@ def test_a_workdir_that_is_renamed_during_a_write_is_not_made_anew(tmp_path, mon
 
 
 LATE = """
-import asyncio, threading
+import asyncio
 from diffexp_jax import command, orbax_errors
 
 loop = asyncio.new_event_loop()
