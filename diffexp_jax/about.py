@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,8 +59,9 @@ def prompt(experiment: Experiment) -> dict[str, Any]:
     low, high = weight_range = experiment.sampler.exploration.weight_range
     draws = []
     if units.any() and not low == high == 1.0:
-        for key in jax.random.split(parallel.stream(experiment.config.seed, "about"), _DRAWS):
-            weights = np.asarray(exploration.sample_phrase_weights(key, units, weight_range=weight_range))
+        draw = jax.vmap(partial(exploration.sample_phrase_weights, weight_range=weight_range), in_axes=(0, None))
+        key = parallel.stream(experiment.config.seed, "about")
+        for weights in np.asarray(jax.jit(lambda: draw(jax.random.split(key, _DRAWS), units))()):
             chosen = int(np.abs(weights - 1.0).argmax())
             draws.append((int(units[chosen]), float(weights[chosen])))
     return {"pieces": pieces, "draws": draws}

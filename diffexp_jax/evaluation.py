@@ -38,13 +38,14 @@ def evaluate(
       The images, prompt by prompt; {"reward": [N], "reward/part": [N]} in the same order.
     """
     rows = np.repeat(np.arange(len(task.texts)), samples_per_prompt)
-    keys = parallel.sample_keys(parallel.stream(seed, f"eval/{task.name}"), len(rows) + -len(rows) % batch)
+    key = parallel.stream(seed, f"eval/{task.name}")
     padded = np.concatenate([rows, np.zeros(-len(rows) % batch, np.int64)])
     images = []
     for start in range(0, len(padded), batch):
         part = padded[start : start + batch]
         context = make_context(jax.tree.map(lambda x, part=part: x[part], task.cond), uncond)
-        inputs = parallel.shard((context, keys[start : start + batch]), batch)
+        keys = parallel.keys_of(key, np.arange(start, start + batch))
+        inputs = parallel.shard((context, keys), batch)
         images.append(parallel.unshard(generate(params, lora, *inputs, steps)))
         advance(min(batch, len(rows) - start))
     images = np.concatenate(images)[: len(rows)]

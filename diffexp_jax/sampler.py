@@ -74,7 +74,7 @@ class Sampler(NamedTuple):
 
     def evaluations(self, *, explore: bool) -> int:
         """UNet evaluations of a sample: both halves of the guidance, or the one that counts (`by_guidance`)."""
-        return 2 * self.n_steps - int(is_unguided(self.steps(explore=explore).w_t).sum())
+        return 2 * self.n_steps - int(is_unguided(np.asarray(self.steps(explore=explore).w_t)).sum())
 
     def count_evaluations(self) -> Callable[[int], int]:
         """A function (iterations) -> UNet evaluations of a sample in each of the first ones of fine-tuning."""

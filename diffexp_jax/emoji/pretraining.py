@@ -127,7 +127,7 @@ def vae_stage(
 
 def load_part(out: Path, part: str, module) -> Any:
     """Float32 parameters of an exported network."""
-    shapes = convert.abstract_params(module, jnp.zeros((1, scenes.SIZE, scenes.SIZE, 3)))
+    shapes = convert.abstract_params(module, np.zeros((1, scenes.SIZE, scenes.SIZE, 3), np.float32))
     return convert.from_torch(files.open_weights(out / "model" / part), shapes, where=f"{out}/model/{part}")
 
 

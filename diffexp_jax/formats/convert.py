@@ -94,8 +94,8 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def abstract_params(module, *args, **kwargs) -> dict[str, Any]:
-    """The shapes of a module's parameters, without computing anything; arguments as for `module.init`."""
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+    """The shapes of a module's parameters, without computing anything; arguments as for `module.init`, or shapes."""
+    return jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, **kwargs), *args)["params"]
 
 
 def typed(shapes: Any, dtype: DTypeLike) -> Any:

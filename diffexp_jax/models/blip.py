@@ -184,8 +184,8 @@ def config_of(tensors: Mapping[str, np.ndarray], med_config: Mapping[str, Any], 
 
 def abstract_params(config: BLIPConfig) -> dict[str, Any]:
     """The shapes of every parameter that scoring uses, without computing anything."""
-    pixels = jnp.zeros((1, config.image_size, config.image_size, 3))
-    return convert.abstract_params(ImageReward(config), pixels, jnp.zeros((1, 4), jnp.int32))
+    pixels = np.zeros((1, config.image_size, config.image_size, 3), np.float32)
+    return convert.abstract_params(ImageReward(config), pixels, np.zeros((1, 4), np.int32))
 
 
 def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[ImageReward, dict[str, Any]]:

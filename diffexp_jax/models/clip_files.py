@@ -68,7 +68,7 @@ def load_image_tower(
     tensors = files.open_weights(folder) if tensors is None else tensors
     tensors = files.Renamed(canonical_text_names(tensors), lambda name: name if name.startswith(_IMAGE_PARTS) else None)
     module, size = CLIP(config, dtype), config.vision.image_size
-    shapes = convert.abstract_params(module, jnp.zeros((1, size, size, 3)), method="embed_image")
+    shapes = convert.abstract_params(module, np.zeros((1, size, size, 3), np.float32), method="embed_image")
     shapes = {name: shape for name, shape in shapes.items() if name != "logit_scale"}
     params = convert.from_torch(tensors, shapes, where=str(folder), dtype=dtype)
     return module, params | {"logit_scale": np.zeros((), np.float32)}  # declared by the module, not used
@@ -96,4 +96,4 @@ def shapes(config: Mapping[str, Any], dtype: DTypeLike) -> tuple[CLIP, Any]:
 
 def _abstract(module: CLIP) -> Any:
     size = module.config.vision.image_size
-    return convert.abstract_params(module, jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, size, size, 3)))
+    return convert.abstract_params(module, np.zeros((1, 4), np.int32), np.zeros((1, size, size, 3), np.float32))

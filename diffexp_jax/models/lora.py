@@ -8,11 +8,11 @@ weights are never touched.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
@@ -45,11 +45,17 @@ def init_lora(
     for i, (path, kernel) in enumerate(sorted(flat.items(), key=lambda item: item[0])):
         if path[-1] == "kernel" and path[-2] in targets:
             fan_in, fan_out = kernel.shape
-            a = jax.random.normal(jax.random.fold_in(key, i), (fan_in, rank)) / rank
-            lora[(*path[:-1], "A")], lora[(*path[:-1], "B")] = a, jnp.zeros((rank, fan_out))
+            lora[(*path[:-1], "A")] = _draw(key, i, rank, shape=(fan_in, rank))
+            lora[(*path[:-1], "B")] = np.zeros((rank, fan_out), np.float32)
     if not lora:
         raise InputError(f"lora: the model has no layer named {', '.join(targets)}")
     return traverse_util.unflatten_dict(lora)
+
+
+@partial(jax.jit, static_argnames="shape")
+def _draw(key: PRNGKeyArray, i: int, rank: int, *, shape: tuple[int, ...]) -> Array:
+    """Columns of A of the i-th target: a program for each shape of a model."""
+    return jax.random.normal(jax.random.fold_in(key, i), shape) / rank
 
 
 def initial_lora(
@@ -74,9 +80,10 @@ def initial_lora(
         spare = rank - a.shape[-1]
         if spare < 0:
             raise InputError(f"lora.rank={rank}: {path} has rank {a.shape[-1]}; wants that or more")
-        more = jax.random.normal(jax.random.fold_in(key, i), (*a.shape[:-1], spare)) / rank
-        flat[*layer, "A"] = jnp.concatenate([a, more], axis=-1)
-        flat[*layer, "B"] = jnp.concatenate([b * factor, jnp.zeros((*b.shape[:-2], spare, b.shape[-1]))], axis=-2)
+        more = _draw(key, i, rank, shape=(*a.shape[:-1], spare))
+        zeros = np.zeros((*b.shape[:-2], spare, b.shape[-1]), np.float32)
+        flat[*layer, "A"] = np.concatenate([a, more], axis=-1)
+        flat[*layer, "B"] = np.concatenate([b * np.float32(factor), zeros], axis=-2)
     return traverse_util.unflatten_dict(flat)
 
 
@@ -214,8 +221,8 @@ def _pair(path: Path, parts: Mapping[str, tuple[str, np.ndarray]], shape: tuple[
                 f"the pair's rank {rank}: a LoRA of another model?"
             )
     lead = shape[:-2]  # () or, of a 1x1 convolution, (1, 1)
-    a = jnp.asarray(a.reshape(rank, fan_in).T, jnp.float32).reshape(*lead, fan_in, rank)
-    return a, jnp.asarray(b.reshape(fan_out, rank).T, jnp.float32).reshape(*lead, rank, fan_out)
+    a = np.asarray(a.reshape(rank, fan_in).T, np.float32).reshape(*lead, fan_in, rank)
+    return a, np.asarray(b.reshape(fan_out, rank).T, np.float32).reshape(*lead, rank, fan_out)
 
 
 def _alpha(path: Path, header: Mapping[str, Any], layer: str, rank: int) -> Any:

@@ -6,7 +6,8 @@ depend on how many there are.
 """
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,9 +54,12 @@ def pmap(function: Callable, **kwargs) -> Callable:
     return jax.pmap(function, axis_name=AXIS, **kwargs)
 
 
+# Arrays get to the devices without a program: a tree of new shapes would be one more to compile, and to keep.
+
+
 def replicate(tree: Any) -> Any:
     """A copy of the tree on every local device, with a leading device axis."""
-    return _copy(np.arange(jax.local_device_count()), tree)
+    return _put(lambda x: (np.array(x)[None] for _ in range(jax.local_device_count())), tree)
 
 
 def share(tree: Any) -> Any:
@@ -64,17 +68,28 @@ def share(tree: Any) -> Any:
     That is the host's own where an array begins at a multiple of 64 bytes (`formats.convert.aligned`), so it must not
     be written any more, nor be donated to a program.
     """
-    place = _copy(np.arange(jax.local_device_count()), np.int32(0))
+    return _put(lambda x: [x[None]] * jax.local_device_count(), tree)
+
+
+def _put(rows: Callable[[np.ndarray], Iterable[np.ndarray]], tree: Any) -> Any:
+    """Arrays [n_local, ...] on this host's devices; `rows` gives of a leaf, as numpy, each device's [1, ...]."""
+    shards, sharding, n = _place()
 
     def one(x):
-        pieces = [jax.device_put(np.asarray(x)[None], device) for device in place.sharding.addressable_devices]
-        return jax.make_array_from_single_device_arrays(place.shape + np.shape(x), place.sharding, pieces)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        pieces = [jax.device_put(row, device) for row, device in zip(rows(np.asarray(x)), shards, strict=True)]
+        return jax.make_array_from_single_device_arrays((n, *pieces[0].shape[1:]), sharding, pieces)
 
     return jax.tree.map(one, tree)
 
 
-_copy = pmap(lambda _, tree: tree, in_axes=(0, None))  # made once: every pmap compiles for itself
-_put = pmap(lambda tree: tree)
+@functools.cache
+def _place() -> tuple[list[jax.Device], jax.sharding.Sharding, int]:
+    """Where a mapped program has the rows of its arrays: this host's devices in their order, and of all, how many."""
+    x = pmap(lambda x: x)(np.arange(jax.local_device_count()))
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return [shard.device for shard in shards], x.sharding, len(x)
 
 
 def first(tree: Any) -> Any:
@@ -82,9 +97,9 @@ def first(tree: Any) -> Any:
 
     def one(x):
         shard = min(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-        return shard.data[0]  # x[0] would be a program of all devices, with a collective
+        return shard.data  # x[0] would be a program of all devices, with a collective
 
-    return jax.device_get(jax.tree.map(one, tree))
+    return jax.tree.map(operator.itemgetter(0), jax.device_get(jax.tree.map(one, tree)))
 
 
 def sample_index(n_samples: int) -> Int[np.ndarray, "devices samples"]:
@@ -106,7 +121,7 @@ def shard(tree: Any, n_samples: int) -> Any:
     Placed on the devices: a program is compiled once more for arguments that are still on the host.
     """
     index = sample_index(n_samples)
-    return _put(jax.tree.map(lambda x: x[index], tree))
+    return _put(lambda x: (x[row][None] for row in index), tree)
 
 
 def unshard(tree: Any) -> Any:
@@ -125,7 +140,7 @@ def unshard_local(tree: Any) -> Any:
 def shard_local(tree: Any) -> Any:
     """The inverse of `unshard_local`: [n_local * b, ...] -> [n_local, b, ...] on this host's devices."""
     n = jax.local_device_count()
-    return _put(jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), tree))
+    return _put(lambda x: (x[i::n][None] for i in range(n)), tree)
 
 
 def _in_order(tree: Any) -> Any:

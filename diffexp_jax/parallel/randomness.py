@@ -9,8 +9,12 @@ from jaxtyping import Int, PRNGKeyArray
 
 def stream(seed: int, name: str, iteration: int = 0) -> PRNGKeyArray:
     """The key of one kind of randomness at one iteration: nothing else has to be remembered to resume."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()) & 0x7FFFFFFF)
-    return jax.random.fold_in(key, iteration)
+    return _stream(*np.array([seed, zlib.crc32(name.encode()) & 0x7FFFFFFF, iteration], np.uint32))
+
+
+@jax.jit
+def _stream(seed, name, iteration):
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name), iteration)
 
 
 def sample_keys(key: PRNGKeyArray, n_samples: int) -> jax.Array:
@@ -20,4 +24,7 @@ def sample_keys(key: PRNGKeyArray, n_samples: int) -> jax.Array:
 
 def keys_of(key: PRNGKeyArray, index: Int[np.ndarray, " N"]) -> jax.Array:
     """A key for each of these numbers; equal numbers have the same."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+    return _keys_of(key, index)
+
+
+_keys_of = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))

@@ -14,6 +14,7 @@ from diffexp_jax.process import Process
 from diffexp_jax.sampling import Context, Denoise, guided, unguided
 
 SHOWN = 4096  # prompts whose encoding takes long enough for a progress bar
+AT_ONCE = 16  # prompts that are encoded together: few enough to fill up for "", which a run encodes alone
 
 # What conditions a network on prompts: a tree of arrays, a row per prompt. Only the pipeline knows what is in it.
 Conditioning = Any
@@ -66,13 +67,15 @@ class Pipeline(NamedTuple):
         return wrap(lambda x_t, t, conditioning: self.denoise(params, lora, x_t, t, conditioning))
 
 
-def encode_prompts(pipeline: Pipeline, texts: Sequence[str], *, chunk: int = 64) -> tuple[Conditioning, list[str]]:
-    """The conditioning of many prompts (host arrays), `chunk` at once, and the prompts that were too long and cut."""
+def encode_prompts(pipeline: Pipeline, texts: Sequence[str], *, chunk: int = AT_ONCE) -> tuple[Conditioning, list[str]]:
+    """The conditioning of many prompts (host arrays), and the prompts that were too long and cut.
+
+    They are encoded `chunk` at once, the last ones filled up: a run's prompt sets share one compiled program.
+    """
     ids, cuts = zip(*(token_ids(tokenizer, texts) for tokenizer in pipeline.tokenizers), strict=True)
     ids = np.stack(ids)  # [E, P, L]
     encode = jax.jit(pipeline.encode)
     params = jax.device_put({part: pipeline.params[part] for part in pipeline.text_parts})
-    chunk = min(chunk, len(texts))
     padded = np.concatenate([ids, np.repeat(ids[:, :1], -len(texts) % chunk, axis=1)], axis=1)
     starts = tqdm(range(0, padded.shape[1], chunk), desc="encoding prompts", disable=len(texts) < SHOWN)
     rows = [jax.device_get(encode(params, padded[:, i : i + chunk])) for i in starts]

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -131,14 +133,14 @@ def zeros(empty: TextEmbedding) -> TextEmbedding:
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
     """The shapes of every parameter, without computing anything."""
     unet, vae = config.unet, config.vae
-    ids = jnp.zeros((1, 4), jnp.int32)
+    ids, numbers = np.zeros((1, 4), np.int32), partial(jax.ShapeDtypeStruct, dtype=np.float32)
     side = 2 ** (len(unet.block_out_channels) - 1)
-    latents = jnp.zeros((1, side, side, unet.in_channels))
-    embedding = jnp.zeros((1, 4, unet.cross_attention_dim))
-    added = (jnp.zeros((1, config.text[-1].projection_dim)), jnp.zeros((1, 6))) if config.family.added else None
-    image = jnp.zeros((1, vae.downsampling, vae.downsampling, vae.in_channels))
+    latents = numbers((1, side, side, unet.in_channels))
+    embedding = numbers((1, 4, unet.cross_attention_dim))
+    added = (numbers((1, config.text[-1].projection_dim)), numbers((1, 6))) if config.family.added else None
+    image = numbers((1, vae.downsampling, vae.downsampling, vae.in_channels))
     shapes = {
-        "unet": convert.abstract_params(UNet(unet), latents, jnp.zeros((), jnp.int32), embedding, added),
+        "unet": convert.abstract_params(UNet(unet), latents, np.zeros((), np.int32), embedding, added),
         "vae": convert.abstract_params(AutoencoderKL(vae), image),
     }
     for (part, network), cfg in zip(config.family.text_encoders.items(), config.text, strict=True):

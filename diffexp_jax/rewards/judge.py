@@ -34,7 +34,7 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
       InputError: a file is missing or broken, or the tensors do not fit the config.
     """
     model = Classifier(ClassifierConfig.from_dict(files.read_json(folder / "config.json")), dtype)
-    shapes = convert.abstract_params(model, jnp.zeros((1, SIZE, SIZE, 3)))
+    shapes = convert.abstract_params(model, np.zeros((1, SIZE, SIZE, 3), np.float32))
     params = convert.from_torch(files.open_weights(folder), shapes, where=str(folder), dtype=dtype)
 
     def score_prepared(
