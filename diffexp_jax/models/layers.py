@@ -83,7 +83,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w features"]:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        kernel = param(self, "kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         x = x.astype(self.dtype)
         on_cpu = {1: conv3x3_same, 2: conv3x3_half} if backend.platform() == "cpu" else {}
         if self.kernel_size == self.stride == 1:
@@ -93,7 +93,7 @@ class Conv(nn.Module):
         else:
             y = conv(x, kernel, (self.stride, self.stride), self.padding)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y = y + param(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
 
 
@@ -103,6 +103,14 @@ def pointwise_conv(features: int, **kwargs) -> Conv:
 
 
 # -------------------------------------------------------------------------------------------------------------- modules
+
+
+def param(layer: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
+    """`layer.param`, without its check of the shape: that traces `init` anew, a third of the time to trace a network.
+
+    Loading has compared the shapes (`convert.from_torch`).
+    """
+    return layer.get_variable("params", name) if layer.has_variable("params", name) else layer.param(name, init, shape)
 
 
 def product(layer: nn.Module, x: Float[Array, "*B in"], kernel: Float[Array, "in out"]) -> Float[Array, "*B out"]:
@@ -129,11 +137,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B features"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel = param(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         y = product(self, x, kernel.astype(self.dtype))
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y = y + param(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
 
 
@@ -147,8 +155,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = param(self, "scale", nn.initializers.ones, (channels,))
+        bias = param(self, "bias", nn.initializers.zeros, (channels,))
         x = x.astype(jnp.float32)
         space = tuple(range(1, x.ndim - 1))
 
