@@ -4,6 +4,7 @@ Tests replace these functions to trace and lower for devices that are not there.
 """
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import platform as system
@@ -11,6 +12,8 @@ import re
 from pathlib import Path
 
 import jax
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def platform() -> str:
@@ -57,9 +60,20 @@ def set_cpu_devices(n: int) -> None:
     """Makes the CPU n devices. Call it before anything uses a device; later, or where XLA_FLAGS says how many, it is
     without effect.
     """
+    limit_heaps()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # a device is in use
             jax.config.update("jax_num_cpu_devices", n)
+
+
+def limit_heaps() -> None:
+    """Lets glibc have a heap for each core, not eight: what threads free stays in theirs, a tenth of a run's peak.
+
+    MALLOC_ARENA_MAX goes first; a machine with another C library is left alone.
+    """
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # no such library, no such function
+        if "MALLOC_ARENA_MAX" not in os.environ:
+            ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, len(os.sched_getaffinity(0)))
 
 
 def ask_for_determinism() -> None:

@@ -161,7 +161,8 @@ class Experiment(NamedTuple):
             full_float32=full_float32(self.config),
             reward_target=self.trained.target,
         )
-        return self.method.make(setup, self.settings)
+        algorithm = self.method.make(setup, self.settings)
+        return algorithm._replace(init=jax.jit(algorithm.init))  # one program, not one for each shape of a state
 
     def batch_in_words(self) -> str:
         """How an iteration's samples come about."""

@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
         scorers, evaluations = make_scorers(experiment, frozen), experiment.sampler.count_evaluations()
         this = Run(config, workdir, experiment, programs, scorers, frozen, plain, explored, evaluations, lease)
-        state = resume_and_train(this, jax.device_get(jax.jit(programs.algorithm.init)(lora)), changes)
+        state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
         if parallel.is_first():

@@ -163,6 +163,17 @@ def embeddings(model, texts=PROMPTS):
     return cond, empty, model.unconditional(empty)
 
 
+def test_prompt_sets_of_all_sizes_are_encoded_by_one_program(make, compiles):
+    model = make("sdxl").ours
+    texts = [f"a {animal} riding a bike" for animal in ("dog", "cat", "ant")] * 6
+    cond, _ = encode_prompts(model, texts)
+    compiled = compiles.count
+    for n in (1, 3, 17):
+        some, _ = encode_prompts(model, texts[:n])
+        jax.tree.map(np.testing.assert_array_equal, some, jax.tree.map(lambda x, n=n: x[:n], cond))
+    assert compiles.count == compiled
+
+
 def test_embeddings_are_diffusers(both):
     theirs, ours = both[:2]
     cond, empty, uncond = embeddings(ours)

@@ -1,5 +1,11 @@
 """Devices and randomness: who gets which sample, and which key."""
 
+import os
+import platform
+import subprocess
+import sys
+import zlib
+
 import jax
 import numpy as np
 import pytest
@@ -46,15 +52,52 @@ def test_shard_and_unshard():
     assert jax.random.key_data(parallel.shard(keys, 6)).shape[:2] == (n, 6 // n)
 
 
-def test_replicate_and_first(compiles):
-    tree = {"x": np.arange(3.0), "n": np.int32(2)}
+def test_replicate_and_first():
+    tree = {"x": np.arange(3.0), "n": np.int32(2), "key": jax.random.key(4)}
     copies = parallel.replicate(tree)
-    assert copies["x"].shape == (jax.local_device_count(), 3)
+    assert copies["x"].shape == (jax.local_device_count(), 3) and copies["key"].shape == (jax.local_device_count(),)
+    assert np.array_equal(jax.random.key_data(copies.pop("key"))[0], jax.random.key_data(tree["key"]))
     back = parallel.first(copies)
     assert isinstance(back["x"], np.ndarray) and back["x"].tolist() == [0, 1, 2] and back["n"] == 2
+    tree["x"][:] = 7.0
+    assert parallel.first(copies)["x"].tolist() == [0, 1, 2]  # not the host's memory
+
+
+def test_arrays_reach_the_devices_and_come_back_without_a_program(compiles):
+    """Of shapes that no other test has: a program for each would be compiled at a run's start, and kept."""
+    parallel.replicate(np.zeros(1))  # where the devices are is asked once
+    keys, x = jax.random.split(jax.random.key(0), 26), np.zeros((26, 17), np.float32)
     compiled = compiles.count
-    parallel.replicate({"x": np.ones(3), "n": np.int32(5)})
-    assert compiles.count == compiled  # another tree of the same shapes is no other program
+    there = parallel.shard((x, keys), 26), parallel.replicate((x, keys)), parallel.shard_local(x), parallel.share(x)
+    parallel.first(there[2]), parallel.unshard(there[0][0]), parallel.unshard_local(there[2])
+    assert compiles.count == compiled
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("wanted", [{}, {"MALLOC_ARENA_MAX": "7"}])
+def test_threads_share_as_many_heaps_as_there_are_cores(wanted):
+    """By glibc's own report, of twelve threads that hold memory of its heaps at a time; or as the user says."""
+    program = """
+import ctypes, re, threading, tempfile
+from diffexp_jax import backend
+backend.limit_heaps()
+libc, ready = ctypes.CDLL("libc.so.6"), threading.Barrier(12)
+libc.malloc.restype, libc.fopen.restype = ctypes.c_void_p, ctypes.c_void_p
+def hold():
+    libc.malloc(ctypes.c_size_t(5000))
+    ready.wait()
+threads = [threading.Thread(target=hold) for _ in range(12)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+with tempfile.NamedTemporaryFile() as file:
+    stream = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
+    libc.malloc_info(0, stream), libc.fclose(stream)
+    print("heaps", len(re.findall(b"<heap ", file.read())))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | wanted, capture_output=True, text=True, check=True
+    )
+    most = int(wanted.get("MALLOC_ARENA_MAX", len(os.sched_getaffinity(0))))
+    assert int(found.stdout.split()[-1]) == min(most, 12)
 
 
 def test_a_cpus_devices_read_the_hosts_copy():
@@ -83,6 +126,12 @@ def test_a_stream_is_what_it_was_when_a_run_was_stopped():
     """Fixed for good: a run that is continued with other keys would not be the same run."""
     key = jax.random.key_data(parallel.stream(3, "noise", 7))
     assert np.asarray(key).tolist() == [5863931, 88286164]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1])
+def test_a_stream_is_the_seeds_key_folded_twice(seed):
+    expected = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"noise") & 0x7FFFFFFF), 12)
+    assert np.array_equal(jax.random.key_data(parallel.stream(seed, "noise", 12)), jax.random.key_data(expected))
 
 
 def test_sample_keys_depend_on_the_sample_alone():

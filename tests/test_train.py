@@ -88,7 +88,9 @@ def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
         def sample(*args):
             gc.collect()  # what another test's run left in cycles is not of this one
             with open(workdir.parent / "live.txt", "a") as file:
-                file.write(f"{sum(x.nbytes for x in jax.live_arrays())}\n")
+                shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
+                held = {shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}  # several may share memory
+                file.write(f"{sum(held.values())}\n")
             return programs.sample(*args)
 
         return programs._replace(update=update, sample=programs.sample and sample)
@@ -169,8 +171,11 @@ def test_images_change_only_as_the_lora_does(finished):
 
 
 def test_nothing_is_compiled_after_the_second_iteration(finished):
-    """Evaluations, image grids, checkpoints and the end of exploration come later, and bring nothing new."""
-    assert len(finished.compiled) == 5 and finished.compiled[0] > 0
+    """Evaluations, image grids, checkpoints and the end of exploration come later, and bring nothing new.
+
+    Nor is there a small program for each shape of what a run begins with: there are 16 in all, here.
+    """
+    assert len(finished.compiled) == 5 and 0 < finished.compiled[0] <= finished.compiled[-1] <= 25
     assert finished.compiled[2:] == [finished.compiled[2]] * 3
 
 

@@ -53,7 +53,7 @@ def init_lora(
 
 
 @partial(jax.jit, static_argnames="shape")
-def _draw(key: PRNGKeyArray, i: int, rank: int, *, shape: tuple[int, ...]) -> Array:
+def _draw(key: PRNGKeyArray, i: int | Array, rank: int | Array, *, shape: tuple[int, ...]) -> Array:
     """Columns of A of the i-th target: a program for each shape of a model."""
     return jax.random.normal(jax.random.fold_in(key, i), shape) / rank
 

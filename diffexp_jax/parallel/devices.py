@@ -6,7 +6,6 @@ depend on how many there are.
 """
 
 import functools
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -99,7 +98,8 @@ def first(tree: Any) -> Any:
         shard = min(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
         return shard.data  # x[0] would be a program of all devices, with a collective
 
-    return jax.tree.map(operator.itemgetter(0), jax.device_get(jax.tree.map(one, tree)))
+    # a copy: what a CPU gives is the device's own memory, which could then not be donated
+    return jax.tree.map(lambda x: np.array(x[0]), jax.device_get(jax.tree.map(one, tree)))
 
 
 def sample_index(n_samples: int) -> Int[np.ndarray, "devices samples"]:
