@@ -13,8 +13,6 @@ from pathlib import Path
 
 import jax
 
-_M_ARENA_MAX = -8  # of glibc's malloc.h
-
 
 def platform() -> str:
     """ "cpu", "gpu" or "tpu"."""
@@ -60,20 +58,15 @@ def set_cpu_devices(n: int) -> None:
     """Makes the CPU n devices. Call it before anything uses a device; later, or where XLA_FLAGS says how many, it is
     without effect.
     """
-    limit_heaps()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # a device is in use
             jax.config.update("jax_num_cpu_devices", n)
 
 
-def limit_heaps() -> None:
-    """Lets glibc have a heap for each core, not eight: what threads free stays in theirs, a tenth of a run's peak.
-
-    MALLOC_ARENA_MAX goes first; a machine with another C library is left alone.
-    """
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # no such library, no such function
-        if "MALLOC_ARENA_MAX" not in os.environ:
-            ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, len(os.sched_getaffinity(0)))
+def give_back_memory() -> None:
+    """Gives the system what is free in the heaps, where the C library is glibc: after compiling that is much."""
+    with contextlib.suppress(OSError, AttributeError):  # no such library, no such function
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def ask_for_determinism() -> None:

@@ -95,8 +95,7 @@ def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
         if start is None:
             values = evaluate_and_draw(run, state.lora, 0)
             writer.write(0, values)
-            score = values.get(config.checkpoint.best)
-            checkpoints.save(0, parallel.first(state), rows=writer.recent, score=score)
+            checkpoints.save(0, parallel.first(state), rows=writer.recent, score=values.get(config.checkpoint.best))
         else:
             print("\n  ".join([f"continuing from iteration {start}", *changes]))
         return train(run, state, start or 0, checkpoints, writer, stop)
@@ -112,6 +111,8 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
     print(f"an iteration: {run.experiment.batch_in_words()}")
     bar = Progress(start, end)
     for it in bar:
+        if it <= start + 1:
+            backend.give_back_memory()  # of compiling what evaluates, then what trains
         checkpoints.hold(it, held, rows=writer.recent)
         try:
             state, values = iterate(run, state, it)
@@ -161,13 +162,12 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
 
 def evaluate_and_draw(run: Run, lora: Any, iteration: int) -> dict[str, float]:
     """What is due after this many iterations: saves the image grid, and gives the means of evaluation."""
-    config, programs, params = run.config, run.programs, run.frozen["model"]
+    config, programs, params, n = run.config, run.programs, run.frozen["model"], run.config.log.images
 
     def due(every):
         return every and (iteration == config.iterations or iteration % every == 0)
 
-    if config.log.images and due(config.log.images_every):
-        n = config.log.images
+    if n and due(config.log.images_every):
         images, captions = fixed_samples(run.experiment, programs.generate, params, lora, run.plain, n=n)
         if parallel.is_first():
             report.save_grid(run.workdir / "images" / f"{iteration:06d}.png", images, captions)

@@ -72,12 +72,12 @@ def share(tree: Any) -> Any:
 
 def _put(rows: Callable[[np.ndarray], Iterable[np.ndarray]], tree: Any) -> Any:
     """Arrays [n_local, ...] on this host's devices; `rows` gives of a leaf, as numpy, each device's [1, ...]."""
-    shards, sharding, n = _place()
+    devices, sharding, n = _place()
 
     def one(x):
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(one(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-        pieces = [jax.device_put(row, device) for row, device in zip(rows(np.asarray(x)), shards, strict=True)]
+        pieces = [jax.device_put(row, device) for row, device in zip(rows(np.asarray(x)), devices, strict=True)]
         return jax.make_array_from_single_device_arrays((n, *pieces[0].shape[1:]), sharding, pieces)
 
     return jax.tree.map(one, tree)
@@ -85,10 +85,10 @@ def _put(rows: Callable[[np.ndarray], Iterable[np.ndarray]], tree: Any) -> Any:
 
 @functools.cache
 def _place() -> tuple[list[jax.Device], jax.sharding.Sharding, int]:
-    """Where a mapped program has the rows of its arrays: this host's devices in their order, and of all, how many."""
-    x = pmap(lambda x: x)(np.arange(jax.local_device_count()))
-    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return [shard.device for shard in shards], x.sharding, len(x)
+    """Where a mapped program has the rows of its arrays: the devices of this host's rows, and of all, how many."""
+    rows = pmap(lambda row: row)(np.arange(jax.local_device_count()))
+    devices = {int(np.asarray(shard.data)[0]): shard.device for shard in rows.addressable_shards}
+    return [device for _, device in sorted(devices.items())], rows.sharding, len(rows)
 
 
 def first(tree: Any) -> Any:
