@@ -30,7 +30,8 @@ def load_tokenizer(folder: Path):
 def token_ids(tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], list[str]]:
     """Token ids padded to the tokenizer's length, and those of the texts that had to be cut."""
     length = tokenizer.model_max_length
-    full = tokenizer(list(texts), padding="max_length", max_length=length, verbose=False).input_ids  # no warning yet
+    # not verbose: who asks warns of the texts that were cut
+    full = tokenizer(list(texts), padding="max_length", max_length=length, verbose=False).input_ids
     cut = [text for text, ids in zip(texts, full, strict=True) if len(ids) > length]
     ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids
     return np.asarray(ids, np.int32), cut

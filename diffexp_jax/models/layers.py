@@ -106,7 +106,7 @@ def pointwise_conv(features: int, **kwargs) -> Conv:
 
 
 def param(layer: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
-    """`layer.param`, without its check of the shape: that traces `init` anew, a third of the time to trace a network.
+    """`layer.param` without its check of the shape, which traces `init`: up to a fifth of the time to trace a program.
 
     Loading has compared the shapes (`convert.from_torch`).
     """

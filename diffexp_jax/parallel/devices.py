@@ -72,7 +72,7 @@ def share(tree: Any) -> Any:
 
 def _put(rows: Callable[[np.ndarray], Iterable[np.ndarray]], tree: Any) -> Any:
     """Arrays [n_local, ...] on this host's devices; `rows` gives of a leaf, as numpy, each device's [1, ...]."""
-    devices, sharding, n = _place()
+    devices, sharding, n = _layout()
 
     def one(x):
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -84,7 +84,7 @@ def _put(rows: Callable[[np.ndarray], Iterable[np.ndarray]], tree: Any) -> Any:
 
 
 @functools.cache
-def _place() -> tuple[list[jax.Device], jax.sharding.Sharding, int]:
+def _layout() -> tuple[list[jax.Device], jax.sharding.Sharding, int]:
     """Where a mapped program has the rows of its arrays: the devices of this host's rows, and of all, how many."""
     rows = pmap(lambda row: row)(np.arange(jax.local_device_count()))
     devices = {int(np.asarray(shard.data)[0]): shard.device for shard in rows.addressable_shards}
