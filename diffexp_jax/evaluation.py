@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
-from diffexp_jax import parallel
+from diffexp_jax import InputError, parallel
 from diffexp_jax.experiment import Experiment, Task
 from diffexp_jax.limits import one_of
 from diffexp_jax.pipelines import Conditioning, make_context
@@ -67,6 +67,22 @@ def score_all(
         found = scorer(images, tokens[name])
         scores |= {f"{name}/{part}" if part else name: x for part, x in found.items()}
     return scores
+
+
+def check_pictures(finite: Bool[np.ndarray, " N"]) -> None:
+    """Raises InputError where a picture has a number that is not finite."""
+    if wrong := int((~np.asarray(finite)).sum()):
+        raise InputError(
+            f"{wrong} of {len(finite)} pictures are not finite: the model, its VAE or the LoRA overflows; wants "
+            "another type of numbers (float32, or bfloat16 in place of float16), another LoRA or less guidance"
+        )
+
+
+def check_scores(scores: Mapping[str, Float[np.ndarray, "N"]]) -> None:
+    """Raises InputError where a score is not finite."""
+    for name, values in scores.items():
+        if wrong := int((~np.isfinite(values)).sum()):
+            raise InputError(f"reward {name}: {wrong} of {len(values)} scores are not finite (NaN or infinite)")
 
 
 def summary(values: Float[np.ndarray, "N"]) -> dict[str, float]:

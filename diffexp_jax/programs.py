@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from diffexp_jax import exploration, parallel
 from diffexp_jax.algorithms import Algorithm, Samples
@@ -101,15 +101,22 @@ def as_bytes(images: Float[Array, "*B H W 3"]) -> UInt8[Array, "*B H W 3"]:
     return jnp.round(jnp.clip(images, 0.0, 1.0) * 255).astype(jnp.uint8)
 
 
-def make_generate(pipeline: Pipeline, *, n_chunks: int, lora_scale: float) -> Callable[..., UInt8[Array, "D B H W 3"]]:
-    """A program (params, lora, context, keys, steps) -> images as bytes."""
+def bytes_and_finite(images: Float[Array, "B H W 3"]) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, " B"]]:
+    """`as_bytes`, which makes black of NaN, and which images have only finite numbers."""
+    return as_bytes(images), jnp.isfinite(images).all(axis=(1, 2, 3))
+
+
+def make_generate(
+    pipeline: Pipeline, *, n_chunks: int, lora_scale: float, form: Callable[[Float[Array, "B H W 3"]], Any] = as_bytes
+) -> Callable[..., Any]:
+    """A program (params, lora, context, keys, steps) -> images [D,B,H,W,3] as bytes, or in another `form`."""
 
     def one(params, lora, steps, chunk):
         context, keys = chunk
         x_T = initial_latents(keys, pipeline.latent_shape)
         denoise = pipeline.denoiser(params, lora, lora_scale=lora_scale)
         x_0, _ = rollout(pipeline.process, denoise, x_T, context, steps, keys)
-        return as_bytes(pipeline.decode(params, x_0))
+        return form(pipeline.decode(params, x_0))
 
     def generate(params, lora, context, keys, steps):
         chunks = chunked((context, keys), n_chunks)

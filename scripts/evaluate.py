@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from diffexp_jax.experiment import check_files, load_rewards, make_task
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.models.lora import scaled
-from diffexp_jax.programs import make_generate, make_scorer
+from diffexp_jax.programs import bytes_and_finite, make_generate, make_scorer
 from diffexp_jax.prompts import load_prompt_sets
 from diffexp_jax.sampler import Sampler
 
@@ -51,6 +52,7 @@ def main(args: argparse.Namespace) -> None:
             pictures = {}
             for name in ("base", "tuned"):
                 images, scores = comparison.evaluate(args, task, name, bar)
+                evaluation.check_scores(scores)
                 pictures[name] = images[shown]
                 results[task.name][name] = {key: evaluation.summary(x) for key, x in scores.items()}
                 line = ", ".join(f"{key} {x['mean']:.3f}" for key, x in results[task.name][name].items())
@@ -107,7 +109,7 @@ class Comparison(NamedTuple):
         return cls(
             sampler,
             rewards,
-            make_generate(sampler.pipeline, n_chunks=1, lora_scale=1.0),
+            checked(make_generate(sampler.pipeline, n_chunks=1, lora_scale=1.0, form=bytes_and_finite)),
             {name: make_scorer(reward, batch=batch) for name, reward in rewards.items()},
             parallel.share(sampler.pipeline.sampling_params),
             loras,
@@ -129,6 +131,17 @@ class Comparison(NamedTuple):
             samples_per_prompt=args.samples_per_prompt,
             advance=bar.update,
         )
+
+
+def checked(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """The program's pictures alone, where they are finite; else it raises InputError."""
+
+    def pictures(*args):
+        images, finite = generate(*args)
+        evaluation.check_pictures(parallel.unshard(finite))
+        return images
+
+    return pictures
 
 
 def shown_images(args: argparse.Namespace, texts: tuple[str, ...]) -> tuple[list[str], np.ndarray]:

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
 from diffexp_jax import InputError, checkpoint, exploration, parallel, programs, report, settings
+from diffexp_jax.evaluation import check_pictures
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.limits import check_number, whole
@@ -222,13 +224,14 @@ def weigh(
 
 
 def make_sample(pipeline: Pipeline) -> Callable[..., jax.Array]:
-    """A compiled program (params, lora, x_T, context, steps, keys) -> images in [0,1]."""
+    """A compiled program (params, lora, x_T, context, steps, keys) -> images in [0,1], NaN where not finite."""
 
     @jax.jit
     def sample(params, lora, x_T, context, steps, keys):
         denoise = pipeline.denoiser(params, lora)
         x_0, _ = rollout(pipeline.process, denoise, x_T, context, steps, keys)
-        return pipeline.decode(params, x_0).clip(0.0, 1.0)
+        images = pipeline.decode(params, x_0)
+        return jnp.where(jnp.isfinite(images), images.clip(0.0, 1.0), jnp.nan)  # infinity would become white
 
     return sample
 
@@ -247,6 +250,7 @@ def sample_all(
                 rows = np.arange(start, start + size).clip(max=n - 1)  # the last batch is filled up: one compile
                 context = jax.tree.map(lambda x, rows=rows: x[rows], variant.context)
                 parts.append(np.asarray(sample(params, variant.lora, x_T[rows], context, variant.steps, keys[rows])))
+                check_pictures(np.isfinite(parts[-1]).all(axis=(1, 2, 3)))
                 bar.update(min(size, n - start))
             images.append(np.concatenate(parts)[:n])
     return images

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffexp_jax import InputError, report
-from diffexp_jax.evaluation import score_all
+from diffexp_jax.evaluation import check_scores, score_all
 from diffexp_jax.formats.files import read_json, replaced
 from diffexp_jax.limits import check_number, positive, whole
 from diffexp_jax.programs import make_scorer
@@ -62,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
             here = slice(start, start + batch)
             images = [read_image(path) for path in paths[here]]
             scores = score_all(scorers, images, jax.tree.map(lambda x, here=here: x[here], tokens))
+            check_scores(scores)
             for i, (path, text) in enumerate(zip(paths[here], texts[here], strict=True)):
                 rows.append({"image": str(path), "prompt": text} | {name: f"{x[i]:.6f}" for name, x in scores.items()})
             progress.update(len(images))

@@ -51,7 +51,7 @@ BELOW = {
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
     | {"fingerprint", "InputError"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
-    "evaluation": {"experiment", "pipelines", "sampling", "parallel", "limits"},
+    "evaluation": {"experiment", "pipelines", "sampling", "parallel", "limits", "InputError"},
     "dry_run": {"programs", "experiment", "sampler", "algorithms", "models", "flops", "parallel", "backend"},
     "command": {"settings", "stopping", "InputError", "HostError", "RewardError"},
     "stopping": set(),

@@ -5,6 +5,7 @@ part differs (torch "weight" is our "kernel", "scale" or "embedding") and the ax
 first). A missing, unexpected or wrongly shaped tensor is an error that names it.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 _FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 _SHOWN = 8  # names printed per list of an error
+_AT_ONCE = 2**20  # numbers that are looked at together
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -48,7 +50,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], *, 
       dtype: of every leaf.
 
     Raises:
-      InputError: tensors are missing, unexpected, or of another shape; the message lists their names.
+      InputError: tensors are missing, unexpected, or of another shape (the message lists their names), or one holds
+        a number that is not finite, or is not in this dtype.
     """
     wanted = {torch_name(path): (path, leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes).items()}
     missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
@@ -68,10 +71,29 @@ def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], *, 
             wrong.append(f"{name} is {value.shape}, the config wants {shape}")
         else:
             # one copy at most: neither cast before it is transposed, nor transposed before it is cast
-            flat[path] = aligned(value.transpose(_axes(_FROM_TORCH, path, value.ndim)), dtype)
+            with np.errstate(over="ignore"):  # said below
+                flat[path] = aligned(value.transpose(_axes(_FROM_TORCH, path, value.ndim)), dtype)
+            if not all_finite(flat[path]):
+                file_of = getattr(tensors, "file_of", lambda name: None)
+                raise InputError(f"{file_of(name) or where}: {_not_finite(name, value, dtype)}")
     if wrong:
         raise InputError(f"{where}: {len(wrong)} tensors of the wrong shape: {'; '.join(sorted(wrong)[:_SHOWN])}")
     return traverse_util.unflatten_dict(flat)
+
+
+def all_finite(value: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite, by one pass over memory: it makes no copy and no mask of its size."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if math.isfinite(value.sum(dtype=np.float32)):  # the sum of anything not finite is not
+            return True
+    flat = value.reshape(-1)  # a sum may also overflow
+    return all(np.isfinite(flat[i : i + _AT_ONCE]).all() for i in range(0, flat.size, _AT_ONCE))
+
+
+def _not_finite(name: str, value: np.ndarray, dtype: DTypeLike) -> str:
+    if all_finite(np.ascontiguousarray(value)):
+        return f"tensor {name} has numbers too large for {np.dtype(dtype).name}; wants bfloat16 or float32 weights"
+    return f"tensor {name} holds NaN or infinite numbers; the file is damaged, or training it had failed"
 
 
 def aligned(value: np.ndarray, dtype: DTypeLike) -> np.ndarray:

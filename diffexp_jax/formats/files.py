@@ -84,6 +84,10 @@ class Weights(Mapping[str, np.ndarray]):
         except Exception as error:  # of many types: cut short since it was opened, a type of numbers without numpy's
             raise InputError(f"{path}: tensor {name} is not readable ({_one_line(error)})") from None
 
+    def file_of(self, name: str) -> Path:
+        """Where a tensor is, for errors."""
+        return self._where[name]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
@@ -100,6 +104,11 @@ class Renamed(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._tensors[self._names[name]]
+
+    def file_of(self, name: str) -> Path | None:
+        """Where a tensor is, for errors; None where that is not known."""
+        inner = getattr(self._tensors, "file_of", None)
+        return inner and inner(self._names[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
