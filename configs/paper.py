@@ -8,22 +8,25 @@
 | names | what |
 |---|---|
 | fig1 | DDPO, ImageReward, the single prompt "a dolphin riding a bike" |
-| fig3 | three samplers, nothing to train: this name only says which commands of scripts/sample.py show them |
+| fig3 | three samplers, nothing to train: this name only says which command of scripts/sample.py shows them |
 | fig4_ALGORITHM_REWARD, the same as fig5_, fig6_, fig7_ | ddpo or alignprop; aesthetic or pickscore |
 | fig8, fig10a, fig17a | AlignProp, HPS + Aesthetic + PickScore, 58 DrawBench prompts; unseen: 150 of PartiPrompts |
 | fig9a_REWARD_PART | AlignProp; of exploration: none, weighting, schedule or both |
 | fig9b_REWARD_tNNN | AlignProp; t_thresh 900, 800, 700 or 600 |
 | fig10b, fig17b | SDXL, AlignProp, Aesthetic |
 
-Names that share a run: fig4_ to fig7_; fig8, fig10a and fig17a; fig10b and fig17b; "both" and t900 are fig4_alignprop_,
-"none" is its baseline. Figures 4, 6 and 7 are three curves of metrics.jsonl: reward/mean, eval/UNSEEN PROMPTS/REWARD
-and eval/PROMPTS/imagereward. Figures 5 and 8 (and 11 to 16, 18 and 19, which have no names here) are pictures of such a
-run and its baseline, side by side: what both have in images/ is of the same prompts and noise.
+Names that share a run: those of ALIASES; "both" and t900 are fig4_alignprop_, "none" is its baseline. Figures 4, 6 and
+7 are three curves of metrics.jsonl: reward/mean, eval/UNSEEN PROMPTS/REWARD and eval/PROMPTS/imagereward. Figures 5 and
+8 (and 11 to 16, 18 and 19, which have no names here) are pictures of such a run and its baseline, side by side: what
+both have in images/ is of the same prompts and noise.
 
 What the copies of the paper that we could read give: Stable Diffusion 1.5 with LoRA, 50 steps, 64 images an iteration,
 guidance 5.0 (DDPO) and 7.5 (AlignProp), the learning rates, the 3/4 rule, and which prompts go with which reward. Not
 the numbers of exploration and of iterations: those are our defaults. SDXL's settings are those of SD 1.5, at 1024
 pixels.
+
+The 3/4 rule is a share of `iterations`: of 100, which are 6,400 reward queries, the first 75 explore. AlignProp on
+Aesthetic has 24 (1,536 queries, 18 explore): the published AlignProp run ends at 1,792, before it over-optimises.
 
 `,model=` takes any of models.py's names. With emoji or emoji_hard an experiment becomes its miniature: that model with
 its settings, on prompts that it knows, with its rewards in the place of the published ones (ImageReward's: the judge).
@@ -67,6 +70,12 @@ MINIATURE = {
 # coloured squares within 12 iterations; here most are still there at the end (docs/results.md)
 _MINIATURE_SETTINGS = {("alignprop", "aesthetic"): {"optim.lr": 2.5e-3, "iterations": 36}}
 
+# Of the published models. Aesthetic scores of single images are about 0.5 apart, and six prompts are unseen: with an
+# image of each a curve's standard error is 0.2; with 16 it is 0.05.
+_AESTHETIC = {"eval.samples_per_set": 96}
+_SHORT = {"iterations": 24, "eval.every": 4, "log.images_every": 4, "checkpoint.every": 4}
+_PUBLISHED_SETTINGS = {("ddpo", "aesthetic"): _AESTHETIC, ("alignprop", "aesthetic"): _AESTHETIC | _SHORT}
+
 # One prompt: its statistics are of a whole iteration, and an evaluation is of as many images.
 _ONE_PROMPT = {"ddpo.stats_buffer": 64, "eval.samples_per_prompt": 64}
 PARTS = {
@@ -76,25 +85,32 @@ PARTS = {
     "both": {},
 }
 THRESHOLDS = {f"t{t}": {"exploration.t_thresh": t} for t in (900, 800, 700, 600)}
-REWARDS = ("aesthetic", "pickscore")
+ALGORITHMS, REWARDS = ("ddpo", "alignprop"), ("aesthetic", "pickscore")
 
 # name: (model, algorithm, task, what else is set)
-EXPERIMENTS = {
+_RUNS = {
     "fig1": ("sd15", "ddpo", "dolphin", _ONE_PROMPT),
-    **{
-        f"{figure}_{algorithm}_{reward}": ("sd15", algorithm, reward, {})
-        for figure in ("fig4", "fig5", "fig6", "fig7")
-        for algorithm in ("ddpo", "alignprop")
-        for reward in REWARDS
-    },
+    **{f"fig4_{algorithm}_{reward}": ("sd15", algorithm, reward, {}) for algorithm in ALGORITHMS for reward in REWARDS},
     "fig8": ("sd15", "alignprop", "drawbench", {}),
     **{f"fig9a_{r}_{part}": ("sd15", "alignprop", r, changes) for r in REWARDS for part, changes in PARTS.items()},
     **{f"fig9b_{r}_{t}": ("sd15", "alignprop", r, changes) for r in REWARDS for t, changes in THRESHOLDS.items()},
-    "fig10a": ("sd15", "alignprop", "drawbench", {}),
     "fig10b": ("sdxl", "alignprop", "aesthetic", {}),
-    "fig17a": ("sd15", "alignprop", "drawbench", {}),
-    "fig17b": ("sdxl", "alignprop", "aesthetic", {}),
 }
+# Figures that are of another one's run; sweeps.py's experiments have these names too
+ALIASES = {
+    f"{figure}_{algorithm}_{reward}": f"fig4_{algorithm}_{reward}"
+    for figure in ("fig5", "fig6", "fig7")
+    for algorithm in ALGORITHMS
+    for reward in REWARDS
+} | {"fig10a": "fig8", "fig17a": "fig8", "fig17b": "fig10b"}
+
+
+def _figure(name: str) -> tuple[int, str]:
+    number, part = re.match(r"fig(\d+)([ab]?)", name).groups()
+    return int(number), part
+
+
+EXPERIMENTS = {name: _RUNS[ALIASES.get(name, name)] for name in sorted((*_RUNS, *ALIASES), key=_figure)}
 
 
 def get_config(argument: str | None = None):
@@ -119,6 +135,7 @@ def get_config(argument: str | None = None):
         config.update_from_flattened_dict(_MINIATURE_SETTINGS.get((algorithm, task), {}))
     else:
         config.eval.rewards = (_IMAGEREWARD,)
+        config.update_from_flattened_dict(_PUBLISHED_SETTINGS.get((algorithm, task), {}))
     config.update_from_flattened_dict(changes)
     return config
 
@@ -131,11 +148,10 @@ def accepted(name: str) -> str:
 
 
 def samplers(options: str) -> str:
-    """The commands that show Fig. 3: guidance high and scheduled, and low, from the same noise."""
+    """The command that shows Fig. 3: guidance low, high and scheduled, from the same noise."""
     config = alignprop.get_config(options)
-    s = config.sampling
-    command = f'python scripts/sample.py --model {config.model.path} --prompt "{_DOLPHIN}" --steps {s.steps}'
+    s, e = config.sampling, config.exploration
     return (
-        f"{command} --guidance {s.guidance:g} --explore --out samples/fig3 (high, scheduled) and "
-        f"{command} --guidance {config.exploration.w_low:g} --out samples/fig3_low (low)"
+        f'python scripts/sample.py --model {config.model.path} --prompt "{_DOLPHIN}" --steps {s.steps} '
+        f"--guidance {s.guidance:g} --w_low {e.w_low:g} --t_thresh {e.t_thresh} --samplers --out samples/fig3"
     )

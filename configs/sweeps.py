@@ -9,7 +9,7 @@ of paper.py.
 
 | names | arms beside the baseline |
 |---|---|
-| fig1, fig4_ALGORITHM_REWARD, fig8, fig10b | DiffExp |
+| fig1, fig4_ALGORITHM_REWARD, fig8, fig10b, and paper.py's ALIASES of them (fig6_..., fig17b, ...) | DiffExp |
 | fig9a_REWARD | one part of exploration, or both |
 | fig9b_REWARD | thresholds of Eq. 7 |
 | thresholds_ddpo_REWARD | the same for DDPO |

@@ -90,6 +90,11 @@ def summary(values: Float[np.ndarray, "N"]) -> dict[str, float]:
     return {"mean": float(values.mean()), "standard_error": float(values.std() / len(values) ** 0.5)}
 
 
+def samples_of_each(n_prompts: int, *, per_prompt: int, per_set: int) -> int:
+    """Images of each of a set's prompts: at least `per_prompt`, and at least `per_set` of the whole set."""
+    return max(per_prompt, -(-per_set // n_prompts))
+
+
 def evaluate_all(
     experiment: Experiment, generate: Callable, scorers: Mapping[str, Callable], params: Any, lora: Any, steps: Steps
 ) -> dict[str, float]:
@@ -100,6 +105,9 @@ def evaluate_all(
     """
     config, means = experiment.config, {}
     for task in experiment.evals:
+        n = samples_of_each(
+            len(task.texts), per_prompt=config.eval.samples_per_prompt, per_set=config.eval.samples_per_set
+        )
         _, scores = evaluate(
             generate,
             scorers,
@@ -110,7 +118,7 @@ def evaluate_all(
             steps,
             seed=config.seed,
             batch=experiment.split.samples,
-            samples_per_prompt=config.eval.samples_per_prompt,
+            samples_per_prompt=n,
         )
         means |= {f"eval/{task.name}/{name}": float(score.mean()) for name, score in scores.items()}
     if (best := config.checkpoint.best).startswith("eval/"):

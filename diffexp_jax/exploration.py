@@ -54,5 +54,9 @@ def reweight_prompt(
 
 
 def exploring_iterations(n_iterations: int, *, fraction: float) -> int:
-    """How many iterations explore, from the first: `fraction` (the paper: 3/4) of fine-tuning, rounded up."""
-    return math.ceil(fraction * n_iterations)
+    """How many iterations explore, from the first: `fraction` (the paper: 3/4) of fine-tuning, rounded up.
+
+    So every run that explores has an iteration that does: 1 of 1, 6 of 7, 75 of 100. (0.07 x 100 is 7, although the
+    product of floats is 7.000000000000001.)
+    """
+    return math.ceil(round(fraction * n_iterations, 6))

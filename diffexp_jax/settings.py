@@ -63,6 +63,7 @@ NUMBERS: dict[str, Number] = {
     "optim.grad_clip": positive(),
     "eval.every": whole(0),
     "eval.samples_per_prompt": whole(1, 2**20),
+    "eval.samples_per_set": whole(1, 2**20),
     "log.images": whole(0, 4096),
     "log.images_every": whole(0),
     "hosts.number": whole(1, 2**16, optional=True),

@@ -61,11 +61,12 @@ def main(args: argparse.Namespace) -> None:
     ways |= {"explored": (args.samples_per_prompt, True)} if args.explored else {}
     ways |= {"many": (args.many, False)} if args.many else {}
     tasks = model.experiment.evals
-    images = sum(n for n, _ in ways.values()) * sum(len(task.texts) for task in tasks)
+    of_each = partial(evaluation.samples_of_each, per_set=config.eval.samples_per_set)
+    images = sum(len(t.texts) * of_each(len(t.texts), per_prompt=n) for n, _ in ways.values() for t in tasks)
     with tqdm(total=images, desc="final evaluation", unit="image") as bar:
         for way, (n, explore) in ways.items():
-            measure = partial(model.measure, n=n, explore=explore, seed=args.seed, advance=bar.update)
-            results[way] = {task.name: measure(task) for task in tasks}
+            measure = partial(model.measure, explore=explore, seed=args.seed, advance=bar.update)
+            results[way] = {task.name: measure(task, n=of_each(len(task.texts), per_prompt=n)) for task in tasks}
     write_whole(args.out, json.dumps(results) + "\n")
 
 

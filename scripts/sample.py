@@ -3,7 +3,8 @@
 python scripts/sample.py --prompt "a dog riding a bike" --num_images 8 --lora runs/quickstart --out samples
 
 The grid compares what there is to compare: --lora shows the model without and with it, --explore what DiffExp's
-guidance schedule and prompt weights make of the same seed (the paper's Figure 3). What no flag says is taken from the
+guidance schedule and prompt weights make of the same seed, --samplers low, high and scheduled guidance (the paper's
+Figure 3). What no flag says is taken from the
 run that --lora names; where there is none, as diffusers samples: 50 steps, guidance 7.5, eta 0.
 """
 
@@ -85,6 +86,7 @@ def arguments() -> argparse.Namespace:
     add("--latents", help="float32 .npy [N,h,w,c], standard normal: the noise to start from, one for each image")
     add("--batch", type=int, default=16, help="images at once")
     add("--explore", action="store_true", help="show what exploration does to the same seeds")
+    add("--samplers", action="store_true", help="show guidance low, high and scheduled on the same seeds (Fig. 3)")
     group = parser.add_argument_group("settings (default: the run's that --lora names, else as said below)")
     add = group.add_argument
     add("--model", help="emoji (default), a folder in the diffusers pipeline format, or a hub id")
@@ -96,8 +98,8 @@ def arguments() -> argparse.Namespace:
     add("--guidance", type=float, help="classifier-free guidance scale; 1 is none (default: 7.5)")
     add("--eta", type=float, help="noise of the DDIM steps, 0..1 (default: 0)")
     add("--seed", type=int, help="(default: 0)")
-    add("--w_low", type=float, help="with --explore: guidance while t > --t_thresh (Eq. 7)")
-    add("--t_thresh", type=int, help="with --explore: in training timesteps, 0..1000")
+    add("--w_low", type=float, help="with --explore, --samplers: guidance while t > --t_thresh (Eq. 7)")
+    add("--t_thresh", type=int, help="with --explore, --samplers: in training timesteps, 0..1000")
     add("--weight_range", type=float, nargs=2, help="with --explore: of a unit's weight (Eq. 8)")
     add("--unit", choices=UNITS, help="with --explore: what is weighted together")
     add("--scope", choices=settings.CHOICES["exploration.scope"], help="with --explore: what has a draw of its own")
@@ -181,17 +183,22 @@ def make_variants(
         # the same program with an update of nothing
         without = jax.tree.map(np.zeros_like, lora)
         variants = [Variant("base", [f"without LoRA: {text}" for text in texts], without, plain, context), *variants]
-    if args.explore:
-        e, low = sampler.exploration, sampler.steps(explore=True)
-        n_low = int((np.asarray(low.w_t) != np.asarray(plain.w_t)).sum())
+    e, scheduled = sampler.exploration, sampler.steps(explore=True)
+    n_low = int((np.asarray(scheduled.w_t) != np.asarray(plain.w_t)).sum())
+    schedule = [f"guidance {e.w_low:g} in {n_low} of {sampler.n_steps} steps"] * len(rows)
+    if args.explore or args.samplers:
         print(f"guidance: {e.w_low:g} in the first {n_low} of {sampler.n_steps} steps, then {sampler.guidance:g}")
+    if args.samplers:
+        low = sampler._replace(guidance=e.w_low).steps(explore=False)
+        variants.append(Variant("low", [f"guidance {e.w_low:g} in all steps"] * len(rows), lora, low, context))
+    if args.explore or args.samplers:
+        variants.append(Variant("schedule", schedule, lora, scheduled, context))
+    if args.explore:
         weighted, words = weigh(sampler, prompts, rows, cond, seed=args.seed or 0)
         context_w = context._replace(cond=weighted)
-        schedule = f"guidance {e.w_low:g} in {n_low} of {sampler.n_steps} steps"
         variants += [
-            Variant("schedule", [schedule] * len(rows), lora, low, context),
             Variant("weights", words, lora, plain, context_w),
-            Variant("both", [f"both: {word}" for word in words], lora, low, context_w),
+            Variant("both", [f"both: {word}" for word in words], lora, scheduled, context_w),
         ]
     return variants
 

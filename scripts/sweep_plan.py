@@ -28,6 +28,7 @@ from diffexp_jax.settings import check_config, default_config
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # where configs/ is
+from configs.paper import ALIASES  # noqa: E402
 from configs.sweeps import ALL_ARMS, SWEEPS  # noqa: E402
 
 # Settings that do not change what a run learns or reports: where and how its work is done
@@ -150,6 +151,7 @@ def plan(
     Raises:
       InputError: an unknown experiment or arm, or an arm whose settings cannot work.
     """
+    names = list(dict.fromkeys(ALIASES.get(name, name) for name in names))
     for name in names:
         one_of("--experiment", name, SWEEPS)
     for arm in only:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
+from sweep_plan import ALIASES
 
 from diffexp_jax import InputError
 from diffexp_jax.formats.files import read_json
@@ -53,7 +54,7 @@ def find(sweeps: Path, experiment: str, model: str | None = None) -> Experiment:
     Raises:
       InputError: there is none, or several.
     """
-    folder = sweeps / "experiments"
+    folder, experiment = sweeps / "experiments", ALIASES.get(experiment, experiment)
     found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)}
     fits = {
         stem: about

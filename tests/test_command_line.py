@@ -556,7 +556,12 @@ def test_sample_explore(script, tiny_model, tmp_path, capsys):
     pictures = {name: np.asarray(Image.open(tmp_path / "x" / f"0000{name}.png"), int) for name in names}
     with Image.open(tmp_path / "x" / "grid.png") as grid:
         assert grid.size[0] > 4 * 128 > grid.size[1] * 2
-    script("sample", *arguments, f"--out={tmp_path / 'plain'}", "--save_npy")
+    options = ["--samplers", "--w_low=2", "--t_thresh=0"]  # scheduled: low in all steps
+    script("sample", *arguments, f"--out={tmp_path / 'plain'}", "--save_npy", *options)
+    found = {path.stem: np.asarray(Image.open(path), int) for path in (tmp_path / "plain").glob("0*.png")}
+    assert found.keys() == {"0000", "0000-low", "0000-schedule"}
+    np.testing.assert_array_equal(found["0000-low"], found["0000-schedule"])
+    assert np.abs(found["0000-low"] - found["0000"]).max() > 2
     plain, asked = (np.load(tmp_path / folder / "images.npy") for folder in ("plain", "x"))
     np.testing.assert_array_equal(plain, asked)
     for one in names:

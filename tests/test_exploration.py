@@ -186,3 +186,11 @@ def test_a_draw_for_each_prompt(scopes):
 def test_three_quarters_of_an_odd_number():
     """0.75 * 10 = 7.5: iterations 0..7 explore."""
     assert exploring_iterations(10, fraction=0.75) == 8
+
+
+@pytest.mark.parametrize(
+    "n, fraction, expected", [(100, 0.07, 7), (100, 0.29, 29), (10, 0.7, 7), (7, 0.75, 6), (1, 0.75, 1), (30, 0.1, 3)]
+)
+def test_a_share_is_rounded_up_only_where_it_is_no_whole_number(n, fraction, expected):
+    """0.07 * 100 is 7.000000000000001 in floating point."""
+    assert exploring_iterations(n, fraction=fraction) == expected

@@ -4,6 +4,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import alignprop, base, ddpo, paper
+from diffexp_jax.evaluation import samples_of_each
+from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.prompts import PROMPTS
 from diffexp_jax.settings import check_config
 
@@ -139,14 +141,32 @@ def test_runs_that_figures_share(names, model):
     assert others == [first] * len(others)
 
 
-def test_figure_3_is_commands():
+def test_figure_3_is_one_command():
     with pytest.raises(ValueError) as error:
         paper.get_config("fig3,model=emoji")
     command = 'python scripts/sample.py --model emoji --prompt "a dolphin riding a bike" --steps 20'
     assert str(error.value) == (
-        f"fig3 trains nothing; it is {command} --guidance 5 --explore --out samples/fig3 (high, scheduled) and "
-        f"{command} --guidance 1 --out samples/fig3_low (low)"
+        f"fig3 trains nothing; it is {command} --guidance 5 --w_low 1 --t_thresh 900 --samplers --out samples/fig3"
     )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if paper.EXPERIMENTS[name][2] == "aesthetic"])
+def test_aesthetic_curves_are_of_many_images(name):
+    """16 of each of the six unseen animals, 3 of the 45; the miniature has seeds instead."""
+    config = paper.get_config(name)
+    numbers = dict(per_prompt=config.eval.samples_per_prompt, per_set=config.eval.samples_per_set)
+    assert [samples_of_each(len(PROMPTS[x]), **numbers) for x in config.eval.prompts] == [3, 16]
+    assert paper.get_config(f"{name},model=emoji").eval.samples_per_set == 1
+
+
+@pytest.mark.parametrize(
+    "name, iterations, exploring",
+    [("fig4_alignprop_aesthetic", 24, 18), ("fig10b", 24, 18), ("fig4_ddpo_aesthetic", 100, 75), ("fig8", 100, 75)],
+)
+def test_how_long_it_explores(name, iterations, exploring):
+    config = paper.get_config(name)
+    assert config.iterations == iterations and iterations % config.eval.every == 0
+    assert exploring_iterations(iterations, fraction=config.exploration.fraction) == exploring
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, as_flags
 from test_train import assert_same_run
 
-from configs.paper import EXPERIMENTS
+from configs.paper import ALIASES, EXPERIMENTS
 from configs.sweeps import SWEEPS
 from diffexp_jax import InputError, command
 from diffexp_jax.algorithms import METHODS
@@ -33,8 +33,9 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(HERE)
     import sweep
     import sweep_plan
+    import sweep_runs
 
-    return SimpleNamespace(sweep=sweep, plan=sweep_plan)
+    return SimpleNamespace(sweep=sweep, plan=sweep_plan, runs=sweep_runs)
 
 
 @pytest.fixture
@@ -100,6 +101,18 @@ def test_what_an_arm_changes(planned, name, expected):
     assert run.changes.keys() == expected.keys() | {"seed", "eval.every", "checkpoint.every"}
     for key, value in expected.items():
         assert run.changes[key] == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+@pytest.mark.parametrize("alias, name", ALIASES.items())
+def test_figures_of_the_same_run_are_the_same_experiment(planned, alias, name):
+    assert planned(alias, name, seeds=1) == planned(name, seeds=1)
+
+
+def test_an_experiment_is_found_by_its_other_names(scripts, tmp_path):
+    found = {"experiment": "fig8", "model": "emoji", "overrides": {}, "shows": "", "baseline": "x", "arms": {}}
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "fig8-emoji.json").write_text(json.dumps(found | {"base": "b"}))
+    assert scripts.runs.find(tmp_path, "fig17a").name == scripts.runs.find(tmp_path, "fig8").name == "fig8"
 
 
 def test_runs_are_shared(planned):

@@ -20,6 +20,10 @@ def last_step_again(
 ) -> Float[Array, "B h w c"]:
     """DRaFT-LV's further x_0: the (detached) sample is noised to the last step's level, and that step taken again.
 
+    Every term is then of the same step as the first one. The paper's x_0 = (x_1 - sigma_1 eps) / alpha_1 is that step
+    where the chain ends without noise, as its sampler's does. Stable Diffusion's schedule ends at alpha_bar = 0.99915:
+    the paper's form would weigh the further terms' gradients 3.4 times as much as the first one's.
+
     `draw` numbers the noises of a sample from 0.
     """
     n_steps = len(steps.t)

@@ -18,7 +18,7 @@ _TEXT = 44  # pixels of the caption strip: three lines
 _GAP = 4  # pixels around a picture
 _KEY = "diffexp_jax grid"  # of the PNG's text that `read_grid` reads
 GRID = "grid.png"  # the name of a folder's grid
-COMPARISONS = ("base", "schedule", "weights", "both")  # pictures that are there to compare: NNNN-base.png, ...
+COMPARISONS = ("base", "low", "schedule", "weights", "both")  # pictures that are there to compare: NNNN-base.png, ...
 
 
 class Grid(NamedTuple):
