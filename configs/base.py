@@ -18,7 +18,7 @@ def default() -> ml_collections.ConfigDict:
     c.iterations = 100  # optimizer iterations: a batch of samples each
 
     c.model = m = ml_collections.ConfigDict()
-    m.path = "emoji"  # "emoji", "emoji_hard" (shipped), a folder in the diffusers pipeline format, or a hub id
+    m.path = "emoji"  # "emoji", "emoji_hard" (shipped), a folder in diffusers' format, or of the hub: hub:ORG/NAME
     m.revision = placeholder(str)  # of the hub's repository: branch, tag or commit; None: its main branch
     m.variant = placeholder(str)  # "fp16": take the half-precision weight files; None: the whole ones if there are any
     # "float32", "bfloat16", "float16", "auto" = bfloat16 on accelerators, float32 on a CPU. LoRA, latents, log-probs
@@ -37,8 +37,8 @@ def default() -> ml_collections.ConfigDict:
     # A built-in set; a file (.txt, .csv, .tsv, .json); rows of one, FILE.csv:COLUMN=VALUE|VALUE; a single prompt: its
     # words, or prompt:TEXT, which may be one word.
     c.prompts = "animal_activities"  # what to fine-tune on
-    # NAME, NAME:PATH, textnorm(NAME:PATH), several joined by "+"; the user's own function: jax:MODULE:FUNCTION or, for
-    # ddpo, python:MODULE:FUNCTION
+    # NAME, NAME:PATH, NAME:hub:ORG/NAME, textnorm(NAME:PATH), several joined by "+"; the user's own function:
+    # jax:MODULE:FUNCTION or, for ddpo, python:MODULE:FUNCTION
     c.reward = "emoji_pickscore"  # what is maximised, in the reward's own units
     c.reward_weights = ()  # of the parts of several rewards, in their order; (): those of DRaFT and PRDP
 

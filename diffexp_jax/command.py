@@ -1,5 +1,6 @@
 """What the command-line programs share: one line per mistake, and exit codes."""
 
+import argparse
 import ast
 import contextlib
 import difflib
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from diffexp_jax import HostError, InputError, RewardError
+from diffexp_jax import HostError, InputError, RewardError, paths
 from diffexp_jax.stopping import Stopped
 
 _LONGEST = 1000  # characters of an error
@@ -43,7 +44,8 @@ _ALSO_KNOWN_AS = {
 def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> None:
     """Runs main(*args); bad input ends in one line on stderr and exit code 2, a failed run in exit code 1.
 
-    `stopped` is what Ctrl-C ends in, with exit code 130; a run that saves first says it itself (`stopping.py`).
+    Paths among a script's arguments are made local ones (`paths.local`) first. `stopped` is what Ctrl-C ends in, with
+    exit code 130; a run that saves first says it itself (`stopping.py`).
     """
     # transformers advises at import that torch is missing: nothing here needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -51,7 +53,7 @@ def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> N
     logging.set_verbosity(logging.WARNING)  # orbax logs every file that it touches
     try:
         with no_lost_interrupt():
-            main(*args)
+            main(*(with_local_paths(x) if isinstance(x, argparse.Namespace) else x for x in args))
     except InputError as error:
         fail(2, error)
     except (FloatingPointError, HostError, RewardError, OSError) as error:  # a NaN; the disk is full, say
@@ -127,6 +129,21 @@ def check_writable(folder: Path, flag: str) -> None:
         raise InputError(f"{flag} {folder}: cannot be written ({there} is not a folder)")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{flag} {folder}: cannot be written (no permission to write in {there})")
+
+
+def with_local_paths(args: argparse.Namespace) -> argparse.Namespace:
+    """A script's arguments with every `Path` in them, also in lists, as `paths.local` gives it.
+
+    Raises:
+      InputError: one is not on this machine, or no path.
+    """
+
+    def made_local(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [made_local(name, item) for item in value]
+        return paths.local(f"--{name}", value) if isinstance(value, Path) else value
+
+    return argparse.Namespace(**{name: made_local(name, value) for name, value in vars(args).items()})
 
 
 def fail(code: int, error: Exception) -> NoReturn:

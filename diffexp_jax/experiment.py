@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import optax
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, parallel
+from diffexp_jax import InputError, parallel, paths
 from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Method, Policy, Setup
 from diffexp_jax.fingerprint import fingerprint
 from diffexp_jax.models.lora import init_lora, initial_lora
@@ -244,7 +243,7 @@ def check_files(config: ConfigDict, *, weights: bool) -> None:
     """
     for reward in (config.reward, *_evaluated(config, config.eval.rewards)):
         check_reward(reward, shapes_only=not weights)
-    if config.lora.path is not None and not Path(config.lora.path).exists():
+    if config.lora.path is not None and not paths.local("lora.path=", config.lora.path).exists():
         raise InputError(f"lora.path={config.lora.path}: no such file or folder")
 
 

@@ -11,7 +11,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, backend
+from diffexp_jax import InputError, backend, paths
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.limits import Number, check_number, one_of, positive, whole
@@ -30,6 +30,7 @@ CHOICES = {
     "exploration.unit": UNITS,
     "exploration.scope": ("image", "prompt"),
 }
+PATHS = ("model.path", "lora.path", "textnorm.contrast", "compilation_cache")  # settings that may name a file or folder
 GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
 # Every setting that is a number or several numbers; those of a method's section are in its `Method.numbers`.
 NUMBERS: dict[str, Number] = {
@@ -101,7 +102,7 @@ def check_config(config: ConfigDict) -> None:
 
 
 def check_values(config: ConfigDict, keys: Iterable[str], names: Mapping[str, str] = {}) -> None:
-    """Checks settings one by one: the numbers among `keys`, the methods' numbers, and the words.
+    """Checks settings one by one: the numbers among `keys`, the methods' numbers, the words, and that paths are local.
 
     Args:
       names: what the user sets a key by, where that is not KEY=.
@@ -123,6 +124,9 @@ def check_values(config: ConfigDict, keys: Iterable[str], names: Mapping[str, st
             check_number(name, number, accepted)
         if key == "exploration.weight_range" and not (isinstance(value, tuple | list) and _is_pair(value)):
             raise InputError(f"{name}{value}: wants (low, high) with low <= high")
+    for key in PATHS:
+        if flat[key] not in (None, "") or key == "model.path":
+            paths.local(names.get(key, f"{key}="), flat[key])
 
 
 def _is_pair(numbers: Sequence[float]) -> bool:
@@ -179,7 +183,7 @@ def cpu_devices(config: ConfigDict) -> int:
     check_values(config, NUMBERS)
     if config.cpu_devices is not None:
         return config.cpu_devices
-    path = Path(config.model.path).expanduser()
+    path = paths.local("model.path=", config.model.path)
     size = sum(file.stat().st_size for file in SHIPPED.get(config.model.path, path).rglob("*.safetensors"))
     most = min(len(os.sched_getaffinity(0)), MOST_CPU_DEVICES) if size else 1
     for n in range(most, 1, -1):

@@ -19,7 +19,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from diffexp_jax import InputError, RewardError, backend, parallel, report
+from diffexp_jax import InputError, RewardError, backend, parallel, paths, report
 from diffexp_jax import workdir as workdirs
 from diffexp_jax.about import describe
 from diffexp_jax.algorithms import Inputs
@@ -60,7 +60,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     parallel.together(lambda: check_config(config))
     config, changes = parallel.from_first(lambda: workdirs.plan(workdir, config))
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(paths.local("compilation_cache=", config.compilation_cache)))
 
     # --------------------------------------------------------------------- model, rewards, prompts, compiled programs
     experiment = parallel.together(lambda: Experiment.build(config))
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
     config, hosts = _CONFIG.value, parallel.HostSettings(**_CONFIG.value.hosts)
     with parallel.joined(hosts._replace(number=1) if _DRY_RUN.value else hosts):
         backend.set_cpu_devices(cpu_devices(config))
-        dry_run(config) if _DRY_RUN.value else run(config, Path(_WORKDIR.value))
+        dry_run(config) if _DRY_RUN.value else run(config, paths.local("--workdir", _WORKDIR.value))
 
 
 parse_flags = partial(command.parse_flags, config=_CONFIG)

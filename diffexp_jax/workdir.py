@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, command, lease
+from diffexp_jax import InputError, command, lease, paths
 from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.sampler import model_dtype
@@ -39,7 +39,7 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
     Raises:
       InputError: not writable, in use, or it holds a run of another config (the message lists the keys that differ).
     """
-    command.check_writable(workdir, "workdir")
+    command.check_writable(paths.local("workdir", workdir), "workdir")
     config = config.copy_and_resolve_references()
     config.unlock()
     config[config.algorithm] = method_settings(config)

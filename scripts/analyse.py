@@ -28,7 +28,7 @@ import sweep_results
 import sweep_runs
 from sweep_runs import Experiment
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, paths
 from diffexp_jax.formats.files import write_whole
 
 KEPT = "sweeps"  # in --out: the numbers of the runs
@@ -83,9 +83,9 @@ def named_runs(name: str | None, runs: list[str]) -> Experiment:
         arm, equals, folder = item.partition("=")
         if not equals or not arm or arm in arms:
             raise InputError(f"{item!r}: wants NAME=FOLDER, each name once")
-        if not Path(folder).is_dir():
+        arms[arm] = paths.local(f"{arm}=", folder)
+        if not arms[arm].is_dir():
             raise InputError(f"{item!r}: no such folder")
-        arms[arm] = Path(folder)
     if len(arms) < 2:
         raise InputError("one arm alone is nothing to compare; wants the baseline and another one")
     return Experiment(name, None, f"{', '.join(arms)} compared", None, next(iter(arms)), arms, None, {})

@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffexp_jax import backend, checkpoint, evaluation, image_statistics, parallel, settings
+from diffexp_jax import backend, checkpoint, evaluation, image_statistics, parallel, paths, settings
 from diffexp_jax.experiment import Experiment, Task
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     if config.deterministic:
         backend.ask_for_determinism()
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(paths.local("compilation_cache=", config.compilation_cache)))
     iteration, lora = checkpoint.read_lora(args.workdir, args.checkpoint)
     if args.base:
         iteration, lora = 0, jax.tree.map(np.zeros_like, lora)  # an update of nothing

@@ -79,11 +79,15 @@ def arguments() -> argparse.Namespace:
     add("--prompt", action="append", default=[], help="a prompt (repeat for several)")
     add("--prompts", help="a built-in prompt set or a file, after the --prompt ones")
     add("--num_images", type=int, default=1, help="images of each prompt")
-    add("--lora", help="a LoRA file, or the workdir of a run")
+    add("--lora", type=Path, help="a LoRA file, or the workdir of a run")
     add("--checkpoint", help="of the run that --lora names: newest, best, or an iteration's number (default: its end)")
-    add("--out", required=True, help="folder for NNNN.png, prompts.csv and grid.png")
+    add("--out", type=Path, required=True, help="folder for NNNN.png, prompts.csv and grid.png")
     add("--save_npy", action="store_true", help="also write images.npy, float32 [N,H,W,3] in [0,1]")
-    add("--latents", help="float32 .npy [N,h,w,c], standard normal: the noise to start from, one for each image")
+    add(
+        "--latents",
+        type=Path,
+        help="float32 .npy [N,h,w,c], standard normal: the noise to start from, one for each image",
+    )
     add("--batch", type=int, default=16, help="images at once")
     add("--explore", action="store_true", help="show what exploration does to the same seeds")
     add("--samplers", action="store_true", help="show guidance low, high and scheduled on the same seeds (Fig. 3)")
@@ -263,7 +267,7 @@ def sample_all(
     return images
 
 
-def read_latents(path: str) -> np.ndarray:
+def read_latents(path: Path) -> np.ndarray:
     """The user's starting noise."""
     try:
         latents = np.load(path)

@@ -25,7 +25,7 @@ from diffexp_jax.algorithms import METHODS
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.pipelines import load_pipeline
-from diffexp_jax.prompts import PromptSet
+from diffexp_jax.prompts import PromptSet, load_prompts
 
 CONFIG = f"--config={ROOT / 'configs' / 'alignprop.py'}"
 
@@ -91,6 +91,28 @@ def command_line(monkeypatch):
         (["--workdir=x"], ["--config configs/NAME.py"]),
         ([CONFIG, "--workdir=x", "--config.sampling.steps=0"], ["sampling.steps=0: wants 1..1000"]),
         ([CONFIG, "--workdir=x", "--config.exploration.weight_range=abc"], ["weight_range=abc: wants 0..100"]),
+        ([CONFIG, "--workdir="], ["--workdir : wants a path, which is empty here"]),
+        ([CONFIG, "--workdir=gs://b/run"], ["--workdir gs://b/run: wants a path on this", "`gcloud storage rsync`"]),
+        ([CONFIG, "--workdir=s3://b/run"], ["--workdir s3://b/run: wants a path on this machine", "`aws s3 sync`"]),
+        ([CONFIG, "--workdir=hdfs://h/run"], ["--workdir hdfs://h/run: wants a path on this machine", "NFS"]),
+        ([CONFIG, "--workdir=file:///b/run"], ["--workdir file:///b/run: wants", "without file://: /b/run"]),
+        ([CONFIG, "--workdir=~nobody-of-this-name/run"], ["--workdir ~nobody-of-this-name/run: there is no such user"]),
+        ([CONFIG, f"--workdir={'x' * 300}"], ["File name too long"]),
+        ([CONFIG, f"--workdir=run-{chr(0xDCFF)}"], ["--workdir run-\\udcff: its name is not UTF-8"]),
+        (
+            [CONFIG, "--workdir=x", "--config.model.path=gs://b/m"],
+            ["model.path=gs://b/m: wants a path on this machine"],
+        ),
+        ([CONFIG, "--workdir=x", "--config.lora.path=s3://b/l"], ["lora.path=s3://b/l: wants a path on this machine"]),
+        (
+            [CONFIG, "--workdir=x", "--config.compilation_cache=gs://b/c"],
+            ["compilation_cache=gs://b/c: wants a path on"],
+        ),
+        ([CONFIG, "--workdir=x", "--config.textnorm.contrast=gs://b/c.json"], ["contrast=gs://b/c.json: wants a path"]),
+        ([CONFIG, "--workdir=x", "--config.reward=pickscore:gs://b/p"], ["gs://b/p: wants a path on this machine"]),
+        ([CONFIG, "--workdir=x", "--config.eval.rewards=pickscore:gs://b/p"], ["gs://b/p: wants a path on this"]),
+        ([CONFIG, "--workdir=x", "--config.prompts=gs://b/p.csv"], ["prompts gs://b/p.csv: wants a path on this"]),
+        ([CONFIG, "--workdir=x", "--config.eval.prompts=gs://b/p.csv:A=b"], ["prompts gs://b/p.csv: wants a path on"]),
     ],
 )
 def test_mistakes_on_the_command_line(fails, command_line, monkeypatch, tmp_path, arguments, parts):
@@ -121,6 +143,58 @@ def run_program(*arguments, cwd):
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(cwd)}
     line = [sys.executable, *map(str, arguments)]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("sample", ["--prompt=a dog", "--out={}"]),
+        ("sample", ["--prompt=a dog", "--out=x", "--lora={}"]),
+        ("sample", ["--prompt=a dog", "--out=x", "--latents={}"]),
+        ("sample", ["--prompt=a dog", "--out=x", "--model={}"]),
+        ("sample", ["--prompts={}.txt", "--out=x"]),
+        ("score", ["--reward=jpeg_compressibility", "--images", ".", "{}", "--out=x.csv"]),
+        ("score", ["--reward=jpeg_compressibility", "--images=.", "--prompts={}", "--out=x.csv"]),
+        ("score", ["--reward=jpeg_compressibility", "--images=.", "--out={}"]),
+        ("score", ["--reward=pickscore:{}", "--images=.", "--out=x.csv"]),
+        ("evaluate", ["--workdir={}", "--out=e.json"]),
+        ("evaluate", ["--workdir=.", "--out={}"]),
+        ("final_evaluation", ["--workdir={}", "--out=e.json"]),
+        ("report", ["--workdir={}"]),
+        ("report", ["--workdir=.", "--beside={}"]),
+        ("export_lora", ["--workdir={}", "--out=l"]),
+        ("export_lora", ["--workdir=.", "--out={}"]),
+        ("sweep", ["--experiment=fig1", "--out={}"]),
+        ("analyse", ["--name=x", "a={}", "b=."]),
+        ("check_machine", ["--out={}"]),
+    ],
+)
+def test_paths_in_a_bucket_are_refused_by_every_script(fails, script, monkeypatch, tmp_path, name, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    said = fails(2, script, name, *(argument.format("gs://b/x") for argument in arguments))
+    assert ": wants a path on this machine, or on a mounted file system" in said and "gs://b/x" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, command_line, script, make_config, tiny_clip, capsys):
+    """In options and in every setting that names a file, whoever reads it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_clip, tmp_path / "clip")
+    (tmp_path / "p.csv").write_text("prompt,kind\na dog,x\n")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "p.json").write_text('{"a.png": "a dog"}')
+    script("score", "--reward=pickscore:~/clip", "--images=~/a.png", "--prompts=~/p.json", "--out=~/out/s.csv")
+    assert (tmp_path / "out" / "s.csv").read_text().count("a dog") == 1
+    assert load_prompts("~/p.csv:kind=x").texts == ("a dog",)
+    config = make_config(
+        "ddpo", {"reward": "pickscore:~/clip", "model.path": "~/model", "lora.path": "~/l.safetensors"}
+    )
+    (tmp_path / "l.safetensors").write_text("")
+    experiment.check_files(config, weights=True)
+    assert settings.cpu_devices(config) == 1
+    assert not (tmp_path / "~").exists()
 
 
 def test_the_real_program_says_one_line(tmp_path):

@@ -219,18 +219,49 @@ def test_a_hub_id_without_network(hub, monkeypatch, path, revision, offline):
 
 
 def test_a_cached_reward(hub, monkeypatch, tiny_clip):
-    """The weights of a reward may be a hub id too."""
+    """The weights of a reward may be a repository of the hub too, where it is asked for; a missing folder never is."""
     no_network(monkeypatch, offline=True)
     for path in hub.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.copytree(tiny_clip, hub, dirs_exist_ok=True)
     assert files.file_or_folder(str(tiny_clip), what="reward") == tiny_clip
     texts, images = ["a dog"], np.full((1, 16, 16, 3), 0.5, np.float32)
-    cached, local = (load_reward(f"pickscore:{place}") for place in ("org/tiny", tiny_clip))
+    cached, local = (load_reward(f"pickscore:{place}") for place in ("hub:org/tiny", tiny_clip))
     ours, theirs = (reward.score(reward.params, images, reward.tokenize(texts))[0] for reward in (cached, local))
     np.testing.assert_array_equal(ours, theirs)
-    with pytest.raises(InputError, match="^reward 'pickscore:org/other': no such folder, no copy in the hub's cache"):
-        load_reward("pickscore:org/other")
+    with pytest.raises(
+        InputError, match="^reward 'pickscore:hub:org/other': no such folder, no copy in the hub's cache"
+    ):
+        load_reward("pickscore:hub:org/other")
+    with pytest.raises(InputError, match="org/tiny: no such file or folder; the hub's repository .* is hub:org/tiny$"):
+        load_reward("pickscore:org/tiny")
+    with pytest.raises(InputError, match="^reward 'pickscore:hub:a/b/c': wants hub:ORGANISATION/NAME$"):
+        load_reward("pickscore:hub:a/b/c")
+
+
+def test_a_missing_folder_is_no_repository(hub, monkeypatch, tmp_path, capsys):
+    """models/tiny where models/ is a folder here is a path; who means the hub says so."""
+    no_network(monkeypatch, offline=True)
+    monkeypatch.chdir(tmp_path)
+    assert files.model_folder("hub:org/tiny", ["unet"]) == hub
+    assert capsys.readouterr().out == "model 'hub:org/tiny': the hub's repository org/tiny\n"
+    (tmp_path / "org").mkdir()
+    with pytest.raises(InputError, match="no such folder in org, which is a folder here; .* is hub:org/tiny$"):
+        files.model_folder("org/tiny", ["unet"])
+    with pytest.raises(InputError, match=r"^model './tiny': no such folder; accepted"):
+        files.model_folder("./tiny", ["unet"])
+    assert files.model_folder("hub:org/tiny", ["unet"]) == hub
+
+
+def test_the_hubs_words_are_not_cut_within_one(monkeypatch):
+    import huggingface_hub
+
+    def download(*args, **kwargs):
+        raise ValueError("of the hub " * 40)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=r"\((of the hub )+of( the)?( hub)?\.\.\.\); give"):
+        files.model_folder("org/name", ["unet"])
 
 
 def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):

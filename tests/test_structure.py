@@ -19,6 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 BELOW = {
     "backend": set(),
     "limits": {"InputError"},
+    "paths": {"InputError"},
     "exploration": set(),
     "state": set(),
     "parallel": {"parallel", "stopping", "InputError", "RewardError", "HostError"},
@@ -29,11 +30,11 @@ BELOW = {
     "flops": set(),
     "process": {"process", "InputError"},
     "sampling": {"process"},
-    "formats": {"formats", "InputError"},
-    "models": {"models", "formats", "backend", "InputError"},
-    "pipelines": {"pipelines", "models", "formats", "sampling", "process", "InputError"},
-    "prompts": {"prompts", "InputError"},
-    "rewards": {"rewards", "models", "formats", "emoji.names", "InputError", "RewardError"},
+    "formats": {"formats", "paths", "InputError"},
+    "models": {"models", "paths", "formats", "backend", "InputError"},
+    "pipelines": {"pipelines", "paths", "models", "formats", "sampling", "process", "InputError"},
+    "prompts": {"prompts", "paths", "InputError"},
+    "rewards": {"rewards", "paths", "models", "formats", "emoji.names", "InputError", "RewardError"},
     "emoji": {"emoji", "rewards", "pipelines", "models", "formats", "prompts", "process", "InputError"},
     "algorithms": {"algorithms", "sampling", "process", "state", "backend", "limits", "InputError"},
     "settings": {
@@ -44,28 +45,29 @@ BELOW = {
         "formats.files",
         "parallel",
         "limits",
+        "paths",
         "backend",
         "InputError",
     },
     "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "backend", "InputError"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
-    | {"fingerprint", "InputError"},
+    | {"fingerprint", "paths", "InputError"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
     "evaluation": {"experiment", "pipelines", "sampling", "parallel", "limits", "InputError"},
     "dry_run": {"programs", "experiment", "sampler", "algorithms", "models", "flops", "parallel", "backend"},
-    "command": {"settings", "stopping", "InputError", "HostError", "RewardError"},
+    "command": {"settings", "stopping", "paths", "InputError", "HostError", "RewardError"},
     "stopping": set(),
     "progress": {"parallel"},
     "lease": {"lease_files", "InputError"},
     "lease_files": {"InputError"},
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "InputError"},
-    "workdir": {"settings", "sampler", "exploration", "command", "lease", "formats.files", "InputError"},
+    "workdir": {"paths", "settings", "sampler", "exploration", "command", "lease", "formats.files", "InputError"},
     "checkpoint": {"orbax_errors", "parallel", "lease", "InputError"},
     "orbax_errors": set(),
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}
     | {"models.lora", "parallel", "backend", "workdir", "checkpoint", "metrics", "about", "report", "command"}
-    | {"stopping", "lease", "progress"}
+    | {"stopping", "lease", "progress", "paths"}
     | {"InputError", "RewardError"},
     "__init__": set(),
 }

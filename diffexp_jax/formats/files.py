@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, paths
 
 # Weight files by the names that diffusers (first) and transformers (second) write.
 STEMS = ("diffusion_pytorch_model", "model")
@@ -153,14 +154,30 @@ def _shards(index: Path) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------------ hub
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB = "hub:"  # before a repository of the hub: hub:ORGANISATION/NAME
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def _asked_for(path: str, *, what: str) -> str | None:
+    """The repository that a path asks the hub for, hub:ORGANISATION/NAME; None: it is no such path.
+
+    Raises:
+      InputError: what follows "hub:" is no name of a repository.
+    """
+    if not path.startswith(HUB):
+        return None
+    repository = path.removeprefix(HUB)
+    if not _HUB_ID.fullmatch(repository):
+        raise InputError(f"{what}: wants hub:ORGANISATION/NAME")
+    return repository
 
 
 def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None, variant: str | None = None) -> Path:
     """The folder of a pipeline: `path` itself, or a copy of the hub's repository of this name, downloaded once.
 
     Args:
-      path: a local folder, or a hub id "organisation/name".
+      path: a local folder, or a hub id "organisation/name", also as hub:ORGANISATION/NAME. Without "hub:" it is a
+        folder's name where there is a folder "organisation" here.
       parts: the subfolders that are wanted of the repository; of each the json files, the tokenizer's files, and the
         weights in safetensors format.
       revision: a branch, tag or commit of the repository.
@@ -169,42 +186,50 @@ def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None
     Raises:
       InputError: no such folder, and the repository (or the network) is not there and nor is a copy of it.
     """
-    if (folder := Path(path).expanduser()).is_dir():
+    what = f"model {path!r}"
+    repository = _asked_for(path, what=what)
+    if repository is None and (folder := paths.local("model", path)).is_dir():
         return folder
-    if not _HUB_ID.fullmatch(path):
+    if repository is None and not _HUB_ID.fullmatch(path):
         raise InputError(
-            f"model {path!r}: no such folder; accepted: emoji, emoji_hard, a folder in diffusers' format, or a hub id"
+            f"{what}: no such folder; accepted: emoji, emoji_hard, a folder in diffusers' format, or a hub id"
         )
+    if repository is None and (parent := Path(path).parent).is_dir():
+        hub = f"the hub's repository of this name is {HUB}{path}"
+        raise InputError(f"{what}: no such folder in {parent}, which is a folder here; {hub}")
     mark = f".{variant}" if variant else ""
     names = ["*.json", "merges.txt"]
     shard = "-?????-of-?????"
     names += [f"{stem}{end}.safetensors" for stem in STEMS for end in (mark, f"{mark}{shard}", f"{shard}{mark}")]
     wanted = ["model_index.json", *(f"{part}/{name}" for part in parts for name in names)]
-    return _from_hub(path, wanted, what=f"model {path!r}", revision=revision)
+    return _from_hub(repository or path, wanted, what=what, revision=revision)
 
 
 def file_or_folder(path: str, *, what: str) -> Path:
-    """`path` itself, or a copy of the hub's repository of this name: configs, vocabularies, safetensors.
+    """`path` itself, or of hub:ORGANISATION/NAME a copy of that repository: configs, vocabularies, safetensors.
 
     Raises:
-      InputError: neither is there; `what` begins the message.
+      InputError: it is not there; `what` begins the message.
     """
     check_location(path, what=what)
-    if (local := Path(path).expanduser()).exists():
-        return local
-    return _from_hub(path, ["*.json", "merges.txt", "vocab.txt", "*.safetensors"], what=what)
+    repository = _asked_for(path, what=what)
+    if repository is None:
+        return paths.local(what, path)
+    return _from_hub(repository, ["*.json", "merges.txt", "vocab.txt", "*.safetensors"], what=what)
 
 
 def check_location(path: str, *, what: str) -> None:
-    """Raises InputError, without any download, where nothing is at the path and it is no hub id."""
-    if not Path(path).expanduser().exists() and not _HUB_ID.fullmatch(path):
-        raise InputError(f"{what}: {path}: no such file or folder")
+    """Raises InputError, without any download, where nothing is at the path and it is no hub:ORGANISATION/NAME."""
+    if _asked_for(path, what=what) is None and not paths.local(what, path).exists():
+        hub = f"; the hub's repository of this name is {HUB}{path}" if _HUB_ID.fullmatch(path) else ""
+        raise InputError(f"{what}: {path}: no such file or folder{hub}")
 
 
 def _from_hub(repository: str, wanted: Sequence[str], *, what: str, revision: str | None = None) -> Path:
     """The folder of a repository's copy in the hub's cache, downloaded if it is not there yet."""
     from huggingface_hub import errors, snapshot_download  # a second to import: only where it is used
 
+    print(f"{what}: the hub's repository {repository}", flush=True)
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except errors.IncompleteSnapshotError as error:  # offline; another program may have left out what is not needed
@@ -221,7 +246,9 @@ def _from_hub(repository: str, wanted: Sequence[str], *, what: str, revision: st
 
 
 def _one_line(error: Exception) -> str:
-    return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
+    """Its first line, of at most 200 characters and not cut within a word."""
+    line = f"{error}".strip().partition("\n")[0]
+    return textwrap.shorten(line, 200, placeholder="...") if " " in line[:200] else line[:200] or type(error).__name__
 
 
 def only_file(folder: Path, suffixes: Sequence[str]) -> Path:

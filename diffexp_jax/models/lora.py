@@ -20,7 +20,7 @@ from jaxtyping import Array, PRNGKeyArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, paths
 from diffexp_jax.formats import lora_names
 from diffexp_jax.formats.files import replaced
 
@@ -136,7 +136,7 @@ def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, An
     Raises:
       InputError: not a safetensors file, or its tensors do not fit the network.
     """
-    path = Path(path)
+    path = paths.local("LoRA", path)
     path = path / LORA_FILE if path.is_dir() else path
     tensors, header = _read(path)
     layers = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, paths
 from diffexp_jax.formats import files
 from diffexp_jax.pipelines import families, sizes, stable_diffusion
 from diffexp_jax.pipelines.pipeline import (
@@ -99,7 +99,8 @@ def all_parts() -> tuple[str, ...]:
 
 
 def _load_shapes(path: str, **options) -> Pipeline:
-    folder = SHIPPED.get(path) or Path(path).expanduser()
+    folder = SHIPPED.get(path) or paths.local("model", path)
+    path = path.removeprefix(files.HUB)
     if not folder.is_dir() and path not in sizes.PIPELINES:
         raise InputError(
             f"model {path!r}: no such folder, and its sizes are not known; accepted: {', '.join(SHIPPED)}, a folder, "

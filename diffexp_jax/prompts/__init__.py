@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, paths
 from diffexp_jax.prompts import activities, animals, files
 
 
@@ -70,6 +70,8 @@ def load_prompts(spec: str | Path) -> PromptSet:
     if kind == "prompt":
         return one_prompt(text)
     path, rows = (Path(spec), None) if os.path.isfile(spec) else files.split_filter(spec)
+    if path.suffix.lower() in files.ENDINGS:
+        path = paths.local("prompts", path)
     if path.suffix.lower() not in files.ENDINGS and not os.path.isfile(path):
         if len(spec.split()) > 1:
             return one_prompt(spec)

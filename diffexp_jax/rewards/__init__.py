@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffexp_jax import InputError
+from diffexp_jax import InputError, paths
 from diffexp_jax.formats import files
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.rewards import aesthetic, clip_similarity, functions, hpsv2, imagereward, jpeg, judge, pickscore, spec
@@ -46,7 +46,8 @@ def load_reward(
     """Loads what a spec asks for (see `spec.py`).
 
     Args:
-      text: names in `BUILTINS`, and where their weights are unless the package ships them: a path, or a hub id.
+      text: names in `BUILTINS`, and where their weights are unless the package ships them: a path, or
+        hub:ORGANISATION/NAME.
       dtype: of the weights and of the networks' arithmetic; rewards are float32 all the same. Networks in float32
         multiply in full float32 on any device.
       weights: of the parts of a sum, in its order; none: those of `BUILTINS`, and 1 for a function.
@@ -68,7 +69,7 @@ def load_reward(
     def load(part: spec.Part) -> Reward:
         reward = _load_one(part, dtype=dtype, timeout=timeout, workers=workers, shapes_only=shapes_only)
         if part.normed:
-            others = swapped if contrast is None else from_file(Path(contrast))
+            others = swapped if contrast is None else from_file(paths.local("contrast", contrast))
             return textnorm(reward, others, temperature=temperature)
         return reward
 
@@ -114,7 +115,7 @@ def check_part(part: spec.Part, *, shapes_only: bool) -> None:
 
 def _only_shapes(part: spec.Part, shapes_only: bool) -> bool:
     """Whether shapes do, and are known, for weights that are not there."""
-    there = part.location and Path(part.location).expanduser().exists()
+    there = part.location and paths.local(f"reward {part.bare!r}", part.location).exists()
     return bool(shapes_only and BUILTINS[part.name].shapes and not there)
 
 
