@@ -2,15 +2,13 @@
 
 A subfolder of WORKDIR/checkpoints for each: the arrays in `default/`, as orbax writes them, and in `contents/` the
 checksum of each (a flipped bit is not always an error of the format), the newest rows of the metrics, and what the
-checkpoint is ranked by.
+checkpoint is ranked by, with a checksum of all this.
 """
 
 import contextlib
-import json
 import math
 import shutil
 import threading
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from diffexp_jax import InputError, orbax_errors, parallel
+from diffexp_jax.checksums import checksums, contents_of, read_contents
 from diffexp_jax.lease import LOCK
 
 NEWEST, BEST = "newest", "best"  # which checkpoint, besides the number of an iteration
@@ -97,7 +96,7 @@ class Checkpoints:
             state = jax.tree.map(np.array, state)
             if score is not None:
                 self._scores[iteration] = score
-            contents = {"crc32": checksums(state), "score": score, "rows": list(rows)}
+            contents = contents_of(state, score=score, rows=rows)
             args = ocp.args.Composite(default=ocp.args.StandardSave(state), contents=ocp.args.JsonSave(contents))
             self._writing = iteration
             try:
@@ -184,7 +183,7 @@ class Checkpoints:
 
     def rows_of(self, iteration: int | None) -> list[dict[str, Any]]:
         """The rows of the metrics that a checkpoint holds; none of an older version's, nor of None."""
-        return _contents(self._folder / str(iteration)).get("rows", [])
+        return read_contents(self._folder / str(iteration)).get("rows", [])
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         for step in steps:
@@ -244,19 +243,6 @@ def read_lora(workdir: Path, which: str = NEWEST) -> tuple[int, Any]:
     raise InputError(f"{folder}: every checkpoint that could be used is broken")
 
 
-def checksums(tree: Any) -> dict[str, str]:
-    """{path: CRC-32 of an array's type, shape and bytes}, the same for a tuple and what orbax reads it as."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _crc32(np.asarray(x))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _crc32(x: np.ndarray) -> str:
-    kind = zlib.crc32(f"{x.dtype} {x.shape}".encode())
-    return f"{zlib.crc32(np.ascontiguousarray(x).view(np.uint8).reshape(-1) if x.size else b'', kind):08x}"
-
-
 def _read(folder: Path, like: Any = None) -> Any:
     """One checkpoint, whatever has become of its neighbours.
 
@@ -266,7 +252,7 @@ def _read(folder: Path, like: Any = None) -> Any:
     orbax_errors.hide_closed_loops()
     with ocp.StandardCheckpointer(multiprocessing_options=_FIRST_HOST) as reader:
         state = reader.restore(folder / "default", like)
-    written, found = _contents(folder).get("crc32"), checksums(state)
+    written, found = read_contents(folder).get("crc32"), checksums(state)
     if written is None:
         logging.warning("checkpoint %s: has no checksums, of an older version; not checked", folder.name)
         return state
@@ -278,7 +264,7 @@ def _read(folder: Path, like: Any = None) -> Any:
 
 
 def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
 
 
 def _scores(folder: Path) -> dict[int, float]:
@@ -286,14 +272,8 @@ def _scores(folder: Path) -> dict[int, float]:
     found = {}
     for step in _steps(folder):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # damaged, or it has none
-            found[step] = float(_contents(folder / str(step))["score"])
-    return found
-
-
-def _contents(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; {} where an older version wrote it."""
-    file = folder / "contents" / "metadata"
-    return json.loads(file.read_text()) if file.exists() else {}
+            found[step] = float(read_contents(folder / str(step))["score"])
+    return {step: score for step, score in found.items() if math.isfinite(score)}
 
 
 def _shapes(tree: Any) -> list:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from diffexp_jax import InputError
+from diffexp_jax.formats.json_text import parse_json
 
 LEASE = "lease.json"
 _LONGEST = 4096  # bytes of a lease that are read
@@ -108,8 +109,8 @@ def read(path: Path) -> Found | None:
     finally:
         os.close(descriptor)
     try:
-        owner = json.loads(content)
-    except (ValueError, RecursionError):
+        owner = parse_json(content.decode("utf-8"))
+    except ValueError:
         owner = {}
     name = owner.get("id") if isinstance(owner, dict) else None
     known = isinstance(name, str) and re.fullmatch(r"[\w-]{1,64}", name, re.ASCII)

@@ -15,8 +15,10 @@ from absl import logging
 
 from diffexp_jax import InputError, parallel
 from diffexp_jax.formats.files import replaced
+from diffexp_jax.formats.json_text import parse_json
 
 _RECENT = 100  # rows
+_LONGEST = 2**20  # bytes of a line; a row has about a thousand
 
 
 class MetricsWriter:
@@ -51,12 +53,12 @@ class MetricsWriter:
         """Drops the rows after the iteration that is continued from, lines that were cut short, and second ones.
 
         So the file reads as if nothing had happened. None: there is nothing to continue, every row goes. `known` are
-        rows that the checkpoint has: they replace what the file has lost.
+        rows that the checkpoint has: they replace those of the file, which may be damaged, and what it has lost.
         """
         if not parallel.is_first():
             return
         last = -1 if iteration is None else iteration
-        rows = {row["iteration"]: row for row in (*known, *read_metrics(self._workdir))}
+        rows = {row["iteration"]: row for row in (*read_metrics(self._workdir), *filter(_is_row, known))}
         kept = {it: rows[it] for it in sorted(rows) if it <= last}
         missing = sorted(set(range(last + 1)) - kept.keys())
         if missing:
@@ -144,15 +146,27 @@ def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of WORKDIR/metrics.jsonl, in order; none where the file is missing. What is no row is left out."""
-    path, rows = workdir / "metrics.jsonl", []
+    """The rows of WORKDIR/metrics.jsonl by their iterations, the last of each; none where the file is missing.
+
+    What is no row is left out: cut short by a kill, or damaged.
+    """
+    path, rows = workdir / "metrics.jsonl", {}
     if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # cut short by a kill
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("iteration"), int):
-                    rows.append(row)
-    return rows
+        with open(path, "rb") as file:
+            while line := file.readline(_LONGEST):
+                with contextlib.suppress(ValueError):
+                    row = parse_json(line.decode("utf-8"), finite=False)
+                    if len(line) < _LONGEST and _is_row(row):
+                        rows[row["iteration"]] = row
+    return [rows[it] for it in sorted(rows)]
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a run writes such a row: an iteration from 0 on, and numbers by name."""
+    if not isinstance(row, dict) or not all(type(value) in (int, float) for value in row.values()):
+        return False
+    iteration = row.get("iteration")
+    return isinstance(iteration, int) and iteration >= 0
 
 
 def _as_ranges(numbers: Iterable[int]) -> str:

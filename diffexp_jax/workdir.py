@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffexp_jax import InputError, command, lease, paths
 from diffexp_jax.exploration import exploring_iterations
-from diffexp_jax.formats.files import replaced
+from diffexp_jax.formats.files import read_json, replaced
 from diffexp_jax.sampler import model_dtype
 from diffexp_jax.settings import method_settings, read_config
 
@@ -131,15 +131,13 @@ def check(held: lease.Lease | None) -> None:
 
 
 def _check_identity(workdir: Path, config: ConfigDict, identity: Mapping[str, str]) -> None:
-    try:
-        stored = json.loads((workdir / "identity.json").read_text())
-    except FileNotFoundError:  # of an older version: its settings were the same
+    path = workdir / "identity.json"
+    if not path.exists():  # of an older version: its settings were the same
         return
-    except (OSError, ValueError):
-        raise InputError(f"{workdir / 'identity.json'}: not readable as json; wants what the run wrote") from None
+    stored = read_json(path)
     flat = _flat(config.to_dict())
     for name, value in identity.items():
-        if isinstance(stored, dict) and stored.get(name) != value:
+        if stored.get(name) != value:
             key = next(key for key, kind in _IDENTIFIED.items() if kind == name)
             raise InputError(
                 f"workdir {workdir}: holds a run of another {name}: {key}={flat[key]} is {value}, and it began with "

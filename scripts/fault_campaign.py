@@ -39,6 +39,7 @@ from fault_runs import ALGORITHMS, HOSTS, differences, rows, start, until, wait,
 from tqdm import tqdm
 
 from diffexp_jax import InputError
+from diffexp_jax.formats.files import read_json
 from diffexp_jax.limits import check_number, whole
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
@@ -200,7 +201,7 @@ def are_right(ends: Sequence[fault_runs.End], victims: Sequence[int], name: str,
 
 def read(path: Path) -> dict[str, list]:
     """What is recorded so far."""
-    return json.loads(path.read_text()) if path.exists() else {"kills": [], "damages": []}
+    return read_json(path) if path.exists() else {"kills": [], "damages": []}
 
 
 def write(path: Path, found: dict[str, list]) -> None:

@@ -33,7 +33,7 @@ OVERVIEW = "all"  # the section before those of the experiments
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The results in a folder, by name."""
-    return [read_json(path) for path in sorted(folder.glob("*.json"))]
+    return [read_json(path, finite=False) for path in sorted(folder.glob("*.json"))]
 
 
 def settings_line(results: Mapping[str, Any]) -> str:

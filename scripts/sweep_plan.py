@@ -217,7 +217,7 @@ def has_final(path: Path, *, samples_per_prompt: int, many: int, explored: bool)
     """Whether the evaluation is there as it is wanted: files are written whole or not at all."""
     if not path.exists():
         return False
-    found = read_json(path)
+    found = read_json(path, finite=False)
     as_wanted = found.get("samples_per_prompt") == samples_per_prompt and found.get("many_per_prompt", 0) >= many
     return as_wanted and ("explored" in found or not explored)
 

@@ -44,7 +44,7 @@ def analyse(experiment: Experiment) -> dict[str, Any]:
     baseline = arms[experiment.baseline]
     first = next(iter(baseline.values()))
     names = names_of(first)
-    base = read_json(experiment.base) if experiment.base and experiment.base.is_file() else {}
+    base = read_json(experiment.base, finite=False) if experiment.base and experiment.base.is_file() else {}
     finals = [seed.final for runs in arms.values() for seed in runs.values()]
     return {
         "name": experiment.name,

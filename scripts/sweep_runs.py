@@ -88,7 +88,7 @@ def read_runs(folder: Path) -> dict[int, Seed]:
     for path in [folder, *folder.glob("seed*")]:
         if (path / "config.json").is_file():
             config, _ = read_config(path / "config.json")
-            final = read_json(path / "final.json") if (path / "final.json").is_file() else {}
+            final = read_json(path / "final.json", finite=False) if (path / "final.json").is_file() else {}
             runs[config.seed] = Seed(config, read_metrics(path), final)
     return dict(sorted(runs.items()))
 

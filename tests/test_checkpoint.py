@@ -1,5 +1,6 @@
 """Checkpoints: written beside the iterations, whole or not at all; flipped bits are noticed; the best one is kept."""
 
+import contextlib
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from test_command_line import run_program
 
 from diffexp_jax import InputError, checkpoint, lease, orbax_errors, parallel
 from diffexp_jax.checkpoint import Checkpoints
+from diffexp_jax.checksums import read_contents
 from diffexp_jax.state import TrainState
 
 
@@ -106,6 +108,54 @@ def test_checksums_do_not_depend_on_how_it_was_read(tmp_path):
     x = np.arange(6, dtype=np.float32)
     sums = [checkpoint.checksums(y)[""] for y in (x, x.reshape(2, 3), x.view(np.int32), x[::-1], jnp.asarray(x))]
     assert len(set(sums)) == 4 and sums[0] == sums[4]
+
+
+@pytest.mark.parametrize("change", [{"score": 3.0}, {"rows": []}, {"rows": [{"iteration": 3}]}, {"crc32": {}}])
+def test_changed_rows_and_scores_are_noticed(tmp_path, caplog, change):
+    """They are json still: only their own checksum says so. The older checkpoint is taken, and is the best one."""
+    folder = saved(tmp_path, n=2, scores=[1.0, 2.0])
+    file = folder / "2" / "contents" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert checkpoint.read_lora(tmp_path)[0] == 1 == checkpoint.read_lora(tmp_path, "best")[0]
+    assert "checkpoint 2 is broken (its rows, score or checksums are not what was written)" in caplog.text
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.is_best(1.5) and checkpoints.restore_newest(state(0))[0] == 1
+        assert checkpoints.rows_of(1) == [{"iteration": 1}]
+
+
+def test_every_flipped_bit_of_rows_and_score_is_noticed(tmp_path):
+    """What is read of the contents is what was written, or an error."""
+    folder = saved(tmp_path, n=1, scores=[0.1])
+    file = folder / "1" / "contents" / "metadata"
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    wanted = json.loads(whole)
+    for bit in rng.choice(8 * len(whole), 400, replace=False):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            found = read_contents(folder / "1")
+            assert {key: found.get(key) for key in ("crc32", "score", "rows")} == {
+                key: wanted[key] for key in ("crc32", "score", "rows")
+            }
+
+
+def test_contents_without_their_checksum(tmp_path):
+    """Of a version that had only the arrays' checksums: read as before. A score that is no number ranks nothing."""
+    folder = saved(tmp_path, n=2, scores=[1.0, 2.0])
+    for step, score in ((1, 5.0), (2, float("nan"))):
+        file = folder / str(step) / "contents" / "metadata"
+        file.write_text(
+            json.dumps({key: json.loads(file.read_text())[key] for key in ("crc32", "rows")} | {"score": score})
+        )
+    assert checkpoint.read_lora(tmp_path)[0] == 2 and checkpoint.read_lora(tmp_path, "best")[0] == 1
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.rows_of(2) == [{"iteration": 2}]
+
+
+def test_folders_of_other_names_are_no_checkpoints(tmp_path):
+    (saved(tmp_path, n=1) / "²").mkdir()
+    assert checkpoint.read_lora(tmp_path)[0] == 1
 
 
 def test_a_checkpoint_of_an_older_version(tmp_path, caplog):

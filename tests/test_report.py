@@ -167,6 +167,36 @@ def test_rows_that_the_checkpoint_has_come_back(tmp_path, caplog):
         assert read_metrics(tmp_path) == ROWS == list(writer.recent) and not caplog.text
 
 
+def test_the_checkpoint_s_rows_win(tmp_path):
+    """The file's may be damaged, and still be json; a row of it that is older than the checkpoint's is kept."""
+    damaged = [{"iteration": 0, "loss": 5.0}, {"iteration": 1, "loss": 7.0}, {"iteration": 1, "lass": 0.25}]
+    write_rows(tmp_path, [*damaged, {"iteration": 2, "loss": 9.0}])
+    known = [{"iteration": 1, "loss": 0.25}, {"iteration": 2, "loss": 0.5}, {"iteration": True}, {"iteration": -1}]
+    MetricsWriter(tmp_path).continue_from(2, known)
+    assert read_metrics(tmp_path) == [damaged[0], *known[:2]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            '{"iteration": true}',
+            '{"iteration": -7}',
+            '{"iteration": 1.0}',
+            '{"iteration": 1e999}',
+            '{"iteration": "1"}',
+        ),
+        *('{"loss": 1.0}', '{"iteration": 1, "loss": "1.0"}', '{"iteration": 1, "loss": null}', "1", '["iteration"]'),
+        *('{"iteration": 1, "loss": [1.0]}', '{"iteration": 1, "loss": true}', '{"iteration": 1, "loss": {}}'),
+        *('{"iteration": 1, "loss": 1, "loss": 2}', '{"iteration": 1}}', '{"iteration": 1} ' + " " * 2**20 + "{}"),
+    ],
+)
+def test_what_is_no_row(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"iteration": 1, "a": 0.5}}\n{line}\n{{"iteration": 0, "a": NaN}}\n')
+    first, second = read_metrics(tmp_path)
+    assert second == {"iteration": 1, "a": 0.5} and first["iteration"] == 0 and math.isnan(first["a"])
+
+
 def test_a_row_that_does_not_fit_on_the_disk(tmp_path):
     """Nothing of it is left, and the file is as it was."""
     writer = MetricsWriter(tmp_path)

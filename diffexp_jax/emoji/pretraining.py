@@ -113,7 +113,7 @@ def vae_stage(
         params = params | frozen
         config = VAE
         if decoder_only:
-            config = json.loads((out / "model/vae/config.json").read_text())
+            config = files.read_json(out / "model/vae/config.json")
         else:
             scene, _ = scenes.sample_scenes(jax.random.key(1), 2048)
             images = scenes.render(scenes.load_sprites(), scene)
@@ -210,7 +210,7 @@ def diffusion_stage(
     With `hard` the shipped model is trained on, on scenes whose objects are missing more unequally; its folder is
     model_hard.
     """
-    vae = AutoencoderKL(VAEConfig.from_dict(json.loads((out / "model/vae/config.json").read_text())))
+    vae = AutoencoderKL(VAEConfig.from_dict(files.read_json(out / "model/vae/config.json")))
     write_tokenizer(out / "model/tokenizer")
     tokenizer = load_tokenizer(out / "model/tokenizer")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -1,7 +1,6 @@
 """Model folders in the published formats: config.json beside single or sharded safetensors, full or fp16."""
 
 import contextlib
-import json
 import os
 import re
 import textwrap
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from diffexp_jax import InputError, paths
+from diffexp_jax.formats.json_text import MOST_BYTES, parse_json, read_text
 
 # Weight files by the names that diffusers (first) and transformers (second) write.
 STEMS = ("diffusion_pytorch_model", "model")
@@ -50,13 +50,17 @@ def write_whole(path: Path, text: str) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A json file that must exist and hold an object."""
+def read_json(path: Path, *, finite: bool = True, most: int = MOST_BYTES) -> dict[str, Any]:
+    """A json file that must exist and hold an object; see `parse_json`.
+
+    Raises:
+      InputError: it does not, or has more than `most` bytes.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path, most), finite=finite)
     except FileNotFoundError:
         raise InputError(f"{path}: the file is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as json ({_one_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: wants a json object, found a {type(content).__name__}")

@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from diffexp_jax import InputError, paths
 from diffexp_jax.formats import lora_names
 from diffexp_jax.formats.files import replaced
+from diffexp_jax.formats.json_text import parse_json
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
@@ -166,7 +167,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The file's tensors, and peft's settings for the UNet from its header."""
     try:
         with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            header = parse_json((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         reason = f"{error}".partition("\n")[0][:200]

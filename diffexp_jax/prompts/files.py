@@ -2,13 +2,14 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterable
+from json import JSONDecodeError
 from pathlib import Path
 from typing import NamedTuple
 
 from diffexp_jax import InputError
+from diffexp_jax.formats.json_text import parse_json
 
 FORMATS = (
     ".txt (one prompt a line), .csv or .tsv (a column 'prompt' or 'prompts'; FILE.csv:COLUMN=VALUE|VALUE takes rows of "
@@ -142,9 +143,10 @@ def _some(values: Iterable[str], most: int = 10, width: int = 40) -> str:
 
 def _parse_json(path: Path, text: str) -> list[str]:
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from error
+        data = parse_json(text)
+    except ValueError as error:
+        where = f"line {error.lineno} is not JSON: {error.msg}" if isinstance(error, JSONDecodeError) else f"{error}"
+        raise InputError(f"{path}: {where}") from error
     if not isinstance(data, list):
         raise InputError(f"{path}: holds JSON of type {type(data).__name__}; accepted: a list of strings")
     for i, item in enumerate(data):

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from diffexp_jax.formats.files import replaced
+from diffexp_jax.formats.json_text import parse_json
 
 _CELL = 128  # pixels: smaller pictures are enlarged by a whole factor
 _TEXT = 44  # pixels of the caption strip: three lines
@@ -60,16 +61,28 @@ def read_grid(path: Path) -> Grid:
       OSError: the file cannot be read as a picture.
     """
     try:
-        with Image.open(path) as sheet:
+        with Image.open(path, formats=("PNG",)) as sheet:
             pixels = np.asarray(sheet.convert("RGB"))
-            about = json.loads(sheet.text.get(_KEY, "null")) if hasattr(sheet, "text") else None
+            about = parse_json(sheet.text.get(_KEY, "null"))
+        if about is None:
+            return Grid([pixels], ("all pictures",))
+        height, width, scale, columns, captions = _layout(about)
+        corners = [_corner(n, columns, width, height) for n in range(len(captions))]
+        if any(y + height > pixels.shape[0] or x + width > pixels.shape[1] for x, y in corners):
+            raise ValueError("what it says of its pictures does not fit it")
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow says of broken files
         raise OSError(f"{path}: {error}") from None
-    if about is None:
-        return Grid([pixels], ("all pictures",))
-    (height, width), scale = about["size"], about["scale"]
-    corners = [_corner(n, about["columns"], width, height) for n in range(len(about["captions"]))]
-    return Grid([pixels[y : y + height : scale, x : x + width : scale] for x, y in corners], tuple(about["captions"]))
+    return Grid([pixels[y : y + height : scale, x : x + width : scale] for x, y in corners], captions)
+
+
+def _layout(about: Any) -> tuple[int, int, int, int, tuple[str, ...]]:
+    """(height, width, scale, columns, captions) of what a grid says. Raises ValueError where that is no grid."""
+    match about:
+        case {"size": [int(height), int(width)], "scale": int(scale), "columns": int(columns), "captions": [*captions]}:
+            whole = min(height, width, scale, columns) >= 1 and not (height % scale or width % scale)
+            if captions and whole and all(isinstance(x, str) for x in captions):
+                return height, width, scale, columns, tuple(captions)
+    raise ValueError("what it says of its pictures is not what a grid says")
 
 
 def _corner(n: int, columns: int, width: int, height: int) -> tuple[int, int]:

@@ -38,7 +38,7 @@ class Frames(NamedTuple):
 
 def read_frames(folder: Path) -> Frames:
     """The grids of a folder whose names are iterations; none where it is missing."""
-    paths = sorted((path for path in folder.glob("*.png") if path.stem.isdigit()), key=lambda path: int(path.stem))
+    paths = sorted((path for path in folder.glob("*.png") if path.stem.isdecimal()), key=lambda path: int(path.stem))
     kept, found, unreadable = _thinned(paths, MOST_FRAMES), {}, []
     for path in kept:
         try:
