@@ -124,7 +124,9 @@ def write_reference() -> None:
         | machine_tiny.tiny_results("SD 1.5", "float32")
         | machine_tiny.tiny_results("SDXL", "float32")
     )
-    np.savez_compressed(REFERENCE, **{name: np.asarray(x, np.float32) for name, x in arrays.items()})
+    arrays = {name: np.asarray(x, np.float32) for name, x in arrays.items()}
+    arrays["emoji/settings"] = np.asarray(json.dumps(models.decisive_settings(), sort_keys=True))
+    np.savez_compressed(REFERENCE, **arrays)
     print(f"written: {REFERENCE}, {REFERENCE.stat().st_size / 1000:.0f} kB")
 
 

@@ -31,6 +31,10 @@ class Outcome(NamedTuple):
 
 CUDNN = "cuDNN: reinstall jax's CUDA build, which brings its own, and unset LD_LIBRARY_PATH"
 IN_FULL = "float32 products are not in full: set --config.model.matmul_precision=float32; unset NVIDIA_TF32_OVERRIDE"
+ON_THIS_CPU = (
+    "if the rows of float32 products are ok, a CPU's float32 is exact: report it with the JSON file, which names the "
+    "processor and the versions"
+)
 HALF = "{} goes wrong here: if float32 is ok, set --config.model.dtype=float32, and report it with the JSON file"
 
 

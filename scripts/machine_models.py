@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from machine_checks import GIB, HALF, IN_FULL, Outcome, draw, relative_error
+from flax.traverse_util import flatten_dict
+from machine_checks import GIB, HALF, IN_FULL, ON_THIS_CPU, Outcome, draw, relative_error
 from random_weights import peak_memory, random_weights
 
 from diffexp_jax import backend, parallel
@@ -38,20 +39,26 @@ def tolerances(dtype: str) -> tuple[float, float]:
     return ON_A_CPU if dtype == "float32" and backend.platform() == "cpu" else TOLERANCES[dtype]
 
 
+def advice_for(dtype: str) -> str:
+    """What to do where a model's results in this type are wrong."""
+    if dtype != "float32":
+        return HALF.format(dtype)
+    return ON_THIS_CPU if backend.platform() == "cpu" else IN_FULL
+
+
 def check_parity(compute: Callable[[], dict[str, np.ndarray]], reference: dict[str, np.ndarray], dtype: str) -> Outcome:
     """Images and latents against the stored ones of the same names."""
     errors = {name: relative_error(x, reference[name], centred=True) for name, x in compute().items()}
     error, most = max(errors.values()), tolerances(dtype)[0]
-    advice = IN_FULL if dtype == "float32" else HALF.format(dtype)
-    return Outcome(f"error {error:.1e}", f"at most {most:g}", error <= most, advice, errors)
+    return Outcome(f"error {error:.1e}", f"at most {most:g}", error <= most, advice_for(dtype), errors)
 
 
 def check_gradient(reference: dict[str, np.ndarray], dtype: str) -> Outcome:
     ours, exact = (np.asarray(x, np.float64) for x in (emoji_results(dtype)[1], reference["emoji/gradient"]))
     error, most = relative_error(ours, exact), tolerances(dtype)[1]
     cosine = float(ours @ exact / max(np.linalg.norm(ours) * np.linalg.norm(exact), 1e-30))
-    found, advice = f"error {error:.1e}, cosine {cosine:.4f}", IN_FULL if dtype == "float32" else HALF.format(dtype)
-    return Outcome(found, f"error at most {most:g}", error <= most, advice, {"error": error, "cosine": cosine})
+    numbers, found = {"error": error, "cosine": cosine}, f"error {error:.1e}, cosine {cosine:.4f}"
+    return Outcome(found, f"error at most {most:g}", error <= most, advice_for(dtype), numbers)
 
 
 # ------------------------------------------------------------------------------ the emoji model: a run's own programs
@@ -71,7 +78,7 @@ SETTINGS = {
 LIVE_STEPS = 2
 METHODS = {
     "alignprop": {"prompts": "animals_unseen_with_article", "optim.lr": 1e-2, "optim.weight_decay": 0.0}
-    | {"alignprop.truncation": "fixed", "alignprop.truncation_k": LIVE_STEPS},
+    | {"alignprop.truncation": "fixed", "alignprop.truncation_k": LIVE_STEPS, "alignprop.input_gradient": True},
     "ddpo": {"prompts": "prompt:a cat", "optim.lr": 5e-3, "optim.schedule": "constant", "optim.weight_decay": 0.0}
     | {"ddpo.clip": 0.1, "ddpo.timestep_fraction": 1.0},
 }
@@ -93,6 +100,17 @@ def settings(method: str, argument: str, changes: dict[str, Any]):
     config = importlib.import_module(f"configs.{method}").get_config(argument)
     config.update_from_flattened_dict(changes)
     return config
+
+
+# Sections and settings that the stored results depend on; the others are about files, devices and what is reported.
+DECISIVE = ("algorithm", "model", "prompts", "reward", "reward_dtype", "sampling", "lora", "alignprop")
+
+
+def decisive_settings() -> dict[str, Any]:
+    """Those of AlignProp's stored results, by key: they are stored beside the results, and a test compares them."""
+    config = settings("alignprop", "model=emoji,explore=false", SETTINGS | METHODS["alignprop"])
+    flat = flatten_dict(config.to_dict(), sep=".")
+    return {key: value for key, value in flat.items() if key.partition(".")[0] in DECISIVE}
 
 
 class Run(NamedTuple):
