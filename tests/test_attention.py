@@ -189,3 +189,23 @@ def test_attention_in_float16_on_a_cpu():
     assert out.dtype == jnp.float16
     exact = attention.attention(*(x.astype(jnp.float32) for x in (q, k, v)), 3)
     np.testing.assert_allclose(out, exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (0, None, None), (None, 0, 0)])
+@pytest.mark.parametrize("lq, lk", [(4, 6), (4, 7), (5, 6), (5, 7)])
+def test_even_lengths_under_vmap_are_exact(lq, lk, axes):
+    """Values and gradients of each sample, whatever of its arguments the samples share."""
+
+    def slopes(attend):
+        def loss(*args):
+            out = attend(*args)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), in_axes=axes))
+
+    args = [
+        normal(i, *[3] * (axis == 0), 2, n, 2, 8) for i, (axis, n) in enumerate(zip(axes, (lq, lk, lk), strict=True))
+    ]
+    ours, plain = (slopes(f)(*args) for f in (attention.attention_of_even_length, jax.nn.dot_product_attention))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

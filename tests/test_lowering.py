@@ -2,7 +2,7 @@
 
 Tracing and lowering are the real ones, with jax's own checks of shapes and types; replaced is only the detection of the
 device. The models have the published topologies, lengths (77 tokens, 4096 pixels; 257 and 197 patches) and widths of
-heads that cuDNN takes; there are fewer layers, and no weights.
+heads that cuDNN takes; there are fewer layers, and no weights. The slow tests at the end have the real sizes.
 """
 
 import functools
@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from configs import alignprop, ddpo
+from configs import alignprop, ddpo, dpok, draft
 from diffexp_jax import backend, dry_run, parallel
+from diffexp_jax.algorithms import METHODS
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models import attention, blip
 from diffexp_jax.models import sizes as clip_sizes
@@ -224,3 +225,62 @@ def test_float32_networks_multiply_in_full(device, small_sizes):
     assert text.count("precision = [HIGH, HIGH]") > 20
     lora = text.count("precision = [HIGHEST, HIGHEST]")  # LoRA's own products are always in full
     assert 0 < lora < full - 20
+
+
+# ---------------------------------------------------------------------------------------------------------- real sizes
+
+HEADS = {  # queries, keys, heads, width of a head
+    "SD 1.5, 4096 to 77": (4096, 77, 8, 40),
+    "SD 1.5, 1024 to 1024": (1024, 1024, 8, 80),
+    "SD 2.1, 9216 to 77": (9216, 77, 5, 64),
+    "SDXL, 4096 to 77": (4096, 77, 10, 64),
+    "CLIP, 577 to 577": (577, 577, 16, 64),
+}
+BATCHED = {"all": (0, 0, 0), "queries": (0, None, None), "keys and values": (None, 0, 0), "values": (None, None, 0)}
+
+
+@pytest.mark.parametrize("batched", BATCHED)
+@pytest.mark.parametrize("shape", HEADS)
+def test_attention_under_vmap(gpu, shape, batched):
+    """Of each sample a gradient of its own, as DDPO makes it in one pass: jax's rules take what is batched or not."""
+    n_queries, n_keys, heads, width = HEADS[shape]
+
+    def slope(q, k, v):
+        return jax.grad(lambda *qkv: attention.attention(*qkv, heads).astype(jnp.float32).sum(), argnums=(0, 1, 2))(
+            q, k, v
+        )
+
+    axes = BATCHED[batched]
+    args = [
+        jax.ShapeDtypeStruct((*[2] * (axis == 0), 1, n, heads * width), jnp.bfloat16)
+        for axis, n in zip(axes, (n_queries, n_keys, n_keys), strict=True)
+    ]
+    text = lower(gpu, jax.vmap(slope, in_axes=axes), *args)
+    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
+
+
+# Each method as published, and DDPO in one pass; with each model and device, and each of these with each of the others
+CONFIGS = {"ddpo": ddpo, "dpok": dpok, "alignprop": alignprop, "draft": draft}
+VARIANTS = [(method, {}) for method in METHODS] + [("ddpo", {"ddpo.updates": 1})]
+MODELS, DEVICES, REMAT = ("sd15", "sd21", "sdxl"), ("gpu", "tpu"), ("none", "step", "block")
+PUBLISHED = ("aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv2+aesthetic+pickscore", "textnorm(imagereward)")
+REAL_SIZES = [
+    pytest.param(*variant, model, device, REMAT[(i + j + k) % 3], PUBLISHED[(i + 2 * j + k) % 6])
+    for i, variant in enumerate(VARIANTS)
+    for j, model in enumerate(MODELS)
+    for k, device in enumerate(DEVICES)
+]
+
+
+@pytest.mark.slow  # half a minute to two each
+@pytest.mark.parametrize("method, changes, model, device, remat, reward", REAL_SIZES, indirect=["device"])
+def test_real_sizes(device, method, changes, model, remat, reward):
+    """Every program of every method, of the published models and rewards in all their layers, as configs/ has them."""
+    config = CONFIGS[method].get_config(f"model={model},reward={reward},prompts=animals")
+    config.update_from_flattened_dict({"model.remat": remat, "eval.rewards": (), "batch.samples": 4} | changes)
+    config.batch.samples_per_forward = min(config.batch.samples_per_forward, 2)
+    texts = lower_all(device, config)
+    two_passes = METHODS[method].needs.step_noise
+    assert texts.keys() == {"update", "evaluate", "explore"} | ({"sample"} if two_passes else set())
+    where = "sample" if changes else "update"  # where the gradient is made
+    assert ("__cudnn$fmhaSoftmaxBackward" in texts[where]) == (device == "gpu")

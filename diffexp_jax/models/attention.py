@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from diffexp_jax import backend
 
@@ -64,19 +64,33 @@ def has_fused_attention(dtype: DTypeLike, width: int) -> bool:
 def attention_of_even_length(
     q: Float[Array, "B Lq heads d"], k: Float[Array, "B Lk heads d"], v: Float[Array, "B Lk heads d"], **kwargs
 ) -> Float[Array, "B Lq heads d"]:
-    """`jax.nn.dot_product_attention` with an odd number of queries or keys filled up to an even one.
+    """`jax.nn.dot_product_attention` of any number of queries and keys, also for cuDNN under `vmap` and its gradient.
 
-    cuDNN has no gradient for odd lengths, and a prompt has 77 tokens. The further key is masked by its length, the
-    further query is cut off again, so the result is the same.
+    cuDNN has no gradient for odd lengths, and a prompt has 77 tokens: an odd number of queries or keys is filled up to
+    an even one. The further key is masked by its length, the further query is cut off again, so the result is the same.
     """
     n_queries, n_keys = q.shape[1], k.shape[1]
-
-    def filled_up(x):
-        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
-
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    q, k, v, zeros = _batched_alike(q, k, v)
     if n_keys % 2:
-        kwargs["key_value_seq_lengths"] = jnp.full(len(k), n_keys, jnp.int32)
-    return jax.nn.dot_product_attention(filled_up(q), filled_up(k), filled_up(v), **kwargs)[:, :n_queries]
+        kwargs |= {"query_seq_lengths": q.shape[1] + zeros, "key_value_seq_lengths": n_keys + zeros}
+    # the output too: so that its gradient has the batch axis
+    return _depending_on(zeros, jax.nn.dot_product_attention(q, k, v, **kwargs))[:, :n_queries]
+
+
+def _batched_alike(*arrays: Float[Array, "B ..."]) -> tuple[Array, ...]:
+    """The arrays and zeros int32 [B], each of which depends on all of the arrays, for `vmap`; XLA removes all of it.
+
+    jax 0.10's rule for cuDNN's attention under `vmap` takes queries, keys, values and lengths to be batched, or none
+    of them, and fails where some are (0.11 repeats what is not).
+    """
+    zeros = sum(x[:, 0, 0, 0].astype(jnp.int32) * 0 for x in arrays)
+    return *(_depending_on(zeros, x) for x in arrays), zeros
+
+
+def _depending_on(zeros: Int[Array, "B"], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """x, as something that depends on `zeros`."""
+    return jnp.where(zeros.reshape(-1, *[1] * (x.ndim - 1)) == 0, x, 0)
 
 
 def _in_float32(
