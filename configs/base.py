@@ -163,8 +163,9 @@ def default() -> ml_collections.ConfigDict:
     h.initialization_timeout = 300  # seconds within which all have to be there
     h.heartbeat_timeout = 100  # seconds after which one that says nothing counts as gone, and the others end
 
-    # SIGTERM and SIGINT (Ctrl-C) end a run after the iteration that goes on, saved. One that takes longer than this is
-    # broken off, and the state before it saved. Schedulers kill some 30 s after SIGTERM.
+    # SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end a run after the iteration that goes on, saved. An
+    # iteration that takes longer than this is broken off, and the state before it saved. Schedulers kill some 30 s
+    # after SIGTERM.
     c.stop_grace = 20.0  # seconds
 
     c.checkpoint = k = ml_collections.ConfigDict()

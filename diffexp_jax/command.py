@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from diffexp_jax import HostError, InputError, RewardError, paths
+from diffexp_jax import HostError, InputError, RewardError, output, paths
 from diffexp_jax.stopping import Stopped
 
 _LONGEST = 1000  # characters of an error
@@ -41,6 +41,7 @@ _ALSO_KNOWN_AS = {
 }
 
 
+@output.lasting()
 def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> None:
     """Runs main(*args); bad input ends in one line on stderr and exit code 2, a failed run in exit code 1.
 

@@ -1,9 +1,11 @@
-"""How a run is asked to stop: SIGTERM (a scheduler's) or SIGINT (Ctrl-C) end it after the iteration that goes on.
+"""How a run is asked to stop: SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end it after the
+iteration that goes on.
 
 The iteration may be one long program, and Python's own handlers wait until it is done. So a thread hears the signals:
 it says what will happen, and ends the process when the time is over or when it is asked again.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,15 +15,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SAME = 1.0  # seconds within which a second signal is the first one's echo: a launcher passes on what all have heard
 
 
 class Stopped(Exception):
     """A run that was asked to stop has saved its state and left.
 
-    The exit code is 128 + the signal's number, as shells and schedulers have it: 143 after SIGTERM, 130 after Ctrl-C.
-    It is not 0, which would say that the run is complete: `train && evaluate` must not go on with half of one.
+    The exit code is 128 + the signal's number, as shells and schedulers have it: 143 after SIGTERM, 130 after Ctrl-C,
+    129 after SIGHUP. It is not 0, which would say that the run is complete: `train && evaluate` must not go on with
+    half of one.
     """
 
     def __init__(self, iteration: int, number: int):
@@ -58,7 +61,7 @@ class StopRequests:
             self._told.setblocking(False)
             self._thread = threading.Thread(target=self._listen, name="stop-requests", daemon=True)
             self._thread.start()
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in signals()}
             self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
         return self
 
@@ -83,7 +86,7 @@ class StopRequests:
         name = signal.Signals(number).name
         _say(f"{name}: stops after this iteration, in {self._grace:g} s at the latest; a second time: at once")
         again: int | None = number
-        while again and time.monotonic() < heard + _SAME:
+        while again and (time.monotonic() < heard + _SAME or again == signal.SIGHUP):  # which nobody sends to insist
             again = self._next(heard + self._grace - time.monotonic())
         if again is None:
             return
@@ -110,5 +113,11 @@ class StopRequests:
                 return data[0]
 
 
+def signals() -> list[int]:
+    """Those that ask to stop here: under nohup a closed terminal does not."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
 def _say(line: str) -> None:
-    print(f"\n{line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
+        print(f"\n{line}", file=sys.stderr, flush=True)

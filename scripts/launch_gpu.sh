@@ -2,7 +2,7 @@
 # A run on the GPUs of this machine, detached, with a log; docs/launch.md.
 #   bash scripts/launch_gpu.sh WORKDIR --config configs/ddpo.py:model=sd15,reward=pickscore:DIR [--config.KEY=VALUE ...]
 # One process drives all GPUs. PROCESSES=8 starts eight with a GPU each (for rewards in plain Python: eight interpreters).
-# FOREGROUND=1 waits for the end, and ends with its exit code; SIGTERM and SIGINT are passed on.
+# FOREGROUND=1 waits for the end, and ends with its exit code; SIGTERM, SIGINT and SIGHUP are passed on.
 set -euo pipefail
 
 usage() { sed -n '2,5s/^# \?//p' "$0" >&2; exit 2; }
@@ -21,7 +21,7 @@ fi
 
 export JAX_NUM_PROCESSES=$processes JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-$((20000 + $$ % 20000))}
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT HUP
 for ((i = 0; i < processes; i++)); do
   if [[ $processes -gt 1 && -z ${CUDA_VISIBLE_DEVICES:-} ]]; then export CUDA_VISIBLE_DEVICES=$i; only=1; fi
   JAX_PROCESS_ID=$i "${PYTHON:-python}" -u -m diffexp_jax.train --workdir "$workdir" "$@" >>"$workdir/host-$i.log" 2>&1 &

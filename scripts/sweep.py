@@ -32,7 +32,7 @@ jax.config.update("jax_platforms", "cpu")  # what a sweep computes is little; ac
 import sweep_plan  # noqa: E402
 from sweep_plan import Run  # noqa: E402
 
-from diffexp_jax import InputError  # noqa: E402
+from diffexp_jax import InputError, stopping  # noqa: E402
 from diffexp_jax.formats.files import write_whole  # noqa: E402
 from diffexp_jax.limits import check_number, whole  # noqa: E402
 from diffexp_jax.metrics import read_metrics  # noqa: E402
@@ -139,10 +139,10 @@ def note(out: Path, experiments: dict[str, dict]) -> None:
 def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], places: Sequence[dict[str, str]]) -> None:
     """Works through all commands, a run at each place; a run that fails is named, and the others go on.
 
-    Raises SystemExit: 1 where a run failed; 130 or 143 where SIGINT or SIGTERM stopped it.
+    Raises SystemExit: 1 where a run failed; 130, 143 or 129 where SIGINT, SIGTERM or SIGHUP stopped it.
     """
     received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stopping.signals():
         signal.signal(number, lambda number, frame: received.append(number))
     waiting, free, active, failed = list(left), list(places), [], []
     unfinished = {run.workdir for run, _ in left}

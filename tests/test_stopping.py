@@ -1,6 +1,8 @@
 """A run that is asked to stop: it saves and goes on bit for bit; what the second signal and the end of the grace do."""
 
 import os
+import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,12 @@ LATE = {"stop_grace": 600.0, "checkpoint.every": 100} | PLAIN  # nothing is save
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    "number, code",
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_the_run_after_the_iteration(make_config, tmp_path, monkeypatch, capfd, number, code):
     """It is saved, a line says how to go on, and it ends as if it had not been stopped."""
@@ -77,6 +84,7 @@ with stopping.StopRequests(grace=float(sys.argv[1])) as requests:
         (1.5, 0.0, [signal.SIGTERM], True),  # the grace is over
         (600.0, 1.3, [signal.SIGTERM, signal.SIGTERM], False),  # at once
         (1.5, 0.0, [signal.SIGTERM, signal.SIGTERM], True),  # the same one twice, as launchers do
+        (2.5, 1.3, [signal.SIGHUP, signal.SIGHUP], True),  # the shell's and the terminal's: nobody insists
     ],
 )
 def test_a_long_program_is_broken_off(tmp_path, grace, wait, signals, saved):
@@ -91,12 +99,58 @@ def test_a_long_program_is_broken_off(tmp_path, grace, wait, signals, saved):
         said = process.communicate(timeout=60)[1].split("\n")
     finally:
         process.kill()
-    assert process.returncode == 143
+    assert process.returncode == 128 + signals[0]
     assert [line for line in said if line] == [
-        f"SIGTERM: stops after this iteration, in {grace:g} s at the latest; a second time: at once",
+        f"{signals[0].name}: stops after this iteration, in {grace:g} s at the latest; a second time: at once",
         "stopped in the middle of an iteration; the same command continues from the last checkpoint",
     ]
     assert (tmp_path / "state").exists() == saved
+
+
+TALKS = """
+import sys, time
+from pathlib import Path
+from diffexp_jax import command, stopping
+def main(folder):
+    with stopping.StopRequests(grace=600.0) as stop:
+        while not (stop.number() or (folder / "end").exists()):
+            time.sleep(0.01)
+            print("an iteration" * 100)
+            print("its bar", file=sys.stderr, end="")
+        for stream in (sys.stdout, sys.stderr):
+            print("saves", file=stream, flush=True)
+        (folder / "saved").touch()
+        if stop.number():
+            raise stopping.Stopped(1, stop.number())
+command.guarded(main, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("kind, code", [("terminal", 129), ("nohup", 0), ("pipe", 0)])
+def test_a_terminal_that_is_closed(tmp_path, kind, code):
+    """The run is saved, or goes on where it was told not to hear of it; what it says then does not end it."""
+    ours, theirs = os.pipe() if kind == "pipe" else pty.openpty()
+    line = "exec " + shlex.join([sys.executable, "-c", TALKS, str(tmp_path)])
+    if kind != "pipe":  # the first terminal that a session's leader opens is its own
+        ignores = "trap '' HUP; " if kind == "nohup" else ""
+        line = f"exec <{os.ttyname(theirs)}; {ignores}{line}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        ["bash", "-c", line], env=environment, stdout=theirs, stderr=theirs, start_new_session=kind != "pipe"
+    )
+    os.close(theirs)
+    said = b""
+    while b"its bar" not in said:
+        said += os.read(ours, 4096)
+    os.close(ours)
+    if not code:
+        time.sleep(0.2)  # it talks on
+        (tmp_path / "end").touch()
+    try:
+        assert process.wait(60) == code
+    finally:
+        process.kill()
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow

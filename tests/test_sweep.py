@@ -20,7 +20,7 @@ from test_train import assert_same_run
 
 from configs.paper import ALIASES, EXPERIMENTS
 from configs.sweeps import SWEEPS
-from diffexp_jax import InputError, command
+from diffexp_jax import InputError, command, stopping
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.settings import default_config
@@ -337,7 +337,7 @@ def test_progress_counts_what_need_not_be_trained_again(scripts, planned, tmp_pa
 def run_all(scripts, tmp_path, monkeypatch):
     """run_all(commands of each run, its places) with small programs in place of training."""
     monkeypatch.setattr(scripts.sweep, "POLL", 0.02)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in stopping.signals()}
 
     def call(*commands, places=({}, {})):
         runs = [
