@@ -10,4 +10,8 @@ class HostError(RuntimeError):
 
 
 class RewardError(RuntimeError):
-    """A reward that runs on the host failed: one clear line, exit code 1, and what was trained is saved."""
+    """A reward of the user's failed: one clear line, exit code 1, and what was trained is saved."""
+
+
+class BadRewardError(RewardError, InputError):
+    """A function that cannot be a reward, as it is called first: one clear line, exit code 2, and the same is saved."""

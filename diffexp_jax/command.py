@@ -42,6 +42,7 @@ _ALSO_KNOWN_AS = {
 
 
 @output.lasting()
+@output.above_bars()
 def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> None:
     """Runs main(*args); bad input ends in one line on stderr and exit code 2, a failed run in exit code 1.
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,55 @@ def lasting() -> Iterator[None]:
             stream.flush()
         if (sys.stdout, sys.stderr) == ours:
             sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def above_bars() -> Iterator[None]:
+    """For as long as the context lasts what is printed stands above tqdm's progress bars, in whole lines."""
+    before, sys.stdout = sys.stdout, (ours := _AboveBars(sys.stdout))
+    try:
+        yield
+    finally:
+        ours.finish()
+        if sys.stdout is ours:
+            sys.stdout = before
+
+
+class _AboveBars:
+    """A text stream that keeps the beginning of a line, of each thread, until its end comes."""
+
+    def __init__(self, stream: Any):
+        self._stream, self._begun = stream, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:  # tqdm asks whether a stream is stdout
+        return self._stream is getattr(other, "_stream", other)
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
+
+    def write(self, text: str) -> int:
+        thread = threading.get_ident()
+        lines, newline, begun = (self._begun.pop(thread, "") + text).rpartition("\n")
+        if begun:
+            self._begun[thread] = begun
+        if newline and "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(lines, file=self._stream)
+        elif newline:
+            self._stream.write(lines + newline)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def finish(self) -> None:
+        """Writes what has no end yet."""
+        for begun in list(self._begun.values()):
+            self._stream.write(begun)
+        self._begun.clear()
 
 
 class _Lasting:

@@ -1,5 +1,6 @@
 """The compiled programs of a run, mapped over the devices: training, evaluation and the dry run use the same."""
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from diffexp_jax.algorithms.algorithm import chunked, unchunked
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.pipelines import Conditioning, Pipeline
 from diffexp_jax.rewards import Reward
-from diffexp_jax.rewards.host import start_by_size
+from diffexp_jax.rewards.host import joined, start_by_size
 from diffexp_jax.sampling import initial_latents, rollout
 
 
@@ -80,7 +81,8 @@ def sample_and_score(sample: Callable, reward: Reward, n_chunks: int, per_forwar
         samples = jax.block_until_ready(join(chunks))  # the reward's time limit counts from here
         del chunks  # or all would be there twice while the reward is waited for
         scores = parallel.together(lambda: [wait() for wait in waits])
-        on_host = jax.tree.map(lambda *x: np.concatenate(x), *scores)
+        names = parallel.from_each(lambda: sorted(scores[0][1]))  # all hosts' programs have the same parts
+        on_host = joined(scores, itertools.chain(*names))
         rewards, parts = add((samples.rewards, samples.parts), parallel.shard_local(on_host))
         return samples._replace(rewards=rewards, parts=parts)
 
@@ -196,7 +198,7 @@ def make_scorer(
         total, parts = in_program(images, tokens)
         if reward.start:
             shares = [share for share in parallel.from_each(lambda: wait and wait()) if share]
-            total, parts = add_scores((total, parts), jax.tree.map(lambda *x: np.concatenate(x), *shares))
+            total, parts = add_scores((total, parts), joined(shares))
         return {"": total} | parts
 
     return score

@@ -1,5 +1,6 @@
 """The user's own rewards: functions of JAX, plain Python in threads on the host, and how their failures end a run."""
 
+import sys
 import threading
 import time
 
@@ -11,13 +12,14 @@ import sample_rewards
 from conftest import nonzero_lora
 from PIL import Image
 
-from diffexp_jax import InputError, RewardError, command, parallel, train
+from diffexp_jax import BadRewardError, InputError, RewardError, command, parallel, train
 from diffexp_jax.algorithms import Inputs
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_explore, make_programs, make_scorer
 from diffexp_jax.rewards import jpeg, load_reward, reward_name
+from diffexp_jax.rewards.reward import no_tokens
 
 IMAGES = np.random.default_rng(0).integers(256, size=(5, 16, 16, 3)).astype(np.uint8)
 TEXTS = ["a dog", "an ant", "a dog", "a cat riding a bike", "a bee"]
@@ -70,12 +72,12 @@ def test_calls_run_in_threads(monkeypatch):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("columns", r"ValueError: returned float64 of shape \[5, 1\]; wants 5 floats: \[5\]"),
-        ("too_few", r"ValueError: returned float64 of shape \[4\]; wants 5 floats"),
-        ("words", r"ValueError: returned <U19 of shape \[5\]; wants 5 floats"),
-        ("not_finite", "ValueError: returned 1 of 5 scores that are not finite"),
-        ("raises", "KeyError: 'no such"),
-        ("times_out", "the server says no"),
+        ("columns", r"returned float64 of shape \[5, 1\]; wants 5 floats: \[5\] \(sample_rewards.py:\d+\)$"),
+        ("too_few", r"returned float64 of shape \[4\]; wants 5 floats"),
+        ("words", r"returned <U19 of shape \[5\]; wants 5 floats"),
+        ("not_finite", "returned 1 of 5 scores that are not finite"),
+        ("raises", r"KeyError: 'no such\\nserver' \(sample_rewards.py:\d+\)$"),
+        ("times_out", r"TimeoutError: the server says no \(sample_rewards.py:\d+\)$"),
         ("hangs", r"no scores after 0.2 s \(host_reward.timeout\)"),
     ],
 )
@@ -84,6 +86,84 @@ def test_a_reward_that_fails(name, said):
     with pytest.raises(RewardError, match=f"^reward python:sample_rewards:{name}: {said}"):
         scores_of(f"python:sample_rewards:{name}", timeout=0.2)
     assert time.monotonic() - began < sample_rewards.SLEEP / 2
+
+
+WORKS = ("instance", "partial", "short", "changes_its_input", "tensors", "jax_array", "pair", "prints")
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_whatever_gives_a_number_for_each_image(name):
+    """An instance, a partial, a lambda; torch's and JAX's arrays; a pair of scores and what it says beside them."""
+    if name == "tensors":
+        pytest.importorskip("torch")
+    reward, images = load_reward(f"python:faulty_rewards:{name}"), IMAGES.copy()
+    tokens = reward.tokenize(TEXTS)
+    scores, parts = reward.start(images, tokens)()
+    np.testing.assert_allclose(scores, IMAGES.mean((1, 2, 3)), rtol=4e-3 if name == "jax_array" else 1e-6)
+    np.testing.assert_array_equal(images, IMAGES)  # a function gets a copy
+    if name == "pair":
+        assert parts.keys() == {"info/red", "info/constant"}
+        np.testing.assert_allclose(parts["info/red"], IMAGES[..., 0].mean((1, 2)), rtol=1e-6)
+        np.testing.assert_array_equal(parts["info/constant"], np.full(5, 3.0))
+    else:
+        assert parts == {}
+
+
+def test_a_list_of_tensors():
+    pytest.importorskip("torch")
+    np.testing.assert_allclose(scores_of("python:faulty_rewards:list_of_tensors"), IMAGES.mean((1, 2, 3)), rtol=4e-3)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("dictionary", "returned a dict of 'scores'; wants 5 floats"),
+        ("nothing", "returned None; wants 5 floats"),
+        ("complex_numbers", r"returned complex128 of shape \[5\]; wants 5 floats"),
+        ("ragged", "returned a list of 2; wants 5 floats"),
+        ("huge", "returned a list of 5; wants 5 floats"),
+        ("too_large", "returned 5 of 5 scores that are not finite"),
+        ("masked", "returned 1 of 5 scores that are not finite"),
+        ("returns_a_coroutine", "returned a coroutine; wants 5 floats"),
+        ("leaves", "SystemExit: 3"),
+        ("interrupts", "KeyboardInterrupt"),
+        ("raises_what_is_no_exception", "Odd: odd"),
+    ],
+)
+def test_a_function_that_is_no_reward(name, said):
+    """Bad input at its first call (exit code 2), with the place in the user's file; nobody waits for its time limit."""
+    line = rf"^reward python:faulty_rewards:{name}: {said}.* \(faulty_rewards.py:\d+\)$"
+    with pytest.raises(BadRewardError, match=line) as error:
+        scores_of(f"python:faulty_rewards:{name}")
+    assert isinstance(error.value, InputError) and isinstance(error.value, RewardError)
+
+
+def test_one_that_has_given_scores_before_is_a_failure_of_the_run(monkeypatch):
+    calls = iter([[1.0] * 5, None])
+    monkeypatch.setattr(sample_rewards, "then_none", lambda images, prompts: next(calls), raising=False)
+    reward = load_reward("python:sample_rewards:then_none")
+    reward.start(IMAGES, reward.tokenize(TEXTS))()
+    with pytest.raises(RewardError, match="returned None") as error:
+        reward.start(IMAGES, reward.tokenize(TEXTS))()
+    assert not isinstance(error.value, InputError)
+
+
+def test_what_a_reward_says_beside_its_scores(monkeypatch):
+    """Means of the names that its first call gave, as parts; in sums below the reward's name."""
+    infos = iter([{"a": [1.0] * 2}, {"b": 7.0}, {"a": 5.0, "b": 7.0}])
+    monkeypatch.setattr(sample_rewards, "says", lambda images, prompts: ([0.0] * 2, next(infos)), raising=False)
+    reward = load_reward("python:sample_rewards:says", workers=1)
+    found = [reward.start(IMAGES[:2], reward.tokenize(TEXTS[:2]))()[1] for _ in range(3)]
+    np.testing.assert_array_equal([parts["info/a"] for parts in found], [[1, 1], [np.nan, np.nan], [5, 5]])
+    assert all(parts.keys() == {"info/a"} for parts in found)
+    spec = "python:faulty_rewards:pair+jax:faulty_rewards:gives_a_pair"
+    total = load_reward(spec)
+    scores = make_scorer(total, batch=2)(list(IMAGES), total.tokenize(TEXTS))
+    np.testing.assert_allclose(scores["pair/info/red"], IMAGES[..., 0].mean((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(scores["gives_a_pair/info/red"], IMAGES[..., 0].mean((1, 2)) / 255, rtol=1e-5)
+    assert {name for name in scores if "gives_a_pair/" in name} == {
+        f"gives_a_pair/info/{x}" for x in ("red", "constant")
+    }
 
 
 def test_official_scores_of_pictures_of_several_sizes():
@@ -122,7 +202,11 @@ def test_a_function_of_jax():
 
 
 def test_a_reward_with_parameters():
-    assert load_reward("jax:sample_rewards:bright_and_long_jax") is sample_rewards.bright_and_long_jax
+    found, given = load_reward("jax:sample_rewards:bright_and_long_jax"), sample_rewards.bright_and_long_jax
+    images, tokens = IMAGES / np.float32(255), given.tokenize(TEXTS)
+    np.testing.assert_array_equal(found.tokenize(TEXTS), tokens)
+    assert found.params is given.params
+    np.testing.assert_array_equal(*(reward.score(given.params, images, tokens)[0] for reward in (found, given)))
 
 
 def test_a_function_of_jax_that_returns_another_shape():
@@ -133,7 +217,111 @@ def test_a_function_of_jax_that_returns_another_shape():
         jax.jit(reward.score)({}, jnp.zeros((5, 4, 4, 3)), reward.tokenize(TEXTS))
 
 
+def test_a_list_of_numbers_of_jax():
+    reward, images = load_reward("jax:faulty_rewards:gives_a_list"), jnp.asarray(IMAGES / np.float32(255))
+    scores, _ = jax.jit(reward.score)({}, images, reward.tokenize(TEXTS))
+    np.testing.assert_allclose(scores, images.mean((1, 2, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("numpy_inside", "TracerArrayConversionError: .*wants jax.numpy in place of numpy"),
+        ("branches", "TracerBoolConversionError: .*wants jax.numpy"),
+        ("assigns", "TypeError: JAX arrays are immutable"),
+        ("leaves_while_traced", "SystemExit: no licence"),
+        ("gives_none", r"returned None; wants 5 numbers: \[5\]"),
+        ("gives_a_dict", r"returned a dict of 'scores'; wants 5 numbers: \[5\]"),
+        ("gives_complex", r"returned complex64 of shape \[5\]; wants 5 numbers"),
+        ("gives_columns", r"returned shape \[5, 3\] for 5 images; wants \[5\]"),
+        ("faulty_reward", "TypeError: "),
+        ("bare_scores", r"returned float32 of shape \[5\]; wants scores and a dict of their parts"),
+    ],
+)
+def test_a_function_of_jax_that_is_no_reward(name, said):
+    """One line with the place in the user's file, however deep in programs it is traced."""
+    reward = load_reward(f"jax:faulty_rewards:{name}")
+
+    @jax.jit
+    @jax.grad
+    def gradient(images):
+        _, scores = jax.lax.scan(lambda c, _: (c, reward.score({}, images, no_tokens(TEXTS))[0]), 0.0, None, length=1)
+        return scores.sum()
+
+    line = rf"^reward jax:faulty_rewards:{name}: (?s:{said}).* \(faulty_rewards.py:\d+\)"
+    with pytest.raises(BadRewardError, match=line) as error:
+        gradient(jnp.zeros((5, 4, 4, 3)))
+    assert "\n" not in str(error.value)
+
+
 # ---------------------------------------------------------------------------------------------------------------- specs
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        (
+            "jax:faulty_rewards:with_prompts",
+            r"takes \(images, prompts\); it is called as f\(images\); a program of JAX has",
+        ),
+        (
+            "python:faulty_rewards:images_alone",
+            r"takes \(images\); it is called as f\(images, prompts, metadata\) or f",
+        ),
+        ("python:faulty_rewards:three", r"takes \(images, prompts, extra\); it is called as"),
+        ("python:faulty_rewards:waits", "is async; wants a plain function that returns scores"),
+        ("python:faulty_rewards:yields", "is a generator; wants a plain function that returns scores"),
+        ("python:faulty_rewards:Brightness", "is a class; wants a plain function that returns scores"),
+        ("jax:faulty_rewards:Brightness", "is a class; wants a plain function that returns scores"),
+        ("jax:faulty_rewards:instance", r"takes \(images, prompts\); it is called as f\(images\)"),
+    ],
+)
+def test_functions_that_cannot_be_called_so(spec, said):
+    """Known before anything else is loaded."""
+    with pytest.raises(InputError, match=rf"^reward {spec}: {said}.* \(faulty_rewards.py:\d+\)$"):
+        load_reward(spec)
+
+
+def test_a_reward_of_jax_is_no_python():
+    with pytest.raises(InputError, match="is a Reward of JAX; wants jax:sample_rewards:bright_and_long_jax"):
+        load_reward("python:sample_rewards:bright_and_long_jax")
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("1 / 0", r"ZeroDivisionError: division by zero \(NAME.py:1\)"),
+        ("def f(:", r"SyntaxError: invalid syntax \(NAME.py, line 1\)"),
+        ("import sys; sys.exit('no licence')", r"SystemExit: no licence \(NAME.py:1\)"),
+        ("import os.path.no_such", "ModuleNotFoundError: No module named 'os.path.no_such'"),
+        ("class Odd(BaseException): pass\nraise Odd('x')", r"Odd: x \(NAME.py:2\)"),
+        (
+            "import argparse; p = argparse.ArgumentParser(); p.add_argument('--x', required=True); p.parse_args()",
+            r"SystemExit: 2 \(NAME.py:1\); it said: NAME: error: the following arguments are required: --x",
+        ),
+        ("def __getattr__(name):\n    raise KeyError(name)", r"KeyError: 'f' \(NAME.py:2\)"),
+    ],
+)
+def test_modules_that_cannot_be_imported(tmp_path, monkeypatch, capfd, code, said):
+    name = f"module_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=f"^reward '{name}:f': importing {name}: {said.replace('NAME', name)}"):
+        load_reward(f"python:{name}:f")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_module_that_reads_the_command_line(tmp_path, monkeypatch, capfd):
+    """It finds none: the arguments are this program's. What it writes, then and later, is there."""
+    (tmp_path / "reads_arguments.py").write_text(
+        "import argparse, logging, sys\nlogging.getLogger('r').addHandler(logging.StreamHandler())\n"
+        "args = argparse.ArgumentParser().parse_args()\nlogging.getLogger('r').warning('read')\n"
+        "def f(images, prompts):\n    logging.getLogger('r').warning('called')\n    return [1.0] * len(images)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train", "--config=x"])
+    np.testing.assert_array_equal(scores_of("python:reads_arguments:f"), np.ones(5))
+    assert sys.argv == ["train", "--config=x"] and capfd.readouterr().err == "read\ncalled\n"
 
 
 @pytest.mark.parametrize(

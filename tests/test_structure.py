@@ -22,7 +22,7 @@ BELOW = {
     "paths": {"InputError"},
     "exploration": set(),
     "state": set(),
-    "parallel": {"parallel", "stopping", "InputError", "RewardError", "HostError"},
+    "parallel": {"parallel", "stopping", "InputError", "RewardError", "BadRewardError", "HostError"},
     "metrics": {"parallel", "formats.files", "formats.json_text", "InputError"},
     "image_statistics": set(),
     "comparison": set(),
@@ -34,7 +34,7 @@ BELOW = {
     "models": {"models", "paths", "formats", "backend", "InputError"},
     "pipelines": {"pipelines", "paths", "models", "formats", "sampling", "process", "InputError"},
     "prompts": {"prompts", "paths", "formats.json_text", "InputError"},
-    "rewards": {"rewards", "paths", "models", "formats", "emoji.names", "InputError", "RewardError"},
+    "rewards": {"rewards", "paths", "models", "formats", "emoji.names", "InputError", "RewardError", "BadRewardError"},
     "emoji": {"emoji", "rewards", "pipelines", "models", "formats", "prompts", "process", "InputError"},
     "algorithms": {"algorithms", "sampling", "process", "state", "backend", "limits", "InputError"},
     "settings": {

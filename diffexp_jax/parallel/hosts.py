@@ -23,13 +23,15 @@ import jax
 import numpy as np
 from absl import logging
 
-from diffexp_jax import HostError, InputError, RewardError
+from diffexp_jax import BadRewardError, HostError, InputError, RewardError
 from diffexp_jax.parallel import devices
 from diffexp_jax.parallel.watch import Watch
 from diffexp_jax.stopping import Stopped
 
 T = TypeVar("T")
-_ERRORS = {kind.__name__: kind for kind in (InputError, RewardError, HostError, FloatingPointError, OSError)}
+_ERRORS = {
+    kind.__name__: kind for kind in (InputError, RewardError, BadRewardError, HostError, FloatingPointError, OSError)
+}
 _LONG = 7 * 24 * 3600 * 1000  # ms: a host that is alive is waited for; one that is not ends the wait (`watch.py`)
 
 

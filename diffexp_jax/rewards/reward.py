@@ -12,7 +12,7 @@ Pixels = Any  # float arrays [B, ...], or a tree of them
 Tokenize = Callable[[Sequence[str]], Tokens]
 Scores = tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]
 HostScores = tuple[Float[np.ndarray, " B"], dict[str, Float[np.ndarray, " B"]]]
-HostFunction = Callable[[UInt8[np.ndarray, "N H W 3"], list[str]], Sequence[float]]
+HostFunction = Callable[..., Any]  # see `host_reward`
 
 SHIPPED = Path(__file__).parents[1] / "emoji" / "assets"  # the weights of the emoji world's rewards
 
