@@ -47,7 +47,7 @@ class _AboveBars:
         return getattr(self._stream, name)
 
     def __eq__(self, other: object) -> bool:  # tqdm asks whether a stream is stdout
-        return self._stream is getattr(other, "_stream", other)
+        return other is self or other is self._stream
 
     def __hash__(self) -> int:
         return hash(self._stream)

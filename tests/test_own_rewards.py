@@ -1,5 +1,6 @@
 """The user's own rewards: functions of JAX, plain Python in threads on the host, and how their failures end a run."""
 
+import re
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 import sample_rewards
 from conftest import nonzero_lora
 from PIL import Image
+from tqdm import tqdm
 
 from diffexp_jax import BadRewardError, InputError, RewardError, command, parallel, train
 from diffexp_jax.algorithms import Inputs
@@ -107,6 +109,21 @@ def test_whatever_gives_a_number_for_each_image(name):
         np.testing.assert_array_equal(parts["info/constant"], np.full(5, 3.0))
     else:
         assert parts == {}
+
+
+def test_what_a_reward_prints_does_not_break_the_bar(capfd):
+    """It stands above the bar, in whole lines, whichever thread prints it."""
+
+    def main():
+        with tqdm(total=1, file=sys.stderr) as bar:
+            bar.display()
+            scores_of("python:faulty_rewards:prints")
+        print("the end", end="")
+
+    command.guarded(main)
+    out, err = capfd.readouterr()
+    assert out == "half a line, then the rest\nthe end"
+    assert len(re.findall(r"\r +\r", err)) >= 1  # the bar was cleared for the line
 
 
 def test_a_list_of_tensors():
@@ -296,8 +313,8 @@ def test_a_reward_of_jax_is_no_python():
         ("import os.path.no_such", "ModuleNotFoundError: No module named 'os.path.no_such'"),
         ("class Odd(BaseException): pass\nraise Odd('x')", r"Odd: x \(NAME.py:2\)"),
         (
-            "import argparse; p = argparse.ArgumentParser(); p.add_argument('--x', required=True); p.parse_args()",
-            r"SystemExit: 2 \(NAME.py:1\); it said: NAME: error: the following arguments are required: --x",
+            "import argparse; argparse.ArgumentParser(prog='p').parse_args(['--x'])",
+            r"SystemExit: 2 \(NAME.py:1\); it said: p: error: unrecognized arguments: --x; what ends a program",
         ),
         ("def __getattr__(name):\n    raise KeyError(name)", r"KeyError: 'f' \(NAME.py:2\)"),
     ],
@@ -311,17 +328,16 @@ def test_modules_that_cannot_be_imported(tmp_path, monkeypatch, capfd, code, sai
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_module_that_reads_the_command_line(tmp_path, monkeypatch, capfd):
-    """It finds none: the arguments are this program's. What it writes, then and later, is there."""
-    (tmp_path / "reads_arguments.py").write_text(
-        "import argparse, logging, sys\nlogging.getLogger('r').addHandler(logging.StreamHandler())\n"
-        "args = argparse.ArgumentParser().parse_args()\nlogging.getLogger('r').warning('read')\n"
-        "def f(images, prompts):\n    logging.getLogger('r').warning('called')\n    return [1.0] * len(images)\n"
+def test_what_a_module_writes_to_stderr(tmp_path, monkeypatch, capfd):
+    """While it is imported, and later by a logger that it made then."""
+    (tmp_path / "has_a_logger.py").write_text(
+        "import logging\nlogger = logging.getLogger('r')\nlogger.addHandler(logging.StreamHandler())\n"
+        "logger.warning('imported')\n"
+        "def f(images, prompts):\n    logger.warning('called')\n    return [1.0] * len(images)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train", "--config=x"])
-    np.testing.assert_array_equal(scores_of("python:reads_arguments:f"), np.ones(5))
-    assert sys.argv == ["train", "--config=x"] and capfd.readouterr().err == "read\ncalled\n"
+    np.testing.assert_array_equal(scores_of("python:has_a_logger:f"), np.ones(5))
+    assert capfd.readouterr().err == "imported\ncalled\n"
 
 
 @pytest.mark.parametrize(

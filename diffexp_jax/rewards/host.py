@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +43,10 @@ def host_reward(function: HostFunction, name: str, *, timeout: float, workers: i
     """
     if timeout <= 0 or workers < 1:
         raise InputError(f"host_reward: timeout={timeout}, workers={workers}: wants seconds > 0 and at least 1 worker")
-    with_metadata = "metadata" in users.check_function(function, name, _FORMS, "")
+    score = _Scoring(function, name, "metadata" in users.check_function(function, name, _FORMS, ""), [])
     ids: dict[tuple[str, str], int] = {}  # of every prompt seen: devices carry numbers, not texts
     prompts: list[str] = []
     jobs: queue.SimpleQueue = queue.SimpleQueue()
-    known: list[Sequence[str]] = []  # once it has given scores: the names of what it says beside them
 
     def work():
         while True:
@@ -65,22 +64,6 @@ def host_reward(function: HostFunction, name: str, *, timeout: float, workers: i
             tokens.append(ids.setdefault((text, json.dumps(metadata_of(text))), len(ids)))
             prompts.extend([text] if len(prompts) < len(ids) else [])
         return np.array(tokens, np.int32)
-
-    def score(images, texts: list[str]) -> HostScores:
-        """Scores on copies of what is given: a function may change them."""
-        more = {"metadata": [copy.deepcopy(metadata_of(text)) for text in texts]} if with_metadata else {}
-        try:
-            scores, info = users.apart(function(np.array(images), [str(text) for text in texts], **more))
-            checked, info = _checked(scores, len(texts)), _numbers_of(info, len(texts))
-        except _WrongError as error:
-            raise (RewardError if known else BadRewardError)(
-                f"reward {name}: {error}{users.defined(function)}"
-            ) from error
-        except BaseException as error:  # whatever a stranger's function raises
-            raise (RewardError if known else BadRewardError)(f"reward {name}: {users.raised(error)}") from error
-        known.extend([] if known else [tuple(info)])
-        nothing = np.full(len(texts), np.nan, np.float32)
-        return checked, {key: info.get(key, nothing) for key in known[0]}
 
     def start(images, tokens) -> Callable[[], HostScores]:
         while len(threads) < workers:  # daemons: one that hangs does not keep the program from ending
@@ -103,6 +86,33 @@ def host_reward(function: HostFunction, name: str, *, timeout: float, workers: i
         return jnp.zeros(len(tokens)), {}
 
     return Reward({}, tokenize, nothing, lambda image: np.zeros(0, np.float32), nothing, start)
+
+
+class _Scoring(NamedTuple):
+    """A function's calls, from any thread."""
+
+    function: HostFunction
+    name: str
+    with_metadata: bool
+    known: list[Sequence[str]]  # once it has given scores: the names of what it says beside them
+
+    def __call__(self, images: Any, texts: Sequence[str]) -> HostScores:
+        """Scores on copies of what is given: a function may change them."""
+        more = {"metadata": [copy.deepcopy(metadata_of(text)) for text in texts]} if self.with_metadata else {}
+        try:
+            scores, info = users.apart(self.function(np.array(images), [str(text) for text in texts], **more))
+            checked, info = _checked(scores, len(texts)), _numbers_of(info, len(texts))
+        except _WrongError as error:
+            raise self.failed(f"{error}{users.defined(self.function)}") from error
+        except BaseException as error:  # whatever a stranger's function raises
+            raise self.failed(users.raised(error)) from error
+        self.known.extend([] if self.known else [tuple(info)])
+        nothing = np.full(len(texts), np.nan, np.float32)
+        return checked, {key: info.get(key, nothing) for key in self.known[0]}
+
+    def failed(self, what: str) -> RewardError:
+        """A failure of the run where the function has given scores before; else it cannot be a reward."""
+        return (RewardError if self.known else BadRewardError)(f"reward {self.name}: {what}")
 
 
 def metadata_of(text: str) -> Mapping[str, Any]:

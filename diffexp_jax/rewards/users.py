@@ -25,8 +25,6 @@ _OTHERS = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "st
 def find(location: str) -> Any:
     """What MODULE:FUNCTION names; modules of the current folder count.
 
-    A module that reads the command line while it is imported finds no arguments there: they are this program's.
-
     Raises:
       InputError: there is no such thing, or importing it fails.
     """
@@ -36,13 +34,16 @@ def find(location: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        with _no_arguments(module_name) as errors:
+        with _held_errors() as errors:
             module = importlib.import_module(module_name)
         found = getattr(module, name, None)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a stranger's module may raise anything, and end the program
-        said = f"; it said: {errors.last_line()}" if isinstance(error, SystemExit) and errors.last_line() else ""
+        said = ""
+        if isinstance(error, SystemExit):  # of argparse, say: the arguments are this program's
+            last = f"; it said: {errors.last_line():.200}" if errors.last_line() else ""
+            said = f"{last}; what ends a program, or reads its arguments, wants if __name__ == '__main__'"
         raise InputError(f"reward {location!r}: importing {module_name}: {raised(error)}{said}") from error
     if not callable(found) and not isinstance(found, Reward):
         raise InputError(f"reward {location!r}: {module.__name__} has no function {name!r}")
@@ -54,13 +55,13 @@ class _HeldErrors:
 
     def __init__(self, stream: Any):
         self._stream, self._held = stream, []
-        self._holds = True
+        self.holds = True
 
     def write(self, text: str) -> int:
-        return len(self._held.append(text) or text) if self._holds else self._stream.write(text)
+        return len(self._held.append(text) or text) if self.holds else self._stream.write(text)
 
     def release(self, *, said: bool) -> None:
-        self._holds = False
+        self.holds = False
         if said:
             self._stream.write("".join(self._held))
 
@@ -72,10 +73,9 @@ class _HeldErrors:
 
 
 @contextmanager
-def _no_arguments(module: str) -> Iterator[_HeldErrors]:
-    """No command-line arguments; where the module ends the program, what it says is held back for our own line."""
-    arguments, errors = sys.argv, _HeldErrors(sys.stderr)
-    sys.argv = [module]
+def _held_errors() -> Iterator[_HeldErrors]:
+    """Standard error waits until the end; where that is the program's, it is held back for our own line."""
+    errors = _HeldErrors(sys.stderr)
     try:
         with redirect_stderr(errors):
             yield errors
@@ -83,8 +83,7 @@ def _no_arguments(module: str) -> Iterator[_HeldErrors]:
         errors.release(said=False)
         raise
     finally:
-        sys.argv = arguments
-        if errors._holds:
+        if errors.holds:
             errors.release(said=True)
 
 
