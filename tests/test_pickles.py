@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffexp_jax import InputError
+from diffexp_jax.formats import pickles
 from diffexp_jax.formats.pickles import open_checkpoint
 from diffexp_jax.rewards import aesthetic
 
@@ -186,6 +187,128 @@ def test_memory_is_in_proportion_to_the_file(tmp_path, name, kind):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20 + 3 * (path.stat().st_size if name == "too long" else 0)
+
+
+# Sixty tuples, each of the one before, twice: as a tree they have 2^60 leaves
+SHARED = b")" + b"2\x86" * 60
+ORDERED = b"ccollections\nOrderedDict\n"
+# What hashes, compares or writes it as text, and takes as long as it has leaves
+HASHED = {
+    "a key": stacked(b"}", SHARED, b"Ns"),
+    "one of several keys": stacked(b"}(K\x01N", SHARED, b"Nu"),
+    "a key taken from the table": stacked(SHARED, b"q\x000}h\x00Ns"),
+    "a key that was doubled": stacked(b"}", SHARED, b"2s"),
+    "a dict of marks": stacked(b"(", SHARED, b"Nd"),
+    "a set": stacked(b"\x8f(", SHARED, b"\x90"),
+    "a frozenset": stacked(b"(", SHARED, b"\x91"),
+    "OrderedDict": stacked(ORDERED, b"](](", SHARED, b"Neea\x85R"),
+    "OrderedDict's item": stacked(ORDERED, b")R", SHARED, b"Ns"),
+    "a storage's name": stacked(STORAGE.replace(b"X\x01\x00\x00\x000", SHARED)),
+    "a storage": stacked(b"(", SHARED, b"NNNNtQ"),
+    "a storage's type": stacked(b"(X\x07\x00\x00\x00storage", SHARED, b"NNNtQ"),
+    "a function's argument": stacked(REBUILD, SHARED, b"R"),
+    "a shape": stacked(REBUILD, b"(", STORAGE, b"K\x00", SHARED, SHARED, b"tR"),
+    "an attribute's name": stacked(ORDERED, b")RN}", SHARED, b"Ns\x86b"),
+}
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare", "legacy keys"])
+@pytest.mark.parametrize("name", HASHED)
+def test_shared_tuples_are_not_hashed(tmp_path, name, kind):
+    """One line at once: such a file of 353 bytes was hashed for years, and Ctrl-C did not end it."""
+    path, content = tmp_path / "a.pt", HASHED[name]
+    if kind == "zip":
+        zipped(content, path)
+    else:
+        start = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        begin = b"".join(pickle.dumps(x, 2) for x in start) if kind != "bare" else b""
+        if kind == "legacy keys":
+            begin += pickle.dumps({}, 2)
+            content = stacked(b"](", SHARED, b"e")
+        path.write_bytes(begin + content)
+    with pytest.raises(InputError, match="a.pt: not a readable PyTorch checkpoint") as error:
+        open_checkpoint(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        stacked(b"}\x8a\x09", (2**61 - 1).to_bytes(9, "little"), b"Ns"),  # a number that collides with 0
+        stacked(b"}L", b"9" * 20, b"L\nNs"),
+        stacked(b"}\x8b", (300).to_bytes(4, "little"), b"\x01" * 300, b"Ns"),  # a number of any length
+        stacked(b"h\x05"),
+        stacked(b"(0N0"),
+        stacked(b"(N\x85\x86"),  # below its mark
+        stacked(b"q\x00"),
+        stacked(ORDERED, b"}\x85R"),
+        stacked(ORDERED, b"](](K\x01Neea\x85R"),
+    ],
+)
+def test_steps_that_no_checkpoint_has(tmp_path, content):
+    zipped(content, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="a.pt: (not a readable PyTorch checkpoint|holds no tensors by name)"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+def tensor_of(shape: bytes, strides: bytes) -> bytes:
+    """A state dict of a tensor "w" with the steps of its shape and strides, of a storage of four numbers."""
+    return stacked(b"}X\x01\x00\x00\x00w", REBUILD, b"(", STORAGE, b"K\x00", shape, strides, b"\x89Nt", b"Rs")
+
+
+NUMBER = b"\x8a\x08" + (2**62).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    "shape, strides",
+    [
+        (b"K\x00" + NUMBER + b"\x86", b"K\x01K\x01\x86"),
+        (b"(" + b"K\x00" + b"J\xff\xff\xff\x7f" * 3 + b"t", b"(" + b"K\x01" * 4 + b"t"),
+        (b"(" + b"K\x01" * 100 + b"t", b"(" + b"K\x01" * 100 + b"t"),
+        (b"(" + b"K\x00" * 33 + b"t", b"(" + b"K\x01" * 33 + b"t"),
+        (b"K\x01\x85", b"\x8a\x20" + b"\x7f" * 32 + b"\x85"),
+        (b"K\x01K\x02\x86", b"K\x01\x85"),
+        (b"]K\x01a", b"]K\x01a"),
+        (b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x001"),
+        (b"N", b"N"),
+    ],
+)
+def test_shapes_that_no_array_has(tmp_path, shape, strides):
+    zipped(tensor_of(shape, strides), tmp_path / "a.pt", {"archive/data/0": np.zeros(4, np.float32).tobytes()})
+    with pytest.raises(InputError, match="a.pt: not a readable PyTorch checkpoint .a tensor") as error:
+        open_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape, strides", [(b"K\x01\x85", NUMBER.replace(b"@", b"\x01") + b"\x85"), (b")", b")")])
+def test_strides_of_an_axis_of_one(tmp_path, shape, strides):
+    """Any number stands there, as in torch."""
+    numbers = np.arange(4, dtype=np.float32)
+    zipped(tensor_of(shape, strides), tmp_path / "a.pt", {"archive/data/0": numbers.tobytes()})
+    assert np.asarray(open_checkpoint(tmp_path / "a.pt")["w"]).sum() == 0.0
+
+
+def test_an_empty_array_of_large_axes(tmp_path):
+    shape = b"K\x00J\xff\xff\xff\x7f\x86"
+    zipped(tensor_of(shape, b"K\x01K\x01\x86"), tmp_path / "a.pt", {"archive/data/0": bytes(16)})
+    assert open_checkpoint(tmp_path / "a.pt")["w"].shape == (0, 2**31 - 1)
+
+
+def test_a_dict_as_python_2_wrote_it(tmp_path):
+    """Pairs in a list, which is taken once: given to a thousand dicts it does not become a thousand copies."""
+    pair = b"](X\x01\x00\x00\x00w" + REBUILD + b"(" + STORAGE + b"K\x00K\x02\x85K\x01\x85\x89NtRe"
+    content = stacked(ORDERED, b"](", pair, b"e\x85R")
+    zipped(content, tmp_path / "a.pt", {"archive/data/0": np.arange(4, dtype=np.float32).tobytes()})
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "a.pt")["w"], [0.0, 1.0])
+    shared = pickles._Dict(pairs := [["a", 1]])
+    assert shared == {"a": 1} and pickles._Dict(pairs) == {}
+
+
+def test_keys_that_checkpoints_have(tmp_path):
+    """Of optimizers: small numbers, and large ones where parameters were named by their addresses."""
+    other = {0: 1, 140_234_000_111: 2, None: 3, True: 4, 0.5: (0.9, 0.9), "x": (1, (2, (3,)))}
+    torch.save({"state_dict": {"w": torch.ones(2)}, "optimizer": other}, tmp_path / "a.pt")
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "a.pt")["w"], [1.0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,13 @@ which the package does not; of the torch-free readers on PyPI (ptloader 0.3, say
 be trusted more than these lines. Everything else is an error that names what was asked for, and nothing has run.
 
 Tensors are views of the memory-mapped file, read when they are asked for; their sizes are checked against the file.
-What a pickle takes of memory is bounded by its size: it is looked through before it is run (`_check`).
+What a pickle takes of time and memory is bounded by its size: it is looked through before it is run (`check_steps`).
 """
 
 import io
 import math
 import mmap
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ import numpy as np
 
 from diffexp_jax import InputError
 from diffexp_jax.formats import files
+from diffexp_jax.formats.pickle_steps import check_steps
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -33,9 +33,8 @@ _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how torch befo
 _ZIP_HEADER, _ZIP_LENGTHS = 30, 26  # bytes of a local header, and where in it the lengths of name and extra are
 
 _MOST_BYTES = 2**26  # of a zip file's data.pkl; a state dict's has some hundred kilobytes
-_MOST_STEPS = 1_000_000  # of a pickle: some seconds to look through
-# Steps that no checkpoint has: they reserve memory by a number alone, or take objects from elsewhere.
-_UNKNOWN = {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4"}
+_MOST_NUMBER = 2**60  # of axes and strides: times an item's bytes it is numpy's
+_MOST_AXES = 32  # numpy's until its version 2
 
 _STORAGES = {
     "FloatStorage": "float32",
@@ -71,6 +70,18 @@ class _Tensor(NamedTuple):
 class _Dict(dict):
     """What OrderedDict becomes: torch hangs `_metadata` on a state dict, which is dropped."""
 
+    def __init__(self, items=()):
+        """`items`: as Python 2 wrote them, a list of its own for each pair, which is empty afterwards: a list that is
+        given to many dicts must not become as many copies."""
+        if items and not isinstance(items, list):
+            raise pickle.UnpicklingError("a dict of something else than pairs")
+        for key, value in items:
+            if not isinstance(key, str):
+                raise pickle.UnpicklingError("a key that is no name")
+            self[key] = value
+        if items:
+            items.clear()
+
     def __setstate__(self, state):
         pass
 
@@ -92,13 +103,18 @@ class _Call:
 
 def _tensor(storage, offset, shape, strides, *_) -> _Tensor:
     """torch's _rebuild_tensor_v2; checks that every number lies in the storage."""
-    ints = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or not all(type(x) is int and x >= 0 for x in ints):
+    if not isinstance(storage, _Storage) or not (isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise pickle.UnpicklingError("a tensor that is none")
+    if len(shape) != len(strides) or len(shape) > _MOST_AXES:
+        raise pickle.UnpicklingError(f"a tensor of {len(shape)} axes and {len(strides)} strides")
+    if not all(type(x) is int and 0 <= x < _MOST_NUMBER for x in (offset, *shape, *strides)):
+        raise pickle.UnpicklingError("a tensor that is none")
+    if math.prod(n for n in shape if n) >= _MOST_NUMBER:
+        raise pickle.UnpicklingError("a tensor larger than any storage")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if math.prod(shape) > storage.count or (math.prod(shape) and last >= storage.count):
         raise pickle.UnpicklingError("a tensor larger than its storage")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+    return _Tensor(storage, offset, shape, tuple(step if n > 1 else 0 for n, step in zip(shape, strides, strict=True)))
 
 
 _NAMES = {
@@ -126,29 +142,15 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, count = pid[:5]
         if kind != "storage" or dtype not in _STORAGES.values() or type(count) is not int or count < 0:
             raise pickle.UnpicklingError("a storage that is none")
-        self.dtypes[str(key)] = dtype
-        return _Storage(str(key), dtype, count)
-
-
-def _check(file: Any) -> None:
-    """Looks through the next pickle of a file (or a memory map), and goes back to where it begins.
-
-    Raises:
-      UnpicklingError: it is long beyond reason, or would take memory that is not in proportion to its size: the
-        unpickler's table of objects is as long as the largest number that a step gives one.
-    """
-    start = file.tell()
-    for n, (step, argument, _) in enumerate(pickletools.genops(file)):
-        if step.name in _UNKNOWN:
-            raise pickle.UnpicklingError(f"a step {step.name}")
-        if n > _MOST_STEPS or (step.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > n):
-            raise pickle.UnpicklingError("more objects than a checkpoint has")
-    file.seek(start)
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError("a storage without a name")
+        self.dtypes[key] = dtype
+        return _Storage(key, dtype, count)
 
 
 def _run(file: Any) -> tuple[Any, dict[str, str]]:
     """The object of the next pickle of a file, once it is looked through; and the types of its storages."""
-    _check(file)
+    check_steps(file)
     unpickler = _Unpickler(file)
     return unpickler.load(), unpickler.dtypes
 
@@ -236,6 +238,8 @@ def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         content, dtypes = _run(file)
         extents, end = {}, len(file)
         for key in _run(file)[0]:
+            if not isinstance(key, str) or key not in dtypes:
+                raise pickle.UnpicklingError("a storage that no tensor has")
             (count,) = struct.unpack("<q", file.read(8))
             size = count * _dtype(dtypes[key]).itemsize
             if not 0 <= size <= end - file.tell():
