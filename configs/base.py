@@ -60,6 +60,9 @@ def default() -> ml_collections.ConfigDict:
     c.sampling = s = ml_collections.ConfigDict()
     s.steps = 50  # DDIM steps, 1..1000
     s.guidance = 5.0  # classifier-free guidance scale w (Eq. 4); 1 is none
+    # In training and evaluation. w of Eq. 4 weighs the prompt against it: 1 leaves it out, and a w_low of less than 1
+    # leads towards it. Eq. 8 weighs words against "" as ever.
+    s.negative_prompt = ""  # what guidance leads away from, as in diffusers; "": from no prompt
     s.eta = 1.0  # DDIM noise: 0 deterministic, 1 as in DDPM
 
     c.exploration = e = ml_collections.ConfigDict()
@@ -80,7 +83,9 @@ def default() -> ml_collections.ConfigDict:
 
     c.optim = o = ml_collections.ConfigDict()  # AdamW
     o.lr = 3e-4  # learning rate
-    o.schedule = "constant"  # or "linear", "cosine": it falls to 0 over the run's iterations
+    o.schedule = "constant"  # or "linear", "cosine": it falls to 0 over the run's updates
+    o.warmup = 0  # optimizer updates over which the rate first rises from 0, before the schedule; 0: none
+    o.ema = 0.0  # decay of a moving average of the LoRA, which evaluation, grids and exports then take; 0: none
     o.b1 = 0.9  # decay of the gradient's running mean
     o.b2 = 0.999  # decay of its running square
     o.eps = 1e-8  # added to the root of that square
@@ -128,8 +133,9 @@ def default() -> ml_collections.ConfigDict:
     p.reward_weight = 10.0  # factor of the policy gradient's loss
     p.kl_weight = 0.01  # factor of the penalty for leaving the untuned model
     p.value_baseline = True  # whether a value function is subtracted from the reward
-    p.value_lr = 1e-4  # learning rate of that function (Adam)
-    p.value_steps = 5  # Adam steps that it takes each iteration
+    p.value_lr = 1e-4  # learning rate of that function (AdamW, weight decay 0.01)
+    p.value_steps = 1  # AdamW steps that it takes each iteration; published: one for 10 images
+    p.value_batches = 5  # minibatches of 256 random states that the gradient of each of those steps is the mean over
     p.old_log_prob = "auto"  # what the importance ratio is relative to, see ddpo.old_log_prob
     p.timestep_fraction = 1.0  # of the steps, from the noise on, that the update learns from, see ddpo's
 

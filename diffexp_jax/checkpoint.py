@@ -21,6 +21,7 @@ from absl import logging
 from diffexp_jax import InputError, orbax_errors, parallel
 from diffexp_jax.checksums import checksums, contents_of, read_contents
 from diffexp_jax.lease import LOCK
+from diffexp_jax.state import tuned_lora
 
 NEWEST, BEST = "newest", "best"  # which checkpoint, besides the number of an iteration
 # Every host has the whole state, so one is enough to write it, and to read it for all (`parallel.from_first`): the
@@ -237,7 +238,7 @@ def read_lora(workdir: Path, which: str = NEWEST) -> tuple[int, Any]:
             raise InputError(f"{workdir}: no checkpoint {which!r}; accepted: {NEWEST}, {BEST}, {there}")
     for step in chosen:
         try:
-            return step, _read(folder / str(step))["lora"]
+            return step, tuned_lora(_read(folder / str(step)))
         except Exception as error:  # see Checkpoints.restore_newest
             logging.warning("checkpoint %s is broken (%s): passed over", step, orbax_errors.reason(error))
     raise InputError(f"{folder}: every checkpoint that could be used is broken")

@@ -130,7 +130,8 @@ def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
         f"latents     {height} x {width} x {channels}, networks in {model_dtype(config)}, "
         f"remat {config.model.remat}, VAE slices of {config.model.vae_slice}",
         *(f"parameters  {n:>15,}  {part}" for part, n in parts.items()),
-        f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {config.lora.rank}, and twice it in AdamW",
+        f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {config.lora.rank}, and twice it in AdamW"
+        + (", once as its moving average" if config.optim.ema else ""),
         f"batch       {experiment.batch_in_words()}",
         f"iteration   {split.samples} reward queries, UNet evaluations: "
         + ", ".join(f"{round(share * evaluated):,} {why}" for why, share in passes.items())

@@ -17,13 +17,14 @@ from diffexp_jax import InputError, parallel, paths
 from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Method, Policy, Setup
 from diffexp_jax.fingerprint import fingerprint
 from diffexp_jax.models.lora import init_lora, initial_lora
+from diffexp_jax.optimizer import make_optimizer
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
 from diffexp_jax.prompts.units import unit_ids
 from diffexp_jax.rewards import Reward, check_reward, load_reward, reward_name, without_locations
 from diffexp_jax.sampler import Sampler, full_float32
-from diffexp_jax.settings import batch_split, check_config, method_settings
+from diffexp_jax.settings import batch_split, check_config, method_settings, optimizer_updates
 
 
 class Task(NamedTuple):
@@ -67,7 +68,6 @@ class Experiment(NamedTuple):
         check_config(config)
         method, settings = METHODS[config.algorithm], method_settings(config)
         check_files(config, weights=weights)
-        n_updates = config.iterations * method.updates(settings) * method.epochs(settings)
         train, evals = load_prompts(config.prompts), []
         if weights:
             evals = load_prompt_sets(_evaluated(config, config.eval.prompts))
@@ -89,7 +89,7 @@ class Experiment(NamedTuple):
             settings=settings,
             split=batch_split(config),
             group=config.batch.group,
-            optimizer=make_optimizer(config.optim, n_updates),
+            optimizer=make_optimizer(config.optim, optimizer_updates(config)),
             config=config,
         )
         if method.needs.step_noise:
@@ -159,6 +159,7 @@ class Experiment(NamedTuple):
             lora_size=sum(leaf.size for leaf in jax.tree.leaves(self.lora_shapes())),
             full_float32=full_float32(self.config),
             reward_target=self.trained.target,
+            stream=partial(parallel.stream, self.config.seed),
         )
         algorithm = self.method.make(setup, self.settings)
         return algorithm._replace(init=jax.jit(algorithm.init))  # one program, not one for each shape of a state
@@ -212,20 +213,6 @@ class Experiment(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
-
-
-def make_optimizer(optim: ConfigDict, n_updates: int) -> optax.GradientTransformation:
-    """AdamW on the clipped gradient; the learning rate's schedule is of a run with so many updates."""
-    schedules = {
-        "constant": optim.lr,
-        "linear": optax.linear_schedule(optim.lr, 0.0, n_updates),
-        "cosine": optax.cosine_decay_schedule(optim.lr, n_updates),
-    }
-    lr = schedules[optim.schedule]
-    return optax.chain(
-        optax.clip_by_global_norm(optim.grad_clip),
-        optax.adamw(lr, b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay),
-    )
 
 
 def make_task(sampler: Sampler, rewards: Mapping[str, Reward], prompts: PromptSet) -> Task:

@@ -55,6 +55,17 @@ def check_number(name: str, value: Any, accepted: Number) -> None:
         raise InputError(f"{name}{value}: wants {kind}{accepted}")
 
 
+def check_text(name: str, value: Any) -> None:
+    """Raises InputError where the value is neither "" nor words that can be written as UTF-8; `name` as above."""
+    try:
+        if isinstance(value, str) and (not value or value.strip()):
+            value.encode()
+            return
+    except UnicodeEncodeError:  # half of a pair of surrogates, as of a command line in another encoding
+        pass
+    raise InputError(f"{name}{value!r:.100}: wants words (of valid UTF-8), or nothing")
+
+
 def one_of(key: str, value: Any, accepted: Collection[str]) -> None:
     """Raises InputError where the value is none of these."""
     if value not in accepted:

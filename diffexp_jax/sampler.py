@@ -20,7 +20,7 @@ from diffexp_jax.pipelines import (
     load_pipeline,
     zero_conditioning,
 )
-from diffexp_jax.prompts import PromptSet
+from diffexp_jax.prompts import PromptSet, one_prompt
 from diffexp_jax.sampling import Steps, is_unguided
 
 
@@ -42,7 +42,7 @@ class Sampler(NamedTuple):
 
     pipeline: Pipeline
     empty: Conditioning  # of "": the null of Eq. 8
-    uncond: Conditioning  # of guidance (Eq. 4)
+    uncond: Conditioning  # of guidance (Eq. 4), which leads away from it: of none, or of the negative prompt
     n_steps: int
     guidance: float
     eta: float
@@ -63,7 +63,16 @@ class Sampler(NamedTuple):
         empty = encode_empty(pipeline) if weights else jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
         s, e = config.sampling, config.exploration
         exploration = Exploration(**e.to_dict())
-        return cls(pipeline, empty, pipeline.unconditional(empty), s.steps, s.guidance, s.eta, exploration)
+        sampler = cls(pipeline, empty, pipeline.unconditional(empty), s.steps, s.guidance, s.eta, exploration)
+        return sampler.negated(s.negative_prompt) if s.negative_prompt else sampler
+
+    def negated(self, negative_prompt: str) -> "Sampler":
+        """The same with guidance away from this prompt, as diffusers' `negative_prompt`, and no zeros for SDXL.
+
+        Eq. 8's null stays the embedding of "": it says how much of a word there is, not what is to be left out.
+        """
+        cond = self.encode(one_prompt(negative_prompt))
+        return self._replace(uncond=jax.tree.map(lambda x: x[0], cond))
 
     def steps(self, *, explore: bool) -> Steps:
         """The sampling steps; guidance follows Eq. 7 where `explore`, else it is constant."""

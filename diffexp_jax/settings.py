@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from diffexp_jax import InputError, backend, paths
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.formats.files import read_json
-from diffexp_jax.limits import Number, check_number, one_of, positive, whole
+from diffexp_jax.limits import Number, check_number, check_text, one_of, positive, whole
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
 from diffexp_jax.parallel import Split, number_of_hosts, split_batch
 from diffexp_jax.pipelines import SHIPPED
@@ -31,6 +31,7 @@ CHOICES = {
     "exploration.scope": ("image", "prompt"),
 }
 PATHS = ("model.path", "lora.path", "textnorm.contrast", "compilation_cache")  # settings that may name a file or folder
+TEXTS = ("sampling.negative_prompt",)  # free words, or ""
 GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
 # Every setting that is a number or several numbers; those of a method's section are in its `Method.numbers`.
 NUMBERS: dict[str, Number] = {
@@ -57,6 +58,8 @@ NUMBERS: dict[str, Number] = {
     "lora.rank": whole(1, 1024),
     "lora.alpha": positive(),
     "optim.lr": positive(1.0),
+    "optim.warmup": whole(0),
+    "optim.ema": Number(0.0, 1.0, below=True),
     "optim.b1": Number(0.0, 1.0, below=True),
     "optim.b2": Number(0.0, 1.0, below=True),
     "optim.eps": positive(1.0),
@@ -98,6 +101,8 @@ def check_config(config: ConfigDict) -> None:
     if method.needs.groups and config.batch.group < 2:
         group = config.batch.group
         raise InputError(f"batch.group={group}: {method.name} compares samples of a prompt; wants at least 2")
+    if config.optim.warmup >= (n := optimizer_updates(config)):
+        raise InputError(f"optim.warmup={config.optim.warmup}: wants fewer than the run's {n} optimizer updates")
     batch_split(config)
 
 
@@ -113,11 +118,13 @@ def check_values(config: ConfigDict, keys: Iterable[str], names: Mapping[str, st
     flat = flatten_dict(config.to_dict(), sep=".")
     numbers = {key: NUMBERS[key] for key in keys if key in NUMBERS}
     numbers |= {key: accepted for key, accepted in method_numbers().items() if key in flat}
-    for key in (*numbers, *CHOICES):
+    for key in (*numbers, *CHOICES, *TEXTS):
         if key not in flat:
             raise InputError(f"config: has no key {key}; configs/base.py has them all")
     for key, accepted in CHOICES.items():
         one_of(key, flat[key], accepted)
+    for key in TEXTS:
+        check_text(names.get(key, f"{key}="), flat[key])
     for key, accepted in numbers.items():
         name, value = names.get(key, f"{key}="), flat[key]
         for number in value if isinstance(value, tuple | list) else [value]:
@@ -143,6 +150,12 @@ def method_settings(config: ConfigDict) -> dict[str, Any]:
     for key in section:
         one_of(f"{method.name}: the key", key, method.defaults)
     return {key: section.get(key, default) for key, default in method.defaults.items()}
+
+
+def optimizer_updates(config: ConfigDict) -> int:
+    """How many optimizer updates a run makes."""
+    method, settings = METHODS[config.algorithm], method_settings(config)
+    return config.iterations * method.updates(settings) * method.epochs(settings)
 
 
 def batch_split(config: ConfigDict, *, devices: int | None = None) -> Split:

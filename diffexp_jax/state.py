@@ -1,5 +1,6 @@
 """What training carries from one iteration to the next, and the per-prompt reward statistics of DDPO."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,28 @@ class TrainState:
     lora: Any
     opt_state: Any
     extra: Any = None  # what a method carries besides
+
+    @property
+    def tuned(self) -> Any:
+        """The LoRA that is evaluated and exported, see `tuned_lora`."""
+        return tuned_lora({"lora": self.lora, "opt_state": self.opt_state})
+
+
+@struct.dataclass
+class Averaged:
+    """The state of an optimizer that keeps the weights' moving average (`optimizer.averaged`)."""
+
+    inner: Any  # the optimizer's own
+    average: Any  # of the weights
+    n: Int[Array, ""]  # updates so far
+
+
+def tuned_lora(state: Mapping[str, Any]) -> Any:
+    """The moving average of the LoRA where a state has one, else the LoRA; also of a state read without its types."""
+    opt_state = state["opt_state"]
+    if isinstance(opt_state, Averaged):
+        return opt_state.average
+    return opt_state["average"] if isinstance(opt_state, Mapping) and "average" in opt_state else state["lora"]
 
 
 def init_stats(n_prompts: int, buffer_size: int) -> PromptStats:

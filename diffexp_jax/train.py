@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
         # ----------------------------------------------------------------------------------------------------- report
         if parallel.is_first():
-            save_lora(workdir / LORA_FILE, parallel.first(state.lora), alpha=config.lora.alpha)
+            save_lora(workdir / LORA_FILE, parallel.first(state.tuned), alpha=config.lora.alpha)
             print(report.finish(workdir))
 
 
@@ -93,7 +93,7 @@ def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
         writer.continue_from(start, checkpoints.rows_of(start))
         state = parallel.replicate(state)
         if start is None:
-            values = evaluate_and_draw(run, state.lora, 0)
+            values = evaluate_and_draw(run, state.tuned, 0)
             writer.write(0, values)
             checkpoints.save(0, parallel.first(state), rows=writer.recent, score=values.get(config.checkpoint.best))
         else:
@@ -123,7 +123,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
         bar.show(it + 1, values)
         failed, due = None, (it + 1) % every == 0 or it + 1 == end
         try:
-            values |= evaluate_and_draw(run, state.lora, it + 1)
+            values |= evaluate_and_draw(run, state.tuned, it + 1)
         except RewardError as error:
             failed = error  # the row is without its evaluation
         workdirs.check(run.lease)

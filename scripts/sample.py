@@ -50,6 +50,7 @@ KEYS = {
     "steps": "sampling.steps",
     "guidance": "sampling.guidance",
     "eta": "sampling.eta",
+    "negative_prompt": "sampling.negative_prompt",
     "w_low": "exploration.w_low",
     "t_thresh": "exploration.t_thresh",
     "weight_range": "exploration.weight_range",
@@ -100,6 +101,7 @@ def arguments() -> argparse.Namespace:
     add("--image_size", type=int, help="pixels of a side (default: what the model was trained at)")
     add("--steps", type=int, help="DDIM steps, 1..1000 (default: 50)")
     add("--guidance", type=float, help="classifier-free guidance scale; 1 is none (default: 7.5)")
+    add("--negative_prompt", help="what guidance leads away from (default: from no prompt)")
     add("--eta", type=float, help="noise of the DDIM steps, 0..1 (default: 0)")
     add("--seed", type=int, help="(default: 0)")
     add("--w_low", type=float, help="with --explore, --samplers: guidance while t > --t_thresh (Eq. 7)")

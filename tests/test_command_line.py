@@ -709,6 +709,10 @@ def test_sample_by_the_settings_of_the_run(workdir, tiny_model, lora, tmp_path):
     config = sample_settings(lora=str(workdir))
     assert (config.sampling.steps, config.sampling.guidance, config.sampling.eta) == (4, 3.0, 0.0)
     assert config.model.path == str(tiny_model) and config.exploration.t_thresh == 500
+    assert config.sampling.negative_prompt == ""
+    assert sample_settings(negative_prompt="a, b").sampling.negative_prompt == "a, b"
+    with pytest.raises(InputError, match="^--negative_prompt ' ': wants words"):
+        sample_settings(negative_prompt=" ")
     config = sample_settings(lora=str(workdir), steps=7, eta=0.5, w_low=2.0, weight_range=[1.0, 3.0])
     assert (config.sampling.steps, config.sampling.guidance, config.sampling.eta) == (7, 3.0, 0.5)
     assert config.exploration.w_low == 2.0 and config.exploration.weight_range == (1.0, 3.0)

@@ -10,11 +10,13 @@ import pytest
 from conftest import SCHEDULER
 
 from configs import base
+from configs import dpok as dpok_config
 from diffexp_jax import InputError, parallel
-from diffexp_jax.algorithms import Batch, Inputs, Policy, dpok
+from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy, Setup, dpok
+from diffexp_jax.checkpoint import Checkpoints
 from diffexp_jax.process import load_process
 from diffexp_jax.sampling import Context, step_log_prob
-from diffexp_jax.settings import check_config
+from diffexp_jax.settings import batch_split, check_config
 
 PROCESS = load_process(SCHEDULER)
 T, N, SHAPE = 4, 6, (2, 2, 3)
@@ -155,6 +157,95 @@ def test_the_value_function_learns_and_is_the_baseline():
     assert error["after"] < 0.1 * error["before"]
     expected = rewards - dpok.values(jnp_tree(after.extra.value), trajectory, ids)
     assert float(metrics["loss"]) == pytest.approx(-10.0 * float(expected.mean()), abs=1e-3)
+
+
+def test_the_states_of_minibatches():
+    """Three minibatches of 256 of 600 states: each state at most once in one; of few states, all of them."""
+    drawn = np.asarray(dpok.shares_drawn(jax.random.key(0), 600, n_batches=3)) * 3 * 256
+    np.testing.assert_allclose(drawn, drawn.round(), atol=1e-3)
+    assert drawn.sum() == pytest.approx(3 * 256) and drawn.max() == pytest.approx(3) and (drawn < 0.5).any()
+    np.testing.assert_allclose(dpok.shares_drawn(jax.random.key(0), 24, n_batches=5), 1 / 24, rtol=1e-6)
+
+
+def test_the_states_that_are_drawn_do_not_depend_on_the_devices(monkeypatch):
+    monkeypatch.setattr(dpok, "MINIBATCH", 8)
+
+    def shares(devices, chunks):
+        of_device = partial(dpok.own_shares, shape=(chunks, T, N // devices // chunks), n_batches=2)
+        found = jax.vmap(lambda _, key: of_device(key), (0, None), axis_name=dpok.AXIS, axis_size=devices)
+        by_sample = found(np.arange(devices), jax.random.key(1)).swapaxes(2, 3).reshape(devices, N // devices, T)
+        return np.asarray(by_sample.swapaxes(0, 1).reshape(N, T))
+
+    alone = shares(1, 1)
+    assert alone.sum() == pytest.approx(1) and (alone == 0).any()
+    for devices, chunks in ((2, 1), (3, 2)):
+        np.testing.assert_array_equal(shares(devices, chunks), alone)
+
+
+def test_the_value_function_is_fitted_as_published(monkeypatch):
+    """torch's AdamW with its default decay: one step, by the gradients of minibatches, each divided by their number."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(dpok, "MINIBATCH", 8)
+    lr, n_batches = 1e-2, 3
+    before, samples, after, metrics = iterate(
+        optax.sgd(0.0), value_baseline=True, value_lr=lr, value_steps=1, value_batches=n_batches
+    )
+    kept, rewards = jax.tree.map(lambda x: x[0], samples.trajectory), torch.tensor(np.asarray(samples.rewards))
+    states = np.stack([np.asarray(kept.x_t(i)) for i in range(T)], 1).reshape(N * T, -1)  # sample by sample
+    params = jax.tree.map(lambda x: torch.tensor(np.asarray(x), requires_grad=True), before.extra.value)
+
+    def value(rows):
+        prompt = params["prompt"][torch.tensor(rows // T % 3)]
+        x = torch.cat([torch.tensor(states[rows]), prompt], dim=1)
+        for layer in params["layers"]:
+            x = torch.relu(layer["factor"][torch.tensor(rows % T)] * (x @ layer["kernel"] + layer["bias"]))
+        return (x @ params["last"]["kernel"] + params["last"]["bias"])[:, 0]
+
+    optimizer, total = torch.optim.AdamW(jax.tree.leaves(params), lr=lr), 0.0
+    (key,) = jax.random.split(jax.random.key(0), 1)  # of the update's only step
+    for draw in jax.random.split(key, n_batches):
+        rows = np.asarray(jax.random.permutation(draw, N * T))[:8]
+        loss = torch.nn.functional.mse_loss(value(rows), rewards[torch.tensor(rows // T)]) / n_batches
+        loss.backward()
+        total += float(loss.detach())
+    optimizer.step()
+    assert float(metrics["value/error"]) == pytest.approx(total, rel=1e-4)
+    for found, want in zip(jax.tree.leaves(after.extra.value), jax.tree.leaves(params), strict=True):
+        want = want.detach().numpy()
+        moved = np.abs(np.asarray(found) - want)
+        assert (moved <= 1e-5).mean() > 0.99 and moved.max() < 2.1 * lr  # Adam turns the sign of a gradient near zero
+
+
+def test_the_seed_starts_the_value_function():
+    def params(seed):
+        setup = Setup(POLICY, optax.sgd(0.1), N, 1, 3, T, False, 2, True, stream=partial(parallel.stream, seed))
+        return dpok.make(setup, METHODS["dpok"].defaults).init(LORA).extra.value
+
+    same, other = (jax.tree.map(np.array_equal, params(0), params(seed)) for seed in (0, 1))
+    assert all(jax.tree.leaves(same)) and not other["last"]["kernel"] and not other["prompt"]
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(tmp_path):
+    """It has the state of Adam, which knows no decay."""
+    before = dpok.dpok(POLICY, optax.adam(1e-3), **SETTINGS | dict(value_baseline=True)).init(LORA)
+    older = before.replace(extra=dpok.Extra(before.extra.value, optax.adam(1e-4).init(before.extra.value)))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, jax.device_get(older))
+        step, found = checkpoints.restore_newest(jax.device_get(before))
+    assert step == 3 and jax.tree.structure(found) == jax.tree.structure(before)
+    jax.tree.map(np.testing.assert_array_equal, found, before)
+
+
+@pytest.mark.parametrize("devices, samples", [(1, 64), (2, 64), (8, 256)])
+def test_settings_that_can_learn_at_sds_size(devices, samples):
+    """As published: 10,000 updates and 2,000 steps of the value function, of 20,000 images."""
+    config = dpok_config.get_config("model=sd15")
+    numbers = config.batch.samples, config.dpok.updates, config.dpok.value_steps
+    assert [config.iterations * n for n in numbers] == pytest.approx([20_000, 10_000, 2_000], rel=0.07)
+    assert (config.optim.lr, config.dpok.value_lr, config.dpok.value_batches) == (1e-5, 1e-4, 5)
+    config.batch.samples = samples
+    split = batch_split(config, devices=devices)
+    assert split.updates == 32 and split.chunks // split.updates * split.per_forward * devices == samples // 32
 
 
 @pytest.mark.slow

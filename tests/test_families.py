@@ -16,11 +16,14 @@ from test_unet import SD15 as SD15_UNET
 from test_unet import SDXL as SDXL_UNET
 
 from diffexp_jax import InputError, dry_run, exploration, parallel, train
+from diffexp_jax import sampler as sampler_module
 from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models import lora
 from diffexp_jax.pipelines import Pipeline, encode_prompts, families, load_pipeline, make_context, stable_diffusion
+from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import rollout
+from diffexp_jax.settings import default_config
 
 PROMPTS = ["a dog riding a bike", "an ant"]
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
@@ -208,12 +211,13 @@ def test_unet_is_diffusers(both):
     close(out, want)
 
 
-def images(both, x_T, guidance, collection=None):
+def images(both, x_T, guidance, collection=None, uncond=None):
     """10 DDIM steps of PROMPTS."""
     model = both.ours
     t = model.process.timesteps(10)
     steps = model.process.make_steps(t, np.full(10, guidance), eta=0.0)
-    cond, _, uncond = embeddings(model)
+    cond, _, none = embeddings(model)
+    uncond = none if uncond is None else uncond
     context, keys = make_context(cond, uncond), parallel.sample_keys(jax.random.key(0), 2)
     return np.asarray(both.sample(model.params, collection, x_T, context, steps, keys))
 
@@ -230,6 +234,31 @@ def test_images_are_diffusers(both, guidance):
     got = images(both, x_T, guidance)
     assert np.abs(got - want).max() <= 2e-3
     assert want.std() > 0.02
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_negative_prompt_is_diffusers(make, name, monkeypatch):
+    """Its embedding, pooled too, in place of none or zeros; Eq. 8's null stays that of ""."""
+    import torch
+
+    both = make(name)
+    monkeypatch.setattr(sampler_module, "load_pipeline", lambda *args, **kwargs: both.ours)
+    config, negative = default_config(), "a cat, blurry"
+    none = Sampler.build(config)
+    jax.tree.map(np.testing.assert_array_equal, none.uncond, both.ours.unconditional(none.empty))
+    config.sampling.negative_prompt = negative
+    ours = Sampler.build(config)
+    jax.tree.map(np.testing.assert_array_equal, ours.empty, none.empty)
+    found = both.theirs.encode_prompt(PROMPTS[0], "cpu", 1, True, negative_prompt=negative)
+    wanted = found[1::2] if name == "sdxl" else found[1:2]
+    for part, want in zip((ours.uncond.embedding, *(ours.uncond.added or ())[:1]), wanted, strict=True):
+        close(part, want[0].detach().numpy())
+    x_T = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)
+    noise = torch.tensor(x_T.transpose(0, 3, 1, 2).copy())
+    args = dict(num_inference_steps=10, guidance_scale=7.5, output_type="np")
+    want = both.theirs(PROMPTS, negative_prompt=[negative] * 2, latents=noise, **args).images
+    got = images(both, x_T, 7.5, uncond=ours.uncond)
+    assert np.abs(got - want).max() <= 2e-3 < 0.02 < np.abs(got - images(both, x_T, 7.5)).max()
 
 
 @pytest.mark.parametrize("dtype, most", [pytest.param(jnp.bfloat16, 3e-2, marks=pytest.mark.slow), (jnp.float16, 4e-3)])

@@ -192,6 +192,12 @@ def test_configs_that_no_run_wrote(stored, change, said):
 # --------------------------------------------------------------------------------------------------------------- flags
 
 
+@pytest.mark.parametrize("text", ["  ", "\ud800", "a\udcff"], ids=["blank", "half a pair", "no UTF-8"])
+def test_negative_prompts_that_are_no_text(text):
+    with pytest.raises(InputError, match="^sampling.negative_prompt='.*': wants words .of valid UTF-8., or nothing$"):
+        settings.check_config(config_with("sampling.negative_prompt", text))
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [

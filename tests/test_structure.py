@@ -23,6 +23,7 @@ BELOW = {
     "exploration": set(),
     "state": set(),
     "parallel": {"parallel", "stopping", "InputError", "RewardError", "BadRewardError", "HostError"},
+    "optimizer": {"state"},
     "metrics": {"parallel", "formats.files", "formats.json_text", "InputError"},
     "image_statistics": set(),
     "comparison": set(),
@@ -51,7 +52,7 @@ BELOW = {
     },
     "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "backend", "InputError"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
-    | {"fingerprint", "paths", "InputError"},
+    | {"fingerprint", "paths", "optimizer", "InputError"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
     "evaluation": {"experiment", "pipelines", "sampling", "parallel", "limits", "InputError"},
     "dry_run": {"programs", "experiment", "sampler", "algorithms", "models", "flops", "parallel", "backend"},
@@ -64,7 +65,7 @@ BELOW = {
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "formats.json_text", "InputError"},
     "workdir": {"paths", "settings", "sampler", "exploration", "command", "lease", "formats.files", "InputError"},
-    "checkpoint": {"checksums", "orbax_errors", "parallel", "lease", "InputError"},
+    "checkpoint": {"checksums", "orbax_errors", "parallel", "lease", "state", "InputError"},
     "checksums": {"formats.json_text"},
     "orbax_errors": set(),
     "train": {"programs", "evaluation", "experiment", "settings", "dry_run", "algorithms", "sampling"}

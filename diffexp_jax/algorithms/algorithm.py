@@ -92,6 +92,7 @@ class Setup(NamedTuple):
     lora_size: int  # numbers that are trained
     full_float32: bool  # the model computes in float32 throughout, products too
     reward_target: float | None = None  # what AlignProp pulls the reward to, where that is published
+    stream: Callable[[str], jax.Array] = lambda name: jax.random.key(0)  # the run's key of what this name says
 
 
 class Needs(NamedTuple):

@@ -1,7 +1,8 @@
 """DPOK: policy gradient with a penalty for leaving the untuned model (Fan et al. 2023, arXiv 2305.16381).
 
-Deviation: the published code keeps a buffer of the last 1,000 states and draws its updates' states from there; here
-every update is of all states of its share of the iteration's samples, as in DDPO.
+Deviation: the published code keeps a buffer of the last 1,000 states (of 20 images) and draws its updates' states from
+there. Here an update of the LoRA is of all states of its share of the iteration's samples, as in DDPO, and the value
+function draws from all states of the iteration: what is learnt from is always of the policy that sampled.
 """
 
 import math
@@ -32,7 +33,10 @@ from diffexp_jax.limits import Number, positive, whole
 from diffexp_jax.sampling import Trajectory
 from diffexp_jax.state import TrainState
 
-WIDTH = 256  # of the value function's layers, as published
+# Of the value function, as published:
+WIDTH = 256  # of its layers
+MINIBATCH = 256  # states
+WEIGHT_DECAY = 1e-2  # of its AdamW, which is torch's default
 
 
 def clamped_ratio_loss(
@@ -100,6 +104,37 @@ def values(params: Any, trajectory: Trajectory, prompt_id: Int[Array, "chunks m"
     return jax.vmap(of_chunk)(trajectory, prompt_id)
 
 
+def decaying_adam(lr: float) -> optax.GradientTransformation:
+    """optax.adamw with a state of two parts, as optax.adam's: older checkpoints, written without decay, fit it."""
+
+    def step(updates, params):
+        return jax.tree.map(lambda u, p: -lr * (u + WEIGHT_DECAY * p), updates, params)
+
+    return optax.chain(optax.scale_by_adam(), optax.stateless(step))
+
+
+def shares_drawn(key: jax.Array, n_states: int, *, n_batches: int) -> Float[Array, "n_states"]:
+    """What share of `n_batches` random minibatches each state is; a state is in a minibatch once at most.
+
+    So a mean over states by these weights is the mean over the minibatches, whose gradients are accumulated.
+    """
+    size = min(n_states, MINIBATCH)
+
+    def draw(count, key):
+        return count.at[jax.random.permutation(key, n_states)[:size]].add(1.0), None
+
+    count, _ = jax.lax.scan(draw, jnp.zeros(n_states), jax.random.split(key, n_batches))
+    return count / (n_batches * size)
+
+
+def own_shares(key: jax.Array, shape: tuple[int, int, int], *, n_batches: int) -> Float[Array, "chunks T m"]:
+    """`shares_drawn` of this device's states [chunks, T, m]: they are drawn from those of all devices."""
+    (chunks, n_steps, m), devices = shape, jax.lax.psum(1, AXIS)
+    shares = shares_drawn(key, chunks * m * devices * n_steps, n_batches=n_batches)
+    own = shares.reshape(chunks * m, devices, n_steps)[:, jax.lax.axis_index(AXIS)]  # sample g is on device g mod n
+    return own.reshape(chunks, m, n_steps).swapaxes(1, 2)
+
+
 def fit_value(
     optimizer: optax.GradientTransformation,
     params: Any,
@@ -107,21 +142,29 @@ def fit_value(
     trajectory: Trajectory,
     prompt_id: Int[Array, "chunks m"],
     rewards: Float[Array, "chunks m"],
+    key: jax.Array,
     *,
     n_steps: int,
+    n_batches: int,
 ) -> tuple[Any, Any, Float[Array, ""]]:
-    """`n_steps` steps on the mean squared error over all states; (parameters, optimizer state, error at first)."""
+    """`n_steps` optimizer steps on the mean squared error, each over `n_batches` random minibatches of states.
 
-    def error(params):
-        return jnp.square(values(params, trajectory, prompt_id) - rewards[:, None]).mean()
+    Returns:
+      Parameters, optimizer state, the first step's error.
+    """
+    shape = prompt_id.shape[0], trajectory.x_tm1.shape[1], prompt_id.shape[1]
 
-    def one(carry, _):
+    def error(params, shares):
+        return (shares * jnp.square(values(params, trajectory, prompt_id) - rewards[:, None])).sum()
+
+    def one(carry, key):
         params, opt_state = carry
-        loss, grads = jax.lax.pmean(jax.value_and_grad(error)(params), AXIS)
+        shares = own_shares(key, shape, n_batches=n_batches)
+        loss, grads = jax.lax.psum(jax.value_and_grad(error)(params, shares), AXIS)
         change, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, change), opt_state), loss
 
-    (params, opt_state), losses = jax.lax.scan(one, (params, opt_state), length=n_steps)
+    (params, opt_state), losses = jax.lax.scan(one, (params, opt_state), jax.random.split(key, n_steps))
     return params, opt_state, losses[0]
 
 
@@ -132,8 +175,10 @@ class Extra(struct.PyTreeNode):
     opt_state: Any
 
 
-def init_extra(optimizer: optax.GradientTransformation, n_inputs: int, n_prompts: int, n_steps: int) -> Extra:
-    params = init_value(jax.random.key(0), n_inputs, n_prompts, n_steps)
+def init_extra(
+    key: jax.Array, optimizer: optax.GradientTransformation, n_inputs: int, n_prompts: int, n_steps: int
+) -> Extra:
+    params = init_value(key, n_inputs, n_prompts, n_steps)
     return Extra(params, optimizer.init(params))
 
 
@@ -143,11 +188,14 @@ def less_expected(
     trajectory: Trajectory,
     prompt_id: Int[Array, "chunks m"],
     rewards: Float[Array, "chunks m"],
+    key: jax.Array,
     *,
     n_steps: int,
+    n_batches: int,
 ) -> tuple[Float[Array, "chunks T m"], Extra, dict[str, Array]]:
     """Rewards less what is expected of each state, after the value function was fitted to them; next Extra, metrics."""
-    fitted = fit_value(optimizer, extra.value, extra.opt_state, trajectory, prompt_id, rewards, n_steps=n_steps)
+    args = optimizer, extra.value, extra.opt_state, trajectory, prompt_id, rewards, key
+    fitted = fit_value(*args, n_steps=n_steps, n_batches=n_batches)
     params, opt_state, error = fitted
     weight = rewards[:, None] - values(params, trajectory, prompt_id)
     return weight, Extra(params, opt_state), {"value/error": error}
@@ -171,6 +219,8 @@ def dpok(
     value_baseline: bool,
     value_lr: float,
     value_steps: int,
+    value_batches: int = 5,
+    value_key: jax.Array | None = None,
     old_log_prob: str = "sampled",
     n_trained: int | None = None,
 ) -> Algorithm:
@@ -180,15 +230,18 @@ def dpok(
       n_prompts, n_steps: of the prompt set and of sampling, for the value function.
       n_updates, n_chunks, inner_epochs, clip: as of `ddpo`.
       value_baseline: whether an advantage is the reward less `value`, or the reward itself.
-      value_lr, value_steps: of Adam, and how many of its steps are taken an iteration, before the LoRA's.
+      value_lr, value_steps, value_batches: of AdamW; how many of its steps are taken an iteration, before the LoRA's;
+        and how many random minibatches of states each step's gradient is the mean over.
+      value_key: of the value function's first parameters; None: key 0.
       old_log_prob: what the ratio is relative to, see `several_updates`.
       n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
     """
-    value_optimizer = optax.adam(value_lr)
+    value_optimizer = decaying_adam(value_lr)
 
     def init(lora) -> TrainState:
-        sizes = math.prod(policy.latent_shape), n_prompts, n_steps
-        extra = init_extra(value_optimizer, *sizes) if value_baseline else None
+        sizes, key = (math.prod(policy.latent_shape), n_prompts, n_steps), value_key
+        key = jax.random.key(0) if key is None else key
+        extra = init_extra(key, value_optimizer, *sizes) if value_baseline else None
         return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), extra)
 
     def loss(log_prob, outputs, step: Transition):
@@ -206,8 +259,8 @@ def dpok(
         rewards, prompt_id = chunked((samples.rewards, inputs.batch.prompt_id), n_chunks)  # [chunks, m]
         weight, extra, metrics = rewards, None, {}
         if value_baseline:
-            args = value_optimizer, state.extra, samples.trajectory, prompt_id, rewards
-            weight, extra, metrics = less_expected(*args, n_steps=value_steps)
+            args = value_optimizer, state.extra, samples.trajectory, prompt_id, rewards, inputs.key
+            weight, extra, metrics = less_expected(*args, n_steps=value_steps, n_batches=value_batches)
         state, more = updated(method, state, frozen, samples, weight, extra, **updates)
         return state, metrics | more
 
@@ -224,7 +277,8 @@ def all_passes(settings: Mapping[str, Any], n_steps: int, full_float32: bool) ->
 
 
 def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
-    return dpok(setup.policy, setup.optimizer, n_steps=setup.n_steps, **keywords(setup, settings))
+    given = {"n_steps": setup.n_steps, "value_key": setup.stream("value")}
+    return dpok(setup.policy, setup.optimizer, **given, **keywords(setup, settings))
 
 
 METHOD = Method(
@@ -238,7 +292,8 @@ METHOD = Method(
         "kl_weight": 0.01,
         "value_baseline": True,
         "value_lr": 1e-4,
-        "value_steps": 5,
+        "value_steps": 1,
+        "value_batches": 5,
         "old_log_prob": "auto",
         "timestep_fraction": 1.0,
     },
@@ -248,6 +303,7 @@ METHOD = Method(
         "kl_weight": Number(0.0, 1e6),
         "value_lr": positive(1.0),
         "value_steps": whole(1, 10**4),
+        "value_batches": whole(1, 10**4),
     },
     check=check,
     make=make,
