@@ -150,8 +150,9 @@ def default() -> ml_collections.ConfigDict:
     c.log = log = ml_collections.ConfigDict()
     log.images_every = 10  # iterations between image grids; 0: never
     log.images = 12  # pictures in a grid: fixed prompts, fixed seeds
-    log.tensorboard = False  # also write TensorBoard event files to WORKDIR/tensorboard
-    log.wandb = False  # also log to Weights & Biases (pip install wandb; WANDB_MODE=offline needs no account)
+    # Rows of metrics.jsonl, and the image grids:
+    log.tensorboard = False  # also write them to WORKDIR/tensorboard, as TensorBoard's event files
+    log.wandb = False  # also send them to Weights & Biases (pip install wandb; WANDB_MODE=offline needs no account)
 
     # On a GPU sums are made in any order: a run that is repeated or continued differs in its last bits, and soon in
     # more. True asks XLA for kernels that repeat themselves, which are slower (docs/accelerators.md). CPUs do without

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from absl import logging
+from PIL import Image
 
 from diffexp_jax import InputError, parallel
 from diffexp_jax.formats.files import replaced
@@ -24,11 +26,13 @@ _LONGEST = 2**20  # bytes of a line; a row has about a thousand
 class MetricsWriter:
     """Appends rows to WORKDIR/metrics.jsonl, and sends them on; a context that closes what it opened.
 
+    With a row goes the image grid of its iteration (`grid_path`), where one was drawn since this was made.
+
     Every host may make one: what is not the first's writes nothing.
 
     Args:
       tensorboard: also write its event files to WORKDIR/tensorboard.
-      wandb: the run's settings where Weights & Biases is to have the rows too.
+      wandb: the run's settings where Weights & Biases is to have them too.
 
     Raises:
       InputError: wandb is asked for and not installed, or cannot begin.
@@ -39,6 +43,7 @@ class MetricsWriter:
         self.recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)  # the newest rows, for a checkpoint to keep too
         self._wants_tensorboard, self._tensorboard = tensorboard, None
         self._wandb = _start_wandb(workdir, wandb) if wandb is not None and parallel.is_first() else None
+        self._grids = _times(workdir)  # of an earlier start, whose iterations may come again
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -85,12 +90,47 @@ class MetricsWriter:
         _append(self._path, (json.dumps(row) + "\n").encode())
         self.recent.append(row)
         finite = {name: x for name, x in row.items() if name != "iteration" and math.isfinite(x)}
+        grid = self._new_grid(iteration) if self._tensorboard or self._wandb else None
         if self._tensorboard:
             for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, iteration)
+            if grid is not None:
+                self._tensorboard.add_image("images", np.asarray(grid), iteration, dataformats="HWC")
             self._tensorboard.flush()
         if self._wandb:
-            self._wandb.log(finite, step=iteration)
+            self._wandb.log(finite | ({} if grid is None else {"images": _wandb_image(grid)}), step=iteration)
+
+    def _new_grid(self, iteration: int) -> Image.Image | None:
+        """The image grid of this iteration, if there is one that this program drew; a damaged one is passed over."""
+        path = grid_path(self._workdir, iteration)
+        try:
+            if path.stat().st_mtime_ns == self._grids.get(path.name):
+                return None
+            with Image.open(path, formats=("PNG",)) as picture:
+                return picture.convert("RGB")
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # Pillow raises many types; no picture is worth the end of a run
+            logging.warning("%s: goes to no logger (%s)", path, error)
+            return None
+
+
+def grid_path(workdir: Path, iteration: int) -> Path:
+    """Where a run's image grid after this iteration is."""
+    return workdir / "images" / f"{iteration:06d}.png"
+
+
+def _times(workdir: Path) -> dict[str, int]:
+    """{name: when it was written} of the grids that are there."""
+    with contextlib.suppress(OSError):
+        return {path.name: path.stat().st_mtime_ns for path in grid_path(workdir, 0).parent.glob("*.png")}
+    return {}
+
+
+def _wandb_image(picture: Image.Image) -> Any:
+    import wandb
+
+    return wandb.Image(picture)
 
 
 def check_finite(iteration: int, values: Mapping[str, float], workdir: Path) -> None:

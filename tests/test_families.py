@@ -249,7 +249,8 @@ def test_a_negative_prompt_is_diffusers(make, name, monkeypatch):
     config.sampling.negative_prompt = negative
     ours = Sampler.build(config)
     jax.tree.map(np.testing.assert_array_equal, ours.empty, none.empty)
-    found = both.theirs.encode_prompt(PROMPTS[0], "cpu", 1, True, negative_prompt=negative)
+    options = dict(device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative)
+    found = both.theirs.encode_prompt(PROMPTS[0], **options)
     wanted = found[1::2] if name == "sdxl" else found[1:2]
     for part, want in zip((ours.uncond.embedding, *(ours.uncond.added or ())[:1]), wanted, strict=True):
         close(part, want[0].detach().numpy())

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
+from test_train import LORA, PLAIN, assert_same_run
 
-from diffexp_jax import InputError, checkpoint
+from diffexp_jax import InputError, checkpoint, train
+from diffexp_jax.metrics import read_metrics
 from diffexp_jax.optimizer import learning_rate, make_optimizer
 from diffexp_jax.settings import check_config
 from diffexp_jax.state import TrainState
@@ -76,3 +79,22 @@ def test_the_moving_average_is_kept_and_shown(make_config, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, exported, before.tuned)
         differs = jax.tree.map(lambda a, b: bool((a != b).any()), before.tuned, before.lora)
         assert all(jax.tree.leaves(differs)) if changes else before.tuned is before.lora
+
+
+@pytest.mark.slow  # three runs
+@pytest.mark.parametrize("algorithm", ["alignprop", "ddpo"])
+def test_a_run_with_a_moving_average_goes_on_bit_for_bit(make_config, tmp_path, algorithm):
+    """It trains as without one, and ends with the average, which the checkpoint has too."""
+    changes = PLAIN | {"exploration.iterations": 3, "optim.ema": 0.9}
+    train.run(make_config(algorithm, changes), tmp_path / "whole")
+    for iterations in (2, 4):
+        train.run(make_config(algorithm, changes | {"iterations": iterations}), tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    train.run(make_config(algorithm, changes | {"optim.ema": 0.0}), tmp_path / "without")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "without", tmp_path / "whole")
+    rows = [[row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("whole", "without")]
+    assert rows[0] == rows[1]
+    (_, saved), exported = checkpoint.read_lora(tmp_path / "whole"), load_file(tmp_path / "whole" / LORA).values()
+    sizes = [sorted(float(np.abs(x).max()) for x in tensors) for tensors in (exported, jax.tree.leaves(saved))]
+    assert sizes[0] == sizes[1]

@@ -1,8 +1,10 @@
 """What people look at: grids, curves, the page, the summary; and the metrics that they are made of."""
 
+import io
 import json
 import math
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from conftest import ROOT
 from PIL import Image
 
 from diffexp_jax import InputError, report
-from diffexp_jax.metrics import MetricsWriter, read_metrics
+from diffexp_jax.metrics import MetricsWriter, grid_path, read_metrics
 from diffexp_jax.programs import as_bytes
 
 ROWS = [
@@ -235,6 +237,41 @@ def test_tensorboard_is_written_on_top(tmp_path):
     assert read_metrics(tmp_path)[0]["loss"] == 0.5
 
 
+def draw_grid(workdir, iteration, value=100):
+    report.save_grid(grid_path(workdir, iteration), np.full((2, 8, 8, 3), value, np.uint8), ["a dog", "a cat"])
+
+
+def events_of(path):
+    """Those of an event file: length, checksum, message, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content = path.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+
+
+def test_grids_are_shown_by_tensorboard(tmp_path, caplog):
+    """With the row of their iteration; those of an earlier start, or damaged ones, are not."""
+    pytest.importorskip("tensorboardX")
+    draw_grid(tmp_path, 2)
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.continue_from(None)
+        for iteration in (1, 3):
+            draw_grid(tmp_path, iteration)
+        grid_path(tmp_path, 3).write_bytes(b"no picture")
+        for iteration in (1, 2, 3, 4):
+            writer.write(iteration, {"loss": 0.5})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    values = [(event.step, value) for event in events_of(path) for value in event.summary.value]
+    assert [step for step, value in values if value.tag == "loss"] == [1, 2, 3, 4]
+    ((step, shown),) = ((step, value.image) for step, value in values if value.tag == "images")
+    with Image.open(io.BytesIO(shown.encoded_image_string)) as found, Image.open(grid_path(tmp_path, 1)) as drawn:
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(drawn))
+    assert step == 1 and "000003.png: goes to no logger" in caplog.text
+
+
 def eventually(condition: Callable[[], bool], patience: float = 60.0) -> bool:
     """Whether it comes to hold within so many seconds."""
     end = time.monotonic() + patience
@@ -251,6 +288,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     for start in (None, 1):
         with MetricsWriter(tmp_path, wandb={"seed": 3}) as writer:
             writer.continue_from(start)
+            draw_grid(tmp_path, 1)
             writer.write(1 if start is None else 2, {"loss": 0.5, "grad_norm": math.inf})
         names.append((tmp_path / "wandb-id.txt").read_text())
     assert names[0] == names[1]
@@ -258,6 +296,9 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     # its service may still be writing after `finish`
     assert len(logs) == 2 and all(eventually(lambda log=log: b"loss" in log.read_bytes()) for log in logs)
     assert not any(b"grad_norm" in log.read_bytes() for log in logs)
+    (shown,) = tmp_path.glob("wandb/offline-run-*/files/media/images/images_*.png")
+    with Image.open(shown) as found, Image.open(grid_path(tmp_path, 1)) as drawn:
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(drawn))
     assert [row["iteration"] for row in read_metrics(tmp_path)] == [1, 2]
 
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -54,6 +55,20 @@ def test_what_auto_came_to_goes_on(tmp_path, monkeypatch):
     assert workdir.plan(tmp_path / "new", settings()).config.model.dtype == "bfloat16"
     with pytest.raises(InputError, match='model.dtype \\("float32" there, "bfloat16" here\\)'):
         workdir.plan(tmp_path, settings(model__dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("optim.ema", 0.9, "optim.ema (0.0 there, 0.9 here)"),
+        ("optim.warmup", 3, "optim.warmup (0 there, 3 here)"),
+        ("sampling.negative_prompt", "blurry", 'sampling.negative_prompt ("" there, "blurry" here)'),
+    ],
+)
+def test_what_makes_another_run_is_said(tmp_path, key, value, said):
+    begin(tmp_path)
+    with pytest.raises(InputError, match=f"holds a run of another config: {re.escape(said)}; take another"):
+        workdir.plan(tmp_path, settings(**{key: value}))
 
 
 def test_more_iterations_explore_no_more(tmp_path):

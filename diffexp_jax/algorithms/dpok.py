@@ -17,16 +17,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.algorithms.algorithm import (
-    AXIS,
-    Algorithm,
-    Inputs,
-    Method,
-    Needs,
-    Policy,
-    Setup,
-    chunked,
-)
+from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Inputs, Method, Needs, Policy, Setup, chunked
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
 from diffexp_jax.algorithms.policy_settings import NUMBERS, check_updates, keywords, passes, trained_steps
 from diffexp_jax.limits import Number, positive, whole
@@ -175,13 +166,6 @@ class Extra(struct.PyTreeNode):
     opt_state: Any
 
 
-def init_extra(
-    key: jax.Array, optimizer: optax.GradientTransformation, n_inputs: int, n_prompts: int, n_steps: int
-) -> Extra:
-    params = init_value(key, n_inputs, n_prompts, n_steps)
-    return Extra(params, optimizer.init(params))
-
-
 def less_expected(
     optimizer: optax.GradientTransformation,
     extra: Extra,
@@ -202,6 +186,10 @@ def less_expected(
 
 
 # ----------------------------------------------------------------------------------------------------------- algorithm
+
+
+def untuned(policy: Policy, frozen: Any, step: Transition, context: Any) -> Float[Array, "B h w c"]:
+    return policy.denoise(frozen, None)(step.x_t, step.step, context)
 
 
 def dpok(
@@ -230,8 +218,7 @@ def dpok(
       n_prompts, n_steps: of the prompt set and of sampling, for the value function.
       n_updates, n_chunks, inner_epochs, clip: as of `ddpo`.
       value_baseline: whether an advantage is the reward less `value`, or the reward itself.
-      value_lr, value_steps, value_batches: of AdamW; how many of its steps are taken an iteration, before the LoRA's;
-        and how many random minibatches of states each step's gradient is the mean over.
+      value_lr, value_steps, value_batches: of AdamW; its steps an iteration, before the LoRA's; minibatches a step.
       value_key: of the value function's first parameters; None: key 0.
       old_log_prob: what the ratio is relative to, see `several_updates`.
       n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
@@ -239,17 +226,15 @@ def dpok(
     value_optimizer = decaying_adam(value_lr)
 
     def init(lora) -> TrainState:
-        sizes, key = (math.prod(policy.latent_shape), n_prompts, n_steps), value_key
-        key = jax.random.key(0) if key is None else key
-        extra = init_extra(key, value_optimizer, *sizes) if value_baseline else None
+        key, extra = jax.random.key(0) if value_key is None else value_key, None
+        if value_baseline:
+            params = init_value(key, math.prod(policy.latent_shape), n_prompts, n_steps)
+            extra = Extra(params, value_optimizer.init(params))
         return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), extra)
 
     def loss(log_prob, outputs, step: Transition):
         reward = clamped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
         return reward_weight * reward + kl_weight * divergence(*outputs)
-
-    def untuned(policy, frozen, step: Transition, context):
-        return policy.denoise(frozen, None)(step.x_t, step.step, context)
 
     method = PolicyGradient(policy, optimizer, loss, untuned)
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
