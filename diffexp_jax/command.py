@@ -49,6 +49,7 @@ def guarded(main: Callable[..., Any], *args: Any, stopped: str = "stopped") -> N
     Paths among a script's arguments are made local ones (`paths.local`) first. `stopped` is what Ctrl-C ends in, with
     exit code 130; a run that saves first says it itself (`stopping.py`).
     """
+    never_fail_to_print()
     # transformers advises at import that torch is missing: nothing here needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -96,8 +97,16 @@ def no_lost_interrupt() -> Iterator[None]:
             sys.unraisablehook = usual
 
 
+def never_fail_to_print() -> None:
+    """What the terminal's encoding lacks (PYTHONIOENCODING=ascii, a name that is not UTF-8) is printed as \\u00e9."""
+    for stream in (sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:  # a notebook's has none
+            reconfigure(errors="backslashreplace")
+
+
 def quiet_interrupt() -> None:
     """Makes Ctrl-C one line also before `guarded` runs: importing the libraries takes seconds."""
+    never_fail_to_print()  # argparse prints help before `guarded`
 
     def hook(kind, error, trace):
         if not issubclass(kind, KeyboardInterrupt):

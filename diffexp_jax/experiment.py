@@ -45,6 +45,7 @@ class Experiment(NamedTuple):
     rewards: Mapping[str, Reward]  # as evaluation reports them, in eval.reward_dtype: it, and those only reported
     train: Task
     evals: list[Task]
+    ids: Int[np.ndarray, "P"]  # of the training prompts, see `PromptSet.ids`
     units: Int[np.ndarray, "P L"]  # of the training prompts, see prompts.units
     method: Method
     settings: Mapping[str, Any]  # of the method
@@ -73,17 +74,18 @@ class Experiment(NamedTuple):
             evals = load_prompt_sets(_evaluated(config, config.eval.prompts))
         reward, trained, rewards = load_rewards(config, weights=weights)
         sampler = Sampler.build(config, weights=weights)
+        task = make_task(sampler, {reward: trained}, train)
+        units = np.zeros((len(train.texts), sampler.pipeline.ids_shape[1]), np.int32)
         if weights:
             units = unit_ids(sampler.pipeline.tokenizer, train, config.exploration.unit)
-        else:
-            units = np.zeros((len(train.texts), sampler.pipeline.ids_shape[1]), np.int32)
         experiment = cls(
             sampler=sampler,
             reward=reward,
             trained=trained,
             rewards=rewards,
-            train=make_task(sampler, {reward: trained}, train),
+            train=task,
             evals=[make_task(sampler, rewards, prompts) for prompts in evals],
+            ids=np.array(train.ids, np.int32),
             units=units,
             method=method,
             settings=settings,
@@ -188,7 +190,7 @@ class Experiment(NamedTuple):
         """
         n, seed = self.split.samples, self.config.seed
         drawn = jax.random.randint(parallel.stream(seed, "prompts", it), (n // self.group,), 0, len(self.train.texts))
-        ids = np.repeat(np.asarray(drawn), self.group)
+        ids = np.repeat(self.ids[np.asarray(drawn)], self.group)
         noise = parallel.sample_keys(parallel.stream(seed, "noise", it), n)
         cond, tokens = jax.tree.map(lambda x: x[ids], (self.train.cond, self.train.tokens[self.reward]))
         batch = parallel.shard(Batch(ids, make_context(cond, self.sampler.uncond), tokens, noise), n)

@@ -20,6 +20,8 @@ from diffexp_jax.rewards import Reward
 from diffexp_jax.rewards.host import joined, start_by_size
 from diffexp_jax.sampling import initial_latents, rollout
 
+_LARGE = 2**32  # bytes of a batch that is not filled up with copies
+
 
 class Programs(NamedTuple):
     """One iteration, and the images between iterations; all but `algorithm` are mapped over the devices."""
@@ -164,15 +166,17 @@ def make_embedder(
 
 def make_scorer(
     reward: Reward, *, batch: int, params: Any = None
-) -> Callable[[Sequence[UInt8[np.ndarray, "_ _ 3"]], Any], dict[str, Float[np.ndarray, " N"]]]:
+) -> Callable[[Sequence[UInt8[np.ndarray, "_ _ _"]], Any], dict[str, Float[np.ndarray, " N"]]]:
     """A function (images, the reward's tokens of their prompts) -> {"": the reward, part: each of its parts}.
 
-    What is reported: bytes in, by the reward's published path, which has no gradient. The images may differ in size.
+    What is reported: bytes in, by the reward's published path, which has no gradient. The images may differ in size,
+    and have a fourth channel, transparency.
 
     Args:
       reward: any; one in plain Python is called with up to `batch` images of one size, on each host with its share.
       batch: images at once, over all devices (a multiple of their number). A smaller one is filled up, so that what
-        the reward reads of them is compiled once for each of its sizes: for most rewards there is one.
+        the reward reads of them is compiled once for each of its sizes: for most rewards there is one. Not so where
+        that would take gigabytes.
       params: the reward's, on every device (`parallel.share`); None: put there now.
     """
     score_prepared = parallel.pmap(reward.score_prepared)
@@ -181,11 +185,13 @@ def make_scorer(
     def in_program(images, tokens):
         done, start = [], 0
         for pixels in batches_by_shape((reward.prepare(image) for image in images), batch):
-            n = len(pixels)
-            stacked = jax.tree.map(lambda *x: np.stack(x), *pixels, *pixels[-1:] * (batch - n))
-            rows = np.arange(start, start + batch).clip(max=start + n - 1)
+            n, size = len(pixels), batch
+            if sum(np.asarray(x).nbytes for x in jax.tree.leaves(pixels[0])) * batch > _LARGE:
+                size = -(-n // jax.device_count()) * jax.device_count()
+            stacked = jax.tree.map(lambda *x: np.stack(x), *pixels, *pixels[-1:] * (size - n))
+            rows = np.arange(start, start + size).clip(max=start + n - 1)
             their_tokens = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], tokens)
-            scores = parallel.unshard(score_prepared(params, *parallel.shard((stacked, their_tokens), batch)))
+            scores = parallel.unshard(score_prepared(params, *parallel.shard((stacked, their_tokens), size)))
             done.append(jax.tree.map(lambda x, n=n: x[:n], scores))
             start += n
         return jax.tree.map(lambda *x: np.concatenate(x), *done)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from diffexp_jax import InputError, checkpoint, exploration, parallel, programs, report, settings
 from diffexp_jax.evaluation import check_pictures
 from diffexp_jax.formats.files import replaced
-from diffexp_jax.formats.tokenizers import token_ids
+from diffexp_jax.formats.tokenizers import check_text, token_ids
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.models.lora import load_lora, scaled
 from diffexp_jax.models.precision import DTYPES
@@ -168,7 +168,7 @@ def chosen_lora(args: argparse.Namespace, config: ConfigDict, pipeline: Pipeline
 def chosen_prompts(args: argparse.Namespace) -> PromptSet:
     """The prompts of --prompt, then those of --prompts."""
     file = load_prompts(args.prompts) if args.prompts else PromptSet("", (), ())
-    texts = (*args.prompt, *file.texts)
+    texts = (*(check_text(text, "--prompt") for text in args.prompt), *file.texts)
     if not texts:
         raise InputError("nothing to sample: give --prompt or --prompts")
     return PromptSet("sample", texts, (*(comma_phrases(text) for text in args.prompt), *file.phrases))

@@ -4,7 +4,8 @@ python scripts/score.py --reward hpsv2:HPS_v2.1_compressed.pt --reward aesthetic
     --out scores.csv
 
 Of a folder that scripts/sample.py wrote the prompts are known, and the pictures are those that were asked for: not the
-grid, nor those that are there to compare (name these as files to score them).
+grid, nor those that are there to compare (name these as files to score them). Pictures of a folder are taken in the
+order of the numbers in their names: 1, 2, 10.
 """
 
 from diffexp_jax import command
@@ -16,21 +17,25 @@ import argparse
 import csv
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from diffexp_jax import InputError, report
 from diffexp_jax.evaluation import check_scores, score_all
-from diffexp_jax.formats.files import read_json, replaced
+from diffexp_jax.formats import pictures
+from diffexp_jax.formats.files import replaced
 from diffexp_jax.limits import check_number, positive, whole
 from diffexp_jax.programs import make_scorer
+from diffexp_jax.prompts.files import read_lines, read_named_prompts
 from diffexp_jax.rewards import check_reward, load_reward, reward_name
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may not be UTF-8
+# What lies beside pictures without being one: prompts, scores, arrays, notes
+BESIDE = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".npy", ".npz", ".md", ".html")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -45,6 +50,8 @@ def main(args: argparse.Namespace) -> None:
     for spec in args.reward:
         check_reward(spec)
     paths = find_images(args.images)
+    batch = -(-args.batch // jax.device_count()) * jax.device_count()
+    parts = list(batches(paths, batch))
     texts = known_prompts(args.prompts, paths)
     rewards = {}
     for name, spec in zip(names, args.reward, strict=True):
@@ -54,18 +61,21 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--prompts is missing: the reward {name!r} reads prompts")
     texts = texts or [""] * len(paths)
     tokens = {name: reward.tokenize(texts) for name, reward in rewards.items()}
-    batch = -(-args.batch // jax.device_count()) * jax.device_count()
     scorers = {name: make_scorer(reward, batch=batch) for name, reward in rewards.items()}
     rows: list[dict] = []
+    notes: dict[str, list[str]] = {}  # by kind, the pictures
     with tqdm(total=len(paths), desc="scoring", unit="image") as progress:
-        for start in range(0, len(paths), batch):
-            here = slice(start, start + batch)
-            images = [read_image(path) for path in paths[here]]
-            scores = score_all(scorers, images, jax.tree.map(lambda x, here=here: x[here], tokens))
+        for here in parts:
+            found = [pictures.read_picture(path) for path in paths[here]]
+            scores = score_all(scorers, [one.pixels for one in found], jax.tree.map(lambda x, at=here: x[at], tokens))
             check_scores(scores)
             for i, (path, text) in enumerate(zip(paths[here], texts[here], strict=True)):
                 rows.append({"image": str(path), "prompt": text} | {name: f"{x[i]:.6f}" for name, x in scores.items()})
-            progress.update(len(images))
+                for note in found[i].notes:
+                    notes.setdefault(note, []).append(path.name)
+            progress.update(len(found))
+    for note, its in notes.items():
+        print(f"note: {len(its)} of {len(paths)} pictures ({some(its)}) {pictures.NOTES[note]}")
     write(args.out, rows)
     for name in list(rows[0])[2:]:
         values = np.array([float(row[name]) for row in rows])
@@ -73,23 +83,51 @@ def main(args: argparse.Namespace) -> None:
     print(f"written: {args.out}")
 
 
+def batches(paths: Sequence[Path], most: int) -> Iterator[slice]:
+    """The pictures in their order, as many at once as are asked for; fewer where they are large."""
+    start, pixels = 0, 0
+    for i, path in enumerate(paths):
+        size = pictures.n_pixels(path)
+        if i > start and (i - start == most or pixels + size > pictures.MOST_PIXELS):
+            yield slice(start, i)
+            start, pixels = i, 0
+        pixels += size
+    yield slice(start, len(paths))
+
+
 def find_images(given: list[Path]) -> list[Path]:
-    """The files, and of folders the pictures in them, by name."""
+    """The files, and of folders the pictures in them, by the numbers in their names; says what is left out."""
     paths: list[Path] = []
     for path in given:
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-            if not found:
-                raise InputError(f"--images {path}: no pictures in the folder; accepted: {', '.join(SUFFIXES)}")
-            asked_for = [file for file in found if not is_for_comparison(file)]
-            if passed_over := len(found) - len(asked_for):
-                print(f"{path}: {passed_over} pictures passed over: {report.GRID}, and those that compare")
-            paths += asked_for or found
+            paths += images_of(path)
         elif path.is_file():
             paths.append(path)
         else:
             raise InputError(f"--images {path}: no such file or folder")
     return paths
+
+
+def images_of(folder: Path) -> list[Path]:
+    """The pictures of a folder, without those that are there to compare."""
+    endings = pictures.endings()
+    there = sorted(folder.iterdir(), key=pictures.natural)
+    found = [file for file in there if file.suffix.lower() in endings and not file.is_dir()]
+    others = [file.name for file in there if file not in set(found) and file.suffix.lower() not in BESIDE]
+    if not found:
+        left = f"; it holds {some(others)}" if others else ""
+        raise InputError(f"--images {folder}: no pictures in the folder; accepted: {', '.join(endings)}{left}")
+    if others := [name for name in others if not name.startswith(".")]:
+        print(f"{folder}: {len(others)} files and folders passed over, no pictures by their names: {some(others)}")
+    asked_for = [file for file in found if not is_for_comparison(file)]
+    if passed_over := len(found) - len(asked_for):
+        print(f"{folder}: {passed_over} pictures passed over: {report.GRID}, and those that compare")
+    return asked_for or found
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names."""
+    return ", ".join([*names[:most], f"and {len(names) - most} more"] if len(names) > most else names)
 
 
 def is_for_comparison(path: Path) -> bool:
@@ -114,43 +152,37 @@ def known_prompts(file: Path | None, images: list[Path]) -> list[str] | None:
 
 def find_prompts(file: Path, images: list[Path]) -> list[str]:
     """A prompt per image: of a text file line by line, of a json or csv file by the image's name."""
-    try:
-        content = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if file.suffix.lower() == ".txt":
-        lines = content.splitlines()
+    if (kind := file.suffix.lower()) not in (".txt", ".json", ".csv"):
+        raise InputError(f"--prompts {file}: accepted: .txt (a line per image), .json or .csv (image name, prompt)")
+    if kind == ".txt":
+        lines = read_lines(file)
         if len(lines) != len(images):
             raise InputError(f"--prompts {file}: {len(lines)} lines for {len(images)} images; wants one for each")
+        check_order(file, images)
+        print(f"{file}: line 1 is for {images[0].name}, ..., line {len(lines)} for {images[-1].name}")
         return lines
-    if file.suffix.lower() == ".json":
-        table = read_json(file)
-    elif file.suffix.lower() == ".csv":
-        rows = [row for row in csv.reader(content.splitlines()) if row]
-        if any(len(row) != 2 for row in rows):
-            raise InputError(f"--prompts {file}: wants two columns, an image's name and its prompt")
-        table = dict(rows)
-    else:
-        raise InputError(f"--prompts {file}: accepted: .txt (a line per image), .json or .csv (image name, prompt)")
-    missing = [path.name for path in images if not isinstance(table.get(path.name), str)]
+    table = read_named_prompts(file)
+    missing = [path.name for path in images if path.name not in table]
     if missing:
         raise InputError(f"--prompts {file}: no prompt for {', '.join(map(json.dumps, missing[:5]))}")
     return [table[path.name] for path in images]
 
 
-def read_image(path: Path) -> np.ndarray:
-    """A picture as RGB bytes [H,W,3]; transparency is dropped, as the published scorers do."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"--images {path}: not a readable picture ({error})") from None
+def check_order(file: Path, images: list[Path]) -> None:
+    """Raises InputError where pictures are in the order of a shell's *: 1.png, 10.png, 2.png."""
+    names = [str(path) for path in images]
+    if names == sorted(names) and images != sorted(images, key=pictures.natural) and len({*names}) == len(names):
+        first = next(i for i, path in enumerate(sorted(images, key=pictures.natural)) if path != images[i])
+        raise InputError(
+            f"--prompts {file}: is line {first + 1} for {images[first].name}, which --images names there? Give the "
+            "folder, to take its pictures by their numbers (1, 2, 10), or a .csv file of image names and prompts"
+        )
 
 
 def write(path: Path, rows: list[dict]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        with replaced(path) as partial, open(partial, "w", newline="", **_TEXT) as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -162,7 +194,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--reward", action="append", required=True, help="as the config's `reward` (repeat for more)")
-    add("--images", type=Path, nargs="+", required=True, help="folders or files")
+    add("--images", type=Path, nargs="+", required=True, help="folders (by the numbers in the names), or files")
     add(
         "--prompts",
         type=Path,

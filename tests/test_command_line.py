@@ -1,5 +1,6 @@
 """Bad input: one clear line, the right exit code, nothing half-written; and the scripts' good runs on a tiny model."""
 
+import argparse
 import csv
 import json
 import runpy
@@ -204,6 +205,16 @@ def test_the_real_program_says_one_line(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_output_that_the_encoding_lacks(tmp_path):
+    """Is printed as escapes: a program does not fail for it, neither before nor after its work."""
+    code = r"from diffexp_jax import command; command.guarded(print, 'fertig: B\xe4r \udcff \U0001f436')"
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    for encoding, said in (("ascii", r"fertig: B\xe4r \udcff \U0001f436"), ("utf-8", r"fertig: Bär \udcff 🐶")):
+        environment["PYTHONIOENCODING"] = encoding
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
+        assert (done.returncode, done.stdout.decode().strip(), done.stderr) == (0, said, b"")
+
+
 def test_a_real_script_says_one_line(tmp_path):
     done = run_program(ROOT / "scripts" / "sample.py", "--prompt=a dog", "--steps=0", "--out=x", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
@@ -309,6 +320,15 @@ def test_a_prompt_that_is_too_long_is_cut_and_named(make_config, tmp_path, caplo
     assert caplog.text.count("prompt cut") == 1
     cond = loaded.train.cond.embedding
     assert cond.shape == (2, 32, 16) and np.isfinite(cond).all()
+
+
+def test_a_prompt_that_is_there_twice_is_drawn_twice_as_often_under_one_id(make_config, tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\na dog\na dog\na dog\n")
+    loaded = Experiment.build(make_config("ddpo", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0}))
+    ids = np.concatenate([np.ravel(loaded.draw_batch(it, None).prompt_id) for it in range(30)])
+    assert loaded.train.texts == ("a cat", "a dog", "a dog", "a dog") and set(ids.tolist()) == {0, 1}
+    assert 0.6 < (ids == 1).mean() < 0.9 and ids.dtype == np.int32
+    np.testing.assert_array_equal(loaded.train.cond.embedding[1], loaded.train.cond.embedding[3])
 
 
 def test_more_prompts_than_fit_in_memory(fails, make_config, tmp_path, monkeypatch):
@@ -735,6 +755,23 @@ def test_flags_of_sample_that_make_no_sense(flag):
         given = [value, value] if flag == "weight_range" else value
         with pytest.raises(InputError, match=f"^--{flag} .*: wants [^\n]*$"):
             sample_settings(model="no/such", **{flag: given})
+
+
+def test_a_line_of_a_file_is_an_image(tmp_path):
+    """Also a line that is there twice; and any text goes through prompts.csv to scripts/score.py."""
+    sample, score = (
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name=name) for name in ("sample", "score")
+    )
+    (tmp_path / "p.txt").write_text("a dog\na cat\na dog\n")
+    odd = 'a "big" dog,\nin\u2028rain'
+    texts = sample["chosen_prompts"](argparse.Namespace(prompt=[odd], prompts=str(tmp_path / "p.txt"))).texts
+    assert texts == (odd, "a dog", "a cat", "a dog")
+    args, images = argparse.Namespace(out=tmp_path / "x", save_npy=False), np.zeros((4, 8, 8, 3), np.float32)
+    sample["write"](args, [sample["Variant"]("", texts, None, None, None)], texts, [images])
+    paths = score["find_images"]([tmp_path / "x"])
+    assert score["known_prompts"](None, paths) == list(texts)
+    with pytest.raises(InputError, match=r"^--prompt: .* holds U\+DCFF, half a character"):
+        sample["chosen_prompts"](argparse.Namespace(prompt=["a \udcff dog"], prompts=None))
 
 
 def test_several_images_of_a_prompt(script, tiny_model, tmp_path):

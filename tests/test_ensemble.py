@@ -14,6 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 from diffexp_jax import InputError
+from diffexp_jax.formats.pictures import read_picture
 from diffexp_jax.programs import batches_by_shape, make_scorer
 from diffexp_jax.rewards import BUILTINS, load_reward, reward_name, spec
 from diffexp_jax.rewards.ensemble import ensemble
@@ -232,7 +233,7 @@ def test_score(score, pictures, capsys):
         rows = list(csv.DictReader(table))
     assert list(rows[0]) == ["image", "prompt", "emoji_pickscore", "emoji_aesthetic"]
     assert {Path(row["image"]).name: row["prompt"] for row in rows} == prompts
-    images = [score.read_image(pictures / name) for name in prompts]
+    images = [read_picture(pictures / name).pixels for name in prompts]
     for name in ("emoji_pickscore", "emoji_aesthetic"):
         reward = load_reward(name)
         expected = make_scorer(reward, batch=3)(images, reward.tokenize(list(prompts.values())))[""]
@@ -277,7 +278,7 @@ def test_score_by_a_function_that_takes_any_size(score, pictures):
     with open(pictures / "scores.csv", newline="") as table:
         found = {Path(row["image"]).name: float(row["brightness"]) for row in csv.DictReader(table)}
     for name, value in found.items():
-        assert value == pytest.approx(score.read_image(pictures / name).mean() / 255, abs=1e-5)
+        assert value == pytest.approx(read_picture(pictures / name).pixels[..., :3].mean() / 255, abs=1e-5)
 
 
 def test_batches_by_shape():
@@ -296,7 +297,7 @@ def test_score_without_prompts(score, pictures):
     "changes, prompts, message",
     [
         ({}, "a\nb", "p.txt: 2 lines for 3 images; wants one for each"),
-        ({}, None, "p.txt: cannot be read"),
+        ({}, None, "p.txt: cannot read the prompt file: No such file"),
         ({"batch": 0}, "a\nb\nc", "--batch 0: wants 1.."),
         ({"reward": ["beauty"]}, "a\nb\nc", "unknown reward 'beauty'"),
         ({"reward": ["emoji_judge", "emoji_judge"]}, "a\nb\nc", "names a reward twice"),
@@ -317,7 +318,10 @@ def test_score_mistakes(score, pictures, changes, prompts, message):
     "name, content, message",
     [
         ("p.json", '{"a.jpg": "x", "c.PNG": 3}', 'no prompt for "b.png", "c.PNG"'),
-        ("p.csv", "a.jpg,x,y", "wants two columns, an image's name and its prompt"),
+        ("p.csv", "a.jpg,x\nb.png,x,y", "p.csv: line 2: 3 cells; wants two columns, an image's name and its prompt"),
+        ("p.csv", "a.jpg,x\na.jpg,y", "p.csv: line 2: another prompt for 'a.jpg'; wants one for each picture"),
+        ("p.json", "[]", "p.json: holds JSON of type list; accepted: an object"),
+        ("p.json", '{"a.jpg": "\\ud800"}', "p.json: .*surrogates not allowed"),
         ("p.doc", "x", "accepted: .txt .a line per image., .json or .csv"),
     ],
 )
@@ -333,5 +337,88 @@ def test_score_pictures_that_are_none(score, pictures):
     with pytest.raises(InputError, match="b.png: not a readable picture"):
         score.main(arguments(pictures))
     (pictures / "empty").mkdir()
-    with pytest.raises(InputError, match="empty: no pictures in the folder; accepted: .png"):
+    with pytest.raises(InputError, match="empty: no pictures in the folder; accepted: .apng, .avif"):
         score.main(arguments(pictures, images=[pictures / "empty"]))
+    (pictures / "empty" / "x.heic").write_bytes(b"")
+    with pytest.raises(InputError, match="; it holds x.heic$"):
+        score.find_images([pictures / "empty"])
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """0.png to 11.png, the brighter the higher; line n of lines.txt is "prompt n"."""
+    for n in range(12):
+        Image.fromarray(np.full((8, 8, 3), 20 * n, np.uint8)).save(tmp_path / f"{n}.png")
+    (tmp_path / "lines.txt").write_text("".join(f"prompt {n}\n" for n in range(12)))
+    return tmp_path
+
+
+def test_pictures_and_lines_are_paired_by_number(score, numbered, capsys):
+    changes = {"reward": ["jax:sample_rewards:brightness"], "prompts": numbered / "lines.txt"}
+    score.main(arguments(numbered, **changes))
+    assert "lines.txt: line 1 is for 0.png, ..., line 12 for 11.png" in capsys.readouterr().out
+    with open(numbered / "scores.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [(Path(row["image"]).name, row["prompt"]) for row in rows] == [
+        (f"{n}.png", f"prompt {n}") for n in range(12)
+    ]
+    np.testing.assert_allclose([float(row["brightness"]) for row in rows], np.arange(12) * 20 / 255, atol=1e-5)
+    named = sorted(numbered.glob("*.png"))  # as a shell gives them: 0, 1, 10, 11, 2
+    with pytest.raises(InputError, match="is line 3 for 10.png, which --images names there. Give the folder"):
+        score.main(arguments(numbered, **changes, images=named))
+    assert score.find_prompts(numbered / "lines.txt", named[::-1])[0] == "prompt 0"  # an order of one's own
+
+
+def test_what_is_passed_over_is_named(score, numbered, capsys):
+    """Every ending that Pillow knows of the formats is found; files that are no pictures by their names are named."""
+    for name in ("a.JPE", "b.jfif", "c.tiff", "d.apng"):
+        Image.new("RGB", (8, 8)).save(numbered / name, "PNG")
+    (numbered / "e.heic").write_bytes(b"")
+    (numbered / "inner").mkdir()
+    found = [path.name for path in score.find_images([numbered])]
+    assert found == [*(f"{n}.png" for n in range(12)), "a.JPE", "b.jfif", "c.tiff", "d.apng"]
+    said = "2 files and folders passed over, no pictures by their names: e.heic, inner\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
+def test_what_is_odd_about_pictures_is_said_once(score, numbered, capsys):
+    for name in ("2.png", "3.png"):
+        Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(numbered / name)
+    score.main(arguments(numbered, reward=["jax:sample_rewards:brightness"], prompts=None))
+    out = capsys.readouterr().out
+    assert out.count("note: ") == 1 and "note: 2 of 12 pictures (2.png, 3.png) are transparent: " in out
+
+
+def test_large_pictures_are_read_one_by_one(score, numbered, monkeypatch):
+    paths = score.find_images([numbered])
+    assert list(score.batches(paths, 5)) == [slice(0, 5), slice(5, 10), slice(10, 12)]
+    monkeypatch.setattr(score.pictures, "MOST_PIXELS", 2 * 64)
+    assert list(score.batches(paths[:5], 5)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+
+def test_a_name_that_is_no_utf8(score, tmp_path):
+    path = tmp_path / "a\udcff.png"
+    Image.new("RGB", (8, 8)).save(path)
+    score.main(arguments(tmp_path, reward=["jax:sample_rewards:brightness"], prompts=None, images=[path]))
+    assert "a\\udcff.png,,0.000000" in (tmp_path / "scores.csv").read_text(encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------- prompts that are cut
+
+
+def test_prompts_that_a_reward_cuts_are_named_once(tiny_clip, caplog):
+    """With the reward and what it reads; also where the reward is part of another."""
+    long = "a dog " + "riding a bike " * 20
+    reward = load_reward(f"jpeg_compressibility+textnorm(pickscore:{tiny_clip})")
+    for _ in range(2):
+        reward.tokenize(["a dog", long])
+    said = [record.getMessage() for record in caplog.records if "tokens of a prompt" in record.getMessage()]
+    contrasts = len(swapped(long))
+    assert len(said) == 1 and f"reward pickscore:{tiny_clip}: reads 32 tokens of a prompt; prompts are cut" in said[0]
+    assert repr(f"{long[:57]}...") in said[0] and said[0].endswith(f" and {contrasts - 2:,} others")
+    other = load_reward(f"pickscore:{tiny_clip}")
+    other.tokenize(["a cat"])
+    other.tokenize([long])
+    assert "prompt is cut to that: 'a dog riding" in caplog.records[-1].getMessage()
+    with pytest.raises(InputError, match=r"reward pickscore:.* holds U\+D800, half a character"):
+        other.tokenize(["\ud800 a dog"])

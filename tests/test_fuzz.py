@@ -5,6 +5,7 @@ sample through the real programs.
 """
 
 import contextlib
+import csv
 import io
 import json
 import pickle
@@ -33,9 +34,11 @@ from diffexp_jax import InputError, command, train
 from diffexp_jax.experiment import check_files
 from diffexp_jax.formats.files import Weights
 from diffexp_jax.formats.pickles import open_checkpoint
+from diffexp_jax.formats.pictures import read_picture
 from diffexp_jax.models.lora import init_lora, load_lora, save_lora
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.prompts import load_prompts
+from diffexp_jax.prompts.files import read_named_prompts
 from diffexp_jax.settings import check_config, cpu_devices, default_config, read_config
 
 EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])
@@ -172,11 +175,32 @@ def test_flags(examples, monkeypatch, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 PROMPT_FILES = {
-    ".txt": 'a dog\na "cat"\n\n a zebra, running \n',
+    ".txt": 'a dog\na "cat"\n\n a zebra, running \na dog\n',
     ".csv": 'Prompt,Category\n"a dog, big",Colors\na cat,"Te""xt"\n',
     ".tsv": 'Prompt\tCategory\n"a ""dog"""\tColors\na cat\tText\n',
     ".json": '["a dog", "a cat"]',
+    ".CSV": 'prompt\na dog, riding a bike\n"a cat, ""asleep"""\n"a\ncow"\n',
+    ".TSV": '\ufeffid\tprompts\r\n1\ta dog\r\n2\t"a cat"\r\n',
 }
+CELLS = st.text(st.sampled_from("ab ,\"'\n\r\t;\\\v\u2028\x00é😀"), max_size=8)
+
+
+@EXAMPLES
+def test_tables_of_prompts_go_round(examples, tmp_path):
+    """What csv writes is read as it was, whatever the cells hold."""
+
+    def goes_round(example):
+        rows, named = example
+        with open(tmp_path / "p.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(named.items())
+        assert read_named_prompts(tmp_path / "p.csv") == {k: x for k, x in named.items() if (k + x).strip()}
+        with open(tmp_path / "q.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("n", "prompt"), *((str(n), text) for n, text in enumerate(rows))])
+        kept = [" ".join(text.split()) for text in rows]
+        if any(kept):
+            assert load_prompts(tmp_path / "q.csv").texts == tuple(text for text in kept if text)
+
+    fuzz(st.tuples(st.lists(CELLS, max_size=4), st.dictionaries(CELLS, CELLS, max_size=4)), goes_round, examples)
 
 
 @EXAMPLES
@@ -187,6 +211,7 @@ def test_prompt_files(examples, tmp_path):
         path.write_bytes(changed(PROMPT_FILES[suffix].encode(), changes))
         found = load_prompts(f"{path}{filtered}")
         assert len(found) and all(text == " ".join(text.split()) and text for text in found.texts)
+        assert len(found.phrases) == len(found.ids) == len(found) and "".join(found.texts).encode()
         assert all(
             phrase in text for text, phrases in zip(found.texts, found.phrases, strict=True) for phrase in phrases
         )
@@ -293,13 +318,23 @@ def test_pickles(examples, tmp_path):
 
 
 def pictures() -> dict[str, bytes]:
-    """The same picture in several formats."""
+    """The same picture in several formats and modes, and things that are no pictures under their endings."""
     pixels = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), np.uint8))
+    grey, frames = pixels.convert("L"), {"save_all": True, "append_images": [pixels.rotate(180)]}
+    sixteen = Image.fromarray(np.arange(63, dtype=np.uint16).reshape(9, 7) * 1000)
+    saved = {suffix: (pixels, {}) for suffix in (".png", ".jpg", ".gif", ".bmp", ".webp", ".tif")}
+    saved |= {"-rgba.png": (pixels.convert("RGBA"), {}), "-la.png": (grey.convert("LA"), {})}
+    saved |= {"-one.png": (pixels.quantize(8), {"transparency": 0}), "-bits.png": (pixels.convert("1"), {})}
+    saved |= {"-16.png": (sixteen, {}), "-16.tif": (sixteen, {"compression": "tiff_lzw"})}
+    saved |= {"-float.tif": (grey.convert("F"), {}), "-lab.tif": (Image.merge("LAB", pixels.split()), {})}
+    saved |= {"-cmyk.jpg": (pixels.convert("CMYK"), {}), "-ycbcr.tif": (pixels.convert("YCbCr"), {})}
+    saved |= {f"-frames{suffix}": (pixels, frames) for suffix in (".png", ".gif", ".webp", ".tif")}
+    saved |= {"-eps.png": (pixels, {"format": "EPS"}), "-ppm.jpg": (pixels, {"format": "PPM"})}
     found = {}
-    for suffix in (".png", ".jpg", ".gif", ".bmp", ".webp", ".tif"):
+    for name, (picture, options) in saved.items():
         buffer = io.BytesIO()
-        pixels.save(buffer, Image.registered_extensions()[suffix])
-        found[suffix] = buffer.getvalue()
+        picture.save(buffer, **{"format": Image.registered_extensions()[f".{name.rpartition('.')[2]}"]} | options)
+        found[name] = buffer.getvalue()
     return found
 
 
@@ -318,10 +353,12 @@ def test_image_folders(examples, tmp_path):
         file = folder / f"prompts{prompts}"
         file.write_bytes(changed(table.replace(b"0.png", f"0{suffix}".encode()), text_changes))
         paths = script["find_images"]([folder])
-        script["known_prompts"](None if prompts == ".csv" else file, paths)
+        with contextlib.redirect_stdout(io.StringIO()):
+            script["known_prompts"](None if prompts == ".csv" else file, paths)
+        assert [path for part in script["batches"](paths, 1) for path in paths[part]] == paths
         for path in paths:
-            picture = script["read_image"](path)
-            assert picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8
+            picture = read_picture(path).pixels
+            assert picture.ndim == 3 and picture.shape[2] in (3, 4) and picture.dtype == np.uint8
 
     changes = CHANGES | st.just([])
     kinds = st.sampled_from([".csv", ".txt", ".json", ".x"])

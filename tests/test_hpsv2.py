@@ -134,8 +134,12 @@ AWKWARD = [
 def test_tokenizer(original, tmp_path):
     expected = original.tokenizer.SimpleTokenizer()(AWKWARD).numpy()
     (tmp_path / tokenizers.OPEN_CLIP_VOCABULARY).symlink_to(vocabulary(original))
-    np.testing.assert_array_equal(tokenizers.open_clip(tmp_path)(AWKWARD), expected)
-    np.testing.assert_array_equal(tokenizers.open_clip(tmp_path, length=9)(["a dog"]), expected[:1, :9] * 0 + AN_IDS)
+    ids, cut = tokenizers.open_clip(tmp_path)(AWKWARD)
+    np.testing.assert_array_equal(ids, expected)
+    assert cut == ["x" * 400, "word " * 100]
+    short, cut = tokenizers.open_clip(tmp_path, length=9)(["a dog"])
+    np.testing.assert_array_equal(short, expected[:1, :9] * 0 + AN_IDS)
+    assert cut == []
 
 
 AN_IDS = [49406, 320, 1929, 49407, 0, 0, 0, 0, 0]  # "a dog", padded with 0

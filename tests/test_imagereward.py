@@ -107,7 +107,8 @@ def test_imagereward(reference, folder, file):
 
 
 def test_tokenizer(folder):
-    ids = tokenizers.bert(folder)(["A Dog, [DEC] dogs [ENC]", "dog " * 60, ""])
+    ids, cut = tokenizers.bert(folder)(["A Dog, [DEC] dogs [ENC]", "dog " * 60, ""])
+    assert cut == ["dog " * 60]
     a, dog, s, comma = (WORDS.index(word) for word in ("a", "dog", "##s", ","))
     expected = [2, a, dog, comma, len(WORDS), dog, s, len(WORDS) + 1, 3]
     np.testing.assert_array_equal(ids[0], expected + [0] * (35 - len(expected)))

@@ -1,5 +1,7 @@
 """Prompt sets: the built-in ones, files of every kind, and what is said about a bad one."""
 
+import csv
+import os
 import re
 
 import pytest
@@ -69,13 +71,13 @@ def test_names_match_keys(name):
 @pytest.mark.parametrize(
     "file, content, texts",
     [
-        ("a.txt", "a dog\n\n  a red   car \r\na dog\n", ("a dog", "a red car")),
+        ("a.txt", "a dog\n\n  a red   car \r\na dog\n", ("a dog", "a red car", "a dog")),  # as often as there
         ("a.txt", "\ufeffa dog\rone\u2028line", ("a dog", "one line")),  # byte-order mark, old line ends
         ("a.TXT", "ein Bär", ("ein Bär",)),
         ("drawbench.csv", "Prompts,Category\nA red car.,Colors\n", ("A red car.",)),
         (
             "quoted.csv",
-            'id,PROMPT\n1,"a dog, a cat"\n\n2,"a ""big""\ncow"\n3\n',
+            'id,PROMPT\n1,"a dog, a cat"\n\n2,"a ""big""\ncow"\n3,\n',
             ("a dog, a cat", 'a "big" cow'),
         ),
         (
@@ -90,7 +92,13 @@ def test_names_match_keys(name):
             ('"G I G" on a wall', 'a "Fly" sign'),
         ),
         ("sheet.tsv", 'prompt\n"a ""Fly"" sign"\n', ('a "Fly" sign',)),
-        ("hpd.json", '["A man.", " ", "A man.", "a cow"]', ("A man.", "a cow")),
+        ("hpd.json", '["A man.", " ", "A man.", "a cow"]', ("A man.", "A man.", "a cow")),
+        # one column: a comma can only be the prompt's
+        ("one.csv", "prompt\na dog, riding a bike\na cat, asleep\n", ("a dog, riding a bike", "a cat, asleep")),
+        ("one.csv", 'prompt\n"a dog, big"\na "big" cat, asleep\n', ("a dog, big", 'a "big" cat, asleep')),
+        ("blank.csv", "prompt,n\n,\na dog,1\n ,\n", ("a dog",)),
+        ("long.csv", "prompt\n" + "x" * 200_000, ("x" * 200_000,)),
+        ("separators.csv", 'n,prompt\n1,"a\u2028dog\vhere"\n', ("a dog here",)),
     ],
 )
 def test_files(tmp_path, file, content, texts):
@@ -138,8 +146,33 @@ def test_comma_phrases(text, phrases):
         ),
         (
             "a.csv",
-            b"prompt\n" + b"x" * 200_000,
-            "{path}: line 2 is not CSV: field larger than field limit (131072)",
+            b"prompt,seed\na cat,4\na dog, riding a bike,3\n",
+            "{path}: line 3 is of 3 cells, the first line of 2: 'prompt', 'seed'; a cell that holds a comma is "
+            "written in quotes",
+        ),
+        (
+            "a.csv",
+            b'id,prompt\n1,"a\ndog"\n2\n',
+            "{path}: line 4 is of 1 cells, the first line of 2: 'id', 'prompt'; a cell that holds a comma is "
+            "written in quotes",
+        ),
+        ("a.tsv", b"prompt\tid\na dog\tx\ty\n", "{path}: line 2 is of 3 cells, the first line of 2: 'prompt', 'id'"),
+        (
+            "a.csv",
+            b'prompt\n"a dog, a cat\na cow\n',  # would swallow the rest
+            "{path}: line 2 is not CSV: unexpected end of data; wants a cell with commas or quotes in quotes, and "
+            "quotes in it doubled",
+        ),
+        (
+            "a.csv",
+            b'n,prompt\n1,"Fly" sign\n',  # would lose its quotes
+            "{path}: line 2 is not CSV: ',' expected after '\"'; wants a cell with commas or quotes in quotes, and "
+            "quotes in it doubled",
+        ),
+        (
+            "a.csv",
+            b"prompt,Prompts\na,b\n",
+            "{path}: the first line names the column of the prompts twice; found: 'prompt', 'Prompts'",
         ),
         ("a.json", b'["a dog",\n', "{path}: line 2 is not JSON: Expecting value"),
         ("a.json", b'{"prompt": "a dog"}', "{path}: holds JSON of type dict; accepted: a list of strings"),
@@ -153,6 +186,46 @@ def test_bad_files(tmp_path, file, content, message):
     with pytest.raises(InputError) as error:
         load_prompts(path)
     assert str(error.value) == message.format(path=path)
+
+
+def test_a_prompt_that_is_there_twice_keeps_its_id(tmp_path):
+    """Each line is a row; what is known of a prompt goes by the first of its rows."""
+    (tmp_path / "p.txt").write_text("a dog\na cat\na  dog\na dog\n")
+    prompts = load_prompts(tmp_path / "p.txt")
+    assert len(prompts) == len(prompts.phrases) == 4 and prompts.ids == (0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("spec", ["prompt:a \udcff dog", "a \udcff dog", "\udcff.txt"])
+def test_arguments_that_are_no_utf8(spec):
+    with pytest.raises(InputError, match=r"^prompts: .* holds U\+DCFF, half a character"):
+        load_prompts(spec)
+
+
+def test_half_a_character_in_json(tmp_path):
+    (tmp_path / "p.json").write_text('["a dog", "\\ud800 a cat"]')
+    with pytest.raises(InputError, match=r"p.json: .*\\ud800.*surrogates not allowed"):
+        load_prompts(tmp_path / "p.json")
+
+
+def test_files_that_are_none_or_too_large(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(InputError, match="pipe.txt: cannot read the prompt file: not a regular file"):
+        files.read_prompts(tmp_path / "pipe.txt")
+    with open(tmp_path / "p.txt", "w") as file:
+        file.truncate(2**30)  # takes no place
+    with pytest.raises(InputError, match="p.txt: 1,024 MB of prompts; wants at most 256 MB"):
+        load_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a dog\nin rain", "a\u2028b\vc\x0cd\x1e", 'a "big" dog, a cat', "a\rb\r\nc", "x" * 200_000, "", " a "]
+)
+def test_a_table_of_prompts_goes_round(tmp_path, prompt):
+    """As scripts/sample.py writes it."""
+    rows = [("image", "prompt"), ("0.png", prompt), ("1.png", "a cat")]
+    with open(tmp_path / "prompts.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    assert files.read_named_prompts(tmp_path / "prompts.csv") == dict(rows)
 
 
 @pytest.mark.parametrize("name", ["animal", "cat", "", "  ", "Animals", "some/folder", ".."])
@@ -189,7 +262,6 @@ PARTI = (
     "bond\tAbstract\tBasic\tBiology-inspired concepts with multiple meanings\n"
     '"Fly" sign on a wall\tArts\tImagination\t\n'
     "a tornado made of sharks\tAnimals\tImagination\tx\n"
-    "a\tbroken\n"
 )
 
 
@@ -225,7 +297,7 @@ CONFLICTING = ("A horse riding an astronaut.", "A pizza cooking an oven.")
             ('"Fly" sign on a wall', "a tornado made of sharks"),
         ),
         ("./PartiPrompts.tsv:challenge=Basic", "PartiPrompts-challenge-Basic", ("bond",)),
-        ("PartiPrompts.tsv:Note=", "PartiPrompts-note-", ('"Fly" sign on a wall', "a")),  # an empty cell, and none
+        ("PartiPrompts.tsv:Note=", "PartiPrompts-note-", ('"Fly" sign on a wall',)),  # an empty cell
     ],
 )
 def test_rows_of_a_file(published, spec, name, texts):

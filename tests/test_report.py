@@ -13,11 +13,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from diffexp_jax import InputError, report
 from diffexp_jax.metrics import MetricsWriter, grid_path, read_metrics
 from diffexp_jax.programs import as_bytes
+from diffexp_jax.report.grids import read_grid
 
 ROWS = [
     {"iteration": 0, "eval/animals/emoji_judge": 0.25, "eval/animals/pickscore": 20.0},
@@ -74,6 +75,27 @@ def test_grid_keeps_the_pixels_of_large_pictures(tmp_path):
 def test_grid_wants_a_caption_each(tmp_path):
     with pytest.raises(ValueError):
         report.save_grid(tmp_path / "g.png", np.zeros((2, 8, 8, 3), np.uint8), ["one"])
+
+
+def test_a_grid_looks_only_at_the_words_that_it_draws(tmp_path, monkeypatch):
+    """A prompt of 10 MB, of words or of one word, is drawn as its beginning is, and cut in the file."""
+    measured, original = [], ImageDraw.ImageDraw.textlength
+
+    def textlength(draw, text, *args, **kwargs):
+        measured.append(len(text))
+        return original(draw, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "textlength", textlength)
+    images = np.zeros((1, 128, 128, 3), np.uint8)
+    for word in ("word ", "x"):
+        pixels = []
+        for text in (word * 1000, word * (10**7 // len(word))):
+            report.save_grid(tmp_path / "g.png", images, [text])
+            with Image.open(tmp_path / "g.png") as sheet:
+                pixels.append(np.asarray(sheet))
+        np.testing.assert_array_equal(*pixels)
+        assert len(read_grid(tmp_path / "g.png").captions[0]) < 3000
+    assert len(measured) < 200 and max(measured) < 2000
 
 
 def test_curves(tmp_path):

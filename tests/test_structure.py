@@ -34,7 +34,7 @@ BELOW = {
     "formats": {"formats", "paths", "InputError"},
     "models": {"models", "paths", "formats", "backend", "InputError"},
     "pipelines": {"pipelines", "paths", "models", "formats", "sampling", "process", "InputError"},
-    "prompts": {"prompts", "paths", "formats.json_text", "InputError"},
+    "prompts": {"prompts", "paths", "formats.json_text", "formats.tokenizers", "InputError"},
     "rewards": {"rewards", "paths", "models", "formats", "emoji.names", "InputError", "RewardError", "BadRewardError"},
     "emoji": {"emoji", "rewards", "pipelines", "models", "formats", "prompts", "process", "InputError"},
     "algorithms": {"algorithms", "sampling", "process", "state", "backend", "limits", "InputError"},

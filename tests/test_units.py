@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from diffexp_jax.emoji.tokenizer import write_tokenizer
+from diffexp_jax.formats import tokenizers
+from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.pipelines.stable_diffusion import load_tokenizer
-from diffexp_jax.prompts import PROMPTS, PromptSet
+from diffexp_jax.prompts import PROMPTS, PromptSet, units
 from diffexp_jax.prompts.units import UNITS, unit_ids, units_of_text
 
 
@@ -105,3 +107,27 @@ def test_every_built_in_prompt_has_its_units(tokenizer, name):
 def test_units_of_text(tokenizer, text, unit, expected):
     (row,) = unit_ids(tokenizer, PromptSet("test", (text,), (("dog", "riding a bike"),)), unit)
     assert units_of_text(tokenizer, text, row) == expected
+
+
+def test_of_a_very_long_prompt_only_what_the_tokenizer_reads_is_numbered(tokenizer):
+    """As the beginning alone; and many prompts are read a few at once, with the same result."""
+    text = "a dog " * 20
+    short, long = PromptSet("x", (text,), ((text,),)), PromptSet("x", (text * 80_000,), ((text * 80_000,),))
+    for unit in ("word", "token"):
+        np.testing.assert_array_equal(unit_ids(tokenizer, long, unit), unit_ids(tokenizer, short, unit))
+    ids, cut = token_ids(tokenizer, long.texts)
+    np.testing.assert_array_equal(ids, token_ids(tokenizer, short.texts)[0])
+    assert cut == list(long.texts)
+
+
+def test_many_prompts_are_read_a_few_at_once(tokenizer, monkeypatch):
+    texts = tuple(f"a dog {'big ' * n}" for n in range(7))
+    prompts = PromptSet("x", texts, tuple((text,) for text in texts))
+    expected = unit_ids(tokenizer, prompts, "word")
+    ids, cut = token_ids(tokenizer, texts)
+    monkeypatch.setattr(units, "AT_ONCE", 3)
+    monkeypatch.setattr(tokenizers, "AT_ONCE", 3)
+    np.testing.assert_array_equal(unit_ids(tokenizer, prompts, "word"), expected)
+    again, cut_again = token_ids(tokenizer, texts)
+    np.testing.assert_array_equal(again, ids)
+    assert cut == cut_again

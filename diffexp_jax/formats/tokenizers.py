@@ -2,7 +2,10 @@
 
 import gzip
 import html
+import itertools
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,25 @@ from diffexp_jax import InputError
 
 OPEN_CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # open_clip's own file: the merges, best first
 _MERGES = 49152 - 256 - 2  # of them, those that CLIP uses: all but the single bytes and the two special tokens
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BERT_FILES = ("vocab.txt", "tokenizer.json")
 
-Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "B L"]]
+LONGEST = 2**16  # characters of a text that are looked at: no tokenizer here reads more of it
+AT_ONCE = 4096  # texts: their tokens take kilobytes each while they are Python's own numbers
+
+Encode = Callable[[Sequence[str]], tuple[Int[np.ndarray, "B L"], list[str]]]  # the ids, and the texts that were cut
+
+
+def check_text(text: str, where: str) -> str:
+    """The text, where it is one: a lone surrogate is half a character, which no tokenizer and no file can hold.
+
+    Raises:
+      InputError: it has one; `where` begins the message.
+    """
+    if (match := _SURROGATE.search(text)) is not None:
+        code = f"U+{ord(match[0]):04X}"
+        raise InputError(f"{where}: {text[:40]!r} holds {code}, half a character (a lone surrogate); wants UTF-8 text")
+    return text
 
 
 def load_tokenizer(folder: Path):
@@ -30,14 +49,25 @@ def load_tokenizer(folder: Path):
 def token_ids(tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], list[str]]:
     """Token ids padded to the tokenizer's length, and those of the texts that had to be cut."""
     length = tokenizer.model_max_length
-    # not verbose: who asks warns of the texts that were cut
-    full = tokenizer(list(texts), padding="max_length", max_length=length, verbose=False).input_ids
-    cut = [text for text, ids in zip(texts, full, strict=True) if len(ids) > length]
-    ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids
-    return np.asarray(ids, np.int32), cut
+    out, cut = np.zeros((len(texts), length), np.int32), []
+    for start in range(0, len(texts), AT_ONCE):
+        some = [text[:LONGEST] for text in texts[start : start + AT_ONCE]]
+        cut += itertools.compress(texts[start:], longer_than(tokenizer, some, length))
+        ids = tokenizer(some, padding="max_length", max_length=length, truncation=True).input_ids
+        out[start : start + len(some)] = ids
+    return out, cut
 
 
-def open_clip(folder: Path, *, length: int = 77) -> Tokenize:
+def longer_than(tokenizer, texts: Sequence[str], length: int) -> list[bool]:
+    """Whether each of the texts has more tokens than that, start and end included."""
+    some = [text for text in texts if len(text.encode()) > length - 2]  # a token is a byte at least
+    # not verbose: who asks warns of the texts that are cut
+    full = tokenizer(some, verbose=False).input_ids if some else []
+    long = {text for text, ids in zip(some, full, strict=True) if len(ids) > length}
+    return [text in long for text in texts]
+
+
+def open_clip(folder: Path, *, length: int = 77) -> Encode:
     """open_clip's tokenizer: CLIP's, but it cleans the text (`clean`) and pads with 0.
 
     Args:
@@ -50,14 +80,19 @@ def open_clip(folder: Path, *, length: int = 77) -> Tokenize:
     """
     tokenizer = _clip_tokenizer(folder)
 
-    def tokenize(texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
-        ids = tokenizer([clean(text) for text in texts], truncation=True, max_length=length).input_ids
-        out = np.zeros((len(texts), length), np.int32)
-        for row, known in zip(out, ids, strict=True):
-            row[: len(known)] = known
-        return out
+    def encode(texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], list[str]]:
+        out, cut = np.zeros((len(texts), length), np.int32), []
+        for start in range(0, len(texts), AT_ONCE):
+            some = [clean(text[:LONGEST]) for text in texts[start : start + AT_ONCE]]
+            cut += [
+                text for text, long in zip(texts[start:], longer_than(tokenizer, some, length), strict=False) if long
+            ]
+            ids = tokenizer(some, truncation=True, max_length=length).input_ids
+            for row, known in zip(out[start:], ids, strict=False):
+                row[: len(known)] = known
+        return out, cut
 
-    return tokenize
+    return encode
 
 
 def clean(text: str) -> str:
@@ -84,7 +119,7 @@ def _clip_tokenizer(folder: Path):
     raise InputError(f"{folder}: no CLIP vocabulary; wants vocab.json and merges.txt, or {OPEN_CLIP_VOCABULARY}")
 
 
-def bert(folder: Path, *, length: int = 35) -> Tokenize:
+def bert(folder: Path, *, length: int = 35) -> Encode:
     """BERT's lower-case tokenizer with the two tokens that BLIP appends, [DEC] and [ENC]; pads with 0 and cuts.
 
     Args:
@@ -105,8 +140,5 @@ def bert(folder: Path, *, length: int = 35) -> Tokenize:
         tokenizer = BertTokenizer.from_pretrained(str(folder))
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
 
-    def tokenize(texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
-        ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length).input_ids
-        return np.asarray(ids, np.int32).reshape(-1, length)
-
-    return tokenize
+    tokenizer.model_max_length = length
+    return partial(token_ids, tokenizer)

@@ -11,19 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffexp_jax import InputError, paths
+from diffexp_jax.formats.tokenizers import check_text
 from diffexp_jax.prompts import activities, animals, files
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts with the integer ids 0..N-1: a prompt's id is its index."""
+    """Prompts, a row for each line of what the user gave: a prompt that is there twice has two rows."""
 
     name: str  # in the names of metrics and files
-    texts: tuple[str, ...]  # [N], no two alike
+    texts: tuple[str, ...]  # [N]
     phrases: tuple[tuple[str, ...], ...]  # [N][1..], substrings of the text that prompt weighting may choose
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """[N] of each row the first with its text: what a prompt's own statistics go by."""
+        first: dict[str, int] = {}
+        return tuple(first.setdefault(text, row) for row, text in enumerate(self.texts))
 
 
 def animal_prompts(
@@ -60,10 +67,12 @@ def load_prompts(spec: str | Path) -> PromptSet:
     - "FILE.csv:COLUMN=VALUE|VALUE" (or .tsv): those of the rows that have one of the values in the column;
     - several words that are no file: one prompt.
 
+    A prompt that a file holds several times is there as often: it is drawn, sampled and counted so often.
+
     Raises:
       InputError: none of these, or not a readable file of prompts, or one without such rows.
     """
-    spec = str(spec)
+    spec = check_text(str(spec), "prompts")
     if (prompts := PROMPTS.get(spec)) is not None:
         return prompts
     kind, _, text = spec.partition(":")
@@ -99,7 +108,7 @@ def load_prompt_sets(specs: Sequence[str]) -> list[PromptSet]:
 
 
 def one_prompt(text: str) -> PromptSet:
-    """A set of one prompt, named after it."""
+    """A set of one prompt, named after it; white space inside it is made single spaces."""
     text = " ".join(text.split())
     if not text:
         raise InputError("prompt:TEXT: has no text")

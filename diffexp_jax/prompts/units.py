@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from diffexp_jax.formats.tokenizers import AT_ONCE, LONGEST
 from diffexp_jax.prompts import PromptSet
 
 UNITS = ("word", "token", "phrase")
@@ -22,19 +23,13 @@ def unit_ids(tokenizer: Any, prompts: PromptSet, unit: str) -> Int[np.ndarray, "
       unit: "word" (all tokens of a word together), "token" (each on its own), or "phrase" (the prompt set's phrases;
         words outside every phrase are 0).
     """
-    length = tokenizer.model_max_length
-    encoded = tokenizer(
-        list(prompts.texts),
-        padding="max_length",
-        max_length=length,
-        truncation=True,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )
-    ids = np.zeros((len(prompts.texts), length), np.int32)
-    for row, (text, phrases) in enumerate(zip(prompts.texts, prompts.phrases, strict=True)):
+    ids = np.zeros((len(prompts.texts), tokenizer.model_max_length), np.int32)
+    tokens = (token for start in range(0, len(ids), AT_ONCE) for token in _tokens(tokenizer, prompts, start))
+    for row, (text, phrases, covered) in enumerate(zip(prompts.texts, prompts.phrases, tokens, strict=True)):
+        text = text[:LONGEST]
         spans = list(_phrase_spans(text, phrases) if unit == "phrase" else (m.span() for m in _WORD.finditer(text)))
-        covered = zip(encoded["offset_mapping"][row], encoded["special_tokens_mask"][row], strict=True)
+        read = max(end for (_, end), _ in covered)
+        spans = [span for span in spans if span[0] < read]  # the tokenizer cuts what follows
         for position, ((start, end), special) in enumerate(covered):
             hits = [n for n, (first, last) in enumerate(spans, 1) if start < last and first < end]
             if hits and not special:
@@ -45,6 +40,20 @@ def unit_ids(tokenizer: Any, prompts: PromptSet, unit: str) -> Int[np.ndarray, "
     return _consecutive(ids)
 
 
+def _tokens(tokenizer: Any, prompts: PromptSet, start: int) -> Iterator[list[tuple[tuple[int, int], int]]]:
+    """Of each of some prompts: which characters a token covers, and whether it is a special one, token by token."""
+    encoded = tokenizer(
+        [text[:LONGEST] for text in prompts.texts[start : start + AT_ONCE]],
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    for spans, special in zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True):
+        yield list(zip(spans, special, strict=True))
+
+
 def units_of_text(tokenizer: Any, text: str, ids: Int[np.ndarray, "L"]) -> list[tuple[str, int]]:
     """The prompt cut where its units begin and end: [(text, number of the unit, 0 for none)], joined it is the prompt.
 
@@ -52,7 +61,7 @@ def units_of_text(tokenizer: Any, text: str, ids: Int[np.ndarray, "L"]) -> list[
       ids: the prompt's row of `unit_ids`.
     """
     options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-    offsets = tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
+    offsets = tokenizer(text[:LONGEST], return_offsets_mapping=True, **options)["offset_mapping"]
     letters = np.zeros(len(text), np.int32)  # a unit's number for each
     for unit in np.unique(ids[ids > 0]):
         spans = [span for span, number in zip(offsets, ids, strict=True) if number == unit]

@@ -17,6 +17,7 @@ from diffexp_jax.formats.json_text import parse_json
 _CELL = 128  # pixels: smaller pictures are enlarged by a whole factor
 _TEXT = 44  # pixels of the caption strip: three lines
 _GAP = 4  # pixels around a picture
+_CAPTION = 2000  # characters of a caption that a grid's file holds
 _KEY = "diffexp_jax grid"  # of the PNG's text that `read_grid` reads
 GRID = "grid.png"  # the name of a folder's grid
 COMPARISONS = ("base", "low", "schedule", "weights", "both")  # pictures that are there to compare: NNNN-base.png, ...
@@ -32,13 +33,14 @@ class Grid(NamedTuple):
 def save_grid(
     path: Path, images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], *, columns: int | None = None
 ) -> None:
-    """Writes images as a captioned PNG grid, row by row; its folder may be new."""
+    """Writes images as a captioned PNG grid, row by row; its folder may be new. Captions of any length are cut."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = max(1, -(-_CELL // images.shape[1]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * (height + _TEXT) + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    captions = [text if len(text) <= _CAPTION else f"{text[:_CAPTION]}..." for text in captions]
     for n, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = _corner(n, columns, width, height)
         pixels = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
@@ -91,9 +93,12 @@ def _corner(n: int, columns: int, width: int, height: int) -> tuple[int, int]:
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
-    """At most three lines that fit, the last cut with an ellipsis."""
+    """At most three lines that fit, the last cut with an ellipsis; what follows them is not looked at."""
     lines = [""]
     for word in text.split():
+        if len(lines) > 3:
+            break
+        word = word[:width]  # of which no more can be seen
         longer = f"{lines[-1]} {word}".strip()
         if draw.textlength(longer, font) <= width or not lines[-1]:
             lines[-1] = longer

@@ -16,7 +16,7 @@ from diffexp_jax.models.precision import in_precision
 from diffexp_jax.rewards import aesthetic, clip_similarity, functions, hpsv2, imagereward, jpeg, judge, pickscore, spec
 from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.host import host_reward
-from diffexp_jax.rewards.reward import Builtin, Reward
+from diffexp_jax.rewards.reward import Builtin, Cutting, Reward, flattened
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 
 __all__ = ["BUILTINS", "Builtin", "Reward", "check_reward", "load_reward", "reward_name", "without_locations"]
@@ -68,6 +68,8 @@ def load_reward(
 
     def load(part: spec.Part) -> Reward:
         reward = _load_one(part, dtype=dtype, timeout=timeout, workers=workers, shapes_only=shapes_only)
+        on_white, prepare = part.name in BUILTINS and BUILTINS[part.name].on_white, reward.prepare
+        reward = reward._replace(prepare=lambda image: prepare(flattened(image, on_white=on_white)))
         if part.normed:
             others = swapped if contrast is None else from_file(paths.local("contrast", contrast))
             return textnorm(reward, others, temperature=temperature)
@@ -139,6 +141,8 @@ def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int
     else:
         path = files.file_or_folder(part.location, what=f"reward {part.bare!r}") if part.location else builtin.path
         reward = builtin.load(path, dtype=dtype)
+    if isinstance(reward.tokenize, Cutting):
+        reward = reward._replace(tokenize=reward.tokenize.named(part.bare))
     return reward._replace(
         score=in_precision(reward.score, dtype),
         score_prepared=in_precision(reward.score_prepared, dtype),

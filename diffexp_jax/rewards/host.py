@@ -161,18 +161,19 @@ def start_by_size(reward: Reward, images: Any, tokens: Tokens, *, batch: int) ->
     """Begins to score images on the host, of which those that follow each other share a call if of one size.
 
     Args:
-      images: bytes [H,W,3], of any sizes.
+      images: bytes [H,W,3], of any sizes; or [H,W,4], of which transparency is left out.
 
     Returns:
       A function that waits for what `Reward.start` scores of all the images; None where it scores nothing.
     """
     if not reward.start or not len(images):
         return None
-    groups = [list(same) for _, same in itertools.groupby(range(len(images)), lambda i: images[i].shape)]
+    groups = [list(same) for _, same in itertools.groupby(range(len(images)), lambda i: images[i].shape[:2])]
     calls = [group[i : i + batch] for group in groups for i in range(0, len(group), batch)]
 
     def start(rows: list[int]) -> Callable[[], HostScores]:
-        return reward.start(np.stack([images[i] for i in rows]), jax.tree.map(lambda x: np.asarray(x)[rows], tokens))
+        colours = np.stack([images[i][..., :3] for i in rows])
+        return reward.start(colours, jax.tree.map(lambda x: np.asarray(x)[rows], tokens))
 
     waits = [start(rows) for rows in calls]
     return lambda: joined([wait() for wait in waits])

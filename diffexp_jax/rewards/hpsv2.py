@@ -13,7 +13,7 @@ from diffexp_jax.formats.files import only_file
 from diffexp_jax.formats.pickles import SUFFIXES
 from diffexp_jax.models import clip, clip_files, open_clip, sizes
 from diffexp_jax.rewards.preprocess import normalise, official_pad, resize_and_pad
-from diffexp_jax.rewards.reward import Builtin, Reward, Tokenize, of_pixels, zero_tokens
+from diffexp_jax.rewards.reward import Builtin, Cutting, Reward, Tokenize, of_pixels, zero_tokens
 
 
 def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
@@ -36,7 +36,8 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     else:
         file = only_file(path, (*SUFFIXES, ".safetensors")) if path.is_dir() else path
         model, params = open_clip.load(file, dtype=dtype)
-    return build(model, params, tokenizers.open_clip(folder, length=model.config.text.max_position_embeddings))
+    encode = tokenizers.open_clip(folder, length=model.config.text.max_position_embeddings)
+    return build(model, params, Cutting(encode))
 
 
 def build(model: clip.CLIP, params: Any, tokenize: Tokenize) -> Reward:

@@ -13,7 +13,7 @@ from diffexp_jax.formats.files import only_file
 from diffexp_jax.formats.pickles import SUFFIXES
 from diffexp_jax.models import blip
 from diffexp_jax.rewards.preprocess import clip_pixels, official_crop, round_half
-from diffexp_jax.rewards.reward import Builtin, Reward, Tokenize, of_pixels, zero_tokens
+from diffexp_jax.rewards.reward import Builtin, Cutting, Reward, Tokenize, of_pixels, zero_tokens
 
 # Mean and deviation of the network's output on the training set: published scores are normalised by them.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -33,7 +33,8 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     """
     file = only_file(path, (*SUFFIXES, ".safetensors")) if path.is_dir() else path
     model, params = blip.load(file, dtype=dtype)
-    return build(model, params, tokenizers.bert(file.parent, length=min(LENGTH, model.config.max_position_embeddings)))
+    encode = tokenizers.bert(file.parent, length=min(LENGTH, model.config.max_position_embeddings))
+    return build(model, params, Cutting(encode))
 
 
 def build(model: blip.ImageReward, params: Any, tokenize: Tokenize) -> Reward:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from diffexp_jax.formats.tokenizers import load_tokenizer, token_ids
 from diffexp_jax.models import clip, clip_files, sizes
 from diffexp_jax.rewards.preprocess import clip_pixels, floor_half, official_crop
-from diffexp_jax.rewards.reward import SHIPPED, Builtin, Reward, Tokenize, of_pixels, zero_tokens
+from diffexp_jax.rewards.reward import SHIPPED, Builtin, Cutting, Reward, Tokenize, of_pixels, zero_tokens
 
 # What the cosine is multiplied by, of CLIP's own factor exp(logit_scale).
 SCALES = {"logit": lambda factor: factor, "logit/26": lambda factor: factor / 26, "cosine": jnp.ones_like}
@@ -31,7 +31,7 @@ def load(folder: Path, *, scale: str = "logit", dtype: DTypeLike = jnp.float32) 
     model, params = clip_files.load(folder, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.text.max_position_embeddings)
-    return build(model, params, lambda texts: token_ids(tokenizer, texts)[0], scale=scale)
+    return build(model, params, Cutting(partial(token_ids, tokenizer)), scale=scale)
 
 
 def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "logit") -> Reward:
@@ -62,9 +62,14 @@ def shapes(dtype: DTypeLike, *, scale: str = "logit") -> Reward:
 
 # Weights in a sum: DRaFT's (Clark et al. 2024) and PRDP's (Deng et al. 2024) 10 is of the cosine, about 0.2. The logit
 # is 100 times that: times 10 it would leave nothing to the other rewards.
+# transformers' processor, which the published code calls, puts transparent pictures on white since its version 5.
 BUILTINS = {
-    "pickscore": Builtin(load, shapes=shapes, weight=0.1),
-    "pickscore_26": Builtin(partial(load, scale="logit/26"), shapes=partial(shapes, scale="logit/26"), weight=2.6),
-    "pickscore_cosine": Builtin(partial(load, scale="cosine"), shapes=partial(shapes, scale="cosine"), weight=10.0),
-    "emoji_pickscore": Builtin(load, SHIPPED / "reward_clip"),
+    "pickscore": Builtin(load, shapes=shapes, weight=0.1, on_white=True),
+    "pickscore_26": Builtin(
+        partial(load, scale="logit/26"), shapes=partial(shapes, scale="logit/26"), weight=2.6, on_white=True
+    ),
+    "pickscore_cosine": Builtin(
+        partial(load, scale="cosine"), shapes=partial(shapes, scale="cosine"), weight=10.0, on_white=True
+    ),
+    "emoji_pickscore": Builtin(load, SHIPPED / "reward_clip", on_white=True),
 }

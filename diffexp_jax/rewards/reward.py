@@ -1,11 +1,16 @@
 """What a reward is, and what a built-in one brings along."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from absl import logging
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from diffexp_jax.formats.tokenizers import Encode, check_text
 
 Tokens = Any  # integers [B, ...], or a tree of them
 Pixels = Any  # float arrays [B, ...], or a tree of them
@@ -25,7 +30,7 @@ class Reward(NamedTuple):
     that it is made of by their names ({} if it has none). Training and its curve use it.
     `prepare(image)` and `score_prepared(params, pixels, tokens)` are the same on the published path, which reads bytes:
     on the host an image of any size -> what the networks read of it (stack these), then the networks. Evaluation
-    reports it.
+    reports it. That of `load_reward` takes [H,W,4] too, a picture with transparency.
     `start(images, tokens)` is for what cannot be in a program, as plain Python cannot: it begins to score a batch on
     the host, and gives a function that waits for the scores and their parts. They are added to those of the program,
     which are zeros where the host scores everything (`host.py`). Such a reward has no gradient.
@@ -51,6 +56,7 @@ class Builtin(NamedTuple):
     `weight` is what it is multiplied by in a sum, unless the user says otherwise.
     `target` is what AlignProp pulls it to, where that is published.
     `function` is given instead of `load` where it is plain Python, as in python:MODULE:FUNCTION.
+    `on_white` is whether it reads a transparent picture on white, else without its transparency, see `flattened`.
     """
 
     load: Callable[..., Reward] | None = None
@@ -59,6 +65,7 @@ class Builtin(NamedTuple):
     weight: float = 1.0
     target: float | None = None
     function: HostFunction | None = None
+    on_white: bool = False
 
 
 def of_pixels(
@@ -76,6 +83,39 @@ def of_pixels(
         return score_prepared(params, pixels(images), tokens)
 
     return Reward(params, tokenize, score, prepare, score_prepared, embed=embed)
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """A `Tokenize` that reads so many tokens of a prompt: it warns of each prompt that is longer, once."""
+
+    encode: Encode
+    reward: str = "of this model"  # its name in the warning
+    _said: set[str] = field(default_factory=set)
+
+    def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
+        ids, cut = self.encode([check_text(text, f"reward {self.reward}") for text in texts])
+        if new := [text for text in dict.fromkeys(cut) if text not in self._said]:
+            self._said.update(new)
+            shown = ", ".join(repr(text if len(text) <= 60 else f"{text[:57]}...") for text in new[:3])
+            more = f" and {len(new) - 3:,} others" if len(new) > 3 else ""
+            n, its = ids.shape[1], "prompt is" if len(new) == 1 else "prompts are"
+            logging.warning(
+                "reward %s: reads %d tokens of a prompt; %s cut to that: %s%s", self.reward, n, its, shown, more
+            )
+        return ids
+
+    def named(self, reward: str) -> "Cutting":
+        """The same under a reward's name."""
+        return replace(self, reward=reward, _said=set())
+
+
+def flattened(image: UInt8[np.ndarray, "H W _"], *, on_white: bool) -> UInt8[np.ndarray, "H W 3"]:
+    """The colours of a picture [H,W,3], or of one with transparency [H,W,4]: left out, or the picture put on white."""
+    if image.shape[2] == 3 or not on_white:
+        return image[..., :3]
+    over = Image.fromarray(image)
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB"))
 
 
 def no_tokens(texts: Sequence[str]):
