@@ -154,7 +154,7 @@ class Checkpoints:
         reason = orbax_errors.reason(error)
         raise OSError(
             f"{self._folder}: the checkpoint of iteration {iteration} could not be written ({reason}); the older "
-            "ones are untouched"
+            "ones are untouched, and the same command continues from them"
         ) from None
 
     def restore_newest(self, like: Any) -> tuple[int, Any] | None:

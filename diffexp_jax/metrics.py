@@ -5,8 +5,9 @@ import errno
 import json
 import math
 import os
+import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,12 +16,13 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from diffexp_jax import InputError, parallel
+from diffexp_jax import InputError, optional, parallel
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.json_text import parse_json
 
 _RECENT = 100  # rows
 _LONGEST = 2**20  # bytes of a line; a row has about a thousand
+_TENSORBOARD, _WANDB = "TensorBoard (log.tensorboard)", "Weights & Biases (log.wandb)"
 
 
 class MetricsWriter:
@@ -35,7 +37,7 @@ class MetricsWriter:
       wandb: the run's settings where Weights & Biases is to have them too.
 
     Raises:
-      InputError: wandb is asked for and not installed, or cannot begin.
+      InputError: wandb is asked for and not installed, or cannot begin; of a run that had begun there it is a warning.
     """
 
     def __init__(self, workdir: Path, *, tensorboard: bool = False, wandb: Mapping[str, Any] | None = None):
@@ -50,9 +52,9 @@ class MetricsWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._tensorboard:
-            self._tensorboard.close()
+            optional.attempt(_TENSORBOARD, self._tensorboard.close)
         if self._wandb:
-            self._wandb.finish(exit_code=int(error is not None))
+            optional.attempt(_WANDB, self._wandb.finish, exit_code=int(error is not None))
 
     def continue_from(self, iteration: int | None, known: Iterable[Mapping[str, Any]] = ()) -> None:
         """Drops the rows after the iteration that is continued from, lines that were cut short, and second ones.
@@ -74,15 +76,14 @@ class MetricsWriter:
             os.fsync(file.fileno())
         self.recent.extend(kept.values())
         if self._wants_tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=last + 1)
+            folder = self._workdir / "tensorboard"
+            self._tensorboard = optional.attempt(_TENSORBOARD, _TensorBoard, folder, last + 1)
 
     def write(self, iteration: int, values: Mapping[str, Any]) -> None:
         """Adds a row. It is on the disk when this returns: before any checkpoint that follows it.
 
         Raises:
-          OSError: it could not be written, and nothing of it is left.
+          OSError: it could not be written, and nothing of it is left. What it is sent on to may fail without.
         """
         if not parallel.is_first():
             return
@@ -92,13 +93,12 @@ class MetricsWriter:
         finite = {name: x for name, x in row.items() if name != "iteration" and math.isfinite(x)}
         grid = self._new_grid(iteration) if self._tensorboard or self._wandb else None
         if self._tensorboard:
-            for name, value in finite.items():
-                self._tensorboard.add_scalar(name, value, iteration)
-            if grid is not None:
-                self._tensorboard.add_image("images", np.asarray(grid), iteration, dataformats="HWC")
-            self._tensorboard.flush()
+            optional.attempt(_TENSORBOARD, self._tensorboard.write, iteration, finite, grid)
         if self._wandb:
-            self._wandb.log(finite | ({} if grid is None else {"images": _wandb_image(grid)}), step=iteration)
+            optional.attempt(_WANDB, self._send_to_wandb, iteration, finite, grid)
+
+    def _send_to_wandb(self, iteration: int, values: Mapping[str, float], grid: Image.Image | None) -> None:
+        self._wandb.log({**values} | ({} if grid is None else {"images": _wandb_image(grid)}), step=iteration)
 
     def _new_grid(self, iteration: int) -> Image.Image | None:
         """The image grid of this iteration, if there is one that this program drew; a damaged one is passed over."""
@@ -156,20 +156,73 @@ def _append(path: Path, line: bytes) -> None:
                 file.truncate(end)
                 raise
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror}); the last checkpoint is untouched") from None
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror}); the last checkpoint is untouched, and the same command "
+            "continues from it"
+        ) from None
+
+
+class _TensorBoard:
+    """TensorBoard's event files, written here and now: a thread of tensorboardX would die of a full disk, and whoever
+    has more to write would wait for it.
+
+    Args:
+      step: what the folder holds of this step and later ones is hidden.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step)
+        self._events = self._writer.file_writer.event_writer
+        self._events._worker.stop()
+        self._events.add_event = self._events._ev_writer.write_event
+
+    def write(self, iteration: int, values: Mapping[str, float], grid: Image.Image | None) -> None:
+        """A row, and the image grid of then."""
+        self._try(lambda: [self._writer.add_scalar(name, value, iteration) for name, value in values.items()])
+        if grid is not None:
+            self._try(lambda: self._writer.add_image("images", np.asarray(grid), iteration, dataformats="HWC"))
+        self._try(self._writer.flush)
+
+    def close(self) -> None:
+        self._try(self._writer.close)
+
+    def _try(self, work: Callable[[], Any]) -> None:
+        """Where writing fails nothing more is tried: tensorboardX does so when the program ends, with a traceback."""
+        if self._events._closed:
+            return
+        try:
+            work()
+        except Exception:
+            self._events._closed = True
+            raise
 
 
 def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:
     """A run of Weights & Biases; one that is continued has the id that it had before (WORKDIR/wandb-id.txt)."""
+    path = workdir / "wandb-id.txt"
+    if not path.exists():
+        name = os.urandom(4).hex()
+        run = _wandb_run(workdir, name, config)
+        optional.attempt(_WANDB, path.write_text, f"{name}\n")
+        return run
+    begun = path.read_bytes()[:100].decode("ascii", "replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", begun):
+        logging.warning("%s: is damaged; Weights & Biases has another run from here on", path)
+        path.unlink()
+        return optional.attempt(_WANDB, _start_wandb, workdir, config)
+    return optional.attempt(_WANDB, _wandb_run, workdir, begun, config)
+
+
+def _wandb_run(workdir: Path, name: str, config: Mapping[str, Any]) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
     except ImportError:
         raise InputError("log.wandb=true: wandb is not installed; pip install wandb") from None
-    path = workdir / "wandb-id.txt"
-    name = path.read_text().strip() if path.exists() else os.urandom(4).hex()
     try:
-        run = wandb.init(
+        return wandb.init(
             project="diffexp_jax",
             name=workdir.name,
             id=name,
@@ -181,8 +234,6 @@ def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:
     except Exception as error:  # of many types: no login, no network
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise InputError(f"log.wandb=true: {reason}; log in (wandb login) or set WANDB_MODE=offline") from None
-    path.write_text(name + "\n")
-    return run
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from diffexp_jax.dry_run import dry_run
 from diffexp_jax.evaluation import evaluate_all, fixed_samples
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.lease import Lease
-from diffexp_jax.metrics import MetricsWriter, check_finite, grid_path
+from diffexp_jax.metrics import MetricsWriter, check_finite
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.programs import Programs, make_programs, make_scorers
 from diffexp_jax.progress import Progress
@@ -170,7 +170,7 @@ def evaluate_and_draw(run: Run, lora: Any, iteration: int) -> dict[str, float]:
     if n and due(config.log.images_every):
         images, captions = fixed_samples(run.experiment, programs.generate, params, lora, run.plain, n=n)
         if parallel.is_first():
-            report.save_grid(grid_path(run.workdir, iteration), images, captions)
+            report.save_images(run.workdir, iteration, images, captions)
     if not due(config.eval.every):
         return {}
     return evaluate_all(run.experiment, programs.generate, run.scorers, params, lora, run.plain)

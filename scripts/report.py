@@ -12,7 +12,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from diffexp_jax import InputError, report
+from diffexp_jax import InputError, optional, report
 
 
 def main(args: argparse.Namespace) -> None:
@@ -26,6 +26,10 @@ def main(args: argparse.Namespace) -> None:
             report.save(args.workdir, args.out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
+    except InputError:
+        raise
+    except Exception as error:  # of whatever a damaged folder holds
+        raise InputError(f"{args.workdir}: no page can be made of it ({optional.reason_of(error)})") from None
     print(f"written: {out}")
 
 

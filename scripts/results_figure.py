@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from diffexp_jax.comparison import mean_over_seeds  # noqa: E402
+from diffexp_jax.report import plain  # noqa: E402
 
 WIDTH, HEIGHT = 5.2, 3.8  # inches of a panel
 COLUMNS = 3
@@ -59,11 +60,11 @@ def draw_curves(axis: Any, results: Mapping[str, Any], kind: str, curve: str, ti
         x = runs[0]["reward_queries"][:length]
         points = [mean_over_seeds([run[curve][i] for run in runs]) for i in range(length)]
         style = {"linestyle": "--", "color": "black"} if arm == results["baseline"] else {}
-        (line,) = axis.plot(x, [p.mean for p in points], label=f"{arm} ({len(runs)})", linewidth=1.3, **style)
+        (line,) = axis.plot(x, [p.mean for p in points], label=plain(f"{arm} ({len(runs)})"), linewidth=1.3, **style)
         if len(runs) > 1:
             low, high = ([getattr(p, side) for p in points] for side in ("low", "high"))
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axis.set(title=title, xlabel="reward queries (images)")
+    axis.set(title=plain(title), xlabel="reward queries (images)")
     axis.grid(alpha=0.3)
     factor = unet_evaluations_per_query(results)
     if factor:
@@ -92,10 +93,11 @@ def draw_bars(axis: Any, shares: Mapping[str, list[Mapping[str, Any]]], prompts:
         x = np.arange(len(bins)) + (i - (len(shares) - 1) / 2) * 0.8 / len(shares)
         mean, low, high = (np.array([one["gain"][k] for one in bins], float) for k in range(3))
         spread = None if np.isnan(low).any() else 100 * np.maximum([mean - low, high - mean], 0.0)
-        axis.bar(x, 100 * mean, 0.8 / len(shares), yerr=spread, capsize=2, label=arm)
+        axis.bar(x, 100 * mean, 0.8 / len(shares), yerr=spread, capsize=2, label=plain(arm))
     counts = [one["prompts"] for one in next(iter(shares.values()))]
     axis.set_xticks(range(len(names)), [f"{name}\n{n} prompts" for name, n in zip(names, counts, strict=True)])
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(title=f"gain over the baseline, {prompts}", ylabel="percentage points", xlabel="base model succeeds in")
+    title = plain(f"gain over the baseline, {prompts}")
+    axis.set(title=title, ylabel="percentage points", xlabel="base model succeeds in")
     axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize=8)

@@ -12,6 +12,7 @@ from diffexp_jax import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.prompts import load_prompts
+from diffexp_jax.report import evaluation_of
 from diffexp_jax.rewards import reward_name
 from diffexp_jax.settings import read_config
 
@@ -122,7 +123,7 @@ def names_of(seed: Seed) -> Names:
     """Raises InputError where the run evaluated nothing."""
     config, reward = seed.config, reward_name(seed.config.reward)
     evaluated = [name for row in seed.rows for name in row if name.startswith("eval/")]
-    sets = list(dict.fromkeys(name.split("/")[1] for name in evaluated))
+    sets = list(dict.fromkeys(prompts for prompts, _ in filter(None, map(evaluation_of, evaluated))))
     if not sets:
         raise InputError("a run without evaluations (eval.every=0): nothing to compare")
     trained = load_prompts(config.prompts).name

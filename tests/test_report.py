@@ -234,7 +234,8 @@ def test_a_row_that_does_not_fit_on_the_disk(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
     path, reason = tmp_path / "metrics.jsonl", "No space left on device"  # a part of it was written, and taken back
-    assert done.stderr == f"error: {path}: cannot be written ({reason}); the last checkpoint is untouched\n"
+    goes_on = "and the same command continues from it"
+    assert done.stderr == f"error: {path}: cannot be written ({reason}); the last checkpoint is untouched, {goes_on}\n"
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     shutil.rmtree(tmp_path)
     with pytest.raises(OSError, match="metrics.jsonl: cannot be written .No such file"):

@@ -7,10 +7,10 @@ runs. Any other page (a sweep's: scripts/results_page.py) is `save_page` of sect
 from diffexp_jax.report.beside import pictures_of_two, save_beside
 from diffexp_jax.report.curves import save_curves
 from diffexp_jax.report.grids import COMPARISONS, GRID, save_grid
-from diffexp_jax.report.page import Folded, Legend, Picture, Row, Section, Stack, Table, drawing, save_page
-from diffexp_jax.report.results import Result, as_text, before_and_after
-from diffexp_jax.report.run import REPORT, finish, refresh, save
+from diffexp_jax.report.page import Folded, Legend, Picture, Row, Section, Stack, Table, drawing, plain, save_page
+from diffexp_jax.report.results import Result, as_text, before_and_after, evaluation_of
+from diffexp_jax.report.run import REPORT, finish, refresh, save, save_images
 
 __all__ = ["COMPARISONS", "GRID", "REPORT", "Result", "as_text", "before_and_after", "save_curves", "save_grid"]
-__all__ += ["Folded", "Legend", "Picture", "Row", "Section", "Stack", "Table", "drawing", "save_page"]
-__all__ += ["finish", "pictures_of_two", "refresh", "save", "save_beside"]
+__all__ += ["Folded", "Legend", "Picture", "Row", "Section", "Stack", "Table", "drawing", "plain", "save_page"]
+__all__ += ["evaluation_of", "finish", "pictures_of_two", "refresh", "save", "save_beside", "save_images"]

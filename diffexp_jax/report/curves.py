@@ -1,13 +1,14 @@
 """The curves of metrics.jsonl: the reward, the evaluations, and signs of healthy training."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.metrics import read_metrics
-from diffexp_jax.report.page import SERIES, Drawing, Legend, drawing
-from diffexp_jax.report.results import in_words
+from diffexp_jax.report.page import SERIES, Drawing, Legend, drawing, plain
+from diffexp_jax.report.results import evaluation_of, in_words
 
 _TRAINING = ("grad_norm", "ratio/clip_fraction", "approx_kl")
 _DASHES = ("-", "--", ":", "-.")
@@ -35,11 +36,11 @@ def panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
 def all_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
     """The same, with what never moves."""
     names = sorted({name for row in rows for name in row})
-    evaluated = dict.fromkeys(name.split("/", 2)[2] for name in names if name.startswith("eval/"))
+    evaluated = {name: found for name in names if (found := evaluation_of(name))}
     chosen = {"reward/mean of the training samples": {"reward/mean": ""}}
-    for what in evaluated:
-        sets = [name for name in names if name.startswith("eval/") and name.split("/", 2)[2] == what]
-        chosen[f"evaluation: {in_words(what)}"] = {name: name.split("/")[1] for name in sets}
+    for what in dict.fromkeys(what for _, what in evaluated.values()):
+        sets = {name: prompts for name, (prompts, its) in evaluated.items() if its == what}
+        chosen[f"evaluation: {in_words(what)}"] = sets
     chosen |= {name: {name: ""} for name in _TRAINING}
     return [
         Panel(title, [Line(label, _points(rows, name)) for name, label in lines.items()])
@@ -76,13 +77,16 @@ def save_curves(workdir: Path) -> None:
         axis.set_axis_off()
     for axis, panel in zip(axes.flat, drawn, strict=False):
         for line in panel.lines:
-            axis.plot(*zip(*line.points, strict=True), label=line.label, linewidth=1.2, marker=_marker(line.points))
-        axis.set(title=panel.title, xlabel="iteration")
+            axis.plot(
+                *zip(*line.points, strict=True), label=plain(line.label), linewidth=1.2, marker=_marker(line.points)
+            )
+        axis.set(title=plain(panel.title), xlabel="iteration")
         axis.grid(alpha=0.3)
         if len(panel.lines) > 1:
             axis.legend(fontsize=7)
-    figure.tight_layout()
-    with replaced(workdir / "curves.png") as partial:
+    with warnings.catch_warnings(), replaced(workdir / "curves.png") as partial:
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font has not: drawn as boxes
+        figure.tight_layout()
         figure.savefig(partial, format="png", dpi=110)
 
 

@@ -17,6 +17,7 @@ import hashlib
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -150,7 +151,7 @@ def save_page(path: Path, title: str, sections: Sequence[Section], *, lead: Sequ
     """
     text = page(title, sections, lead=lead)
     with replaced(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 def page(title: str, sections: Sequence[Section], *, lead: Sequence[str | Part] = ()) -> str:
@@ -223,7 +224,9 @@ def drawing(figure: Any, alt: str, caption: str = "") -> Drawing:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
+    options = {"svg.fonttype": "none", "svg.hashsalt": plain(alt)}
+    with matplotlib.rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the page's font has it
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     head, _, body = buffer.getvalue().partition("<svg ")[2].partition(">")
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head).groups()
@@ -232,6 +235,12 @@ def drawing(figure: Any, alt: str, caption: str = "") -> Drawing:
     body = re.sub(r"#[0-9a-f]{6}\b", lambda colour: _THEME.get(colour[0], colour[0]), re.sub(r"\s*\n\s*", "\n", body))
     size = f'viewBox="0 0 {width} {height}" style="max-width:{float(width) * _LARGEST:.0f}px"'
     return Drawing(f'<svg {size} role="img" aria-label="{escaped(alt)}">{body.strip()}', caption)
+
+
+def plain(text: str) -> str:
+    """Text as matplotlib draws it as it is: a `$` begins no formula, a label may begin with `_`, all can be encoded."""
+    text = text.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _media_type(content: bytes) -> str:

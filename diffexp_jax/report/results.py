@@ -14,16 +14,22 @@ class Result(NamedTuple):
     iterations: str
 
 
+def evaluation_of(name: str) -> tuple[str, str] | None:
+    """(prompt set, what) of a metric's name eval/SET/WHAT; None of any other's."""
+    kind, *rest = name.split("/", 2)
+    return (rest[0], rest[1]) if kind == "eval" and len(rest) == 2 else None
+
+
 def before_and_after(rows: Sequence[dict[str, Any]]) -> list[Result]:
     """The first and the last evaluation of a run, a result for each prompt set and reward."""
-    evaluated = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    evaluated = [row for row in rows if any(map(evaluation_of, row))]
     if len(evaluated) < 2:
         return []
     first, last = evaluated[0], evaluated[-1]
     results = []
     for name in sorted(first.keys() & last.keys()):
-        if name.startswith("eval/"):
-            _, prompts, what = name.split("/", 2)
+        if evaluated := evaluation_of(name):
+            prompts, what = evaluated
             before, after = (
                 f"{100 * row[name]:.0f} %" if what in _WORDS else f"{row[name]:.3f}" for row in (first, last)
             )

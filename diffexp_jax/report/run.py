@@ -2,17 +2,21 @@
 
 import datetime
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax.traverse_util import flatten_dict
+from jaxtyping import UInt8
 
+from diffexp_jax import optional
 from diffexp_jax.formats.files import read_json
-from diffexp_jax.metrics import read_metrics
+from diffexp_jax.metrics import grid_path, read_metrics
 from diffexp_jax.report.curves import curves_of_one, save_curves
 from diffexp_jax.report.exploring import exploration_parts
-from diffexp_jax.report.page import Facts, Folded, Part, Row, Section, Table, save_page
+from diffexp_jax.report.grids import save_grid
+from diffexp_jax.report.page import Facts, Folded, Part, Row, Section, Table, html_of, save_page
 from diffexp_jax.report.pictures import Column, Frames, Gallery, label_of, read_frames
 from diffexp_jax.report.results import Result, as_text, before_and_after
 from diffexp_jax.settings import default_config, read_config
@@ -44,15 +48,29 @@ def read_run(workdir: Path) -> RunFiles:
     return RunFiles(workdir, flatten_dict(config.to_dict(), sep="."), read_metrics(workdir), about, frames)
 
 
+def save_images(workdir: Path, iteration: int, images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str]) -> None:
+    """The grid of an iteration as the run goes, in WORKDIR/images. A failure is a warning."""
+    optional.attempt("images", save_grid, grid_path(workdir, iteration), images, captions)
+
+
 def refresh(workdir: Path) -> None:
-    """`save` as the run goes: not where the last page is only seconds old, so that it never takes much of the time."""
-    page = workdir / REPORT
-    if not page.exists() or time.time() - page.stat().st_mtime > _SECONDS:
-        save(workdir)
+    """`save` as the run goes: not where the last page is only seconds old, so that it never takes much of the time.
+
+    A failure is a warning.
+    """
+
+    def save_if_old():
+        page = workdir / REPORT
+        if not page.exists() or not 0 <= time.time() - page.stat().st_mtime <= _SECONDS:
+            save(workdir)
+
+    optional.attempt(REPORT, save_if_old)
 
 
 def save(workdir: Path, out: Path | None = None) -> None:
     """Writes curves.png, and the page: to `out`, by default the run's report.html.
+
+    What cannot be drawn is left out, and said.
 
     Raises:
       InputError: see `read_run`.
@@ -60,15 +78,18 @@ def save(workdir: Path, out: Path | None = None) -> None:
     """
     run = read_run(workdir)
     if out is None:
-        save_curves(workdir)
+        optional.attempt("curves.png", save_curves, workdir)
     save_page(out or workdir / REPORT, title_of(run.settings), sections_of(run), lead=[facts_of(run)])
 
 
 def finish(workdir: Path) -> str:
-    """`save` at the end of a run, and what to say there: how its evaluations began and ended, and where to look."""
-    save(workdir)
-    results = before_and_after(read_metrics(workdir))
-    return f"{as_text(results)}look at {workdir / REPORT} and {workdir / 'images'}"
+    """`save` at the end of a run, and what to say there: how its evaluations began and ended, and where to look.
+
+    A failure is a warning.
+    """
+    optional.attempt(REPORT, save, workdir)
+    results = optional.attempt("results", lambda: as_text(before_and_after(read_metrics(workdir)))) or ""
+    return f"{results}look at {workdir / REPORT} and {workdir / 'images'}"
 
 
 def title_of(settings: Mapping[str, Any]) -> str:
@@ -76,16 +97,32 @@ def title_of(settings: Mapping[str, Any]) -> str:
 
 
 def sections_of(run: RunFiles) -> list[Section]:
-    legend, drawings = curves_of_one(run.rows)
-    curves = [*([legend] if legend else []), Row(drawings)] if drawings else ["No curves yet."]
-    return [
-        Section("Results", result_parts(before_and_after(run.rows))),
-        Section("Pictures", picture_parts(run.frames)),
-        Section("Curves", curves),
-        Section("Exploration", exploration_parts(run.settings, run.about)),
-        Section("Settings", setting_parts(run.settings)),
-        Section("Made with", machine_parts(run.about)),
-    ]
+    """One whose parts cannot be made says why."""
+    makes = {
+        "Results": lambda: result_parts(before_and_after(run.rows)),
+        "Pictures": lambda: picture_parts(run.frames),
+        "Curves": lambda: curve_parts(run.rows),
+        "Exploration": lambda: exploration_parts(run.settings, run.about),
+        "Settings": lambda: setting_parts(run.settings),
+        "Made with": lambda: machine_parts(run.about),
+    }
+    return [Section(title, _made(make)) for title, make in makes.items()]
+
+
+class Made(NamedTuple):
+    """A part that is html already."""
+
+    content: str
+
+    def html(self) -> str:
+        return self.content
+
+
+def _made(make: Callable[[], Sequence[str | Part]]) -> list[str | Part]:
+    try:
+        return [Made(html_of(part)) for part in make()]
+    except Exception as error:  # of whatever a damaged folder holds
+        return [f"Could not be made: {optional.reason_of(error)}."]
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -94,7 +131,8 @@ def sections_of(run: RunFiles) -> list[Section]:
 def facts_of(run: RunFiles) -> Facts:
     """The run at a glance."""
     settings, last = run.settings, (run.rows or [{}])[-1]
-    seconds = sorted(row["time/sample"] + row["time/train"] for row in run.rows if "time/train" in row)
+    timed = [row for row in run.rows if {"time/sample", "time/train"} <= row.keys()]
+    seconds = sorted(row["time/sample"] + row["time/train"] for row in timed)
     items = [
         ("Iterations", f"{last.get('iteration', 0):,} of {settings['iterations']:,}"),
         ("Reward queries", f"{last.get('reward_queries', 0):,}"),
@@ -140,6 +178,11 @@ def picture_parts(pictures: Frames) -> list[str | Part]:
     )
     notes = [shown if len(frames) > 1 else "Sampled without exploration.", *pictures.notes]
     return [" ".join(notes), Gallery(captions, columns)]
+
+
+def curve_parts(rows: Sequence[dict[str, Any]]) -> list[str | Part]:
+    legend, drawings = curves_of_one(rows)
+    return [*([legend] if legend else []), Row(drawings)] if drawings else ["No curves yet."]
 
 
 def setting_parts(settings: Mapping[str, Any]) -> list[str | Part]:

@@ -1,0 +1,34 @@
+"""What a run can do without: pictures, curves, reports, TensorBoard. Where one fails a warning says so, and no more."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from absl import logging
+
+T = TypeVar("T")
+_said: set[tuple[str, str]] = set()  # what failed, and why
+
+
+def attempt(what: str, work: Callable[..., T], *args: Any, **options: Any) -> T | None:
+    """work(...), or None where it fails: one line says so, once for each cause.
+
+    Args:
+      what: fails, in words.
+    """
+    try:
+        return work(*args, **options)
+    except Exception as error:  # of drawing, of a full disk, of a service: nothing of it may end a run
+        reason = reason_of(error)
+        cause = what, getattr(error, "strerror", None) or reason
+        if cause not in _said:
+            _said.add(cause)
+            logging.warning("%s: failed (%s); the run goes on without", what, reason)
+    return None
+
+
+def reason_of(error: Exception) -> str:
+    """Why, in part of a line."""
+    line = str(error).strip().partition("\n")[0][:300]
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    known = isinstance(error, OSError) or type(error).__module__.startswith("diffexp_jax")
+    return line if known and line else f"{type(error).__name__}: {line}".strip(": ")
