@@ -1,6 +1,6 @@
 """Sampling and scoring prompt sets on fixed seeds, without exploration: for evaluations and image grids."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,31 +26,44 @@ def evaluate(
     seed: int,
     batch: int,
     samples_per_prompt: int = 1,
+    keep: Sequence[int] = (),
+    measures: Mapping[str, Callable] | None = None,
     advance: Callable[[int], Any] = lambda n: None,
-) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[str, Float[np.ndarray, "N"]]]:
-    """Images and scores of every prompt, `samples_per_prompt` each, with seeds that depend on nothing else.
+) -> tuple[UInt8[np.ndarray, "K H W 3"], dict[str, Float[np.ndarray, "N ..."]]]:
+    """Scores of every prompt's images, `samples_per_prompt` each, with seeds that depend on nothing else.
 
-    `params` are the pipeline's for sampling, on the devices as `lora` and `steps` are.
-    `scorers` are rewards' names and what `programs.make_scorer` makes of them.
-    `advance` is called with the number of images just sampled: a progress bar's update.
+    A batch of images is scored and dropped before the next is sampled: what is held does not grow with the prompts.
+
+    Args:
+      params: the pipeline's for sampling, on the devices as `lora` and `steps` are.
+      scorers: rewards' names and what `programs.make_scorer` makes of them.
+      batch: images at once; a multiple of those that a scorer takes at once, or it reads more, smaller batches.
+      keep: which images to return, counted prompt by prompt, in ascending order.
+      measures: what else is taken of images, by name: functions of [B,H,W,3] that give [B,...].
+      advance: called with the number of images just sampled: a progress bar's update.
 
     Returns:
-      The images, prompt by prompt; {"reward": [N], "reward/part": [N]} in the same order.
+      The images that `keep` says, {"reward": [N], "reward/part": [N], "measure": [N,...]} of all, prompt by prompt.
     """
     rows = np.repeat(np.arange(len(task.texts)), samples_per_prompt)
     key = parallel.stream(seed, f"eval/{task.name}")
     padded = np.concatenate([rows, np.zeros(-len(rows) % batch, np.int64)])
-    images = []
+    kept, found = [], []
+    keep = np.asarray(keep, int)
     for start in range(0, len(padded), batch):
         part = padded[start : start + batch]
         context = make_context(jax.tree.map(lambda x, part=part: x[part], task.cond), uncond)
         keys = parallel.keys_of(key, np.arange(start, start + batch))
         inputs = parallel.shard((context, keys), batch)
-        images.append(parallel.unshard(generate(params, lora, *inputs, steps)))
-        advance(min(batch, len(rows) - start))
-    images = np.concatenate(images)[: len(rows)]
-    tokens = {name: jax.tree.map(lambda x: x[rows], task.tokens[name]) for name in scorers}
-    return images, score_all(scorers, images, tokens)
+        n = min(batch, len(rows) - start)
+        images = parallel.unshard(generate(params, lora, *inputs, steps))[:n]
+        tokens = {name: jax.tree.map(lambda x, part=part[:n]: x[part], task.tokens[name]) for name in scorers}
+        found.append(score_all(scorers, images, tokens))
+        found[-1] |= {name: np.array(measure(images)) for name, measure in (measures or {}).items()}
+        kept.append(images[keep[(start <= keep) & (keep < start + n)] - start])
+        del images
+        advance(n)
+    return np.concatenate(kept), {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def score_all(
@@ -134,5 +147,7 @@ def fixed_samples(
     texts = tuple(experiment.train.texts[i] for i in rows)
     task = Task("grid", texts, jax.tree.map(lambda x: x[rows], experiment.train.cond), {})
     seed, batch = experiment.config.seed, experiment.split.samples
-    images, _ = evaluate(generate, {}, params, lora, task, experiment.sampler.uncond, steps, seed=seed, batch=batch)
+    images, _ = evaluate(
+        generate, {}, params, lora, task, experiment.sampler.uncond, steps, seed=seed, batch=batch, keep=range(n)
+    )
     return images, texts

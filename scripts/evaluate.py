@@ -51,9 +51,8 @@ def main(args: argparse.Namespace) -> None:
             captions, shown = shown_images(args, task.texts)
             pictures = {}
             for name in ("base", "tuned"):
-                images, scores = comparison.evaluate(args, task, name, bar)
+                pictures[name], scores = comparison.evaluate(args, task, name, shown, bar)
                 evaluation.check_scores(scores)
-                pictures[name] = images[shown]
                 results[task.name][name] = {key: evaluation.summary(x) for key, x in scores.items()}
                 line = ", ".join(f"{key} {x['mean']:.3f}" for key, x in results[task.name][name].items())
                 tqdm.write(f"{task.name}, {name}: {line}")
@@ -117,7 +116,10 @@ class Comparison(NamedTuple):
             batch,
         )
 
-    def evaluate(self, args: argparse.Namespace, task: Any, name: str, bar: tqdm) -> tuple[np.ndarray, dict]:
+    def evaluate(
+        self, args: argparse.Namespace, task: Any, name: str, shown: np.ndarray, bar: tqdm
+    ) -> tuple[np.ndarray, dict]:
+        """The images with these indices, and the scores of all."""
         return evaluation.evaluate(
             self.generate,
             self.scorers,
@@ -129,6 +131,7 @@ class Comparison(NamedTuple):
             seed=args.seed,
             batch=self.batch,
             samples_per_prompt=args.samples_per_prompt,
+            keep=shown,
             advance=bar.update,
         )
 

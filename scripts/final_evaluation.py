@@ -111,7 +111,8 @@ class Model(NamedTuple):
 
     def measure(self, task: Task, *, n: int, explore: bool, seed: int, advance: Callable) -> dict[str, Any]:
         """Of n images a prompt {"means": {what: mean and error}, "prompts": [P], "per_prompt": {what: [P]}}."""
-        images, values = evaluation.evaluate(
+        measures = SIGNS | ({"features": self.embed} if self.embed and n > 1 else {})
+        _, values = evaluation.evaluate(
             self.generate,
             self.scorers,
             self.params,
@@ -122,13 +123,14 @@ class Model(NamedTuple):
             seed=seed,
             batch=self.experiment.split.samples,
             samples_per_prompt=n,
+            measures=measures,
             advance=advance,
         )
-        values |= {name: sign(images) for name, sign in SIGNS.items()}
+        features = values.pop("features", None)
         per_prompt = {name: x.reshape(-1, n).mean(1) for name, x in values.items()}
-        if self.embed and n > 1:
-            features = self.embed(images).reshape(len(task.texts), n, -1)
-            spread = {f"diversity/{name}": np.array([f(x) for x in features]) for name, f in DIVERSITY.items()}
+        if features is not None:
+            of_prompts = features.reshape(len(task.texts), n, -1)
+            spread = {f"diversity/{name}": np.array([f(x) for x in of_prompts]) for name, f in DIVERSITY.items()}
             values, per_prompt = values | spread, per_prompt | spread
         return {
             "means": {name: evaluation.summary(x) for name, x in values.items()},

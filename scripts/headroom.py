@@ -26,7 +26,7 @@ import numpy as np
 import results_tables
 import sweep_plan
 from final_evaluation import Model
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -90,13 +90,13 @@ def measure(config: ConfigDict, args: argparse.Namespace) -> dict[str, Any]:
     success, least = parse_success(args.success, model.scorers)
     (task,), n = experiment.evals, args.samples_per_prompt
     with tqdm(total=len(task.texts) * (args.many + n * len(WAYS)), desc="headroom", unit="image") as bar:
-        _, many = sample(model, task, args.many, WAYS["plain"], seed=args.seed + 1, bar=bar)
+        many, _ = sample(model, task, args.many, WAYS["plain"], seed=args.seed + 1, bar=bar)
         base = (many[success] >= least).reshape(len(task.texts), -1).mean(1)
         ways = {}
         for name, changes in WAYS.items():
-            images, scores = sample(model, task, n, changes, seed=args.seed, bar=bar)
+            scores, features = sample(model, task, n, changes, seed=args.seed, bar=bar)
             rewards = scores[experiment.reward].reshape(-1, n)
-            ways[name] = statistics(model, images, rewards, scores[success].reshape(-1, n) >= least)
+            ways[name] = statistics(features, rewards, scores[success].reshape(-1, n) >= least)
     names = {"reward": experiment.reward, "success": [success, least], "many": args.many}
     names["samples_per_prompt"] = n
     return names | {"prompts": task.texts, "base": rounded(base), "ways": ways}
@@ -119,15 +119,15 @@ def parse_success(text: str, rewards: Collection[str]) -> tuple[str, float]:
 
 def sample(
     model: Model, task: Task, n: int, changes: Mapping[str, Any], *, seed: int, bar: tqdm
-) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[str, Float[np.ndarray, " N"]]]:
-    """n images of each prompt with these numbers of exploration, and their scores."""
+) -> tuple[dict[str, Float[np.ndarray, " N"]], Float[np.ndarray, "N F"] | None]:
+    """Scores and features of n images of each prompt, sampled with these numbers of exploration."""
     sampler = model.experiment.sampler
     sampler = sampler._replace(exploration=sampler.exploration._replace(**changes))
     rows = np.repeat(np.arange(len(task.texts)), n)
     cond, tokens = jax.tree.map(lambda x: x[rows], (task.cond, task.tokens))
     if sampler.exploration.weight_range != (1.0, 1.0):
         cond = weighted(model.experiment._replace(sampler=sampler), cond, rows, seed)
-    return evaluation.evaluate(
+    _, scores = evaluation.evaluate(
         model.generate,
         model.scorers,
         model.params,
@@ -137,8 +137,10 @@ def sample(
         parallel.replicate(sampler.steps(explore=True)),
         seed=seed,
         batch=model.experiment.split.samples,
+        measures={"features": model.embed} if model.embed else {},
         advance=bar.update,
     )
+    return scores, scores.pop("features", None)
 
 
 def weighted(experiment: Experiment, cond: Conditioning, rows: Int[np.ndarray, " N"], seed: int) -> Conditioning:
@@ -152,17 +154,16 @@ def weighted(experiment: Experiment, cond: Conditioning, rows: Int[np.ndarray, "
 
 
 def statistics(
-    model: Model,
-    images: UInt8[np.ndarray, "N H W 3"],
+    features: Float[np.ndarray, "N F"] | None,
     rewards: Float[np.ndarray, "P n"],
     succeeds: Bool[np.ndarray, "P n"],
 ) -> dict[str, list]:
     """Of each prompt's n images."""
     found = {"success": succeeds.mean(1), "mean": rewards.mean(1), "std": rewards.std(1)}
     found["best"] = best_of(rewards, BEST_OF)
-    if model.embed:
-        features = model.embed(images).reshape(*rewards.shape, -1)
-        found["distance"] = np.array([image_statistics.mean_pairwise_distance(x) for x in features])
+    if features is not None:
+        of_prompts = features.reshape(*rewards.shape, -1)
+        found["distance"] = np.array([image_statistics.mean_pairwise_distance(x) for x in of_prompts])
     return {name: rounded(x) for name, x in found.items()}
 
 

@@ -1,0 +1,68 @@
+"""Evaluation: scores of any number of images, of which a batch at a time is held; what is drawn is kept."""
+
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffexp_jax import evaluation, parallel
+from diffexp_jax.experiment import Task
+
+PROMPTS, EACH, BATCH = 7, 5, 8  # 35 images: four batches and a part of one
+
+
+@pytest.fixture
+def evaluate(monkeypatch):
+    """Evaluates without a model: an image is its number in the set; says how many were held at once."""
+    made, most = [], []
+
+    class Images(np.ndarray):
+        """What can be referred to weakly."""
+
+    def unshard(images, original=parallel.unshard):
+        batch = original(images).view(Images)
+        gc.collect()
+        made.append(weakref.ref(batch))
+        most.append(sum(len(there()) for there in made if there() is not None))
+        return batch
+
+    monkeypatch.setattr(parallel, "unshard", unshard)
+    cond = np.arange(PROMPTS, dtype=np.float32)[:, None]
+    task = Task("set", tuple(map(str, range(PROMPTS))), cond, {"score": np.arange(PROMPTS)})
+
+    def generate(params, lora, context, keys, steps):
+        data = jax.random.key_data(keys).reshape(*keys.shape, -1)[..., -1] % 200
+        return jnp.broadcast_to(data[..., None, None, None], (*keys.shape, 2, 2, 3)).astype(jnp.uint8)
+
+    def score(images, tokens):
+        return {"": images[:, 0, 0, 0].astype(float) + 1000.0 * tokens, "size": np.full(len(images), 1.0)}
+
+    def run(batch=BATCH, **options):
+        most.clear()
+        options |= {"seed": 1, "batch": batch, "samples_per_prompt": EACH}
+        return *evaluation.evaluate(generate, {"score": score}, None, None, task, None, None, **options), max(most)
+
+    return run
+
+
+def test_a_batch_at_a_time_is_held(evaluate):
+    images, scores, held = evaluate()
+    assert held == BATCH and images.shape == (0, 2, 2, 3)
+    assert scores["score"].shape == scores["score/size"].shape == (PROMPTS * EACH,)
+
+
+def test_the_same_as_all_at_once(evaluate):
+    """Scores bit for bit, in the order of the prompts; the images that are kept are those asked for."""
+    whole, together, held = evaluate(batch=40, keep=range(PROMPTS * EACH))
+    assert held >= PROMPTS * EACH
+    measures = {"brightness": lambda images: images.mean((1, 2, 3)), "features": lambda images: images[:, 0, 0]}
+    images, scores, held = evaluate(keep=[0, 7, 8, 34], measures=measures)
+    assert held < 2 * BATCH
+    np.testing.assert_array_equal(images, whole[[0, 7, 8, 34]])
+    np.testing.assert_array_equal(scores["score"], together["score"])
+    assert (scores["score"] // 1000).tolist() == np.repeat(np.arange(PROMPTS), EACH).tolist()
+    np.testing.assert_array_equal(scores["brightness"], whole.mean((1, 2, 3)))
+    np.testing.assert_array_equal(scores["features"], whole[:, 0, 0])
