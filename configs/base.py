@@ -77,9 +77,12 @@ def default() -> ml_collections.ConfigDict:
     e.iterations = placeholder(int)  # that many of the first explore; None: by the fraction
 
     c.lora = lo = ml_collections.ConfigDict()
-    lo.rank = 4  # of the update A B that is added to each projection of the attentions
+    lo.rank = 4  # of the update A B that is added to each layer that takes LoRA
     lo.alpha = 4.0  # the update is scaled by alpha / rank
-    lo.path = placeholder(str)  # a LoRA file to start from (diffusers, peft or kohya); None: from nothing
+    # Of the UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
+    # "convolutions" (of residual blocks and between levels), or single layers of these by name: "to_k".
+    lo.targets = ("attention",)  # which layers take LoRA
+    lo.path = placeholder(str)  # a LoRA file or folder to start from (diffusers, peft, kohya); None: from nothing
 
     c.optim = o = ml_collections.ConfigDict()  # AdamW
     o.lr = 3e-4  # learning rate

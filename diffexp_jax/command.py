@@ -19,7 +19,7 @@ from diffexp_jax import HostError, InputError, RewardError, output, paths
 from diffexp_jax.stopping import Stopped
 
 _LONGEST = 1000  # characters of an error
-LISTS = ("eval.prompts", "eval.rewards")  # settings that a flag may give as words, separated by commas
+LISTS = ("eval.prompts", "eval.rewards", "lora.targets")  # settings that a flag may give as words, separated by commas
 # What other trainers call a setting
 _ALSO_KNOWN_AS = {
     "learning_rate": "optim.lr",

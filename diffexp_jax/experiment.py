@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from diffexp_jax import InputError, parallel, paths
 from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Method, Policy, Setup
 from diffexp_jax.fingerprint import fingerprint
-from diffexp_jax.models.lora import init_lora, initial_lora
+from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
 from diffexp_jax.optimizer import make_optimizer
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
@@ -111,13 +111,14 @@ class Experiment(NamedTuple):
 
     def initial_lora(self) -> Any:
         """Where fine-tuning starts."""
-        key, lora = parallel.stream(self.config.seed, "lora"), self.config.lora
-        return initial_lora(key, self.sampler.pipeline.base, rank=lora.rank, alpha=lora.alpha, path=lora.path)
+        key, base, lora = parallel.stream(self.config.seed, "lora"), self.sampler.pipeline.base, self.config.lora
+        options = {"rank": lora.rank, "alpha": lora.alpha, "targets": target_layers(lora.targets)}
+        return initial_lora(key, base, path=lora.path, **options)
 
     def lora_shapes(self) -> Any:
         """The shapes of what is trained."""
-        base = self.sampler.pipeline.base
-        return jax.eval_shape(lambda: init_lora(jax.random.key(0), base, rank=self.config.lora.rank))
+        base, rank, targets = self.sampler.pipeline.base, self.config.lora.rank, target_layers(self.config.lora.targets)
+        return jax.eval_shape(lambda: init_lora(jax.random.key(0), base, rank=rank, targets=targets))
 
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model, the reward and the prompts, which do not depend on the names of their files."""

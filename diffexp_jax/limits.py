@@ -48,6 +48,9 @@ def positive(high: float = 1e6) -> Number:
     return Number(0.0, high, above=True)
 
 
+LORA_SCALE = Number(-100.0, 100.0)  # a factor of a LoRA that is mixed in; below 0 it leads the other way
+
+
 def check_number(name: str, value: Any, accepted: Number) -> None:
     """Raises InputError where the value is no such number; `name` is what the user sets it by, "KEY=" or "--FLAG "."""
     if not accepted.accepts(value):

@@ -15,6 +15,7 @@ from diffexp_jax import InputError, backend, paths
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.limits import Number, check_number, check_text, one_of, positive, whole
+from diffexp_jax.models.lora import check_targets
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
 from diffexp_jax.parallel import Split, number_of_hosts, split_batch
 from diffexp_jax.pipelines import SHIPPED
@@ -118,13 +119,14 @@ def check_values(config: ConfigDict, keys: Iterable[str], names: Mapping[str, st
     flat = flatten_dict(config.to_dict(), sep=".")
     numbers = {key: NUMBERS[key] for key in keys if key in NUMBERS}
     numbers |= {key: accepted for key, accepted in method_numbers().items() if key in flat}
-    for key in (*numbers, *CHOICES, *TEXTS):
+    for key in (*numbers, *CHOICES, *TEXTS, "lora.targets"):
         if key not in flat:
             raise InputError(f"config: has no key {key}; configs/base.py has them all")
     for key, accepted in CHOICES.items():
         one_of(key, flat[key], accepted)
     for key in TEXTS:
         check_text(names.get(key, f"{key}="), flat[key])
+    check_targets(flat["lora.targets"])
     for key, accepted in numbers.items():
         name, value = names.get(key, f"{key}="), flat[key]
         for number in value if isinstance(value, tuple | list) else [value]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from diffexp_jax import InputError, backend, checkpoint, evaluation, parallel, report, settings
 from diffexp_jax.experiment import check_files, load_rewards, make_task
 from diffexp_jax.formats.files import replaced
-from diffexp_jax.limits import check_number, whole
+from diffexp_jax.limits import LORA_SCALE, check_number, whole
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.programs import bytes_and_finite, make_generate, make_scorer
 from diffexp_jax.prompts import load_prompt_sets
@@ -33,6 +33,7 @@ def main(args: argparse.Namespace) -> None:
     for flag in ("samples_per_prompt", "batch", "columns", "rows"):
         check_number(f"--{flag} ", getattr(args, flag), whole(1, 2**20))
     check_number("--seed ", args.seed, settings.NUMBERS["seed"])
+    check_number("--lora_scale ", args.lora_scale, LORA_SCALE)
     command.check_writable(args.out.parent, "--out")
     config = run_settings(args)
     backend.set_cpu_devices(settings.cpu_devices(config))
@@ -42,6 +43,7 @@ def main(args: argparse.Namespace) -> None:
     iteration, lora = checkpoint.read_lora(args.workdir, args.checkpoint)
     comparison = Comparison.build(args, config, lora)
     results: dict[str, Any] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
+    results["lora_scale"] = args.lora_scale
     results["sampling"] = config.sampling.to_dict()
     n_images = 2 * args.samples_per_prompt * sum(map(len, prompt_sets))
     with tqdm(total=n_images, desc="evaluating", unit="image") as bar:
@@ -103,7 +105,7 @@ class Comparison(NamedTuple):
         _, _, rewards = load_rewards(config)
         sampler, n = Sampler.build(config), jax.device_count()
         batch = max(args.batch // n, 1) * n
-        scale = config.lora.alpha / config.lora.rank
+        scale = args.lora_scale * config.lora.alpha / config.lora.rank
         loras = {name: parallel.replicate(scaled(lora, x)) for name, x in (("base", 0.0), ("tuned", scale))}
         return cls(
             sampler,
@@ -172,6 +174,7 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--workdir", type=Path, required=True, help="of the run")
     add("--checkpoint", default=checkpoint.NEWEST, help="of the run: newest, best, or the number of an iteration")
+    add("--lora_scale", type=float, default=1.0, help="factor of the LoRA: 0 is the base model, 1 the tuned one")
     add("--prompts", help="built-in sets, files or prompts, separated by commas without a blank (default: the run's)")
     add("--rewards", help="rewards to report besides the run's, separated by commas (default: those that it reports)")
     add("--samples_per_prompt", type=int, default=4)

@@ -30,7 +30,7 @@ from diffexp_jax import InputError, checkpoint, exploration, parallel, programs,
 from diffexp_jax.evaluation import check_pictures
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.tokenizers import check_text, token_ids
-from diffexp_jax.limits import check_number, whole
+from diffexp_jax.limits import LORA_SCALE, check_number, whole
 from diffexp_jax.models.lora import load_lora, scaled
 from diffexp_jax.models.precision import DTYPES
 from diffexp_jax.pipelines import Conditioning, Pipeline, make_context
@@ -80,7 +80,8 @@ def arguments() -> argparse.Namespace:
     add("--prompt", action="append", default=[], help="a prompt (repeat for several)")
     add("--prompts", help="a built-in prompt set or a file, after the --prompt ones")
     add("--num_images", type=int, default=1, help="images of each prompt")
-    add("--lora", type=Path, help="a LoRA file, or the workdir of a run")
+    add("--lora", type=Path, help="a LoRA file or folder, or the workdir of a run")
+    add("--lora_scale", type=float, help="factor of the LoRA: 0 is the untuned model, 1 the tuned one (default: 1)")
     add("--checkpoint", help="of the run that --lora names: newest, best, or an iteration's number (default: its end)")
     add("--out", type=Path, required=True, help="folder for NNNN.png, prompts.csv and grid.png")
     add("--save_npy", action="store_true", help="also write images.npy, float32 [N,H,W,3] in [0,1]")
@@ -147,6 +148,10 @@ def settings_of(args: argparse.Namespace) -> ConfigDict:
     settings.check_values(config, KEYS.values(), {key: f"--{flag} " for flag, key in KEYS.items() if key in given})
     check_number("--batch ", args.batch, whole(1, 2**20))
     check_number("--num_images ", args.num_images, whole(1, 2**20))
+    if args.lora_scale is not None:
+        check_number("--lora_scale ", args.lora_scale, LORA_SCALE)
+        if not args.lora:
+            raise InputError(f"--lora_scale {args.lora_scale:g}: wants a LoRA, by --lora")
     if args.checkpoint and (run is None or not run.is_file()):
         raise InputError(f"--checkpoint {args.checkpoint}: wants the workdir of a run, by --lora")
     if args.lora and not Path(args.lora).exists():
@@ -156,13 +161,15 @@ def settings_of(args: argparse.Namespace) -> ConfigDict:
 
 
 def chosen_lora(args: argparse.Namespace, config: ConfigDict, pipeline: Pipeline) -> Any:
-    """What --lora and --checkpoint name, scaled; None where that is nothing."""
+    """What --lora and --checkpoint name, scaled, also by --lora_scale; None where that is nothing."""
     if not args.lora:
         return None
     if args.checkpoint is None:
-        return scaled(*load_lora(args.lora, pipeline.base))
-    _, lora = checkpoint.read_lora(Path(args.lora), args.checkpoint)
-    return scaled(lora, config.lora.alpha / config.lora.rank)
+        lora, scale = load_lora(args.lora, pipeline.base)
+    else:
+        _, lora = checkpoint.read_lora(Path(args.lora), args.checkpoint)
+        scale = config.lora.alpha / config.lora.rank
+    return scaled(lora, scale * (1.0 if args.lora_scale is None else args.lora_scale))
 
 
 def chosen_prompts(args: argparse.Namespace) -> PromptSet:

@@ -257,6 +257,8 @@ def test_a_real_script_says_one_line(tmp_path):
         ("ddpo", "ddpo.stats_min_count", 5, "ddpo.stats_min_count=5: wants 1..4"),
         ("ddpo", "eval.every", -1, "eval.every=-1: wants 0..10000000"),
         ("ddpo", "lora.rank", 0, "lora.rank=0: wants 1..1024"),
+        ("ddpo", "lora.targets", ("text_encoder",), "lora.targets='text_encoder': only the UNet is trained"),
+        ("ddpo", "lora.targets", ("to_x",), "lora.targets='to_x': accepted: attention, feed_forward,"),
         ("ddpo", "prompts", "no/such.txt", "no/such.txt: cannot read the prompt file: No such file or directory"),
         ("ddpo", "prompts", "plants", "unknown prompt set 'plants'; accepted: animals,"),
         ("ddpo", "model.path", "no/such", "model 'no/such': no such folder, no copy in the hub's cache"),
@@ -480,6 +482,9 @@ def test_a_workdir_of_another_config(fails, make_config, workdir):
     config = make_config("alignprop", {"lora.alpha": 8.0, "optim.lr": 0.5, "sampling.steps": 3})
     said = fails(2, command.guarded, train.run, config, workdir)
     assert "holds a run of another config: optim.lr (0.01 there, 0.5 here), sampling.steps (4 there, 3 here);" in said
+    config = make_config("alignprop", {"lora.alpha": 8.0, "lora.targets": ("attention", "feed_forward")})
+    said = fails(2, command.guarded, train.run, config, workdir)
+    assert 'another config: lora.targets (["attention"] there, ["attention", "feed_forward"] here);' in said
     assert contents(workdir) == before
 
 
@@ -525,6 +530,8 @@ def test_a_workdir_without_a_checkpoint_is_free(make_config, workdir):
         (["--prompt=a dog", "--model=no/such"], "model 'no/such': no such folder"),
         (["--prompt=a dog", "--lora=no/such"], "--lora no/such: no such file or folder"),
         (["--prompt=a dog", "--lora=other.safetensors"], "has shape (4, 16), the model's layer"),
+        (["--prompt=a dog", "--lora_scale=0.5"], "--lora_scale 0.5: wants a LoRA, by --lora"),
+        (["--prompt=a dog", "--lora=x", "--lora_scale=nan"], "--lora_scale nan: wants -100..100"),
         (["--prompt=a dog", "--latents=no.npy"], "--latents no.npy: not a readable .npy file"),
         (["--prompt=a dog", "--latents=text.npy"], "--latents text.npy: not a readable .npy file"),
         (["--prompt=a dog", "--latents=two.npz"], "--latents two.npz: wants one array of float32"),
@@ -564,6 +571,7 @@ def test_bad_input_of_sample(fails, script, tiny_model, lora, tmp_path, monkeypa
         ("evaluate", ["--workdir=run", "--prompts=plants", "--out=e.json"], "unknown prompt set 'plants'; accepted:"),
         ("evaluate", ["--workdir=run", "--rewards=beauty", "--out=e.json"], "unknown reward 'beauty'; accepted:"),
         ("evaluate", ["--workdir=run", "--batch=0", "--out=e.json"], "--batch 0: wants 1..1048576"),
+        ("evaluate", ["--workdir=run", "--lora_scale=inf", "--out=e.json"], "--lora_scale inf: wants -100..100"),
         ("evaluate", ["--workdir=run", "--out=run/config.json/e.json"], "--out run/config.json: cannot be written"),
         ("final_evaluation", ["--workdir=no/such", "--out=f.json"], "no/such/config.json: the file is missing"),
         ("final_evaluation", ["--workdir=empty", "--out=f.json"], "empty: no checkpoint there"),
@@ -615,12 +623,13 @@ def test_sample_is_diffusers_with_and_without_lora(script, workdir, tiny_model, 
     arguments = [f"--model={tiny_model}", f"--prompt={prompts[0]}", f"--prompts={tmp_path / 'p.txt'}", "--steps=20"]
     arguments += ["--guidance=7.5", "--batch=2", f"--latents={tmp_path / 'x.npy'}", "--save_npy"]
     ours = {}
-    for name, more in (("plain", []), ("lora", [f"--lora={file}"])):
+    half = [f"--lora={file}", "--lora_scale=0.5"]
+    for name, more in (("plain", []), ("lora", [f"--lora={file}"]), ("half", half)):
         script("sample", *arguments, f"--out={tmp_path / name}", *more)
         ours[name] = np.load(tmp_path / name / "images.npy")
         assert ours[name].shape == (3, 16, 16, 3) and ours[name].dtype == np.float32
         files = {path.name for path in (tmp_path / name).iterdir()}
-        pngs = {f"000{i}{suffix}.png" for i in range(3) for suffix in ("", "-base")[: 1 + (name == "lora")]}
+        pngs = {f"000{i}{suffix}.png" for i in range(3) for suffix in ("", "-base")[: 1 + (name != "plain")]}
         assert files == {*pngs, "grid.png", "images.npy", "prompts.csv"}
         with Image.open(tmp_path / name / "0002.png") as image:
             np.testing.assert_allclose(np.asarray(image) / 255, ours[name][2], atol=0.5 / 255 + 1e-6)
@@ -632,9 +641,11 @@ def test_sample_is_diffusers_with_and_without_lora(script, workdir, tiny_model, 
     theirs = {"plain": pipe(prompts, latents=noise, **kwargs).images}
     pipe.load_lora_weights(str(file.parent))
     theirs["lora"] = pipe(prompts, latents=noise, **kwargs).images
+    theirs["half"] = pipe(prompts, latents=noise, cross_attention_kwargs={"scale": 0.5}, **kwargs).images
     for name in ours:
         assert np.abs(ours[name] - theirs[name]).max() <= 2e-3, name
-    assert np.abs(ours["lora"] - ours["plain"]).max() > 0.02  # it is not a no-op
+    for one, other in (("lora", "plain"), ("lora", "half"), ("half", "plain")):
+        assert np.abs(ours[one] - ours[other]).max() > 0.02  # it is not a no-op
     with Image.open(tmp_path / "lora" / "0001-base.png") as image:  # beside it, the model without the LoRA
         np.testing.assert_allclose(np.asarray(image) / 255, ours["plain"][1], atol=1.5 / 255)
 
@@ -859,3 +870,6 @@ def test_evaluate(script, workdir, tmp_path, tiny_settings):
     assert abs(base["mean"] - tuned["mean"]) > 1e-3
     with Image.open(tmp_path / "e-unseen.png") as grid:  # six pictures (two prompts, three each), before and after
         assert grid.size[0] > 6 * 128 and 2 * 128 < grid.size[1] < 3 * 128, grid.size
+    script("evaluate", f"--workdir={workdir}", "--lora_scale=0", "--batch=4", f"--out={tmp_path / 'none.json'}")
+    found = json.loads((tmp_path / "none.json").read_text())
+    assert found["unseen"]["base"] == found["unseen"]["tuned"] and found["lora_scale"] == 0

@@ -26,7 +26,7 @@ from conftest import ROOT, as_flags, nonzero_lora
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_command_line import run_program
 from test_structure import KEYS
 
@@ -252,6 +252,64 @@ def test_lora_files(examples, base, tmp_path):
         assert np.isfinite(scale) and all(np.isfinite(x).all() for x in jax.tree.leaves(lora))
 
     fuzz(st.tuples(st.none() | adapters, names, CHANGES | st.just([])), read, examples)
+
+
+@pytest.fixture(scope="module")
+def dialects(base, tmp_path_factory) -> dict[str, Path]:
+    """Folders with the same LoRA as other programs write it."""
+    torch = pytest.importorskip("torch")
+    root = tmp_path_factory.mktemp("dialects")
+    save_lora(
+        root / "diffusers" / "pytorch_lora_weights.safetensors", init_lora(jax.random.key(0), base, rank=2), alpha=2.0
+    )
+    tensors = load_file(root / "diffusers" / "pytorch_lora_weights.safetensors")
+    tensors = {name.removeprefix("unet."): x + np.float32(0.1) for name, x in tensors.items()}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {"to_k": 3}}
+    for name, suffix in (("peft", ""), ("named", ".default")):
+        (root / name).mkdir()
+        renamed = {f"base_model.model.{k.removesuffix('.weight')}{suffix}.weight": x for k, x in tensors.items()}
+        save_file(renamed, root / name / "adapter_model.safetensors")
+        (root / name / "adapter_config.json").write_text(json.dumps(settings))
+    kohya = {
+        "lora_unet_" + k.replace(".lora_A", "#lora_down").replace(".lora_B", "#lora_up").replace(".", "_"): x
+        for k, x in tensors.items()
+    }
+    kohya = {k.replace("#", ".").replace("_weight", ".weight"): x for k, x in kohya.items()}
+    (root / "kohya").mkdir()
+    save_file(kohya, root / "kohya" / "style.safetensors")
+    for name, zipped in (("pickled", True), ("legacy", False)):
+        (root / name).mkdir()
+        state = {k: torch.from_numpy(x) for k, x in tensors.items()}
+        torch.save(state, root / name / "pytorch_lora_weights.bin", _use_new_zipfile_serialization=zipped)
+    for folder in root.iterdir():
+        load_lora(folder, base)
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+@EXAMPLES
+def test_lora_folders(examples, base, dialects, tmp_path):
+    """Damaged tensors, settings and names of every dialect, given as a folder or as a file."""
+    keys = st.sampled_from(["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "x"])
+
+    def read(example):
+        name, changes, settings, broken, direct, other = example
+        folder = tmp_path / "x"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(dialects[name], folder)
+        weights = next(path for path in folder.iterdir() if path.suffix != ".json")
+        weights.write_bytes(changed(weights.read_bytes(), changes))
+        if (file := folder / "adapter_config.json").is_file():
+            content = json.loads(file.read_text()) | settings
+            file.write_bytes(changed(json.dumps(content).encode(), broken))
+        if other:
+            weights = weights.rename(folder / other)
+        lora, scale = load_lora(weights if direct else folder, base)
+        assert np.isfinite(scale) and all(np.isfinite(x).all() for x in jax.tree.leaves(lora))
+
+    names = st.sampled_from(["", "", "adapter_model.bin", "x.safetensors", "x.ckpt", "x"])
+    changes = CHANGES | st.just([])
+    example = (st.sampled_from(sorted(dialects)), changes, st.dictionaries(keys, VALUES, max_size=2), changes)
+    fuzz(st.tuples(*example, st.booleans(), names), read, examples)
 
 
 @EXAMPLES

@@ -195,13 +195,13 @@ NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_{}.weig
         "unet.mid_block.attentions.7.transformer_blocks.0.attn2.to_k.lora_A.weight",
         "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_magnitude_vector",
         "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.bias",
-        "unet.conv_in.lora_A.weight",
+        "unet.conv_norm_out.lora_A.weight",
         "lora_unet_mid_block_attentions_0_to_k.lora_down.weight",
     ],
 )
 def test_unknown_tensors_are_named(params, tmp_path, name):
     message = wrong_file(tmp_path, params, lambda t: t.update({name: np.zeros((RANK, 12), np.float32)}))
-    assert f"tensors belong to no linear layer or 1x1 convolution of this model's UNet ({name})" in message
+    assert f"tensors belong to no layer of this model's UNet ({name})" in message
 
 
 @pytest.mark.parametrize("leaf, shape", [("A", (RANK, 768)), ("B", (320, RANK))])
@@ -261,7 +261,7 @@ def test_no_tensors(params, tmp_path):
     assert "holds no LoRA of a UNet" in wrong_file(tmp_path, params, dict.clear)
 
 
-@pytest.mark.parametrize("key, value", [("use_dora", True), ("use_rslora", True)])
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("bias", "all"), ("modules_to_save", ["conv_in"])])
 @pytest.mark.parametrize("prefix", ["unet.", ""])
 def test_other_scalings_are_refused(params, tmp_path, prefix, key, value):
     header = {"lora_adapter_metadata": json.dumps({f"{prefix}r": 3, f"{prefix}{key}": value})}
@@ -505,10 +505,12 @@ def test_text_encoder_tensors_are_left_out_with_a_warning(params, tmp_path, capl
         lora.load_lora(path, params)
 
 
-@pytest.mark.parametrize("name", ["lora_unet_conv_in.lora_down.weight", "unet.conv_in.lora_A.weight"])
-def test_3x3_convolutions_are_refused(params, tmp_path, name):
-    message = wrong_file(tmp_path, params, lambda t: t.update({name: np.zeros((3, 4, 3, 3), np.float32)}))
-    assert "belong to no linear layer or 1x1 convolution" in message and "a kind that is not supported" in message
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 1, 1), (3, 4, 5, 5)])
+def test_a_convolution_of_another_size(params, tmp_path, shape):
+    tensors = {"lora_unet_conv_in.lora_down.weight": np.zeros(shape, np.float32)}
+    tensors["lora_unet_conv_in.lora_up.weight"] = np.zeros((8, 3, 1, 1), np.float32)
+    message = wrong_file(tmp_path, params, lambda t: t.update(tensors))
+    assert f"lora_down.weight has shape {shape}, the model's layer 4 -> 8 (3x3)" in message
 
 
 def test_starting_from_a_file_does_what_the_file_does(params, wide_lora, tmp_path):
@@ -529,3 +531,49 @@ def test_starting_from_a_file_does_what_the_file_does(params, wide_lora, tmp_pat
     theirs = their_unet(params)
     pipeline(theirs).load_lora_weights(path)
     assert_close_and_not_a_no_op(ours, their_output(theirs), run(params))
+
+
+def test_every_target_goes_to_diffusers_and_back(params, tmp_path):
+    """Feed-forward layers, projections and 3x3 convolutions of each stride, by the file that a run writes."""
+    collection = random_lora(params, rank=2, targets=lora.target_layers(tuple(lora.GROUPS)))
+    lora.save_lora(tmp_path / lora.LORA_FILE, collection, alpha=3.0)
+    loaded, scale = lora.load_lora(tmp_path, params)
+    assert_equal_trees(loaded, collection)
+    layers = [".".join(path[:-1]) for path in traverse_util.flatten_dict(collection)]
+    for end in (
+        "ff.net.0.proj",
+        "proj_out",
+        "resnets.1.conv2",
+        "conv_shortcut",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
+    ):
+        assert any(layer.endswith(end) for layer in layers), end
+    theirs = their_unet(params)
+    pipeline(theirs).load_lora_weights(tmp_path)
+    assert_close_and_not_a_no_op(run(params, collection, scale=scale), their_output(theirs), run(params))
+    of_attention = {path: x for path, x in traverse_util.flatten_dict(collection).items() if path[-2] in lora.TARGETS}
+    theirs = run(params, traverse_util.unflatten_dict(of_attention), scale=scale)
+    assert np.abs(theirs - run(params, collection, scale=scale)).max() > 1e-2 * np.abs(theirs).max()
+
+
+def test_targets_of_the_config():
+    assert lora.target_layers(("attention",)) == lora.TARGETS
+    assert lora.target_layers(("to_k", "projections", "to_k")) == ("to_k", "proj_in", "proj_out")
+    for accepted in (("attention",), ("to_k", "feed_forward"), ["conv1"], "projections"):
+        lora.check_targets(accepted)
+    for wrong in (("to_x",), (), None, (3,), ((),), ("attention", ["to_q"]), 4.0):
+        with pytest.raises(InputError, match="^lora.targets=.*: accepted: attention, feed_forward, projections, conv"):
+            lora.check_targets(wrong)
+    with pytest.raises(InputError, match="^lora.targets='text_encoder': only the UNet is trained"):
+        lora.check_targets(("attention", "text_encoder"))
+
+
+def test_the_same_draws_whatever_else_is_a_target(params):
+    alone, beside = (
+        traverse_util.flatten_dict(lora.init_lora(jax.random.key(0), params, rank=2, targets=lora.target_layers(words)))
+        for words in (("attention",), ("attention", "feed_forward", "convolutions"))
+    )
+    assert len(alone) < len(beside)
+    for path, value in alone.items():
+        np.testing.assert_array_equal(value, beside[path])

@@ -43,6 +43,7 @@ BELOW = {
         "pipelines",
         "prompts",
         "models.precision",
+        "models.lora",
         "formats.files",
         "parallel",
         "limits",

@@ -82,6 +82,11 @@ class Weights(Mapping[str, np.ndarray]):
                 raise InputError(f"{path}: not a whole safetensors file ({_one_line(error)})") from None
             self._where |= {name: path for name in self._open[path].keys()}
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files' headers say beside the tensors."""
+        return {key: text for file in self._open.values() for key, text in (file.metadata() or {}).items()}
+
     def __getitem__(self, name: str) -> np.ndarray:
         path = self._where[name]
         try:

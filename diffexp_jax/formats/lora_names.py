@@ -1,13 +1,17 @@
 """The names that LoRA files give to layers and tensors: peft's and diffusers', diffusers' old ones, and kohya's."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
-PREFIX = "unet."  # before a layer's name, in the files of diffusers and peft
+from diffexp_jax.formats.original_names import unet_names
+
+PREFIX = "unet."  # before a layer's name, in the files that diffusers writes
+_PEFT = "base_model.model."  # in those that peft itself writes
+# Of the model around the UNet, of data-parallel training, of torch.compile, of the original code; and kohya's
+_WRAPPERS = (PREFIX, _PEFT, "module.", "_orig_mod.", "model.", "diffusion_model.", "lora_unet_")
+_MATRIX = re.compile(r"(.+)\.lora_(A|B)(?:\.([^.]+))?\.weight")  # peft, diffusers; with or without the adapter's name
 _ENDINGS = {
-    ".lora_A.weight": "A",  # peft, diffusers
-    ".lora_B.weight": "B",
     ".lora.down.weight": "A",  # diffusers 0.2x
     ".lora.up.weight": "B",
     ".lora_down.weight": "A",  # kohya
@@ -16,26 +20,57 @@ _ENDINGS = {
     ".up.weight": "B",
     ".alpha": "alpha",
 }
-_TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
+_TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.", "text_model.")
+# What tensors of other kinds are called, in whole or in part
+_OTHERS = {
+    r"lora_magnitude_vector|dora_scale": "DoRA",
+    r"hada_w[12]": "LoHa",
+    r"lokr_w[12]": "LoKr",
+    r"lora_mid|lora_t[12]": "a LoRA with a core tensor",
+    r"oft_(blocks|r)": "OFT",
+    r"lora_[AB]\.(\w+\.)?bias|lora_bias": "a LoRA with biases",
+    r"\.diff(_b)?$": "changed weights",
+    r"lora_embedding": "a LoRA of an embedding",
+    r"custom_diffusion": "Custom Diffusion",
+    r"^bundle_emb|emb_params|string_to_param": "a textual inversion",
+    r"^(transformer|lora_transformer)|(double|single)_?(transformer_)?blocks|joint_blocks": "a LoRA of a transformer "
+    "model (SD 3, FLUX)",
+}
 
 
 class Tensor(NamedTuple):
     """What a tensor's name says."""
 
-    layer: str | None  # as the file spells it, without the prefix of the UNet
+    layer: str | None  # as the file spells it, without what stands before the UNet's names
     kind: str | None  # "A", "B", "alpha"; None: unknown
-    text: bool  # of a text encoder
+    text: bool = False  # of a text encoder
+    peft: bool = False  # named as only peft does, which writes alpha elsewhere
+    adapter: str | None = None  # peft's name for this LoRA, where the tensor's name has it
 
 
 def parse(name: str) -> Tensor:
     """Splits a tensor's name."""
-    if name.startswith(_TEXT):
-        return Tensor(None, None, True)
+    bare = _unwrapped(name)
+    if bare.startswith(_TEXT):
+        return Tensor(None, None, text=True)
+    if match := _MATRIX.fullmatch(bare):
+        layer, kind, adapter = match.groups()
+        return Tensor(layer, kind, peft=_PEFT in name or adapter is not None, adapter=adapter)
     for ending, kind in _ENDINGS.items():
-        if name.endswith(ending):
-            layer = name.removesuffix(ending).removeprefix("lora_unet_").removeprefix(PREFIX)
-            return Tensor(layer, kind, False)
-    return Tensor(None, None, False)
+        if bare.endswith(ending):
+            return Tensor(bare.removesuffix(ending), kind)
+    return Tensor(None, None)
+
+
+def _unwrapped(name: str) -> str:
+    while wrapper := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None):
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def kind_of(name: str) -> str | None:
+    """What a file with such a tensor is, where it is none of the kinds that `parse` knows."""
+    return next((kind for pattern, kind in _OTHERS.items() if re.search(pattern, name)), None)
 
 
 def spellings(layers: Iterable[str]) -> dict[str, str]:
@@ -44,39 +79,10 @@ def spellings(layers: Iterable[str]) -> dict[str, str]:
     kohya writes "_" for "."; for SDXL it counts blocks as the original code does: "input_blocks_4_1_proj_in".
     """
     layers = list(layers)
-    in_first_level = filter(None, map(re.compile(r"down_blocks\.0\.resnets\.(\d+)").match, layers))
-    per_level = 1 + max(int(match[1]) for match in in_first_level)
-    out = {}
+    original, out = unet_names(layers), {}
     for layer in layers:
         attention, _, projection = layer.rpartition(".to_")
         processor = f"{attention}.processor.to_{projection.removesuffix('.0')}_lora" if attention else layer
-        for spelling in (layer, processor, *_original(layer, per_level)):
+        for spelling in (layer, processor, original.get(layer, layer)):
             out[spelling] = out[spelling.replace(".", "_")] = layer
     return out
-
-
-_ORIGINAL = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_RESNET = {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
-
-
-def _original(layer: str, per_level: int) -> Iterator[str]:
-    """The layer's name in the original code (CompVis, Stability AI), which numbers blocks without levels."""
-    if layer in _ORIGINAL:
-        yield _ORIGINAL[layer]
-    block = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions)\.(\d+)\.(.+)", layer)
-    if not block:
-        return
-    where, level, kind, n, rest = block.groups()
-    rest = _RESNET.get(rest, rest) if kind == "resnets" else rest
-    inner = 0 if kind == "resnets" else 1
-    if where == "mid":
-        yield f"middle_block.{1 if kind == 'attentions' else 2 * int(n)}.{rest}"
-    elif where == "down":  # block 0 is the first convolution; each level ends in a block that shrinks
-        yield f"input_blocks.{1 + int(level) * (per_level + 1) + int(n)}.{inner}.{rest}"
-    else:
-        yield f"output_blocks.{int(level) * (per_level + 1) + int(n)}.{inner}.{rest}"

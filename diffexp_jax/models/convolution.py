@@ -11,9 +11,11 @@ def conv(
     kernel: Float[Array, "height width C D"],
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
+    precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "B h w D"]:
     """A convolution, channels last; `padding` as ((top, bottom), (left, right))."""
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout, precision=precision)
 
 
 @jax.custom_vjp

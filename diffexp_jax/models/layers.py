@@ -71,7 +71,7 @@ def timestep_embedding(t: Num[Array, "B"], width: int) -> Float[Array, "B width"
 
 
 class Conv(nn.Module):
-    """2-D convolution, NHWC; `padding` as ((top, bottom), (left, right))."""
+    """2-D convolution, NHWC; `padding` as ((top, bottom), (left, right)). Takes LoRA as `Dense` does."""
 
     features: int
     kernel_size: int = 3
@@ -85,16 +85,23 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = param(self, "kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         x = x.astype(self.dtype)
-        on_cpu = {1: conv3x3_same, 2: conv3x3_half} if backend.platform() == "cpu" else {}
         if self.kernel_size == self.stride == 1:
             y = product(self, x, kernel[0, 0])  # as a matrix product: four times as fast on CPU
-        elif self.kernel_size == 3 and self.padding == ((1, 1), (1, 1)) and self.stride in on_cpu:
-            y = on_cpu[self.stride](x, kernel)
         else:
-            y = conv(x, kernel, (self.stride, self.stride), self.padding)
+            y = self._convolved(x, kernel)
+            if self.has_variable("lora", "A"):  # [height, width, in, rank] and [1, 1, rank, out]
+                a, b = (self.get_variable("lora", name) for name in ("A", "B"))
+                h = self._convolved(x.astype(jnp.float32), a, jax.lax.Precision.HIGHEST)
+                y = (y + jnp.matmul(h, b[0, 0], precision=jax.lax.Precision.HIGHEST)).astype(self.dtype)
         if self.use_bias:
             y = y + param(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
+
+    def _convolved(self, x: Array, kernel: Array, precision: jax.lax.Precision | None = None) -> Array:
+        on_cpu = {1: conv3x3_same, 2: conv3x3_half} if backend.platform() == "cpu" else {}
+        if self.kernel_size == 3 and self.padding == ((1, 1), (1, 1)) and self.stride in on_cpu:
+            return on_cpu[self.stride](x, kernel)
+        return conv(x, kernel, (self.stride, self.stride), self.padding, precision)
 
 
 def pointwise_conv(features: int, **kwargs) -> Conv:

@@ -1,12 +1,11 @@
 """LoRA (Hu et al. 2021) as the linen variable collection "lora", and its files in diffusers' and peft's format.
 
-The collection mirrors the parameter tree: {..., "to_q": {"A": [in, rank], "B": [rank, out]}}, with [1, 1, in, rank]
-and [1, 1, rank, out] for a 1x1 convolution. `layers.Dense` and `layers.Conv` add (x A) B where they find a pair; base
-weights are never touched.
+The collection mirrors the parameter tree: {..., "to_q": {"A": [in, rank], "B": [rank, out]}}, with
+[height, width, in, rank] and [1, 1, rank, out] for a convolution. `layers.Dense` and `layers.Conv` add (x A) B where
+they find a pair; base weights are never touched.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,21 +16,42 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 from jaxtyping import Array, PRNGKeyArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from diffexp_jax import InputError, paths
-from diffexp_jax.formats import lora_names
+from diffexp_jax.formats import lora_files, lora_names
 from diffexp_jax.formats.files import replaced
-from diffexp_jax.formats.json_text import parse_json
+from diffexp_jax.formats.lora_files import LORA_FILE, METADATA
+
+__all__ = ["GROUPS", "LORA_FILE", "TARGETS", "init_lora", "initial_lora", "load_lora", "save_lora", "scaled"]
+__all__ += ["check_targets", "target_layers"]
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
-METADATA = "lora_adapter_metadata"  # the header's entry for peft's settings
-_SHOWN = 3  # names printed in an error
-_MOST_ALPHA = 1e30
-# Regular expressions of a bounded effort: names, alternatives, groups, and up to four of .* or \d+ (not of a group).
-_PATTERN = re.compile(r"[\w^$.\-\\|()]*((\.|\\[dw])[*+][\w^$.\-\\|()]*){0,4}")
+# What lora.targets may name: the last parts of the layers' names
+GROUPS = {
+    "attention": TARGETS,
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    "projections": ("proj_in", "proj_out"),  # around the transformer blocks: linear, or 1x1 convolutions
+    "convolutions": ("conv1", "conv2", "conv_shortcut", "conv"),  # of residual blocks; between levels
+}
+
+
+def target_layers(targets: Sequence[str]) -> tuple[str, ...]:
+    """The layers' names that the words of lora.targets stand for."""
+    return tuple(dict.fromkeys(layer for word in targets for layer in GROUPS.get(word, (word,))))
+
+
+def check_targets(targets: Any) -> None:
+    """Raises InputError where lora.targets is not one or several of the groups and of their layers' names."""
+    words = [targets] if isinstance(targets, str) or not isinstance(targets, Sequence) else targets
+    layers = [layer for group in GROUPS.values() for layer in group]
+    accepted = [*GROUPS, *layers]
+    unknown = [word for word in words if word not in accepted]
+    if any(isinstance(word, str) and word.startswith("text") for word in unknown):
+        raise InputError(f"lora.targets={unknown[0]!r}: only the UNet is trained, the text encoders are not")
+    if unknown or not words:
+        wrong = repr(unknown[0])[:60] if unknown else "()"
+        raise InputError(f"lora.targets={wrong}: accepted: {', '.join(GROUPS)}, or single layers: {', '.join(layers)}")
 
 
 def init_lora(
@@ -39,15 +59,16 @@ def init_lora(
 ) -> dict[str, Any]:
     """A normal with standard deviation 1/rank, B = 0 (so the model is unchanged at first), float32, for every target.
 
-    As diffusers' LoRALinearLayer and peft's init_lora_weights="gaussian" start.
+    As diffusers' LoRALinearLayer and peft's init_lora_weights="gaussian" start. `targets` are the last parts of the
+    layers' names.
     """
     flat = traverse_util.flatten_dict(params)
-    lora = {}
+    lora, suffixes = {}, tuple(f".{layer}" for layer in targets)
     for i, (path, kernel) in enumerate(sorted(flat.items(), key=lambda item: item[0])):
-        if path[-1] == "kernel" and path[-2] in targets:
-            fan_in, fan_out = kernel.shape
-            lora[(*path[:-1], "A")] = _draw(key, i, rank, shape=(fan_in, rank))
-            lora[(*path[:-1], "B")] = np.zeros((rank, fan_out), np.float32)
+        if path[-1] == "kernel" and f".{'.'.join(path[:-1])}".endswith(suffixes):
+            *lead, fan_in, fan_out = kernel.shape
+            lora[(*path[:-1], "A")] = _draw(key, i, rank, shape=(*lead, fan_in, rank))
+            lora[(*path[:-1], "B")] = np.zeros((*(1 for _ in lead), rank, fan_out), np.float32)
     if not lora:
         raise InputError(f"lora: the model has no layer named {', '.join(targets)}")
     return traverse_util.unflatten_dict(lora)
@@ -60,7 +81,13 @@ def _draw(key: PRNGKeyArray, i: int | Array, rank: int | Array, *, shape: tuple[
 
 
 def initial_lora(
-    key: PRNGKeyArray, params: Mapping[str, Any], *, rank: int, alpha: float, path: str | Path | None = None
+    key: PRNGKeyArray,
+    params: Mapping[str, Any],
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = TARGETS,
+    path: str | Path | None = None,
 ) -> dict[str, Any]:
     """Where fine-tuning starts: `init_lora`, or a collection that under alpha / rank does what the file at `path` does.
 
@@ -70,7 +97,7 @@ def initial_lora(
     Raises:
       InputError: as `load_lora`; or the file's rank is larger.
     """
-    fresh = init_lora(key, params, rank=rank)
+    fresh = init_lora(key, params, rank=rank, targets=targets)
     if path is None:
         return fresh
     loaded, scale = load_lora(path, params)
@@ -125,125 +152,69 @@ def _sorted_header(data: bytes) -> bytes:
 
 
 def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """Reads a LoRA file (or a folder that holds pytorch_lora_weights.safetensors) for the UNet `params`.
+    """Reads a LoRA file, safetensors or pickled, or a folder that holds one (see `lora_files.find`), for a UNet.
 
-    Known are the names of peft, of diffusers since 0.15 and of kohya's scripts, for all linear layers and 1x1
-    convolutions, with a rank and an alpha per layer. Tensors for the text encoders are left out, with a warning.
+    Known are the names of peft, of diffusers since 0.11 and of kohya's scripts, for all linear layers and convolutions,
+    with a rank and an alpha per layer. peft's own files want adapter_config.json beside them. Tensors for the text
+    encoders are left out, with a warning.
+
+    Args:
+      params: the UNet's, or their shapes.
 
     Returns:
       The collection and its scale, alpha / rank. Where layers have different scales, each is multiplied into its
       layer's B, and the scale that is returned is 1.
 
     Raises:
-      InputError: not a safetensors file, or its tensors do not fit the network.
+      InputError: not a LoRA file, one of another kind than plain LoRA, or its tensors do not fit the network.
     """
-    path = paths.local("LoRA", path)
-    path = path / LORA_FILE if path.is_dir() else path
-    tensors, header = _read(path)
+    path = lora_files.find(paths.local("LoRA", path))
+    tensors, settings = lora_files.read(path)
     layers = {
         ".".join(names[:-1]): (names[:-1], kernel.shape)
         for names, kernel in traverse_util.flatten_dict(params).items()
-        if names[-1] == "kernel" and (len(kernel.shape) == 2 or kernel.shape[:2] == (1, 1))
+        if names[-1] == "kernel"
     }
-    found = _by_layer(path, tensors, lora_names.spellings(layers))
+    found, text = lora_files.matrices(path, tensors, lora_names.spellings(layers))
+    if text:
+        logging.warning("%s: %d tensors for the text encoders are left out: only the UNet takes LoRA here", path, text)
     flat, scales = {}, {}
     for layer, parts in found.items():
         if not {"A", "B"} <= parts.keys():
             raise InputError(f"{path}: wants a pair (lora_A, lora_B) per layer; {layer} has only one of them")
         names, shape = layers[layer]
-        a, b = _pair(path, parts, shape)
-        rank = a.shape[-1]
+        a, b = _pair(path, {kind: (name, _finite(path, name, tensors[name])) for kind, name in parts.items()}, shape)
         flat[*names, "A"], flat[*names, "B"] = a, b
-        alpha = parts["alpha"][1] if "alpha" in parts else _alpha(path, header, layer, rank)
-        scales[names] = _number(path, f"alpha of {layer}", alpha) / rank
+        alpha = tensors[parts["alpha"]] if "alpha" in parts else None
+        scales[names] = lora_files.scale_of(path, settings, layer, a.shape[-1], alpha)
     if len(set(scales.values())) == 1:
         return traverse_util.unflatten_dict(flat), next(iter(scales.values()))
     for names, scale in scales.items():
-        flat[*names, "B"] = flat[*names, "B"] * scale
+        flat[*names, "B"] = flat[*names, "B"] * np.float32(scale)
     return traverse_util.unflatten_dict(flat), 1.0
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The file's tensors, and peft's settings for the UNet from its header."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = parse_json((file.metadata() or {}).get(METADATA, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        reason = f"{error}".partition("\n")[0][:200]
-        raise InputError(f"{path}: not a readable LoRA file in safetensors format ({reason})") from None
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: {METADATA} in the header is no json object")
-    for name, value in tensors.items():
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise InputError(f"{path}: tensor {name} holds numbers that are not finite: a run that diverged?")
-    header = {key.removeprefix(lora_names.PREFIX): value for key, value in header.items()}
-    for key in ("use_rslora", "use_dora"):
-        if header.get(key):
-            raise InputError(f"{path}: {key}={header[key]} is not supported; wants plain LoRA, scaled by alpha / rank")
-    return tensors, header
-
-
-def _by_layer(
-    path: Path, tensors: Mapping[str, np.ndarray], known: Mapping[str, str]
-) -> dict[str, dict[str, tuple[str, np.ndarray]]]:
-    """{layer: {"A", "B", "alpha": (the tensor's name, the tensor)}} by our names of layers."""
-    found, text, unknown = {}, 0, []
-    for name, value in tensors.items():
-        tensor = lora_names.parse(name)
-        if tensor.text:
-            text += 1
-        elif tensor.layer in known:
-            found.setdefault(known[tensor.layer], {})[tensor.kind] = (name, value)
-        else:
-            unknown.append(name)
-    if unknown:
-        names = ", ".join(sorted(unknown)[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
-        raise InputError(
-            f"{path}: {len(unknown)} of {len(tensors)} tensors belong to no linear layer or 1x1 convolution of this "
-            f"model's UNet ({names}): a LoRA of another model, or of a kind that is not supported"
-        )
-    if not found:
-        raise InputError(f"{path}: holds no LoRA of a UNet" + (f", only {text} text encoder tensors" if text else ""))
-    if text:
-        logging.warning("%s: %d tensors for the text encoders are left out: only the UNet takes LoRA here", path, text)
-    return found
+def _finite(path: Path, name: str, value: np.ndarray) -> np.ndarray:
+    """The tensor, once its numbers are seen to be usable."""
+    if not np.isfinite(np.asarray(value, np.float32)).all():
+        raise InputError(f"{path}: tensor {name} holds numbers that are not finite: a run that diverged?")
+    return value
 
 
 def _pair(path: Path, parts: Mapping[str, tuple[str, np.ndarray]], shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """(A, B) of a layer with a kernel of this shape, in its axis order."""
+    """(A, B) of a layer with a kernel of this shape, in its axis order: [..., in, rank] and [1..., rank, out]."""
     (name_a, a), (name_b, b) = parts["A"], parts["B"]
-    fan_in, fan_out = shape[-2:]
+    *lead, fan_in, fan_out = shape  # lead: height and width of a convolution's kernel
     rank = a.shape[0] if a.ndim else 0
-    for name, value, wanted in ((name_a, a, (rank, fan_in)), (name_b, b, (fan_out, rank))):
-        if not rank or value.shape not in (wanted, (*wanted, 1, 1)):
+    pointwise = all(side == 1 for side in lead)
+    wanted_a = {(rank, fan_in, *(lead or (1, 1)))} | ({(rank, fan_in)} if pointwise else set())
+    for name, value, wanted in ((name_a, a, wanted_a), (name_b, b, {(fan_out, rank), (fan_out, rank, 1, 1)})):
+        if not rank or value.shape not in wanted:
+            window = "" if pointwise else f" ({lead[0]}x{lead[1]})"
             raise InputError(
-                f"{path}: tensor {name} has shape {value.shape}, the model's layer {fan_in} -> {fan_out}, "
+                f"{path}: tensor {name} has shape {value.shape}, the model's layer {fan_in} -> {fan_out}{window}, "
                 f"the pair's rank {rank}: a LoRA of another model?"
             )
-    lead = shape[:-2]  # () or, of a 1x1 convolution, (1, 1)
-    a = np.asarray(a.reshape(rank, fan_in).T, np.float32).reshape(*lead, fan_in, rank)
-    return a, np.asarray(b.reshape(fan_out, rank).T, np.float32).reshape(*lead, rank, fan_out)
-
-
-def _alpha(path: Path, header: Mapping[str, Any], layer: str, rank: int) -> Any:
-    """alpha of a layer in peft's settings: that of the first pattern that matches its name; the rank by default."""
-    patterns = header.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise InputError(f"{path}: alpha_pattern in the header is no json object")
-    for pattern, alpha in patterns.items():
-        try:
-            if not _PATTERN.fullmatch(pattern):
-                raise re.error("of a kind that is not supported")
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-                return alpha
-        except re.error as error:
-            raise InputError(f"{path}: alpha_pattern {pattern[:60]!r} in the header: {error}") from None
-    return header.get("lora_alpha", rank)
-
-
-def _number(path: Path, name: str, value: Any) -> float:
-    value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MOST_ALPHA:
-        raise InputError(f"{path}: {name} is {str(value)[:40]}; wants a number")
-    return float(value)
+    a = np.asarray(a, np.float32).reshape(rank, fan_in, *lead)
+    a = np.ascontiguousarray(a.transpose(*range(2, a.ndim), 1, 0))
+    return a, np.asarray(b, np.float32).reshape(fan_out, rank).T.reshape(*(1 for _ in lead), rank, fan_out)
