@@ -21,6 +21,9 @@ def default() -> ml_collections.ConfigDict:
     m.path = "emoji"  # "emoji", "emoji_hard" (shipped), a folder in diffusers' format, or of the hub: hub:ORG/NAME
     m.revision = placeholder(str)  # of the hub's repository: branch, tag or commit; None: its main branch
     m.variant = placeholder(str)  # "fp16": take the half-precision weight files; None: the whole ones if there are any
+    # A single file has none: a folder with CLIP's vocab.json and merges.txt, or hub:ORGANISATION/NAME; None: that of
+    # the published model on the hub.
+    m.tokenizer = placeholder(str)  # of a single file
     # "float32", "bfloat16", "float16", "auto" = bfloat16 on accelerators, float32 on a CPU. LoRA, latents, log-probs
     # and losses are float32 always, and so is SDXL's VAE in place of float16, in which it overflows.
     m.dtype = "auto"  # of weights and networks

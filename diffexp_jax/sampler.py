@@ -139,5 +139,5 @@ def pipeline_options(config: ConfigDict) -> dict[str, Any]:
     """The settings that `load_pipeline` takes."""
     m = config.model
     options = {"image_size": m.image_size, "remat_blocks": m.remat == "block", "vae_slice": m.vae_slice}
-    options |= {"revision": m.revision, "variant": m.variant}
+    options |= {"revision": m.revision, "variant": m.variant, "tokenizer": m.tokenizer}
     return {"dtype": model_dtype(config), "matmul_precision": m.matmul_precision} | options

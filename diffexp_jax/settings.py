@@ -31,7 +31,8 @@ CHOICES = {
     "exploration.unit": UNITS,
     "exploration.scope": ("image", "prompt"),
 }
-PATHS = ("model.path", "lora.path", "textnorm.contrast", "compilation_cache")  # settings that may name a file or folder
+# Settings that may name a file or folder
+PATHS = ("model.path", "model.tokenizer", "lora.path", "textnorm.contrast", "compilation_cache")
 TEXTS = ("sampling.negative_prompt",)  # free words, or ""
 GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
 # Every setting that is a number or several numbers; those of a method's section are in its `Method.numbers`.
@@ -199,7 +200,8 @@ def cpu_devices(config: ConfigDict) -> int:
     if config.cpu_devices is not None:
         return config.cpu_devices
     path = paths.local("model.path=", config.model.path)
-    size = sum(file.stat().st_size for file in SHIPPED.get(config.model.path, path).rglob("*.safetensors"))
+    path = SHIPPED.get(config.model.path, path)
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*.safetensors")))
     most = min(len(os.sched_getaffinity(0)), MOST_CPU_DEVICES) if size else 1
     for n in range(most, 1, -1):
         if _divides(config, n * number_of_hosts()) and 4 * n * size <= backend.host_memory():

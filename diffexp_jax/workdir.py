@@ -20,7 +20,7 @@ _FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_
 _FREE += ("exploration.iterations", "batch.samples_per_forward", "model.remat", "model.vae_slice")
 # What may be called otherwise as long as it is the same: key -> its name in identity.json
 _IDENTIFIED = {"model.path": "model", "model.revision": "model", "model.variant": "model"}
-_IDENTIFIED |= {"prompts": "prompts", "reward": "reward"}
+_IDENTIFIED |= {"prompts": "prompts", "model.tokenizer": "prompts", "reward": "reward"}
 
 
 class Plan(NamedTuple):

@@ -45,6 +45,7 @@ KEYS = {
     "model": "model.path",
     "revision": "model.revision",
     "variant": "model.variant",
+    "tokenizer": "model.tokenizer",
     "dtype": "model.dtype",
     "image_size": "model.image_size",
     "steps": "sampling.steps",
@@ -95,9 +96,10 @@ def arguments() -> argparse.Namespace:
     add("--samplers", action="store_true", help="show guidance low, high and scheduled on the same seeds (Fig. 3)")
     group = parser.add_argument_group("settings (default: the run's that --lora names, else as said below)")
     add = group.add_argument
-    add("--model", help="emoji (default), a folder in the diffusers pipeline format, or a hub id")
+    add("--model", help="emoji (default), a folder in the diffusers pipeline format, a single file, or a hub id")
     add("--revision", help="of the hub's repository: a branch, tag or commit")
     add("--variant", help="fp16: take the half-precision weight files")
+    add("--tokenizer", help="of a model that is a single file: a folder with CLIP's vocab.json and merges.txt")
     add("--dtype", choices=DTYPES, help="of the weights and networks (default: float32)")
     add("--image_size", type=int, help="pixels of a side (default: what the model was trained at)")
     add("--steps", type=int, help="DDIM steps, 1..1000 (default: 50)")

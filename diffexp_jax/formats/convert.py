@@ -30,6 +30,11 @@ def torch_name(path: tuple[str, ...]) -> str:
     return ".".join([*module, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
 
 
+def torch_names(shapes: Mapping[str, Any]) -> list[str]:
+    """The checkpoint names of a parameter tree."""
+    return [torch_name(path) for path in traverse_util.flatten_dict(shapes)]
+
+
 def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """A parameter tree as {checkpoint name: contiguous array in torch's axis order}."""
     flat = traverse_util.flatten_dict(params)

@@ -150,7 +150,18 @@ def open_weights(folder: Path, *, variant: str | None = None) -> Weights:
             f"{folder}: only pickled weights (.bin), which can run code when read; convert them once with "
             "diffusers or transformers: model.save_pretrained(folder, safe_serialization=True)"
         )
+    if variants := _variants(folder):
+        missing = "without a variant" if variant is None else f"of the variant {variant!r}"
+        others = f"--variant {' or '.join(variants)} (model.variant in a config)"
+        raise InputError(f"{folder}: no weights {missing}; there are those of {others}")
     raise InputError(f"{folder}: no weights; wants {STEMS[0]}.safetensors or {STEMS[1]}.safetensors, or shards")
+
+
+def _variants(folder: Path) -> list[str]:
+    """The variants whose weights are in a folder, "bf16" say, however their shards and indices are named."""
+    part = r"(?:-\d{5}-of-\d{5})?"
+    name = re.compile(rf"(?:{'|'.join(STEMS)}){part}\.(?:safetensors\.index\.)?([\w-]+?){part}\.(?:safetensors|json)")
+    return sorted({match[1] for path in folder.iterdir() if (match := name.fullmatch(path.name))} - {"index"})
 
 
 def _shards(index: Path) -> list[str]:
@@ -164,6 +175,7 @@ def _shards(index: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------------ hub
 
 HUB = "hub:"  # before a repository of the hub: hub:ORGANISATION/NAME
+_OF_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # how names end that are a file's, never a repository's
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -199,9 +211,10 @@ def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None
     repository = _asked_for(path, what=what)
     if repository is None and (folder := paths.local("model", path)).is_dir():
         return folder
-    if repository is None and not _HUB_ID.fullmatch(path):
+    if repository is None and (not _HUB_ID.fullmatch(path) or path.lower().endswith(_OF_FILES)):
         raise InputError(
-            f"{what}: no such folder; accepted: emoji, emoji_hard, a folder in diffusers' format, or a hub id"
+            f"{what}: no such folder; accepted: emoji, emoji_hard, a folder in diffusers' format, a single file of "
+            "Stable Diffusion, or a hub id"
         )
     if repository is None and (parent := Path(path).parent).is_dir():
         hub = f"the hub's repository of this name is {HUB}{path}"
@@ -225,6 +238,16 @@ def file_or_folder(path: str, *, what: str) -> Path:
     if repository is None:
         return paths.local(what, path)
     return _from_hub(repository, ["*.json", "merges.txt", "vocab.txt", "*.safetensors"], what=what)
+
+
+def tokenizer_folder(path: str, *, what: str) -> Path:
+    """As `file_or_folder`, of a folder with tokenizers and nothing else of the repository."""
+    check_location(path, what=what)
+    if (repository := _asked_for(path, what=what)) is None:
+        return paths.local(what, path)
+    names = ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json")
+    wanted = [f"{folder}{name}" for folder in ("", "tokenizer/", "tokenizer_2/") for name in names]
+    return _from_hub(repository, wanted, what=what)
 
 
 def check_location(path: str, *, what: str) -> None:

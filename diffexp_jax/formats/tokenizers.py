@@ -36,14 +36,14 @@ def check_text(text: str, where: str) -> str:
     return text
 
 
-def load_tokenizer(folder: Path):
-    """The folder's CLIPTokenizer."""
+def load_tokenizer(folder: Path, **settings):
+    """The folder's CLIPTokenizer; `settings` go before those of its tokenizer_config.json."""
     from transformers import CLIPTokenizer  # seconds to import: only where it is used
 
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
             raise InputError(f"{folder / name}: the file is missing")
-    return CLIPTokenizer.from_pretrained(str(folder))
+    return CLIPTokenizer.from_pretrained(str(folder), **settings)
 
 
 def token_ids(tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], list[str]]:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from diffexp_jax import InputError, paths
 from diffexp_jax.formats import files
-from diffexp_jax.pipelines import families, sizes, stable_diffusion
+from diffexp_jax.pipelines import families, single_file, sizes, stable_diffusion
 from diffexp_jax.pipelines.pipeline import (
     Conditioning,
     Pipeline,
@@ -62,16 +62,18 @@ def load_pipeline(
     dtype: DTypeLike = jnp.float32,
     revision: str | None = None,
     variant: str | None = None,
+    tokenizer: str | None = None,
     weights: bool = True,
     **options,
 ) -> Pipeline:
-    """Loads a pipeline from a folder or from the Hugging Face hub, or one of SHIPPED by its name.
+    """Loads a pipeline from a folder, a single file or the Hugging Face hub, or one of SHIPPED by its name.
 
     Args:
       dtype: of the weights and the networks' arithmetic; timestep embeddings, norms, softmax and the products of LoRA
         stay float32.
       revision: of the hub's repository: a branch, tag or commit.
       variant: "fp16" prefers the half-precision weight files where there are both.
+      tokenizer: of a single file, see `single_file.load`.
       weights: False gives shapes in their place and no tokenizers; published models need no files then (`sizes.py`).
       **options: of the kind; Stable Diffusion's are image_size (pixels of a square image's side; default: what the
         UNet was trained at) and those of `stable_diffusion.build`.
@@ -79,10 +81,24 @@ def load_pipeline(
     Raises:
       InputError: a file is missing or broken, its tensors do not fit, or a config asks for what is not implemented.
     """
+    file = _single_file(path)
+    if (given := [key for key, x in (("revision", revision), ("variant", variant)) if x]) and file:
+        raise InputError(f"model {path}: is a single file; model.{given[0]} is for a folder or a hub id")
+    if tokenizer and not file:
+        raise InputError(f"model.tokenizer={tokenizer}: is for a model that is a single file; {path} has its own")
     if not weights:
         return _load_shapes(str(path), dtype=dtype, **options)
+    if file:
+        return single_file.load(file, dtype=dtype, tokenizer=tokenizer, **options)
     folder = SHIPPED.get(str(path)) or files.model_folder(str(path), all_parts(), revision=revision, variant=variant)
     return _kind(folder).load(folder, dtype=dtype, variant=variant, **options)
+
+
+def _single_file(path: str | Path) -> Path | None:
+    """The path, where it is of a file."""
+    if str(path) in SHIPPED or str(path).startswith(files.HUB):
+        return None
+    return file if (file := paths.local("model", path)).is_file() else None
 
 
 def _kind(folder: Path) -> Kind:
@@ -99,6 +115,8 @@ def all_parts() -> tuple[str, ...]:
 
 
 def _load_shapes(path: str, **options) -> Pipeline:
+    if file := _single_file(path):
+        return single_file.shapes(file, **options)
     folder = SHIPPED.get(path) or paths.local("model", path)
     path = path.removeprefix(files.HUB)
     if not folder.is_dir() and path not in sizes.PIPELINES:

@@ -37,15 +37,36 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32, variant: str | None = 
     """The pipeline in a folder; see `pipelines.load_pipeline`. `options` are those of `build`."""
     config = model_config(*read_jsons(folder), str(folder))
     tokenizers = tuple(load_tokenizer(folder / name) for name in config.family.tokenizers)
-    check_tokenizers(tokenizers, config.text, str(folder))
+    tensors = {part: files.open_weights(folder / part, variant=variant) for part in ("unet", "vae")}
+    tensors["vae"] = modern_attention_names(tensors["vae"])
+    for part in config.family.text_encoders:
+        tensors[part] = canonical_text_names(files.open_weights(folder / part, variant=variant))
+    return assemble(config, tokenizers, tensors, {part: str(folder / part) for part in tensors}, dtype=dtype, **options)
+
+
+def assemble(
+    config: ModelConfig,
+    tokenizers: tuple[Any, ...],
+    tensors: Mapping[str, Mapping[str, Any]],
+    where: Mapping[str, str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    **options,
+) -> Pipeline:
+    """The pipeline of a config with weights.
+
+    Args:
+      tensors: of each part, under diffusers' and transformers' names; they are read one at a time.
+      where: each part's file or folder, for the errors.
+      **options: of `build`.
+
+    Raises:
+      InputError: tensors or tokenizers do not fit.
+    """
+    check_tokenizers(tokenizers, config.text, where["unet"].rpartition("/")[0])
     params = {}
     for part, shapes in abstract_params(config).items():
-        tensors = files.open_weights(folder / part, variant=variant)
-        if part == "vae":
-            tensors = modern_attention_names(tensors)
-        elif part in config.family.text_encoders:
-            tensors = canonical_text_names(tensors)
-        params[part] = convert.from_torch(tensors, shapes, where=str(folder / part), dtype=config.dtype(part, dtype))
+        params[part] = convert.from_torch(tensors[part], shapes, where=where[part], dtype=config.dtype(part, dtype))
     return build(config, dtype=dtype, **options)._replace(params=params, tokenizers=tokenizers)
 
 
