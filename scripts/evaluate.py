@@ -26,6 +26,7 @@ from diffexp_jax.limits import LORA_SCALE, check_number, whole
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.programs import bytes_and_finite, make_generate, make_scorer
 from diffexp_jax.prompts import load_prompt_sets
+from diffexp_jax.rewards import check_trusted
 from diffexp_jax.sampler import Sampler
 
 
@@ -76,8 +77,11 @@ def run_settings(args: argparse.Namespace) -> ConfigDict:
     Raises:
       InputError: no run, or one whose settings cannot be used.
     """
-    config, _ = settings.read_config(args.workdir / "config.json")
+    path = args.workdir / "config.json"
+    config, _ = settings.read_config(path)
     config.eval.every = 1
+    from_file = [config.reward, *(() if args.rewards else config.eval.rewards)]
+    check_trusted(from_file, path, trusted=args.trust_code)
     if args.prompts:
         config.eval.prompts = command.split_list(args.prompts)
     if args.rewards:
@@ -182,5 +186,6 @@ if __name__ == "__main__":
     add("--columns", type=int, default=6, help="of the image grids")
     add("--rows", type=int, default=4, help="of pairs in the image grids; the prompts are evenly spaced in their set")
     add("--seed", type=int, default=1, help="of the evaluation's noise")
+    add("--trust_code", action="store_true", help="run the rewards' functions that the run's config.json names")
     add("--out", type=Path, required=True, help="the .json file to write")
     command.guarded(main, parser.parse_args())

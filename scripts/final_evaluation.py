@@ -29,6 +29,7 @@ from diffexp_jax.experiment import Experiment, Task
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.programs import make_embedder, make_generate, make_scorers
+from diffexp_jax.rewards import check_trusted
 
 SIGNS = {
     "luminance": image_statistics.luminance,
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     check_number("--many ", args.many, whole(0, 2**20))
     check_number("--seed ", args.seed, settings.NUMBERS["seed"])
     command.check_writable(args.out.parent, "--out")
-    config = run_settings(args.workdir)
+    config = run_settings(args.workdir, trusted=args.trust_code)
     backend.set_cpu_devices(settings.cpu_devices(config))
     if config.deterministic:
         backend.ask_for_determinism()
@@ -70,13 +71,20 @@ def main(args: argparse.Namespace) -> None:
     write_whole(args.out, json.dumps(results) + "\n")
 
 
-def run_settings(workdir: Path) -> ConfigDict:
+def run_settings(workdir: Path, *, trusted: bool) -> ConfigDict:
     """The run's settings; evaluation is on, and nothing is trained.
+
+    Args:
+      trusted: whether code that config.json names may run: rewards, and the compiled programs of its cache.
 
     Raises:
       InputError: no run, or one whose settings cannot be used.
     """
-    config, _ = settings.read_config(workdir / "config.json")
+    path = workdir / "config.json"
+    config, _ = settings.read_config(path)
+    check_trusted([config.reward, *config.eval.rewards], path, trusted=trusted)
+    if config.compilation_cache and not trusted:
+        config.compilation_cache = settings.default_config().compilation_cache
     config.eval.every = config.eval.every or 1
     config.reward_dtype = config.eval.reward_dtype
     return config
@@ -149,5 +157,6 @@ if __name__ == "__main__":
     add("--samples_per_prompt", type=int, default=4)
     add("--many", type=int, default=0, help="also the means over so many images of each prompt (default: none)")
     add("--seed", type=int, default=1000, help="of the evaluation's noise")
+    add("--trust_code", action="store_true", help="run the rewards' functions that config.json names, use its cache")
     add("--out", type=Path, required=True, help="the .json file to write")
     command.guarded(main, parser.parse_args())

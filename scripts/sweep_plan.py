@@ -237,7 +237,7 @@ def final_command(run: Run, out: Path, *, samples_per_prompt: int, many: int, ba
     flags = [flag for flag, on in (("--base", base), ("--explored", explored), (f"--many={many}", many)) if on]
     script = str(_shown(ROOT / "scripts" / "final_evaluation.py"))
     wanted = [f"--workdir={run.workdir}", f"--samples_per_prompt={samples_per_prompt}", f"--out={out}"]
-    return ["python", script, *wanted, *flags]
+    return ["python", script, *wanted, *flags, "--trust_code"]  # the runs are the sweep's own
 
 
 def commands_left(

@@ -178,6 +178,28 @@ def test_paths_in_a_bucket_are_refused_by_every_script(fails, script, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["evaluate", "final_evaluation"])
+@pytest.mark.parametrize(
+    "key, spec", [("reward", "python:MODULE:f"), ("eval.rewards", "jpeg_compressibility+jax:MODULE:f")]
+)
+def test_a_strangers_run_imports_no_code(fails, script, workdir, tmp_path, monkeypatch, name, key, spec):
+    """A config.json that names a module beside it, in the current folder; with --trust_code it is imported."""
+    monkeypatch.chdir(workdir)
+    module = f"evil_{name}_{len(key)}"
+    spec = spec.replace("MODULE", module)
+    config = settings.read_config(workdir / "config.json")[0]
+    config.update_from_flattened_dict({key: (spec,) if key == "eval.rewards" else spec, "eval.every": 1})
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    (workdir / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    arguments = ["--workdir=.", f"--out={tmp_path / 'e.json'}"]
+    said = fails(2, script, name, *arguments)
+    named = f"config.json: names {spec.rpartition('+')[2]}, code that would be run"
+    assert said == f"error: {named}; where you trust it: --trust_code"
+    assert not (tmp_path / "ran").exists()
+    said = fails(2, script, name, *arguments, "--trust_code")
+    assert f"{module} has no function 'f'" in said and (tmp_path / "ran").exists()
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, command_line, script, make_config, tiny_clip, capsys):
     """In options and in every setting that names a file, whoever reads it."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -19,7 +19,8 @@ from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.rewards.reward import Builtin, Cutting, Reward, flattened
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 
-__all__ = ["BUILTINS", "Builtin", "Reward", "check_reward", "load_reward", "reward_name", "without_locations"]
+__all__ = ["BUILTINS", "Builtin", "Reward", "check_reward", "check_trusted", "load_reward", "reward_name"]
+__all__ += ["without_locations"]
 
 BUILTINS: dict[str, Builtin] = {
     **pickscore.BUILTINS,
@@ -97,6 +98,23 @@ def check_reward(text: str, *, shapes_only: bool = False) -> None:
     for part in spec.parse(text, BUILTINS):
         if part.name not in spec.FUNCTIONS:
             check_part(part, shapes_only=shapes_only)
+
+
+def check_trusted(texts: Sequence[str], path: Path, *, trusted: bool) -> None:
+    """Checks that specs which a file holds, and nobody typed, import no code.
+
+    Args:
+      path: of the file, a run's config.json.
+      trusted: whether the user has said that its code may run.
+
+    Raises:
+      InputError: a spec names a function, and is not trusted.
+    """
+    named = [part.bare for text in texts for part in spec.parse(text, BUILTINS) if part.name in spec.FUNCTIONS]
+    if named and not trusted:
+        raise InputError(
+            f"{path}: names {', '.join(dict.fromkeys(named))}, code that would be run; where you trust it: --trust_code"
+        )
 
 
 def check_part(part: spec.Part, *, shapes_only: bool) -> None:
