@@ -43,7 +43,7 @@ class Averaged:
 
 def tuned_lora(state: Mapping[str, Any]) -> Any:
     """The moving average of the LoRA where a state has one, else the LoRA; also of a state read without its types."""
-    opt_state = state["opt_state"]
+    opt_state = state.get("opt_state")
     if isinstance(opt_state, Averaged):
         return opt_state.average
     return opt_state["average"] if isinstance(opt_state, Mapping) and "average" in opt_state else state["lora"]

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from diffexp_jax import InputError, command, lease, paths
 from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.formats.files import read_json, replaced
+from diffexp_jax.optimizer import learning_rate
 from diffexp_jax.sampler import model_dtype
-from diffexp_jax.settings import method_settings, read_config
+from diffexp_jax.settings import method_settings, optimizer_updates, read_config
 
 # What a continued run may change: what it reports, and how its work is split, which moves nothing but last bits.
 _FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "cpu_devices", "stop_grace")
@@ -67,6 +68,9 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
     if "iterations" in differing and "exploration.iterations" not in differing and config.exploration.enabled:
         explored = config.exploration.iterations
         notes.append(f"exploration is for the first {explored} iterations, as planned first (exploration.iterations)")
+    if config.iterations != old.iterations and config.optim.schedule != "constant":
+        done = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+        notes.append(_rate_note(config, old, done))
     if new_keys:
         notes.append(f"the run began in an older version: {', '.join(new_keys)} had the defaults")
     return Plan(config, notes)
@@ -82,6 +86,20 @@ def _complete(config: ConfigDict, first: ConfigDict, dtype: str) -> ConfigDict:
         planned = exploring_iterations(first.iterations, fraction=e.fraction)
         config.exploration.iterations = planned if e.iterations is None else e.iterations
     return config
+
+
+def _rate_note(config: ConfigDict, old: ConfigDict, done: int) -> str:
+    """What another number of iterations makes of the learning rate after so many of them: its schedule is stretched."""
+
+    def rate(planned: ConfigDict) -> str:
+        updates = optimizer_updates(planned)
+        return f"{float(learning_rate(planned.optim, updates)(done * updates // planned.iterations)):.4g}"
+
+    now, before, schedule = config.iterations, old.iterations, config.optim.schedule
+    return (
+        f"the learning rate falls to 0 over {now} iterations in place of {before} (optim.schedule={schedule}): "
+        f"after iteration {done} it is {rate(config)}, as planned first {rate(old)}"
+    )
 
 
 def _is_free(key: str) -> bool:

@@ -67,7 +67,8 @@ BELOW = {
     "about": {"experiment", "exploration", "prompts", "parallel", "backend"},
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "formats.json_text", "optional"}
     | {"InputError"},
-    "workdir": {"paths", "settings", "sampler", "exploration", "command", "lease", "formats.files", "InputError"},
+    "workdir": {"paths", "settings", "sampler", "exploration", "optimizer", "command", "lease", "formats.files"}
+    | {"InputError"},
     "checkpoint": {"checksums", "orbax_errors", "parallel", "lease", "state", "InputError"},
     "checksums": {"formats.json_text"},
     "orbax_errors": set(),

@@ -91,6 +91,23 @@ def test_more_iterations_explore_no_more(tmp_path):
     assert other.exploration.iterations == 3
 
 
+@pytest.mark.parametrize(
+    "schedule, now, planned", [("linear", 7.5e-4, 0.0), ("linear", 5e-4, 2.5e-4), ("cosine", 8.536e-4, 0.0)]
+)
+def test_a_rate_that_falls_is_stretched_by_more_iterations(tmp_path, schedule, now, planned):
+    """Both rates at the newest checkpoint are said; of a constant one there is nothing to say."""
+    first, then, done = (8, 12, 6) if planned else (2, 8, 2)
+    optim = {"optim__schedule": schedule, "optim__lr": 1e-3, "exploration__enabled": False}
+    begin(tmp_path, iterations=first, **optim)
+    for name in ("0", str(done), f"{done + 1}.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(exist_ok=True)
+    _, notes = workdir.plan(tmp_path, settings(iterations=then, **optim))
+    assert notes[1:] == [
+        f"the learning rate falls to 0 over {then} iterations in place of {first} (optim.schedule={schedule}): after "
+        f"iteration {done} it is {now:.4g}, as planned first {planned:.4g}"
+    ]
+
+
 def test_how_the_work_is_split_may_change(tmp_path):
     begin(tmp_path)
     changes = {"batch__samples_per_forward": 4, "model__remat": "block", "model__vae_slice": 1, "eval__every": 0}
