@@ -178,7 +178,8 @@ PROMPT_FILES = {
     ".txt": 'a dog\na "cat"\n\n a zebra, running \na dog\n',
     ".csv": 'Prompt,Category\n"a dog, big",Colors\na cat,"Te""xt"\n',
     ".tsv": 'Prompt\tCategory\n"a ""dog"""\tColors\na cat\tText\n',
-    ".json": '["a dog", "a cat"]',
+    ".json": '["a dog", {"prompt": "a cat", "count": 2}]',
+    ".jsonl": '{"prompt": "a dog", "tags": ["x", null]}\n"a cat"\n',
     ".CSV": 'prompt\na dog, riding a bike\n"a cat, ""asleep"""\n"a\ncow"\n',
     ".TSV": '\ufeffid\tprompts\r\n1\ta dog\r\n2\t"a cat"\r\n',
 }

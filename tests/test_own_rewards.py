@@ -20,6 +20,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_explore, make_programs, make_scorer
+from diffexp_jax.prompts import load_prompts
 from diffexp_jax.rewards import jpeg, load_reward, reward_name
 from diffexp_jax.rewards.reward import no_tokens
 
@@ -153,6 +154,24 @@ def test_a_function_that_is_no_reward(name, said):
     with pytest.raises(BadRewardError, match=line) as error:
         scores_of(f"python:faulty_rewards:{name}")
     assert isinstance(error.value, InputError) and isinstance(error.value, RewardError)
+
+
+@pytest.mark.parametrize("name", ["with_metadata", "with_metadata_by_name"])
+def test_what_a_prompts_file_says_beside_it(name, tmp_path, make_config):
+    """The rest of each row goes to a reward that asks for it, also of prompts that are alike, and in a sum."""
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a dog", "count": 2}\n{"prompt": "a  dog", "count": 3}\n"a cat"\n{"prompt": "a bee"}\n'
+    )
+    prompts = load_prompts(tmp_path / "p.jsonl")
+    spec = f"python:faulty_rewards:{name}+jax:sample_rewards:brightness"
+    reward = load_reward(spec, weights=(1.0, 0.0))
+    tokens = reward.tokenize(prompts.texts)
+    rows = np.array([3, 1, 0, 2])
+    scores, _ = reward.start(IMAGES[:4], jax.tree.map(lambda x: x[rows], tokens))()
+    np.testing.assert_array_equal(scores, [-1, 3, 2, -1])
+    experiment = Experiment.build(make_config("ddpo", {"reward": spec, "prompts": str(tmp_path / "p.jsonl")}))
+    scores, _ = experiment.trained.start(IMAGES[:4], experiment.train.tokens[experiment.reward])()
+    np.testing.assert_array_equal(scores, [2, 3, -1, -1])
 
 
 def test_one_that_has_given_scores_before_is_a_failure_of_the_run(monkeypatch):

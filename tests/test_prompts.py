@@ -2,6 +2,7 @@
 
 import csv
 import os
+import pickle
 import re
 
 import pytest
@@ -176,7 +177,20 @@ def test_comma_phrases(text, phrases):
         ),
         ("a.json", b'["a dog",\n', "{path}: line 2 is not JSON: Expecting value"),
         ("a.json", b'{"prompt": "a dog"}', "{path}: holds JSON of type dict; accepted: a list of strings"),
-        ("a.json", b'["a dog", 3]', "{path}: item 1 is of type int; accepted: a list of strings"),
+        (
+            "a.json",
+            b'["a dog", 3]',
+            "{path}: item 1 is of type int; accepted: a list of strings, or of objects with 'prompt'",
+        ),
+        ("a.json", b'[{"text": "a dog"}]', "{path}: item 0 is an object without 'prompt', a string; found: 'text'"),
+        ("a.json", b'[{"prompt": 3}]', "{path}: item 0 is an object without 'prompt', a string; found: 'prompt'"),
+        ("a.jsonl", b'"a dog"\n\n{"prompt": "a cat"', "{path}: line 3 is not JSON: Expecting ',' delimiter"),
+        (
+            "a.jsonl",
+            b'"a dog"\n["a cat"]',
+            "{path}: line 2 is of type list; accepted: a list of strings, or of objects with 'prompt'",
+        ),
+        ("a.jsonl", b"\n \n", "{path}: no prompts in the file; it needs at least one"),
     ],
 )
 def test_bad_files(tmp_path, file, content, message):
@@ -186,6 +200,26 @@ def test_bad_files(tmp_path, file, content, message):
     with pytest.raises(InputError) as error:
         load_prompts(path)
     assert str(error.value) == message.format(path=path)
+
+
+@pytest.mark.parametrize(
+    "file, content, metadata",
+    [
+        ("a.csv", "n, prompt ,Kind\n3,a  dog,x\n4,a cat,\n", [{"n": "3", "Kind": "x"}, {"n": "4", "Kind": ""}]),
+        ("a.tsv", "prompt\tn\na dog\t3\na cat\t4\n", [{"n": "3"}, {"n": "4"}]),
+        ("a.json", '[{"prompt": "a dog", "n": [1, null]}, "a cat"]', [{"n": [1, None]}, {}]),
+        ("a.jsonl", '{"n": 3, "prompt": "a dog"}\n\n"a cat"\n', [{"n": 3}, {}]),
+        ("a.csv", "prompt\na dog\na cat\n", [{}, {}]),
+        ("a.txt", "a dog\na cat", [{}, {}]),
+    ],
+)
+def test_what_a_file_says_beside_a_prompt(tmp_path, file, content, metadata):
+    (tmp_path / file).write_text(content)
+    texts = load_prompts(tmp_path / file).texts
+    assert texts == ("a dog", "a cat") and texts[0].split() == ["a", "dog"]
+    assert [dict(getattr(text, "metadata", {})) for text in texts] == metadata
+    again = pickle.loads(pickle.dumps(texts))
+    assert again == texts and [getattr(text, "metadata", {}) for text in again] == metadata
 
 
 def test_a_prompt_that_is_there_twice_keeps_its_id(tmp_path):

@@ -256,8 +256,8 @@ def test_printed_commands(command_line, tmp_path):
     assert train[5:] == ["--config.eval.every=3", "--config.checkpoint.every=3", "--config.seed=0"]
     script = f"{ROOT}/scripts/final_evaluation.py"
     flags = [f"--workdir={workdir}", "--samples_per_prompt=4"]
-    assert final == ["python", script, *flags, f"--out={workdir}/final.json"]
-    assert base[:4] == ["python", script, *flags] and base[5:] == ["--base", "--many=16"]
+    assert final == ["python", script, *flags, f"--out={workdir}/final.json", "--trust_code"]
+    assert base[:4] == ["python", script, *flags] and base[5:] == ["--base", "--many=16", "--trust_code"]
     assert [line[-1] for line in lines if line[1] == "-m"] == [f"--config.seed={n}" for n in (0, 0, 1, 1)]
     assert sum("--base" in line for line in lines) == 1
     about = json.loads((tmp_path / "runs/sweeps/experiments/fig4_ddpo_pickscore-emoji.json").read_text())

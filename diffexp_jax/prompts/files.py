@@ -4,7 +4,7 @@ import csv
 import io
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +15,26 @@ from diffexp_jax.formats.tokenizers import check_text
 
 FORMATS = (
     ".txt (one prompt a line), .csv or .tsv (a column 'prompt' or 'prompts'; FILE.csv:COLUMN=VALUE|VALUE takes rows of "
-    "it), .json (a list of strings)"
+    "it), .json (a list of strings, or of objects with 'prompt'), .jsonl (one of these a line)"
 )
-ENDINGS = (".txt", ".csv", ".tsv", ".json")
+ENDINGS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 MOST_BYTES = 2**28  # of a file of prompts; a million of usual length are a third of it
 _LARGEST_CELL = 2**30  # characters of a table's cell; Python's own limit is 131,072
 
 Row = tuple[int, list[str]]  # the number of the line that it begins on, its cells
 
-_FILTERED = re.compile(r"(.+?\.(?:txt|csv|tsv|json)):(.*)", re.IGNORECASE)
+_FILTERED = re.compile(r"(.+?\.(?:txt|csv|tsv|jsonl?)):(.*)", re.IGNORECASE)
+
+
+class Prompt(str):
+    """A prompt's text with what its file says beside it: other columns' cells by name, a json object's other keys."""
+
+    metadata: Mapping[str, Any]
+
+    def __new__(cls, text: str, metadata: Mapping[str, Any] = {}) -> "Prompt":
+        prompt = super().__new__(cls, text)
+        prompt.metadata = metadata
+        return prompt
 
 
 class Filter(NamedTuple):
@@ -51,6 +62,8 @@ def split_filter(spec: str) -> tuple[Path, Filter | None]:
 def read_prompts(path: Path, rows: Filter | None = None) -> tuple[str, ...]:
     """The prompts of a file in its order, as often as they are there, white space inside them made single spaces.
 
+    Those of which the file says more are each a `Prompt`.
+
     Args:
       path: see `FORMATS`.
       rows: of a .csv or .tsv file, those that count; None: all.
@@ -69,10 +82,15 @@ def read_prompts(path: Path, rows: Filter | None = None) -> tuple[str, ...]:
         found = _prompt_column(path, list(_TABLES[kind](path, text)), rows)
     else:
         found = _LISTS[kind](path, text)
-    texts = tuple(text for text in (" ".join(text.split()) for text in found) if text)
+    texts = tuple(text for text in map(_spaced, found) if text)
     if not texts:
         raise InputError(f"{path}: no prompts in the file; it needs at least one")
     return texts
+
+
+def _spaced(prompt: str) -> str:
+    text = " ".join(prompt.split())
+    return Prompt(text, prompt.metadata) if isinstance(prompt, Prompt) else text
 
 
 def read_named_prompts(path: Path) -> dict[str, str]:
@@ -195,7 +213,11 @@ def _prompt_column(path: Path, table: list[Row], rows: Filter | None) -> list[st
                 f"{path}: line {line} is of {len(row)} cells, the first line of {len(header)}: {_some(header)}{quotes}"
             )
     cells = [row for _, row in body]
-    return [row[columns[0]] for row in (_filtered(path, header, cells, rows) if rows else cells)]
+    at, names = columns[0], [cell.strip() for cell in header]
+    chosen = _filtered(path, header, cells, rows) if rows else cells
+    if len(header) == 1:
+        return [row[at] for row in chosen]
+    return [Prompt(row[at], {names[i]: row[i] for i in range(len(row)) if i != at}) for row in chosen]
 
 
 def _filtered(path: Path, header: list[str], body: list[list[str]], rows: Filter) -> list[list[str]]:
@@ -222,19 +244,38 @@ def _parse_json(path: Path, text: str) -> list[str]:
     data = _loads(path, text)
     if not isinstance(data, list):
         raise InputError(f"{path}: holds JSON of type {type(data).__name__}; accepted: a list of strings")
-    for i, item in enumerate(data):
-        if not isinstance(item, str):
-            raise InputError(f"{path}: item {i} is of type {type(item).__name__}; accepted: a list of strings")
-    return data
+    return [_json_prompt(f"{path}: item {i}", item) for i, item in enumerate(data)]
 
 
-def _loads(path: Path, text: str) -> Any:
+def _parse_jsonl(path: Path, text: str) -> list[str]:
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [_json_prompt(f"{path}: line {i}", _loads(path, line, first=i)) for i, line in lines]
+
+
+def _json_prompt(where: str, item: Any) -> str:
+    """A string, or an object with "prompt" and what else belongs to it."""
+    if isinstance(item, dict) and isinstance(item.get("prompt"), str):
+        return Prompt(item["prompt"], {key: value for key, value in item.items() if key != "prompt"})
+    if isinstance(item, dict):
+        raise InputError(f"{where} is an object without 'prompt', a string; found: {_some(item) or 'nothing'}")
+    if not isinstance(item, str):
+        kind = type(item).__name__
+        raise InputError(f"{where} is of type {kind}; accepted: a list of strings, or of objects with 'prompt'")
+    return item
+
+
+def _loads(path: Path, text: str, *, first: int = 1) -> Any:
+    """The text's content; `first` is the number of its first line in the file."""
     try:
         return parse_json(text)
     except ValueError as error:
-        where = f"line {error.lineno} is not JSON: {error.msg}" if isinstance(error, JSONDecodeError) else f"{error}"
+        where = (
+            f"line {error.lineno + first - 1} is not JSON: {error.msg}"
+            if isinstance(error, JSONDecodeError)
+            else f"{error}"
+        )
         raise InputError(f"{path}: {where}") from error
 
 
 _TABLES = {".csv": _parse_csv, ".tsv": _parse_tsv}
-_LISTS = {".txt": _parse_txt, ".json": _parse_json}
+_LISTS = {".txt": _parse_txt, ".json": _parse_json, ".jsonl": _parse_jsonl}
