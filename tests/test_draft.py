@@ -10,7 +10,7 @@ from conftest import nonzero_lora, policy_of
 from diffexp_jax import InputError, parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy
 from diffexp_jax.algorithms.alignprop import alignprop
-from diffexp_jax.algorithms.draft import check, draft
+from diffexp_jax.algorithms.draft import check, draft, last_step_again
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.process import load_process
@@ -115,6 +115,25 @@ def test_the_last_level_is_the_forward_processes(process):
         assert found == pytest.approx(2 * np.sqrt(0.99979736) - np.sqrt(1 - 0.99979736), rel=1e-5)
     else:
         assert found == pytest.approx(2 * 0.999 - 0.001, rel=1e-5)
+
+
+@pytest.mark.parametrize("ends_without_noise, times", [(True, 1.0), (False, 3.4)])
+def test_lv_is_the_papers_where_the_chain_ends_without_noise(ends_without_noise, times):
+    """There its x_0 is (x_1 - sigma_1 eps) / alpha_1; by SD's schedule the paper's follows eps 3.4 times as much."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012}
+    process = load_process(DDIM | betas | {"set_alpha_to_one": ends_without_noise})
+    steps, x_0 = steps_of(process, 50), np.full((N, *SHAPE), 2.0, np.float32)
+    chunk = Batch(np.zeros(N, np.int32), None, None, KEYS)
+
+    def ours(eps):
+        return last_step_again(policy(process), lambda x, step, context: jnp.full_like(x, eps), x_0, chunk, steps, 0)
+
+    noise, a_1 = step_noise(KEYS, 50, SHAPE), 0.99829603  # alpha_bar of t = 1
+    x_1 = np.sqrt(a_1) * x_0 + np.sqrt(1 - a_1) * noise
+    slope = float((ours(1.0) - ours(0.0)).mean())
+    assert -np.sqrt((1 - a_1) / a_1) / slope == pytest.approx(times, rel=0.01)
+    if ends_without_noise:
+        np.testing.assert_allclose(ours(0.5), (x_1 - np.sqrt(1 - a_1) * 0.5) / np.sqrt(a_1), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import TRAIN_PROMPTS
 
 from diffexp_jax import flops, parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy, Setup
 from diffexp_jax.experiment import Experiment
+from diffexp_jax.pipelines import encode_empty
 from diffexp_jax.process import load_process
 from diffexp_jax.programs import make_programs
 from diffexp_jax.sampling import Context, guided, unguided
@@ -118,6 +120,19 @@ def test_which_runs_leave_halves_out(make_config, changes, skips):
     else:
         fewer = 2 if skips else 0
         assert [count(n) for n in (0, 1, 4)] == [0, 8 - fewer, 4 * 8 - 3 * fewer]
+
+
+def test_training_leads_away_from_the_negative_prompt(make_config):
+    """Every image's unconditional half is that prompt's, as an evaluation's; Eq. 8 still weighs towards ""."""
+    text = TRAIN_PROMPTS[1]
+    experiment = Experiment.build(make_config("ddpo", {"sampling.negative_prompt": text}))
+    row = experiment.train.texts.index(text)
+    negative, empty = experiment.train.cond.embedding[row], experiment.sampler.empty.embedding
+    uncond = np.asarray(experiment.draw_batch(0, None).context.uncond.embedding)
+    np.testing.assert_array_equal(uncond, np.broadcast_to(negative, uncond.shape))
+    np.testing.assert_array_equal(experiment.sampler.uncond.embedding, negative)
+    np.testing.assert_array_equal(empty, encode_empty(experiment.sampler.pipeline).embedding)
+    assert np.abs(negative - empty).max() > 0.1
 
 
 @pytest.mark.slow
