@@ -4,19 +4,25 @@ import gzip
 import html
 import itertools
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from diffexp_jax import InputError
+from diffexp_jax.formats import bpe
+from diffexp_jax.formats.files import read_json
+from diffexp_jax.formats.json_text import MOST_BYTES
 
 OPEN_CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # open_clip's own file: the merges, best first
 _MERGES = 49152 - 256 - 2  # of them, those that CLIP uses: all but the single bytes and the two special tokens
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BERT_FILES = ("vocab.txt", "tokenizer.json")
+_BERT_FILES, _BERT_SPECIAL = ("vocab.txt", "tokenizer.json"), ("cls", "sep", "pad")
+_BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 LONGEST = 2**16  # characters of a text that are looked at: no tokenizer here reads more of it
 AT_ONCE = 4096  # texts: their tokens take kilobytes each while they are Python's own numbers
@@ -44,6 +50,58 @@ def load_tokenizer(folder: Path, **settings):
         if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
             raise InputError(f"{folder / name}: the file is missing")
     return CLIPTokenizer.from_pretrained(str(folder), **settings)
+def load_tokenizer(folder: Path):
+    """The folder's CLIPTokenizer.
+
+    Raises:
+      InputError: a file is missing or damaged, or the files are not of one tokenizer.
+    """
+    from transformers import CLIPTokenizer  # seconds to import: only where it is used
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    files = bpe.read_files(folder)
+    bpe.check(files)
+    tokenizer = _made(bpe.names_of(folder), lambda: CLIPTokenizer.from_pretrained(str(folder)))
+    bpe.check_whole(files, tuple(bytes_to_unicode().values()), min(tokenizer.bos_token_id, tokenizer.eos_token_id))
+    return tokenizer
+
+
+def check_size(tokenizer, size: int, where: Path) -> None:
+    """Raises InputError where a tokenizer has not as many tokens as the network embeds: `size`.
+
+    Nothing would fail later: an id outside of the embedding's table is silently read as its last row.
+    """
+    if len(tokenizer) != size:
+        raise InputError(f"{where}: the tokenizer has {len(tokenizer):,} tokens, and the network knows {size:,}")
+
+
+def _made(where: str, make: Callable[[], Any], special: Sequence[str] = ("bos", "eos", "pad")) -> Any:
+    """The tokenizer that `make` gives, once it is known to work.
+
+    Args:
+      special: what transformers calls the tokens that begin a prompt, end it, and pad it.
+
+    Raises:
+      InputError: it does not; the message begins with `where`.
+    """
+    try:
+        tokenizer = make()
+        ids = tokenizer("").input_ids
+        known = sorted(tokenizer.get_vocab().values())
+    except Exception as error:  # of many types: the library's parts each have their own
+        reason = f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
+        raise InputError(f"{where}: the tokenizer's files are not readable ({reason})") from None
+    tokens = [getattr(tokenizer, f"{name}_token_id") for name in special]
+    if None in tokens:
+        raise InputError(f"{where}: the tokenizer has no {special[tokens.index(None)]}_token")
+    if ids != tokens[:2]:
+        raise InputError(f"{where}: the tokenizer makes {ids!r:.60} of an empty prompt; wants its start and end")
+    length = tokenizer.model_max_length
+    if type(length) is not int or length < 3:
+        raise InputError(f"{where}: the tokenizer's model_max_length is {length!r:.40}; wants a whole number from 3 on")
+    if known != list(range(len(known))):
+        raise InputError(f"{where}: the ids of the tokenizer's {len(known):,} tokens are not 0 to {len(known) - 1:,}")
+    return tokenizer
 
 
 def token_ids(tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], list[str]]:
@@ -67,18 +125,21 @@ def longer_than(tokenizer, texts: Sequence[str], length: int) -> list[bool]:
     return [text in long for text in texts]
 
 
-def open_clip(folder: Path, *, length: int = 77) -> Encode:
+def open_clip(folder: Path, *, length: int = 77, size: int | None = None) -> Encode:
     """open_clip's tokenizer: CLIP's, but it cleans the text (`clean`) and pads with 0.
 
     Args:
       folder: holds CLIP's vocabulary, as transformers writes it (vocab.json and merges.txt, or tokenizer.json; in it
         or in its subfolder tokenizer/) or as open_clip ships it (bpe_simple_vocab_16e6.txt.gz).
       length: tokens of a prompt, start and end included; longer ones are cut.
+      size: how many tokens the network knows; None: it is not checked.
 
     Raises:
-      InputError: the folder holds none of them.
+      InputError: the folder holds none of them, or it is damaged, or of another size.
     """
     tokenizer = _clip_tokenizer(folder)
+    if size is not None:
+        check_size(tokenizer, size, folder)
 
     def encode(texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], list[str]]:
         out, cut = np.zeros((len(texts), length), np.int32), []
@@ -110,24 +171,38 @@ def _clip_tokenizer(folder: Path):
         if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
             return load_tokenizer(candidate)
         if (path := candidate / OPEN_CLIP_VOCABULARY).is_file():
-            lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : 1 + _MERGES]
-            merges = [tuple(line.split()) for line in lines if line]
+            merges = bpe.merges_of(path, _lines_of_gzip(path)[1 : 1 + _MERGES])
             symbols = bytes_to_unicode().values()  # in the order of CLIP's vocabulary, which is GPT-2's
-            tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
-            tokens += ["<|startoftext|>", "<|endoftext|>"]
-            return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+            tokens = [*symbols, *(f"{symbol}{bpe.WORD_END}" for symbol in symbols), *map("".join, merges)]
+            tokens += bpe.SPECIAL
+            vocabulary = {token: i for i, token in enumerate(tokens)}
+            bpe.check(bpe.Files(path, path, vocabulary, merges))
+            return _made(str(path), partial(CLIPTokenizer, vocab=vocabulary, merges=merges))
     raise InputError(f"{folder}: no CLIP vocabulary; wants vocab.json and merges.txt, or {OPEN_CLIP_VOCABULARY}")
 
 
-def bert(folder: Path, *, length: int = 35) -> Encode:
+def _lines_of_gzip(path: Path) -> list[str]:
+    """The lines of a compressed text. Raises InputError where it is broken, or longer than any vocabulary."""
+    try:
+        with gzip.open(path) as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"longer than {MOST_BYTES // 2**20} MB")
+        return data.decode("utf-8").removesuffix("\n").split("\n")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path}: not readable as a gzip file of text ({error})") from None
+
+
+def bert(folder: Path, *, length: int = 35, size: int | None = None) -> Encode:
     """BERT's lower-case tokenizer with the two tokens that BLIP appends, [DEC] and [ENC]; pads with 0 and cuts.
 
     Args:
       folder: holds vocab.txt or tokenizer.json of bert-base-uncased.
       length: tokens of a prompt, [CLS] and [SEP] included.
+      size: how many tokens the network knows, with these two; None: it is not checked.
 
     Raises:
-      InputError: the folder holds neither.
+      InputError: the folder holds neither, or it is damaged, or of another size.
     """
     from transformers import BertTokenizer
 
@@ -135,10 +210,19 @@ def bert(folder: Path, *, length: int = 35) -> Encode:
     if path is None:
         raise InputError(f"{folder}: no BERT vocabulary; wants {' or '.join(_BERT_FILES)} of bert-base-uncased")
     if path.suffix == ".txt":
-        tokenizer = BertTokenizer(vocab=str(path))
+        tokens = bpe.text_lines(path)
+        if len(set(tokens)) < len(tokens):
+            raise InputError(f"{path}: a token is there twice")
+        if missing := [token for token in _BERT_TOKENS if token not in tokens]:
+            raise InputError(f"{path}: lacks {', '.join(missing)}; wants the vocabulary of bert-base-uncased")
+        tokenizer = _made(str(path), lambda: BertTokenizer(vocab=str(path)), _BERT_SPECIAL)
     else:
-        tokenizer = BertTokenizer.from_pretrained(str(folder))
+        bpe.check_settings(folder)
+        read_json(path)
+        tokenizer = _made(bpe.names_of(folder), lambda: BertTokenizer.from_pretrained(str(folder)), _BERT_SPECIAL)
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+    if size is not None:
+        check_size(tokenizer, size, path)
 
     tokenizer.model_max_length = length
     return partial(token_ids, tokenizer)

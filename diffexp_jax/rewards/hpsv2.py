@@ -36,7 +36,8 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     else:
         file = only_file(path, (*SUFFIXES, ".safetensors")) if path.is_dir() else path
         model, params = open_clip.load(file, dtype=dtype)
-    encode = tokenizers.open_clip(folder, length=model.config.text.max_position_embeddings)
+    text = model.config.text
+    encode = tokenizers.open_clip(folder, length=text.max_position_embeddings, size=text.vocab_size)
     return build(model, params, Cutting(encode))
 
 

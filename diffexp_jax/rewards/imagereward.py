@@ -33,7 +33,8 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     """
     file = only_file(path, (*SUFFIXES, ".safetensors")) if path.is_dir() else path
     model, params = blip.load(file, dtype=dtype)
-    encode = tokenizers.bert(file.parent, length=min(LENGTH, model.config.max_position_embeddings))
+    length = min(LENGTH, model.config.max_position_embeddings)
+    encode = tokenizers.bert(file.parent, length=length, size=model.config.vocab_size)
     return build(model, params, Cutting(encode))
 
 

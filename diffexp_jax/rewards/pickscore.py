@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.formats.tokenizers import load_tokenizer, token_ids
+from diffexp_jax.formats.tokenizers import check_size, load_tokenizer, token_ids
 from diffexp_jax.models import clip, clip_files, sizes
 from diffexp_jax.rewards.preprocess import clip_pixels, floor_half, official_crop
 from diffexp_jax.rewards.reward import SHIPPED, Builtin, Cutting, Reward, Tokenize, of_pixels, zero_tokens
@@ -30,6 +30,7 @@ def load(folder: Path, *, scale: str = "logit", dtype: DTypeLike = jnp.float32) 
     """
     model, params = clip_files.load(folder, dtype=dtype)
     tokenizer = load_tokenizer(folder)
+    check_size(tokenizer, model.config.text.vocab_size, folder)
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.text.max_position_embeddings)
     return build(model, params, Cutting(partial(token_ids, tokenizer)), scale=scale)
 
