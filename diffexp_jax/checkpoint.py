@@ -52,7 +52,10 @@ class Checkpoints:
         self._lock = threading.RLock()  # a run that is stopped within an iteration saves from another thread
         orbax_errors.quiet()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(keep, self._scores), create=False, multiprocessing_options=_FIRST_HOST
+            preservation_policy=_NewestAndBest(keep, self._scores),
+            create=False,
+            cleanup_tmp_directories=True,  # of a run that was killed in a write
+            multiprocessing_options=_FIRST_HOST,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from diffexp_jax import InputError, command, lease, paths
 from diffexp_jax.exploration import exploring_iterations
-from diffexp_jax.formats.files import read_json, replaced
+from diffexp_jax.formats.files import clear_partials, read_json, replaced
 from diffexp_jax.optimizer import learning_rate
 from diffexp_jax.sampler import model_dtype
 from diffexp_jax.settings import method_settings, optimizer_updates, read_config
@@ -133,6 +133,7 @@ def claim(
             held = stack.enter_context(lease.hold(workdir))
             if any((workdir / "checkpoints").glob("[0-9]*")):
                 _check_identity(workdir, config, identity)
+            _clear_partials(workdir)
             _write_json(workdir / "config.json", config.to_dict())
             _write_json(workdir / "identity.json", dict(identity))
             if about is not None:
@@ -140,6 +141,17 @@ def claim(
         except OSError as error:
             raise InputError(f"workdir {workdir}: cannot be written ({error.strerror or error})") from None
         yield held
+
+
+def _clear_partials(workdir: Path) -> None:
+    """Removes half-written files of runs that were killed here; the workdir is ours, and nothing is written yet."""
+    for folder in (workdir, workdir / "images"):
+        clear_partials(folder)
+    now = (workdir / lease.LEASE).stat().st_mtime
+    for path in workdir.glob(f"{lease.LEASE}.*.partial"):  # of a program that looked at the lease: it lives shortly
+        with contextlib.suppress(FileNotFoundError):
+            if now - path.stat().st_mtime > lease.STALE:
+                path.unlink()
 
 
 def check(held: lease.Lease | None) -> None:

@@ -59,6 +59,15 @@ def test_what_is_saved_is_what_there_was(tmp_path):
         assert_equal(checkpoints.restore_newest(before)[1], before)
 
 
+def test_a_write_that_a_kill_ended_is_cleared(tmp_path):
+    """When a run goes on, also where it saves no checkpoint of that iteration again."""
+    left = saved(tmp_path, n=1) / "7.orbax-checkpoint-tmp"
+    (left / "default").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(8, state(8))
+    assert steps(tmp_path / "checkpoints") == [1, 8]
+
+
 def test_a_state_that_is_held_is_saved_once(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save_held()  # there is none

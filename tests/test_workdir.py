@@ -43,6 +43,25 @@ def stored(folder) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
+def test_files_of_killed_programs_are_cleared(tmp_path):
+    """When a run begins; not those of a program that lives, nor what is not ours."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "other").mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {
+        f"{name}.{pid}.partial" for name in ("metrics.jsonl", "images/000001.png") for pid in (dead.pid, os.getpid())
+    }
+    kept = {f"report.html.{os.getppid()}.partial", f"other/x.{dead.pid}.partial", "a.partial", f"{dead.pid}.partial"}
+    kept |= {"lease.json.12345678.partial"}  # looks at the lease now
+    old = "lease.json.0123456789abcdef.partial"
+    for name in (*names, *kept, old):
+        (tmp_path / name).write_text("x")
+    os.utime(tmp_path / old, (1e9, 1e9))
+    begin(tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.partial")} == kept
+
+
 # ------------------------------------------------------------------------------------------------------ what is planned
 
 

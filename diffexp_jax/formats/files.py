@@ -15,6 +15,7 @@ from diffexp_jax import InputError, paths
 from diffexp_jax.formats.json_text import MOST_BYTES, parse_json, read_text
 
 # Weight files by the names that diffusers (first) and transformers (second) write.
+_PARTIAL = re.compile(r"\.(\d{1,7})\.partial$")  # the end of what `replaced` writes; a lease has longer numbers there
 STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -34,6 +35,27 @@ def replaced(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def clear_partials(folder: Path) -> None:
+    """Removes what `replaced` has left in a folder where its program was killed.
+
+    What belongs to another program that lives on this machine stays: it may be writing it now.
+    """
+    for path in folder.glob("*.partial"):
+        if (match := _PARTIAL.search(path.name)) and not _lives(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is another process of this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return pid != os.getpid()
 
 
 def write_whole(path: Path, text: str) -> None:
