@@ -43,15 +43,7 @@ def check_text(text: str, where: str) -> str:
 
 
 def load_tokenizer(folder: Path, **settings):
-    """The folder's CLIPTokenizer; `settings` go before those of its tokenizer_config.json."""
-    from transformers import CLIPTokenizer  # seconds to import: only where it is used
-
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
-            raise InputError(f"{folder / name}: the file is missing")
-    return CLIPTokenizer.from_pretrained(str(folder), **settings)
-def load_tokenizer(folder: Path):
-    """The folder's CLIPTokenizer.
+    """The folder's CLIPTokenizer; `settings` go before those of its tokenizer_config.json.
 
     Raises:
       InputError: a file is missing or damaged, or the files are not of one tokenizer.
@@ -61,7 +53,7 @@ def load_tokenizer(folder: Path):
 
     files = bpe.read_files(folder)
     bpe.check(files)
-    tokenizer = _made(bpe.names_of(folder), lambda: CLIPTokenizer.from_pretrained(str(folder)))
+    tokenizer = _made(bpe.names_of(folder), lambda: CLIPTokenizer.from_pretrained(str(folder), **settings))
     bpe.check_whole(files, tuple(bytes_to_unicode().values()), min(tokenizer.bos_token_id, tokenizer.eos_token_id))
     return tokenizer
 
