@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from diffexp_jax import InputError, command, lease, paths
 from diffexp_jax.exploration import exploring_iterations
-from diffexp_jax.formats.files import clear_partials, read_json, replaced
+from diffexp_jax.formats.files import read_json
+from diffexp_jax.formats.writing import clear_partials, replaced
 from diffexp_jax.optimizer import learning_rate
 from diffexp_jax.sampler import model_dtype
 from diffexp_jax.settings import method_settings, optimizer_updates, read_config

@@ -68,7 +68,7 @@ BELOW = {
     "report": {"report", "metrics", "settings", "exploration", "formats.files", "formats.json_text", "optional"}
     | {"InputError"},
     "workdir": {"paths", "settings", "sampler", "exploration", "optimizer", "command", "lease", "formats.files"}
-    | {"InputError"},
+    | {"formats.writing", "InputError"},
     "checkpoint": {"checksums", "orbax_errors", "parallel", "lease", "state", "InputError"},
     "checksums": {"formats.json_text"},
     "orbax_errors": set(),

@@ -185,6 +185,8 @@ def check_tokenizers(tokenizers: Sequence[Any], text: Sequence[CLIPTextConfig], 
         name = f"{where}: tokenizer{f'_{i}' if i > 1 else ''} does not fit"
         if len(tokenizer) != cfg.vocab_size:
             raise InputError(f"{name} its text encoder: {len(tokenizer)} tokens, the encoder has {cfg.vocab_size}")
+        if (last := max(tokenizer.get_vocab().values())) >= cfg.vocab_size:
+            raise InputError(f"{name} its text encoder: a token's id is {last}, accepted: to {cfg.vocab_size - 1}")
         if tokenizer.model_max_length > cfg.max_position_embeddings:
             length = tokenizer.model_max_length
             raise InputError(f"{name} its text encoder: length {length}, accepted: to {cfg.max_position_embeddings}")
