@@ -86,7 +86,7 @@ def test_hostile_json_in_other_files(name, tmp_path):
         load_prompts(str(tmp_path / "p.json"))
     assert "\n" not in str(error.value)
     save_file({"a": np.zeros(1)}, tmp_path / "l.safetensors", {"lora_adapter_metadata": text})
-    with pytest.raises(InputError, match=rf"l\.safetensors: .*{says}"):
+    with pytest.raises(InputError, match=r"l\.safetensors: not a readable LoRA file"):
         load_lora(tmp_path / "l.safetensors", {})
     (tmp_path / "lease.json").write_text(text)
     assert lease_files.read(tmp_path / "lease.json").owner == {}
