@@ -191,9 +191,10 @@ class Experiment(NamedTuple):
         """
         n, seed = self.split.samples, self.config.seed
         drawn = jax.random.randint(parallel.stream(seed, "prompts", it), (n // self.group,), 0, len(self.train.texts))
-        ids = np.repeat(self.ids[np.asarray(drawn)], self.group)
+        rows = np.repeat(np.asarray(drawn), self.group)
+        ids = self.ids[rows]
         noise = parallel.sample_keys(parallel.stream(seed, "noise", it), n)
-        cond, tokens = jax.tree.map(lambda x: x[ids], (self.train.cond, self.train.tokens[self.reward]))
+        cond, tokens = jax.tree.map(lambda x: x[rows], (self.train.cond, self.train.tokens[self.reward]))
         batch = parallel.shard(Batch(ids, make_context(cond, self.sampler.uncond), tokens, noise), n)
         if explore is not None:
             drawn_for = ids if self.sampler.exploration.scope == "prompt" else np.arange(n)

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from diffexp_jax import InputError, checkpoint, exploration, parallel, programs, report, settings
+from diffexp_jax import InputError, backend, checkpoint, exploration, parallel, programs, report, settings
 from diffexp_jax.evaluation import check_pictures
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.tokenizers import check_text, token_ids
@@ -124,6 +124,7 @@ def main(args: argparse.Namespace) -> None:
     sampler = Sampler.build(config)
     pipeline, rows = sampler.pipeline, np.repeat(np.arange(len(prompts)), args.num_images)
     n = len(rows)
+    check_memory(n, pipeline)
     lora = chosen_lora(args, config, pipeline)
     variants = make_variants(args, sampler, prompts, rows, lora)
     keys = parallel.sample_keys(parallel.stream(config.seed, "sample"), n)
@@ -181,6 +182,18 @@ def chosen_prompts(args: argparse.Namespace) -> PromptSet:
     if not texts:
         raise InputError("nothing to sample: give --prompt or --prompts")
     return PromptSet("sample", texts, (*(comma_phrases(text) for text in args.prompt), *file.phrases))
+
+
+def check_memory(n: int, pipeline: Pipeline) -> None:
+    """Raises InputError where so many images, which are kept until all are there, take more than half of the memory."""
+    latents = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), np.float32)
+    numbers = jax.eval_shape(pipeline.decode, pipeline.sampling_params, latents).size
+    needed, there = 5 * numbers * n, backend.host_memory() // 2  # as float32, and as bytes
+    if needed > there:
+        raise InputError(
+            f"{n:,} images would take at least {needed / 2**30:.1f} GiB of this machine's memory; wants at most "
+            f"{there // (5 * numbers):,} at once, half of it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- variants

@@ -353,6 +353,9 @@ def test_a_prompt_that_is_there_twice_is_drawn_twice_as_often_under_one_id(make_
     assert loaded.train.texts == ("a cat", "a dog", "a dog", "a dog") and set(ids.tolist()) == {0, 1}
     assert 0.6 < (ids == 1).mean() < 0.9 and ids.dtype == np.int32
     np.testing.assert_array_equal(loaded.train.cond.embedding[1], loaded.train.cond.embedding[3])
+    # what a reward reads is each row's own: it may differ in what a file says beside the prompt
+    own = loaded._replace(train=loaded.train._replace(tokens={loaded.reward: np.arange(4)[:, None]}))
+    assert {int(x) for it in range(30) for x in np.ravel(own.draw_batch(it, None).tokens)} == {0, 1, 2, 3}
 
 
 def test_more_prompts_than_fit_in_memory(fails, make_config, tmp_path, monkeypatch):
@@ -805,6 +808,14 @@ def test_a_line_of_a_file_is_an_image(tmp_path):
     assert score["known_prompts"](None, paths) == list(texts)
     with pytest.raises(InputError, match=r"^--prompt: .* holds U\+DCFF, half a character"):
         sample["chosen_prompts"](argparse.Namespace(prompt=["a \udcff dog"], prompts=None))
+
+
+def test_more_images_than_fit_in_memory(script, fails, tiny_model, tmp_path, monkeypatch):
+    """Said before the prompts are encoded: 16 x 16 pixels are 3,840 bytes an image."""
+    monkeypatch.setattr(backend, "host_memory", lambda: 1_000_000)
+    given = [f"--model={tiny_model}", "--prompt=a dog", "--num_images=131", f"--out={tmp_path / 'x'}"]
+    said = fails(2, script, "sample", *given)
+    assert "131 images would take at least 0.0 GiB" in said and "wants at most 130 at once, half of it" in said
 
 
 def test_several_images_of_a_prompt(script, tiny_model, tmp_path):

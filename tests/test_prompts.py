@@ -8,7 +8,7 @@ import re
 import pytest
 
 from diffexp_jax import InputError
-from diffexp_jax.prompts import PROMPTS, files, load_prompts, short_name
+from diffexp_jax.prompts import PROMPTS, files, load_prompts, one_prompt, short_name
 
 
 @pytest.mark.parametrize(
@@ -233,6 +233,8 @@ def test_a_prompt_that_is_there_twice_keeps_its_id(tmp_path):
 def test_arguments_that_are_no_utf8(spec):
     with pytest.raises(InputError, match=r"^prompts: .* holds U\+DCFF, half a character"):
         load_prompts(spec)
+    with pytest.raises(InputError, match=r"^prompt: .* holds U\+DCFF, half a character"):
+        one_prompt(spec)
 
 
 def test_half_a_character_in_json(tmp_path):

@@ -109,7 +109,7 @@ def load_prompt_sets(specs: Sequence[str]) -> list[PromptSet]:
 
 def one_prompt(text: str) -> PromptSet:
     """A set of one prompt, named after it; white space inside it is made single spaces."""
-    text = " ".join(text.split())
+    text = " ".join(check_text(text, "prompt").split())
     if not text:
         raise InputError("prompt:TEXT: has no text")
     return PromptSet(short_name(text), (text,), (files.comma_phrases(text),))
