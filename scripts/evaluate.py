@@ -137,7 +137,7 @@ class Comparison(NamedTuple):
             seed=args.seed,
             batch=self.batch,
             samples_per_prompt=args.samples_per_prompt,
-            keep=shown,
+            keep=shown.tolist(),
             advance=bar.update,
         )
 

@@ -753,6 +753,7 @@ def sample_settings(**flags):
     usual = dict.fromkeys(script["KEYS"]) | {
         "lora": None,
         "checkpoint": None,
+        "lora_scale": None,
         "batch": 16,
         "num_images": 1,
         "out": "out",
