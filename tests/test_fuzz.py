@@ -39,6 +39,7 @@ from diffexp_jax.models.lora import init_lora, load_lora, save_lora
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.prompts.files import read_named_prompts
+from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.settings import check_config, cpu_devices, default_config, read_config
 
 EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])
@@ -142,6 +143,9 @@ def test_config_json(examples, tmp_path):
 
 WORDS = st.sampled_from(["", "nan", "-inf", "1e999", "None", "True", "()", "(1,", "[[]]", "{}", "a.csv:b", "jax:", "+"])
 WORDS |= st.sampled_from(["textnorm(", "textnorm(textnorm(x))", "prompt:", "python:os:system", "animals", "0" * 5000])
+WORDS |= st.sampled_from(
+    ["gs://b/x", "file:///x", "~", "~nobody/x", "hub:", "hub:a/b", "pickscore:hub:a/b", "aesthetic:~/x"]
+)
 WORDS |= st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12) | VALUES.map(repr)
 
 
@@ -219,6 +223,34 @@ def test_prompt_files(examples, tmp_path):
 
     filters = st.sampled_from(["", "", ":Category=Colors|Text", ":category=", ":=", ":x=y"])
     fuzz(st.tuples(st.sampled_from(sorted(PROMPT_FILES)), filters, CHANGES), read, examples)
+
+
+# -------------------------------------------------------------------------------------------------------------- rewards
+
+NUMBERS = st.lists(st.floats(width=32) | st.integers(-9, 9), min_size=2, max_size=2)
+ARRAYS = st.builds(
+    lambda shape, dtype: np.full(shape, 1, dtype),
+    st.sampled_from([(2,), (2, 1), (), (3,), (0,)]),
+    st.sampled_from(["f2", "f8", "i1", "u8", "?", "c8", "U3", "O", "M8[s]", "m8[s]", "V2"]),
+)
+INFO = st.dictionaries(st.text(max_size=5) | st.integers(), VALUES | NUMBERS | ARRAYS, max_size=3)
+
+
+@EXAMPLES
+def test_what_rewards_return(examples):
+    """Anything: numbers for the images and their means, or one line."""
+
+    def score(returned):
+        reward = host_reward(lambda images, prompts: returned, "python:m:f", timeout=PATIENCE, workers=1)
+        scores, parts = reward.start(np.zeros((2, 1, 1, 3), np.uint8), reward.tokenize(["a", "b"]))()
+        for x in (scores, *parts.values()):
+            assert x.shape == (2,) and x.dtype == np.float32
+        assert np.isfinite(scores).all()
+        given = returned[0] if isinstance(returned, tuple) else returned
+        np.testing.assert_array_equal(scores, np.asarray(given, np.float32))
+
+    values = VALUES | NUMBERS | ARRAYS
+    fuzz(values | st.tuples(values, INFO | VALUES), score, examples)
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
