@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from diffexp_jax import InputError, programs
 from diffexp_jax.formats import pictures
@@ -85,6 +86,18 @@ def test_sixteen_bits_are_not_white(name, tmp_path):
     np.testing.assert_array_equal(found.pixels, np.repeat(values[..., None] // 256, 3, axis=2))
 
 
+def test_sixteen_bits_of_other_files(tmp_path):
+    """The larger byte first, and 12 of the bits: the same grey."""
+    values = np.array([[0, 4095 * 16 + 15, 256 * 100]], ">u2")
+    Image.frombytes("I;16B", (3, 1), values.tobytes()).save(tmp_path / "big.tif")
+    assert read_picture(tmp_path / "big.tif").pixels[0, :, 0].tolist() == [0, 255, 100]
+    tags = ImageFileDirectory_v2()
+    tags[258] = 12
+    image = Image.fromarray(np.array([[0, 4095, 1600]], np.uint16))
+    image.tag_v2 = tags
+    assert pictures._of_sixteen_bits(tmp_path, image)[0, :, 0].tolist() == [0, 255, 100]
+
+
 def test_one_of_sixteen_bits_is_transparent(tmp_path):
     Image.fromarray(np.array([[7, 40000]], np.uint16)).save(tmp_path / "x.png", transparency=7)
     found = read_picture(tmp_path / "x.png")
@@ -102,8 +115,9 @@ def test_what_is_refused(tmp_path):
         ("jp2.png", RGB, {"format": "JPEG2000"}, "not a readable picture; accepted: PNG, JPEG, "),
     ]:
         image.save(tmp_path / name, **options)
-        with pytest.raises(InputError, match=f"{name}: {said}"):
-            read_picture(tmp_path / name)
+        for reader in (read_picture, n_pixels):  # also by the header alone, before any work
+            with pytest.raises(InputError, match=f"{name}: {said}"):
+                reader(tmp_path / name)
     buffer = io.BytesIO()
     RGB.save(buffer, "PNG")
     for name, content in (("cut.png", buffer.getvalue()[:-30]), ("empty.png", b""), ("gone.png", None)):
@@ -115,8 +129,6 @@ def test_what_is_refused(tmp_path):
 
 def test_white_is_zero(tmp_path):
     """A TIFF file of 16 bits whose 0 is white: Pillow would read its negative."""
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
     tags = ImageFileDirectory_v2()
     tags[262] = 0
     Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "x.tif", tiffinfo=tags)

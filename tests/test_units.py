@@ -118,6 +118,9 @@ def test_of_a_very_long_prompt_only_what_the_tokenizer_reads_is_numbered(tokeniz
     ids, cut = token_ids(tokenizer, long.texts)
     np.testing.assert_array_equal(ids, token_ids(tokenizer, short.texts)[0])
     assert cut == list(long.texts)
+    (numbers,) = unit_ids(tokenizer, long, "word")
+    pieces = units_of_text(tokenizer, long.texts[0], numbers)
+    assert pieces[:3] == [("a", 1), (" ", 0), ("dog", 2)] and sum(len(piece) for piece, _ in pieces) == 2**16
 
 
 def test_many_prompts_are_read_a_few_at_once(tokenizer, monkeypatch):

@@ -76,12 +76,10 @@ def read_picture(path: Path) -> Picture:
         notes = []
         with _explained(path):
             image.load()
-        _check_size(path, image)
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        _check(path, image)
+        if image.mode.startswith("I"):
             pixels = _of_sixteen_bits(path, image)
             notes.append("sixteen")
-        elif image.mode in ("I", "F"):
-            raise InputError(f"{path}: holds 32-bit numbers, whose white is not known; wants 8 or 16 bits a channel")
         elif image.mode != "LAB" and _has_opacity(image):  # LAB's A is a colour
             with _explained(path):
                 pixels = np.asarray(image.convert("RGBA"))
@@ -101,11 +99,11 @@ def _opened(path: Path) -> Image.Image:
     """The file's header; its pixels are read later.
 
     Raises:
-      InputError: it is none, or has too many pixels.
+      InputError: as `read_picture`, of what the header says.
     """
     with _explained(path):
         image = Image.open(path, formats=formats())
-    _check_size(path, image)
+    _check(path, image)
     return image
 
 
@@ -122,9 +120,11 @@ def _explained(path: Path) -> Iterator[None]:
             raise InputError(f"{path}: not a readable picture ({reason})") from None
 
 
-def _check_size(path: Path, image: Image.Image) -> None:
+def _check(path: Path, image: Image.Image) -> None:
     if image.width * image.height > MOST_PIXELS:
         raise InputError(f"{path}: has {image.width} x {image.height} pixels; wants at most {MOST_PIXELS:,}")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # of PNG's 16 bits older Pillows make I
+        raise InputError(f"{path}: holds 32-bit numbers, whose white is not known; wants 8 or 16 bits a channel")
 
 
 def _has_opacity(image: Image.Image) -> bool:

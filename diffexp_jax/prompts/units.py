@@ -57,11 +57,14 @@ def _tokens(tokenizer: Any, prompts: PromptSet, start: int) -> Iterator[list[tup
 def units_of_text(tokenizer: Any, text: str, ids: Int[np.ndarray, "L"]) -> list[tuple[str, int]]:
     """The prompt cut where its units begin and end: [(text, number of the unit, 0 for none)], joined it is the prompt.
 
+    Of a very long one it is as much as is looked at (`tokenizers.LONGEST`).
+
     Args:
       ids: the prompt's row of `unit_ids`.
     """
+    text = text[:LONGEST]
     options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-    offsets = tokenizer(text[:LONGEST], return_offsets_mapping=True, **options)["offset_mapping"]
+    offsets = tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
     letters = np.zeros(len(text), np.int32)  # a unit's number for each
     for unit in np.unique(ids[ids > 0]):
         spans = [span for span, number in zip(offsets, ids, strict=True) if number == unit]
