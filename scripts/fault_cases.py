@@ -63,9 +63,23 @@ def flip(workdir: Path, rng: random.Random) -> None:
     """A bit of a file, the large ones more often."""
     all_files = files(newest(workdir))
     (path,) = rng.choices(all_files, [path.stat().st_size for path in all_files])
+    flip_in(path, rng)
+
+
+def flip_in(path: Path, rng: random.Random) -> None:
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
+
+
+def flip_rows(workdir: Path, rng: random.Random) -> None:
+    """A bit of the metrics, which most often are json still."""
+    flip_in(workdir / "metrics.jsonl", rng)
+
+
+def flip_contents(workdir: Path, rng: random.Random) -> None:
+    """A bit of what the newest checkpoint says of itself: its rows of the metrics, its score, its checksums."""
+    flip_in(newest(workdir) / "contents" / "metadata", rng)
 
 
 def remove(workdir: Path, rng: random.Random) -> None:
@@ -178,6 +192,10 @@ CASES = (
     Case("truncated", "files of the newest checkpoint cut short", goes_on(truncate)),
     Case("flipped", "a bit of the newest checkpoint flipped", goes_on(flip)),
     Case("missing", "a file or folder of the newest checkpoint missing", goes_on(remove)),
+    Case("rows-flipped", "a bit of the metrics flipped", goes_on(flip_rows)),
+    Case(
+        "contents-flipped", "a bit of the newest checkpoint's rows, score or checksums flipped", goes_on(flip_contents)
+    ),
     Case("torn", "metrics torn, lines doubled", goes_on(tear)),
     Case("full", "full disk (tmpfs)", on_a_small_disk(fill_up, lambda disk: (disk / "filler").unlink())),
     Case("read-only", "disk read-only (tmpfs)", on_a_small_disk(make_read_only, make_writable)),

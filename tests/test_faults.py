@@ -82,4 +82,4 @@ def test_a_small_campaign(tmp_path):
     done = subprocess.run([*line, f"--out={tmp_path / 'r.json'}"], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(tmp_path / 'r.json').read_text()}"
     found = json.loads((tmp_path / "r.json").read_text())
-    assert len(found["kills"]) >= 3 and len(found["damages"]) == 10
+    assert len(found["kills"]) >= 3 and len(found["damages"]) == 12
