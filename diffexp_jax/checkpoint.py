@@ -46,16 +46,14 @@ class Checkpoints:
             return
         self._is_claimed = (self._folder.parent / LOCK).exists()
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._clear_partials("*")
         self._scores = _scores(self._folder)
         self._held: dict[str, Any] | None = None
         self._writing: int | None = None
         self._lock = threading.RLock()  # a run that is stopped within an iteration saves from another thread
         orbax_errors.quiet()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(keep, self._scores),
-            create=False,
-            cleanup_tmp_directories=True,  # of a run that was killed in a write
-            multiprocessing_options=_FIRST_HOST,
+            preservation_policy=_NewestAndBest(keep, self._scores), create=False, multiprocessing_options=_FIRST_HOST
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -149,8 +147,7 @@ class Checkpoints:
         """orbax and tensorstore raise many types for one full disk: here they are one."""
         iteration, self._writing = self._writing, None
         self._scores.pop(iteration, None)
-        for partial in self._folder.glob(f"{iteration}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        self._clear_partials(str(iteration))
         for folder in (self._folder, self._folder.parent):  # tensorstore makes folders that are gone anew
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -159,6 +156,11 @@ class Checkpoints:
             f"{self._folder}: the checkpoint of iteration {iteration} could not be written ({reason}); the older "
             "ones are untouched, and the same command continues from them"
         ) from None
+
+    def _clear_partials(self, iteration: str) -> None:
+        """Removes what a write has left that failed or was killed; `iteration` may be "*"."""
+        for partial in self._folder.glob(f"{iteration}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def restore_newest(self, like: Any) -> tuple[int, Any] | None:
         """(iteration, state) of the newest checkpoint that is whole, None where there is none yet.
