@@ -36,7 +36,7 @@ from diffexp_jax.formats.files import Weights
 from diffexp_jax.formats.pickles import open_checkpoint
 from diffexp_jax.formats.pictures import read_picture
 from diffexp_jax.models.lora import init_lora, load_lora, save_lora
-from diffexp_jax.pipelines import load_pipeline
+from diffexp_jax.pipelines import load_pipeline, single_file
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.prompts.files import read_named_prompts
 from diffexp_jax.rewards.host import host_reward
@@ -343,6 +343,33 @@ def test_lora_folders(examples, base, dialects, tmp_path):
     changes = CHANGES | st.just([])
     example = (st.sampled_from(sorted(dialects)), changes, st.dictionaries(keys, VALUES, max_size=2), changes)
     fuzz(st.tuples(*example, st.booleans(), names), read, examples)
+
+
+@EXAMPLES
+def test_single_files(examples, tmp_path):
+    """What a damaged or odd file is taken for, by its names and a few tensors."""
+    path = tmp_path / "x.safetensors"
+    unet, one = "model.diffusion_model.", np.ones((1, 1), np.float32)
+    names = [f"{unet}out.2.bias", "first_stage_model.x", "vae.x", "global_step", "v_pred", "ztsnr", "control_model.x"]
+    names += [
+        "cond_stage_model.model.x",
+        "cond_stage_model.transformer.x",
+        "conditioner.embedders.1.model.x",
+        "decoder.x",
+    ]
+    names += ["conditioner.embedders.0.transformer.x", "x.lora_A.weight", "down_blocks.0.x", "model_ema.x"]
+    shapes = st.sampled_from([(), (2,), (2, 4, 3, 3), (2, 9, 3, 3), (0, 4)])
+
+    def read(example):
+        first, chosen, shape, said, changes = example
+        tensors = {name: np.zeros(shape) for name in chosen} | {f"{unet}input_blocks.0.0.weight": np.zeros(first)}
+        save_file(tensors | {"other": one}, path, {"modelspec.prediction_type": said})
+        path.write_bytes(changed(path.read_bytes(), changes))
+        single_file.read(path)
+
+    said = st.sampled_from(["v", "epsilon", "", "x"])
+    chosen = st.sets(st.sampled_from(names), max_size=6)
+    fuzz(st.tuples(shapes, chosen, shapes, said, CHANGES | st.just([])), read, examples)
 
 
 @EXAMPLES

@@ -272,6 +272,7 @@ def test_what_a_file_says_of_its_schedule(made, tmp_path, caplog):
     assert schedule()["prediction_type"] == "v_prediction"
     assert "taken for v, as diffusers does" in caplog.text
     assert schedule({"global_step": np.array(875000)})["prediction_type"] == "epsilon"
+    assert schedule({"global_step": np.array([875000, np.nan])})["prediction_type"] == "v_prediction"
     assert schedule(header={"modelspec.prediction_type": "epsilon"})["prediction_type"] == "epsilon" and not caplog.text
     both = schedule({"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros(0, np.float32)})
     assert both["prediction_type"] == "v_prediction" and both["rescale_betas_zero_snr"] and not caplog.text
@@ -339,6 +340,15 @@ def test_variants_are_offered_by_name(tmp_path, files, said):
         open_weights(tmp_path)
     with pytest.raises(InputError, match=f"no weights of the variant 'x'; there are those of {said}"):
         open_weights(tmp_path, variant="x")
+
+
+def test_a_fused_tensor_of_a_shape_that_is_none():
+    from diffexp_jax.models import open_clip
+
+    name = "transformer.resblocks.0.attn.in_proj_weight"
+    for shape in ((), (4, 2), (0,)):
+        found = open_clip.as_transformers({name: np.zeros(shape)})
+        assert len(found) == 3 and all(isinstance(x, np.ndarray) for x in found.values())
 
 
 def test_names_of_a_tree():

@@ -74,9 +74,9 @@ def as_transformers(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarra
             prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{i}."
             if middle == "attn.in_proj_":
                 for part, letter in enumerate("qkv"):
-                    make[f"{prefix}self_attn.{letter}_proj.{kind}"] = lambda name=name, part=part: np.split(
-                        tensors[name], 3
-                    )[part]
+                    make[f"{prefix}self_attn.{letter}_proj.{kind}"] = lambda name=name, part=part: _third(
+                        tensors[name], part
+                    )
                 continue
             new = prefix + _BLOCK_NAMES[middle] + kind if middle in _BLOCK_NAMES else name
         else:
@@ -86,6 +86,11 @@ def as_transformers(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarra
         else:
             make[new] = lambda name=name: tensors[name]
     return Derived(make)
+
+
+def _third(value: np.ndarray, part: int) -> np.ndarray:
+    """q, k or v of what holds all three; the whole where that cannot be, whose shape is refused later."""
+    return value if value.ndim == 0 or len(value) % 3 else np.split(value, 3)[part]
 
 
 def config_of(model_cfg: Mapping[str, Any]) -> clip.CLIPConfig:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.typing import DTypeLike
 
@@ -143,7 +144,7 @@ def _scheduler(path: Path, tensors: Mapping[str, Any], source: Source, parts: Ma
     published = scheduler["prediction_type"]
     if "v_pred" in tensors or said == "v":
         scheduler["prediction_type"] = "v_prediction"
-    elif said == "epsilon" or ("global_step" in tensors and int(tensors["global_step"]) == 875000):  # SD 2 base
+    elif said == "epsilon" or np.array_equal(np.ravel(tensors.get("global_step", 0)), [875000]):  # SD 2 base
         scheduler["prediction_type"] = "epsilon"
     elif published == "v_prediction":
         logging.warning(
