@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 
 from diffexp_jax import BadRewardError, HostError, InputError, RewardError
-from diffexp_jax.parallel import devices
+from diffexp_jax.parallel import devices, meeting
 from diffexp_jax.parallel.watch import Watch
 from diffexp_jax.stopping import Stopped
 
@@ -181,7 +181,8 @@ def joined(settings: HostSettings) -> Iterator[None]:
     nothing happens.
 
     Raises:
-      InputError: a part is missing or makes no sense.
+      InputError: a part is missing or makes no sense, or the hosts were told different things (`meeting.py`).
+      HostError: not all were there in time.
     """
     global _group
     with Watch(settings.heartbeat_timeout) as watch:
@@ -233,7 +234,8 @@ def _completed(settings: HostSettings) -> HostSettings:
     if None in asked:
         missing = ", ".join(f"hosts.{name}" for name, value in asked._asdict().items() if value is None)
         raise InputError(f"{missing}: missing; several hosts want hosts.coordinator, hosts.number and hosts.index")
-    if not re.fullmatch(r".+:\d+", asked.coordinator):
+    _, _, port = asked.coordinator.rpartition(":")
+    if not re.fullmatch(r".+:\d{1,5}", asked.coordinator) or not 0 < int(port) < 2**16:
         raise InputError(f"hosts.coordinator={asked.coordinator!r}: wants HOST:PORT of the first host")
     if not 0 <= asked.index < asked.number:
         raise InputError(f"hosts.index={asked.index}: wants 0 to {asked.number - 1}, as hosts.number={asked.number}")
@@ -269,6 +271,8 @@ def _initialize(asked: HostSettings, watch: Watch) -> bool:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _wait_long_on_a_cpu()
     timeout = asked.initialization_timeout
+    if place := meeting.place(asked[:3], cluster, timeout):
+        meeting.meet(*place, timeout)
     watch.say_when_aborted(f"not all hosts of the run were there within {timeout} s (hosts.initialization_timeout)")
     try:
         jax.distributed.initialize(
