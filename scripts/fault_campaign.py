@@ -1,12 +1,17 @@
 """Kills training runs at random moments and damages what they left; every one must end as if nothing had happened.
 
-python scripts/fault_campaign.py --kills 100 --out docs/reliability.json
+python scripts/fault_campaign.py --kills 100 --damages 10 --folder /tmp/faults --out /tmp/reliability.json
+python scripts/fault_campaign.py --out docs/reliability.json --table docs/reliability.md
 
-A run of the tests' tiny model, of one process or of two hosts, is killed (SIGKILL, SIGTERM, SIGINT; one host or both)
-again and again until it comes to its end: its last state, its LoRA and every line of its metrics must be those of a run
-that nobody disturbed, bit for bit. So must those of runs whose files were damaged in between (scripts/fault_cases.py)
-or whose disk was full, read-only or gone, once that is mended. The file grows as the campaign goes: the same command
-goes on where it was stopped.
+A run of the tests' tiny model, of one process or of two hosts, is killed (SIGKILL, SIGTERM, SIGINT, SIGHUP; one host or
+both) again and again until it comes to its end: its last state, its LoRA and every line of its metrics must be those of
+a run that nobody disturbed, bit for bit. So must those of runs whose files were damaged in between, whose disk was
+full, read-only or gone, once that is mended, whose reports could not be drawn, and which two programs took over at
+once: all cases are in scripts/fault_cases.py. Mounting a small disk wants root.
+
+--out grows as the campaign goes, and the same command goes on where it was stopped: take a new file for a new campaign.
+With --folder the next start is some minutes faster, with --seconds it stops by itself, with --only it tries these cases
+alone. 100 kills and 10 damages of each kind take about half an hour on two cores that do nothing else.
 
 The table of docs/reliability.md is made of the file by --table.
 """
@@ -40,13 +45,14 @@ from tqdm import tqdm
 
 from diffexp_jax import InputError
 from diffexp_jax.formats.files import read_json
-from diffexp_jax.limits import check_number, whole
+from diffexp_jax.limits import check_number, one_of, whole
 
-SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 MARKS = "<!-- table -->", "<!-- /table -->"
 _LATE = 0.2  # seconds after the moment that was aimed at, at most
-# And 0 where the run came to its end first. -15 is SIGTERM's usual effect, while the model is loaded: 143 in a shell.
-_CODES = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,)}
+# And 0 where the run came to its end first. -15 and -1 are the usual effects, while the model is loaded: 143 and 129 in
+# a shell.
+_CODES = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,), "SIGHUP": (129, -1)}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -56,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
     for flag in ("kills", "damages"):
         check_number(f"--{flag} ", getattr(args, flag), whole(0, 10**6))
     check_number("--parallel ", args.parallel, whole(1, 1024))
+    cases = chosen(args.only)
     command.check_writable(args.out.parent, "--out")
     found = read(args.out)
     end = time.monotonic() + args.seconds
@@ -71,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
                     bar.update(len(trials))
                 write(args.out, found)
         have = Counter(trial["case"] for trial in found["damages"])
-        left = [(case, n) for case in fault_cases.CASES for n in range(have[case.name], args.damages)]
+        left = [(case, n) for case in cases for n in range(have[case.name], args.damages)]
         for i in tqdm(range(0, len(left), args.parallel), unit=f"{args.parallel} damages"):
             if time.monotonic() < end and len(found["kills"]) >= args.kills:
                 found["damages"] += pool.map(campaign.damage, left[i : i + args.parallel])
@@ -80,6 +87,14 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(found['kills'])} kills, {len(found['damages'])} damages, {len(bad)} failures")
     if bad:
         sys.exit(1)
+
+
+def chosen(names: str | None) -> list[fault_cases.Case]:
+    """The cases with these names, separated by commas; None: all."""
+    known = {case.name: case for case in fault_cases.CASES}
+    for name in (wanted := names.split(",") if names else list(known)):
+        one_of("--only", name, known)
+    return [known[name] for name in wanted]
 
 
 class Campaign:
@@ -139,7 +154,7 @@ class Campaign:
                 break
             if not reached:
                 raise InputError(f"{workdir}: ended in {codes} by itself: {' '.join(ends[0].said[-3:])}")
-            begun = "iteration" if -15 not in codes and rows(workdir) else "start"
+            begun = "iteration" if not {-15, -1} & set(codes) and rows(workdir) else "start"
             hit = "checkpoint" if fault_runs.unfinished(workdir) - older else begun
             right = are_right(ends, victims, name, complete=len(rows(workdir)) > fault_runs.ITERATIONS)
             says = [] if right else [f"exit codes {codes}", *(line for end in ends for line in end.said[-3:])]
@@ -243,6 +258,7 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--kills", type=int, default=100, help="how many there are to be in the file")
     add("--damages", type=int, default=6, help="how many of each kind")
+    add("--only", help=f"kinds of damage, separated by commas: {', '.join(case.name for case in fault_cases.CASES)}")
     add(
         "--folder",
         type=Path,

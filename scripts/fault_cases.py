@@ -1,15 +1,17 @@
 """What scripts/fault_campaign.py does to the files of a run besides killing it."""
 
+import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fault_runs import TIMEOUT_OF_HOSTS, End, copy, differences, rows, until, wait, wait_for_all
+from fault_runs import TIMEOUT_OF_HOSTS, End, copy, differences, free_port, rows, until, wait, wait_for_all
 
 HITS = {
     "start": "while it loads, or before the first row",
@@ -48,7 +50,9 @@ def goes_on(damage: Callable[[Path, random.Random], None]) -> Callable:
 
 def ended(end: End, workdir: Path, whole: Path) -> list[str]:
     """What is wrong with the end of a run."""
-    return differences(workdir, whole) if end.code == 0 else [f"exit code {end.code}", *end.said[-3:]]
+    if end.code != 0:
+        return [f"exit code {end.code}", *end.said[-3:]]
+    return differences(workdir, whole) + [line for line in end.said if "Traceback" in line]
 
 
 # ------------------------------------------------------------------------------------------------------------- damages
@@ -95,6 +99,29 @@ def tear(workdir: Path, rng: random.Random) -> None:
         lines += lines[-2:]
     text = "".join(lines)
     path.write_text(text[: len(text) - rng.randrange(len(lines[-1]) + len(lines[-2]))])
+
+
+def spoil_reports(workdir: Path, rng: random.Random) -> None:
+    """Nothing that people look at can be written: another thing is in its place."""
+    shutil.rmtree(workdir / "images")
+    (workdir / "images").touch()
+    for name in ("curves.png", "report.html"):
+        (workdir / name).unlink(missing_ok=True)
+        (workdir / name).mkdir()
+
+
+def contend(campaign: Any, algorithm: str, workdir: Path, rng: random.Random) -> list[str]:
+    """Two programs take over a dead machine's workdir at once, without the system's lock: one of them is refused."""
+    copy(campaign.half(algorithm), workdir)
+    owner = {"host": "elsewhere", "boot": "another", "pid": 7, "id": f"{rng.getrandbits(64):016x}"}
+    (workdir / "lease.json").write_text(json.dumps(owner) if rng.random() < 0.8 else "damaged")
+    runs = [campaign.start(algorithm, workdir, alone=False, log=f"-{n}") for n in range(2)]
+    ends = [wait(run) for run in runs]
+    codes = sorted(end.code for end in ends)
+    refused = [end for end in ends if end.code == 2]
+    wrong = [] if codes == [0, 2] else [f"exit codes {codes}", *(line for end in ends for line in end.said[-3:])]
+    wrong += [line for end in refused for line in end.said if not end.is_clear]
+    return wrong or differences(workdir, campaign.whole(algorithm))
 
 
 # ---------------------------------------------------------------------------------------------------------------- disk
@@ -183,6 +210,17 @@ def of_two_hosts(harm: str) -> Callable:
     return try_it
 
 
+def port_is_taken(campaign: Any, algorithm: str, workdir: Path, rng: random.Random) -> list[str]:
+    """Another program listens where the hosts are to meet: both end with one line; elsewhere it is done."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ends = wait_for_all(campaign.start(algorithm, workdir, hosts=2, port=other.getsockname()[1]))
+    bad = [end for end in ends if end.code != 2 or not end.is_clear]
+    wrong = [f"exit code {end.code}: {' '.join(end.said[-3:])}" for end in bad]
+    ends = wait_for_all(campaign.start(algorithm, workdir, hosts=2, port=free_port()))
+    wrong += [f"exit code {end.code}: {' '.join(end.said[-3:])}" for end in ends if end.code]
+    return wrong or differences(workdir, campaign.whole(algorithm, 2))
+
+
 def is_told(end: End) -> bool:
     """Whether a host that another one has left ends so: jax's C++ may print its own stack above the line."""
     return end.code == 1 and end.is_clear
@@ -197,10 +235,13 @@ CASES = (
         "contents-flipped", "a bit of the newest checkpoint's rows, score or checksums flipped", goes_on(flip_contents)
     ),
     Case("torn", "metrics torn, lines doubled", goes_on(tear)),
+    Case("reports", "pictures, curves and report that cannot be written", goes_on(spoil_reports)),
+    Case("contenders", "two programs take over a dead machine's workdir at once", contend),
     Case("full", "full disk (tmpfs)", on_a_small_disk(fill_up, lambda disk: (disk / "filler").unlink())),
     Case("read-only", "disk read-only (tmpfs)", on_a_small_disk(make_read_only, make_writable)),
     Case("removed", "workdir removed", vanish),
     Case("host-killed", "one host of two killed: the other ends in one line", of_two_hosts("killed")),
     Case("host-stopped", "one host of two stopped (SIGSTOP): the other ends in one line", of_two_hosts("stopped")),
     Case("host-raises", "one host of two raises: both end in one line", of_two_hosts("raises")),
+    Case("port", "the port of two hosts is taken: both end in one line", port_is_taken),
 )

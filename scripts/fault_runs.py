@@ -48,6 +48,7 @@ print(json.dumps({key: str(value) for key, value in settings.items()}))
 """
 TIMEOUT = 300.0  # seconds that a run may take: one that takes longer hangs
 TIMEOUT_OF_HOSTS = 10  # seconds after which a silent host counts as gone
+LEASE_STALE = 6.0  # seconds after which a lease is stale where two programs contend for a workdir
 TIMEOUT_OF_STARTS = 60  # within which both are there: one that is killed before leaves the other waiting
 
 _context = multiprocessing.get_context("forkserver")
@@ -98,27 +99,43 @@ def prepare(folder: Path) -> dict[str, str]:
     return values
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(
-    algorithm: str, settings: Mapping[str, Any], workdir: Path, *, hosts: int = 1, fails: tuple[int, int] | None = None
+    algorithm: str,
+    settings: Mapping[str, Any],
+    workdir: Path,
+    *,
+    hosts: int = 1,
+    port: int | None = None,
+    fails: tuple[int, int] | None = None,
+    alone: bool = True,
+    log: str = "",
 ) -> Run:
-    """Begins a run, or goes on with it; see `_train` for `fails`."""
+    """Begins a run, or goes on with it; see `_train` for `fails` and `alone`.
+
+    Args:
+      port: where the hosts meet; None: one that is free.
+      log: added to the names of the logs, where several programs are in one workdir.
+    """
     places: list[dict[str, Any]] = [{}]
     if hosts > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         common = {
-            "hosts.coordinator": f"127.0.0.1:{port}",
+            "hosts.coordinator": f"127.0.0.1:{port or free_port()}",
             "hosts.number": hosts,
             "hosts.heartbeat_timeout": TIMEOUT_OF_HOSTS,
             "hosts.initialization_timeout": TIMEOUT_OF_STARTS,
         }
         places = [common | {"hosts.index": index} for index in range(hosts)]
     folder = Path(settings["compilation_cache"]).parent  # not on the run's disk, which may be full
-    logs = [folder / f"{workdir.parent.name}-{workdir.name}-{index}.log" for index in range(hosts)]
+    logs = [folder / f"{workdir.parent.name}-{workdir.name}-{index}{log}.log" for index in range(hosts)]
     processes = [
-        _context.Process(target=_train, args=(algorithm, {**settings, **place}, workdir, log, fails))
-        for place, log in zip(places, logs, strict=True)
+        _context.Process(target=_train, args=(algorithm, {**settings, **place}, workdir, path, fails, alone))
+        for place, path in zip(places, logs, strict=True)
     ]
     for process in processes:
         process.start()
@@ -126,12 +143,18 @@ def start(
 
 
 def _train(
-    algorithm: str, settings: Mapping[str, Any], workdir: Path, log: Path, fails: tuple[int, int] | None
+    algorithm: str, settings: Mapping[str, Any], workdir: Path, log: Path, fails: tuple[int, int] | None, alone: bool
 ) -> None:
-    """What `python -m diffexp_jax.train` does, in a process of its own; on host fails[0] iteration fails[1] raises."""
+    """What `python -m diffexp_jax.train` does, in a process of its own; on host fails[0] iteration fails[1] raises.
+
+    alone: False: as on a machine of its own, without the system's lock; a lease is stale after seconds.
+    """
     import signal
 
-    from diffexp_jax import RewardError, command, train
+    from diffexp_jax import RewardError, command, lease, train
+
+    if not alone:
+        lease._flock, lease.RENEW, lease.STALE = lambda *args: False, 0.5, LEASE_STALE
 
     def iterate(run, state, it, original=train.iterate):
         if fails == (settings.get("hosts.index"), it):

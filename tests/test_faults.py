@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from diffexp_jax import InputError
+
 DOCUMENT, FILE = ROOT / "docs" / "reliability.md", ROOT / "docs" / "reliability.json"
 
 
@@ -33,6 +35,9 @@ def test_the_table_is_what_the_file_says(campaign):
         ("SIGTERM", -15, [], True),  # while it loads
         ("SIGTERM", 1, [], False),  # also if it says nothing
         ("SIGINT", 143, [], False),
+        ("SIGHUP", 129, [], True),
+        ("SIGHUP", -1, [], True),  # while it loads
+        ("SIGHUP", 143, [], False),
         ("SIGKILL", -9, ["Traceback (most recent call last):"], False),
     ],
 )
@@ -66,6 +71,14 @@ def test_an_earlier_kills_checkpoint_is_not_counted_again(campaign, tmp_path):
     assert {name for name, _ in unfinished(tmp_path) - older} == {"4.orbax-checkpoint-tmp"}
 
 
+def test_which_cases_are_tried(campaign):
+    cases = campaign["fault_cases"].CASES
+    assert campaign["chosen"](None) == list(cases)
+    assert [case.name for case in campaign["chosen"]("port,full")] == ["port", "full"]
+    with pytest.raises(InputError, match="--only='ports': accepted: truncated, "):
+        campaign["chosen"]("ports")
+
+
 def test_a_trial_that_fails_is_seen(campaign, tmp_path):
     trial = {"algorithm": "ddpo", "processes": 1, "signal": "SIGTERM", "hit": "iteration"}
     found = {"kills": [trial | {"ok": True}, trial | {"ok": False}], "damages": []}
@@ -82,4 +95,4 @@ def test_a_small_campaign(tmp_path):
     done = subprocess.run([*line, f"--out={tmp_path / 'r.json'}"], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(tmp_path / 'r.json').read_text()}"
     found = json.loads((tmp_path / "r.json").read_text())
-    assert len(found["kills"]) >= 3 and len(found["damages"]) == 12
+    assert len(found["kills"]) >= 3 and len(found["damages"]) == 15
