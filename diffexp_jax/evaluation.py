@@ -26,7 +26,7 @@ def evaluate(
     seed: int,
     batch: int,
     samples_per_prompt: int = 1,
-    keep: Sequence[int] = (),
+    keep: Sequence[int] | np.ndarray = (),
     measures: Mapping[str, Callable] | None = None,
     advance: Callable[[int], Any] = lambda n: None,
 ) -> tuple[UInt8[np.ndarray, "K H W 3"], dict[str, Float[np.ndarray, "N ..."]]]:
