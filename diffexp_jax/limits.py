@@ -23,11 +23,10 @@ class Number(NamedTuple):
             return self.optional
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
             return False
-        if not math.isfinite(value) or (self.multiple > 1 and value % self.multiple):
-            return False
-        return (self.low < value if self.above else self.low <= value) and (
+        inside = (self.low < value if self.above else self.low <= value) and (  # not so of a NaN
             value < self.high if self.below else value <= self.high
         )
+        return inside and abs(value) != math.inf and not (self.multiple > 1 and value % self.multiple)
 
     def __str__(self) -> str:
         low, high = f"{self.low:.10g}", f"{self.high:.10g}"

@@ -93,6 +93,8 @@ def test_ranges_literal():
     assert whole(1, 3).accepts(3) and not whole(1, 3).accepts(2.0) and not whole(1, 3).accepts(True)
     assert not positive().accepts(0.0) and positive().accepts(1e-30)
     assert Number(0.0, 1.0, below=True).accepts(0) and not Number(0.0, 1.0, below=True).accepts(1.0)
+    assert not any(Number(0.0, 1.0).accepts(x) for x in (10**400, float("nan"), float("inf")))
+    assert not Number(0.0, float("inf")).accepts(float("inf"))
     assert whole(8, 64, optional=True, multiple=8).accepts(None) and not whole(8, 64, multiple=8).accepts(12)
     for accepted, said in (
         (whole(1, 1000), "steps=0: wants 1..1000"),
