@@ -35,6 +35,16 @@ def default() -> ml_collections.ConfigDict:
     # What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
     # latent a step is kept); also each "block" of the UNet. DDPO's gradient is of one step at a time: "none" is "step".
     m.remat = "step"  # "none", "step" or "block"
+    # Of the model's scheduler_config.json, in its words; None: as in the file. A model that was saved with DPM++ or
+    # Euler may want timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False (docs/guide.md).
+    m.scheduler = s = ml_collections.ConfigDict()
+    s.timestep_spacing = placeholder(str)  # "leading", "trailing" or "linspace": which timesteps are sampled
+    s.steps_offset = placeholder(int)  # added to the timesteps of "leading"
+    s.set_alpha_to_one = placeholder(bool)  # False: the last step ends at the noise of timestep 0; True: at none
+    s.prediction_type = placeholder(str)  # "epsilon" or "v_prediction": what the network was trained to predict
+    s.rescale_betas_zero_snr = placeholder(bool)  # True: the last timestep is pure noise (with "v_prediction")
+    s.clip_sample = placeholder(bool)  # False for a file whose "true" is not meant; "true" is not supported
+    s.shift = placeholder(float)  # of flow matching's noise levels
     m.vae_slice = 32  # images that the VAE decodes at once, at most
 
     # A built-in set; a file (.txt, .csv, .tsv, .json); rows of one, FILE.csv:COLUMN=VALUE|VALUE; a single prompt: its

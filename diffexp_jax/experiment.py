@@ -284,5 +284,6 @@ def check_noise(experiment: Experiment) -> None:
     if not np.all(np.asarray(experiment.sampler.steps(explore=False).sigma_t) > 0):
         raise InputError(
             f"scheduler_config.json: a step adds no noise, and {experiment.method.name} needs some at every step; "
-            "wants steps_offset=1 and set_alpha_to_one=false"
+            "wants --config.model.scheduler.timestep_spacing=leading --config.model.scheduler.steps_offset=1 "
+            "--config.model.scheduler.set_alpha_to_one=False"
         )

@@ -68,7 +68,7 @@ def check_text(name: str, value: Any) -> None:
     raise InputError(f"{name}{value!r:.100}: wants words (of valid UTF-8), or nothing")
 
 
-def one_of(key: str, value: Any, accepted: Collection[str]) -> None:
+def one_of(key: str, value: Any, accepted: Collection[str | None]) -> None:
     """Raises InputError where the value is none of these."""
     if value not in accepted:
-        raise InputError(f"{key}={value!r}: accepted: {', '.join(accepted)}")
+        raise InputError(f"{key}={value!r}: accepted: {', '.join(map(str, accepted))}")

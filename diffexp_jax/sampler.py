@@ -140,4 +140,20 @@ def pipeline_options(config: ConfigDict) -> dict[str, Any]:
     m = config.model
     options = {"image_size": m.image_size, "remat_blocks": m.remat == "block", "vae_slice": m.vae_slice}
     options |= {"revision": m.revision, "variant": m.variant, "tokenizer": m.tokenizer}
+    options |= {"scheduler": scheduler_overrides(config)}
     return {"dtype": model_dtype(config), "matmul_precision": m.matmul_precision} | options
+
+
+def scheduler_overrides(config: ConfigDict) -> dict[str, Any]:
+    """What is to be otherwise than the model's scheduler_config.json says."""
+    s = config.model.scheduler
+    values = {
+        "timestep_spacing": s.timestep_spacing,
+        "steps_offset": s.steps_offset,
+        "set_alpha_to_one": s.set_alpha_to_one,
+        "prediction_type": s.prediction_type,
+        "rescale_betas_zero_snr": s.rescale_betas_zero_snr,
+        "clip_sample": s.clip_sample,
+        "shift": s.shift,
+    }
+    return {key: value for key, value in values.items() if value is not None}

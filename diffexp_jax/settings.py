@@ -19,12 +19,15 @@ from diffexp_jax.models.lora import check_targets
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
 from diffexp_jax.parallel import Split, number_of_hosts, split_batch
 from diffexp_jax.pipelines import SHIPPED
+from diffexp_jax.process.ddim import PREDICTION_TYPES, SPACINGS
 from diffexp_jax.prompts.units import UNITS
 
 CHOICES = {
     "model.dtype": ("auto", *DTYPES),
     "model.matmul_precision": MATMUL_PRECISIONS,
     "model.remat": ("none", "step", "block"),
+    "model.scheduler.timestep_spacing": (None, *SPACINGS),
+    "model.scheduler.prediction_type": (None, *PREDICTION_TYPES),
     "reward_dtype": DTYPES,
     "eval.reward_dtype": DTYPES,
     "optim.schedule": ("constant", "linear", "cosine"),
@@ -41,6 +44,8 @@ NUMBERS: dict[str, Number] = {
     "iterations": whole(1),
     "cpu_devices": whole(1, 1024, optional=True),
     "model.image_size": whole(8, 8192, optional=True, multiple=8),
+    "model.scheduler.steps_offset": whole(0, 1000, optional=True),
+    "model.scheduler.shift": Number(0.0, 1e3, above=True, optional=True),
     "model.vae_slice": whole(1),
     "reward_weights": Number(-1e6, 1e6),
     "host_reward.timeout": positive(1e7),

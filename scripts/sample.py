@@ -14,6 +14,7 @@ if __name__ == "__main__":
     command.quiet_interrupt()  # the imports take seconds
 
 import argparse
+import contextlib
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from diffexp_jax import InputError, backend, checkpoint, exploration, parallel, programs, report, settings
 from diffexp_jax.evaluation import check_pictures
 from diffexp_jax.formats.files import replaced
+from diffexp_jax.formats.json_text import parse_json
 from diffexp_jax.formats.tokenizers import check_text, token_ids
 from diffexp_jax.limits import LORA_SCALE, check_number, whole
 from diffexp_jax.models.lora import load_lora, scaled
@@ -100,6 +102,12 @@ def arguments() -> argparse.Namespace:
     add("--revision", help="of the hub's repository: a branch, tag or commit")
     add("--variant", help="fp16: take the half-precision weight files")
     add("--tokenizer", help="of a model that is a single file: a folder with CLIP's vocab.json and merges.txt")
+    add(
+        "--scheduler",
+        action="append",
+        metavar="KEY=VALUE",
+        help="otherwise than the model's scheduler_config.json, e.g. timestep_spacing=trailing (repeat for more)",
+    )
     add("--dtype", choices=DTYPES, help="of the weights and networks (default: float32)")
     add("--image_size", type=int, help="pixels of a side (default: what the model was trained at)")
     add("--steps", type=int, help="DDIM steps, 1..1000 (default: 50)")
@@ -148,7 +156,11 @@ def settings_of(args: argparse.Namespace) -> ConfigDict:
         config.update_from_flattened_dict(WITHOUT_RUN)
     given = {KEYS[flag]: value for flag, value in vars(args).items() if flag in KEYS and value is not None}
     config.update_from_flattened_dict({k: tuple(x) if isinstance(x, list) else x for k, x in given.items()})
-    settings.check_values(config, KEYS.values(), {key: f"--{flag} " for flag, key in KEYS.items() if key in given})
+    set_scheduler(config, vars(args).get("scheduler") or [])
+    scheduler = [key for key in settings.NUMBERS if key.startswith("model.scheduler.")]
+    settings.check_values(
+        config, [*KEYS.values(), *scheduler], {key: f"--{flag} " for flag, key in KEYS.items() if key in given}
+    )
     check_number("--batch ", args.batch, whole(1, 2**20))
     check_number("--num_images ", args.num_images, whole(1, 2**20))
     if args.lora_scale is not None:
@@ -161,6 +173,25 @@ def settings_of(args: argparse.Namespace) -> ConfigDict:
         raise InputError(f"--lora {args.lora}: no such file or folder")
     command.check_writable(Path(args.out), "--out")
     return config
+
+
+def set_scheduler(config: ConfigDict, given: Sequence[str]) -> None:
+    """Enters what --scheduler says, KEY=VALUE each.
+
+    Raises:
+      InputError: no such key, or a value of another type.
+    """
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or key not in config.model.scheduler:
+            accepted = ", ".join(config.model.scheduler)
+            raise InputError(f"--scheduler {text}: wants KEY=VALUE; accepted: {accepted}")
+        with contextlib.suppress(ValueError):
+            value = parse_json(value.lower())  # a number, true, false; else a word
+        try:
+            config.model.scheduler[key] = value
+        except TypeError:
+            raise InputError(f"--scheduler {text}: the value is of another type; configs/base.py says which") from None
 
 
 def chosen_lora(args: argparse.Namespace, config: ConfigDict, pipeline: Pipeline) -> Any:

@@ -460,7 +460,7 @@ def test_a_tensor_of_the_wrong_shape(fails, make_config, model, tmp_path):
     [
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule='squaredcos_cap_v2'; accepted: scaled_linear, linear"),
         ({"set_alpha_to_one": True}, "a step adds no noise, and ddpo needs some at every step"),
-        ({"steps_offset": 0}, "a step adds no noise, and ddpo needs some at every step"),
+        ({"timestep_spacing": "linspace"}, "a step adds no noise, and ddpo needs some at every step"),
     ],
 )
 def test_a_noise_schedule_that_cannot_work(fails, make_config, model, tmp_path, changes, said):
@@ -759,6 +759,27 @@ def sample_settings(**flags):
         "out": "out",
     }
     return script["settings_of"](Namespace(**usual | flags))
+
+
+def test_sample_with_another_scheduler(tiny_model):
+    """--scheduler KEY=VALUE is the config's model.scheduler.KEY, which the model is loaded with."""
+    said = ["timestep_spacing=trailing", "set_alpha_to_one=False", "steps_offset=0"]
+    config = sample_settings(model=str(tiny_model), scheduler=said)
+    overrides = sampler.scheduler_overrides(config)
+    assert overrides == {"timestep_spacing": "trailing", "set_alpha_to_one": False, "steps_offset": 0}
+    loaded = load_pipeline(config.model.path, weights=False, **sampler.pipeline_options(config))
+    assert loaded.process.timesteps(4).tolist() == [999, 749, 499, 249]
+    for wrong, message in (
+        ("x=1", "wants KEY=VALUE; accepted: clip_sample, prediction_type, "),
+        ("steps_offset", "wants KEY=VALUE"),
+        ("set_alpha_to_one=2.5", "the value is of another type"),
+    ):
+        with pytest.raises(InputError, match=f"^--scheduler {wrong}: {message}"):
+            sample_settings(model="no/such", scheduler=[wrong])
+    with pytest.raises(InputError, match="model.scheduler.steps_offset=True: wants 0..1000"):
+        sample_settings(model="no/such", scheduler=["steps_offset=true"])
+    with pytest.raises(InputError, match="model.scheduler.timestep_spacing='odd': accepted: None, leading, trailing"):
+        sample_settings(model="no/such", scheduler=["timestep_spacing=odd"])
 
 
 def test_sample_by_the_settings_of_the_run(workdir, tiny_model, lora, tmp_path):

@@ -1,11 +1,16 @@
 """DDIM's equations and what all processes share: literal values, and diffusers' DDIMScheduler."""
 
+import inspect
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax.process import ddim, gaussian_log_prob, load_process, sample_noise
+from configs import base
+from diffexp_jax.pipelines import families
+from diffexp_jax.process import SETTINGS, ddim, gaussian_log_prob, load_process, sample_noise
 from diffexp_jax.process.ddim import Steps
 from diffexp_jax.sampling import classifier_free_guidance
 
@@ -169,6 +174,101 @@ def test_timesteps_are_diffusers(n, spacing, offset):
     )
     assert ours.dtype == np.int32
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+@pytest.mark.parametrize("name", [name for name in ddim.SCHEDULERS if "SDE" not in name])  # which wants torchsde
+def test_files_of_other_schedulers_are_read_as_diffusers(name, family):
+    """By DDIMScheduler.from_config in its pipeline, which corrects it: spacings, offsets, keys that a class has not."""
+    pytest.importorskip("torch")
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()  # of what the pipelines correct
+    own = inspect.signature(getattr(diffusers, name)).parameters
+    grid = [
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"timestep_spacing": "linspace", "prediction_type": "v_prediction"},
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": False},
+        {"timestep_spacing": "leading", "steps_offset": 3, "num_train_timesteps": 500},
+        {"trained_betas": [0.01 * (i + 1) for i in range(50)], "num_train_timesteps": 50},
+    ]
+    for changes in grid:
+        saved = getattr(diffusers, name)(**{k: v for k, v in changes.items() if k in own}).to_json_string()
+        content = json.loads(saved) | {"clip_sample": False}
+        theirs = diffusers.DDIMScheduler.from_config(content)
+        parts = {"vae": None, "text_encoder": None, "tokenizer": None, "unet": None, "scheduler": theirs}
+        parts |= {"text_encoder_2": None, "tokenizer_2": None} if "XL" in family else {}
+        parts |= {} if "XL" in family else {"safety_checker": None, "feature_extractor": None}
+        theirs = getattr(diffusers, family)(**parts).scheduler
+        theirs.set_timesteps(10)
+        ours = load_process(content, old_configs=families.FAMILIES[family].old_configs)
+        t = ours.timesteps(10)
+        np.testing.assert_array_equal(t, theirs.timesteps.numpy(), err_msg=str(changes))
+        steps = ours.make_steps(t, np.ones(10, np.float32), eta=1.0)
+        previous = t - theirs.config.num_train_timesteps // 10
+        alphas, last = theirs.alphas_cumprod.numpy(), float(theirs.final_alpha_cumprod)
+        before = np.where(previous >= 0, alphas[previous.clip(0)], last)
+        np.testing.assert_allclose(steps.alpha_bar_t, alphas[t], rtol=2e-4, atol=1e-7)
+        np.testing.assert_allclose(steps.alpha_bar_prev, before, rtol=2e-4)
+        sigma = [float(theirs._get_variance(int(i), int(j))) ** 0.5 for i, j in zip(t, previous, strict=True)]
+        np.testing.assert_allclose(steps.sigma_t, sigma, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+def test_clipping_is_corrected_or_refused(name):
+    """Their classes' default clips x_0; diffusers' StableDiffusionPipeline sets it to false, its SDXL pipeline not."""
+    for config in (SD15 | {"_class_name": name}, SD15 | {"_class_name": name, "clip_sample": True}):
+        load_process(config, old_configs=True)
+        load_process(config, {"clip_sample": False})
+        if name in ddim.CLIPPING or "clip_sample" in config:
+            with pytest.raises(ValueError, match="clip_sample=true is not supported; accepted: false"):
+                load_process(config)
+
+
+def test_old_configs_get_an_offset_of_1():
+    old = SD15 | {"_class_name": "PNDMScheduler", "steps_offset": 0}
+    assert load_process(old).timesteps(4).tolist() == [750, 500, 250, 0]
+    assert load_process(old, old_configs=True).timesteps(4).tolist() == [751, 501, 251, 1]
+    assert load_process(old, {"steps_offset": 0}, old_configs=True).timesteps(4).tolist() == [750, 500, 250, 0]
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    assert load_process(flow, old_configs=True).timesteps(4)[0] == 1000.0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_the_advice_about_steps_without_noise_leads_out(name, spacing):
+    """What a method that needs noise at every step says to set (experiment.py) gives some, for any number of steps."""
+    config = SCHEDULES[name] | {"timestep_spacing": spacing, "set_alpha_to_one": True}
+    assert not np.all(load_process(config).make_steps(np.array([1, 0]), np.ones(2), eta=1.0).sigma_t > 0)
+    process = load_process(config, {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False})
+    for n in (1, 2, 3, 7, 50, 99, 333, 500, 501, 999, 1000):
+        assert np.all(process.make_steps(process.timesteps(n), np.ones(n), eta=1.0).sigma_t > 0), n
+
+
+def test_the_settings_are_those_of_the_config():
+    """An error of one of them says how to override the file."""
+    assert set(base.default().model.scheduler) == set(SETTINGS)
+    with pytest.raises(ValueError, match="timestep_spacing='odd'; .*; model.scheduler.timestep_spacing overrides the"):
+        load_process(SD15 | {"timestep_spacing": "odd"})
+
+
+def test_overrides_that_a_process_has_not():
+    with pytest.raises(ValueError, match="^model.scheduler.shift: the model's DDIMScheduler has no such setting"):
+        load_process(SD15, {"shift": 3.0})
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    with pytest.raises(ValueError, match="^model.scheduler.steps_offset: the model's FlowMatchEuler"):
+        load_process(flow, {"steps_offset": 1})
+    assert load_process(flow, {"shift": 3.0}).timesteps(3)[1] < 1000.0
+
+
+@pytest.mark.parametrize(
+    "betas",
+    [[0.5, 1.0, 0.5], [0.5, 1.0], [1e-20, 1e-20], [0.5], [0.9] * 400, [0.5, float("nan")], [0.5, "0.5"], [-0.5, 0.5]],
+)
+def test_betas_that_cannot_be(betas):
+    with pytest.raises(ValueError, match="^scheduler_config.json: (alpha_bar goes from|trained_betas=)"):
+        ddim.noise_schedule({"trained_betas": betas})
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

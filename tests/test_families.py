@@ -377,7 +377,8 @@ def refused(folder, **kwargs):
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionInpaintPipeline", None])
 def test_another_family(sdxl, name):
     change(sdxl / "model_index.json", _class_name=name)
-    said = f"_class_name={name!r} is not supported; accepted: StableDiffusionPipeline, StableDiffusionXLPipeline"
+    shown = "null" if name is None else repr(name)
+    said = f"_class_name={shown} is not supported; accepted: StableDiffusionPipeline, StableDiffusionXLPipeline"
     assert said in refused(sdxl)
 
 

@@ -102,7 +102,7 @@ def test_the_stochastic_chain_keeps_the_marginals():
 
 @pytest.mark.parametrize("key", ["use_dynamic_shifting", "use_karras_sigmas", "shift_terminal", "stochastic_sampling"])
 def test_other_levels_are_refused(key):
-    with pytest.raises(InputError, match=f"{key}=True is not supported"):
+    with pytest.raises(InputError, match=f"{key}=true is not supported"):
         load_process(FLOW | {key: True})
     load_process(FLOW | {key: False})
 

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from conftest import ROOT, as_flags, nonzero_lora
+from conftest import INDEX, ROOT, SCHEDULER, TOWER, UNET, VAE, VISION, as_flags, nonzero_lora
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,13 +32,17 @@ from test_structure import KEYS
 
 from diffexp_jax import InputError, command, train
 from diffexp_jax.experiment import check_files
-from diffexp_jax.formats.files import Weights
+from diffexp_jax.formats.files import Weights, read_json
 from diffexp_jax.formats.pickles import open_checkpoint
 from diffexp_jax.formats.pictures import read_picture
+from diffexp_jax.models import blip, clip_config, open_clip, unet_config, vae
+from diffexp_jax.models.classifier import ClassifierConfig
 from diffexp_jax.models.lora import init_lora, load_lora, save_lora
-from diffexp_jax.pipelines import load_pipeline, single_file
+from diffexp_jax.pipelines import families, load_pipeline, single_file, stable_diffusion
+from diffexp_jax.process import ddim, flow
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.prompts.files import read_named_prompts
+from diffexp_jax.rewards import processor
 from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.settings import check_config, cpu_devices, default_config, read_config
 
@@ -251,6 +255,81 @@ def test_what_rewards_return(examples):
 
     values = VALUES | NUMBERS | ARRAYS
     fuzz(values | st.tuples(values, INFO | VALUES), score, examples)
+
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+CONFIGS = {
+    "model_index.json": (INDEX, ["_class_name", "force_zeros_for_empty_prompt"]),
+    "unet/config.json": (UNET, [*unet_config.KEYS.read, *unet_config.KEYS.only]),
+    "vae/config.json": (VAE, [*vae.KEYS.read, *vae.KEYS.only]),
+    "text_encoder/config.json": (TOWER, [*clip_config.TEXT_KEYS.read, *clip_config.TEXT_KEYS.only]),
+    "scheduler/scheduler_config.json": (SCHEDULER, [*ddim.KEYS.read, *ddim.KEYS.only, *flow.KEYS.read]),
+}
+SIZES = st.sampled_from([0, 1, 2, 3, 8, 64, 10**8, 10**12, 0.5, 1e-30, [1, 1], [[1], 2], [2, [2]], "64", [4] * 9])
+
+
+@EXAMPLES
+def test_model_configs(examples, tmp_path):
+    """The json files of a pipeline's folder: keys with any values, broken text; up to the shapes of its weights."""
+
+    def read(example):
+        file, values, changes = example
+        for name, (config, _) in CONFIGS.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            text = json.dumps(config | values if name == file else config).encode()
+            path.write_bytes(changed(text, changes if name == file else []))
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        config = families.model_config(*families.read_jsons(tmp_path))
+        model = stable_diffusion.build(config)
+        steps = model.process.make_steps(model.process.timesteps(2), np.ones(2), eta=1.0)
+        assert all(np.isfinite(column).all() for column in steps)
+        if examples > 15:
+            stable_diffusion.abstract_params(config)
+
+    def of(file):
+        keys = st.sampled_from([*CONFIGS[file][1], "_class_name", "_diffusers_version"]) | st.text(max_size=8)
+        return st.tuples(st.just(file), st.dictionaries(keys, VALUES | SIZES, max_size=3), CHANGES | st.just([]))
+
+    fuzz(st.sampled_from(sorted(CONFIGS)).flatmap(of), read, examples)
+
+
+@EXAMPLES
+def test_configs_of_rewards(examples, tmp_path):
+    """Of a CLIP in both dialects, its preprocessing, a BERT and the judge: up to their sizes."""
+    tensors = {"blip.visual_encoder.patch_embed.proj.weight": np.zeros((64, 3, 2, 2), np.float32)}
+    tensors |= {"blip.visual_encoder.pos_embed": np.zeros((1, 5, 64), np.float32)}
+    tensors |= {f"mlp.layers.{i}.bias": np.zeros(1, np.float32) for i in (0, 2, 4, 6, 7)}
+    readers = {
+        "clip": (clip_config.CLIPConfig.from_dict, {"text_config": TOWER, "vision_config": VISION}),
+        "open_clip": (open_clip.config_of, open_clip.VIT_H_14),
+        "bert": (lambda content: blip.config_of(tensors, content, where="x"), TOWER),
+        "judge": (ClassifierConfig.from_dict, {"widths": [8, 16]}),
+        "processor": (lambda content: processor.statistics(tmp_path, 16), {"size": 16, "crop_size": 16, "resample": 3}),
+    }
+    keys = [*clip_config.TEXT_KEYS.read, *clip_config.VISION_KEYS.read, *processor.KEYS.read, *processor.KEYS.only]
+    keys += [
+        *open_clip.KEYS.read,
+        *open_clip.VISION_KEYS.read,
+        *open_clip.TEXT_KEYS.read,
+        "widths",
+        "size",
+        "crop_size",
+    ]
+    keys += ["vision_cfg", "text_cfg", "text_config", "vision_config", "text_config_dict"]
+
+    def read(example):
+        name, values, inner, changes = example
+        reader, good = readers[name]
+        content = {**good, **values}
+        content = {k: {**v, **inner} if isinstance(v, dict) and k != "size" else v for k, v in content.items()}
+        path = tmp_path / "preprocessor_config.json"
+        path.write_bytes(changed(json.dumps(content).encode(), changes))
+        reader(read_json(path))
+
+    some = st.dictionaries(st.sampled_from(keys) | st.text(max_size=8), VALUES | SIZES, max_size=2)
+    fuzz(st.tuples(st.sampled_from(sorted(readers)), some, some, CHANGES | st.just([])), read, examples)
 
 
 # -------------------------------------------------------------------------------------------------------------- weights

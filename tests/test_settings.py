@@ -15,6 +15,7 @@ from diffexp_jax.limits import Number, check_number, positive, whole
 DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")
 TABLE = settings.NUMBERS | settings.method_numbers()
 OPTIONAL = {"model.image_size", "exploration.iterations", "cpu_devices", "hosts.number", "hosts.index"}  # None
+OPTIONAL |= {"model.scheduler.steps_offset", "model.scheduler.shift"}
 SEVERAL = {"reward_weights", "exploration.weight_range"}
 WORDS = {"alignprop.reward_target"}  # a word or a number; the method reads it
 

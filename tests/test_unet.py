@@ -68,6 +68,28 @@ TINY = {
 }
 
 
+TINY |= {
+    # as SSD-1B: depths of single layers, others on the way up; and a number of layers for each resolution
+    "distilled": (
+        dict(
+            block_out_channels=(8, 16),
+            **blocks(CROSS, CROSS),
+            layers_per_block=[1, 2],
+            attention_head_dim=[2, 4],
+            transformer_layers_per_block=[[2], [1, 0]],
+            reverse_transformer_layers_per_block=[[0, 1, 2], 1],
+            time_embedding_dim=20,
+        ),
+        (6, 4),
+    ),
+    "short_middle": (
+        dict(block_out_channels=(8,), **blocks(PLAIN), layers_per_block=1, mid_block_type="UNetMidBlock2D"),
+        (4, 4),
+    ),
+    "no_middle": (dict(block_out_channels=(8,), **blocks(PLAIN), layers_per_block=1, mid_block_type=None), (4, 4)),
+}
+
+
 def inputs(config, size, batch=3):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((batch, *size, config.get("in_channels", 4))), jnp.float32)
@@ -233,6 +255,7 @@ def test_full_size(config, parameters, tensors, examples):
     "key, value",
     [
         ("act_fn", "gelu"),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
         ("addition_embed_type", "image"),
         ("class_embed_type", "timestep"),
         ("only_cross_attention", True),

@@ -120,6 +120,21 @@ def test_defaults_of_a_config_without_scaling_factor():
     assert VAEConfig.from_dict({"scaling_factor": 0.13025}).scaling_factor == 0.13025
 
 
+def test_statistics_of_the_latents():
+    """diffusers' SDXL pipeline: z = latents std / scaling_factor + mean; encoding is its inverse."""
+    tiny = {"block_out_channels": [4], "layers_per_block": 1, "norm_num_groups": 2, "scaling_factor": 0.5}
+    mean, std = [-0.5, 0.6, -0.4, 0.8], [1.5, 0.7, 1.2, 0.9]
+    plain = AutoencoderKL(VAEConfig.from_dict(tiny))
+    known = AutoencoderKL(VAEConfig.from_dict(tiny | {"latents_mean": mean, "latents_std": std}))
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(1, 4, 4, 3)), jnp.float32)
+    params = {"params": plain.init(jax.random.key(0), images)["params"]}
+    latents = known.apply(params, images, method="encode")
+    z = plain.apply(params, images, method="moments")[0]
+    np.testing.assert_allclose(latents, (z - np.array(mean)) * 0.5 / np.array(std), rtol=1e-5, atol=1e-6)
+    want = plain.apply(params, z, method="decode_raw")
+    np.testing.assert_allclose(known.apply(params, latents, method="decode"), want, atol=1e-5)
+
+
 def test_full_size():
     vae = AutoencoderKL(VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2))
     flat = traverse_util.flatten_dict(convert.abstract_params(vae, jnp.zeros((1, 64, 64, 3))))

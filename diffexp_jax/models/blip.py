@@ -13,8 +13,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from diffexp_jax import InputError
+from diffexp_jax.config_keys import Keys, check_divides, checked
 from diffexp_jax.formats import convert, files, pickles
+from diffexp_jax.limits import positive, whole
 from diffexp_jax.models.attention import attention
+from diffexp_jax.models.clip_config import GENERIC, ONE_VALUE
 from diffexp_jax.models.layers import Conv, Dense, gelu, layer_norm
 
 _VIT_EPSILON = 1e-6
@@ -24,6 +27,31 @@ _HEAD_LAYERS = (0, 2, 4, 6, 7)  # the linear ones of the head's nn.Sequential; t
 
 # Entries of the checkpoint that scoring does not use: BLIP's contrastive projections, and a constant.
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+
+# med_config.json: a BertConfig, and what BLIP adds to it.
+KEYS = Keys(
+    read={
+        "vocab_size": whole(1, 2**24),
+        "hidden_size": whole(1, 2**15),
+        "intermediate_size": whole(1, 2**17),
+        "num_hidden_layers": whole(1, 256),
+        "num_attention_heads": whole(1, 2**12),
+        "max_position_embeddings": whole(1, 2**16),
+        "layer_norm_eps": positive(1.0),
+    },
+    only=ONE_VALUE
+    | {
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute",),
+        "pad_token_id": (_PADDING, None),
+        "add_cross_attention": (True, False),  # which BLIP's own code sets
+        "is_decoder": (False, True),
+    },
+    ignored=(GENERIC - {"pad_token_id"})
+    | {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
+    # its code does without segments, and takes the image's width from the image's tower
+    | {"type_vocab_size", "encoder_width", "eos_token_id"},
+)
 
 
 @struct.dataclass
@@ -169,8 +197,8 @@ def config_of(tensors: Mapping[str, np.ndarray], med_config: Mapping[str, Any], 
     except KeyError as error:
         raise InputError(f"{where}: not an ImageReward checkpoint: the tensor {error} is missing") from None
     blocks = {match[1] for name in tensors if (match := re.match(r"blip\.visual_encoder\.blocks\.(\d+)\.", name))}
-    known = {k: med_config[k] for k in BLIPConfig.__dataclass_fields__ if med_config.get(k) is not None}
-    return BLIPConfig(
+    known = checked(med_config, KEYS, "med_config.json")
+    sizes = BLIPConfig(
         **known
         | dict(
             vision_width=patch[0],
@@ -180,6 +208,10 @@ def config_of(tensors: Mapping[str, np.ndarray], med_config: Mapping[str, Any], 
             head_widths=widths,
         )
     )
+    heads = sizes.num_attention_heads, sizes.vision_heads
+    widths = sizes.hidden_size, sizes.vision_width
+    check_divides(heads, widths, "the number of attention heads", "the width", "med_config.json")
+    return sizes
 
 
 def abstract_params(config: BLIPConfig) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A small residual ConvNet with two heads: which animal and which object a picture shows."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,9 +8,16 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from diffexp_jax.config_keys import Keys, Many, check_divides, checked
+from diffexp_jax.limits import whole
 from diffexp_jax.models.layers import Conv, Dense, GroupNorm, ResnetBlock
 
 _EPSILON = 1e-5
+_NUMBER = whole(1, 2**12)
+KEYS = Keys(
+    read={"widths": Many(_NUMBER), "norm_num_groups": _NUMBER, "animals": _NUMBER, "objects": _NUMBER},
+    only={},
+)
 
 
 @struct.dataclass
@@ -27,9 +33,12 @@ class ClassifierConfig:
     objects: int = 7
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "ClassifierConfig":
-        known = {k: config[k] for k in cls.__dataclass_fields__ if k in config}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+    def from_dict(cls, config: Any, where: str = "config.json") -> "ClassifierConfig":
+        """Raises InputError for what is not accepted; `where` is the file, for the errors."""
+        sizes = cls(**checked(config, KEYS, where))
+        groups = (sizes.norm_num_groups,) * len(sizes.widths)
+        check_divides(groups, sizes.widths, "norm_num_groups", "widths", where)
+        return sizes
 
 
 class Classifier(nn.Module):

@@ -1,8 +1,6 @@
 """CLIP (Radford et al. 2021) in transformers' layout and names: SD's text encoders, and rewards."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,81 +8,12 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax import InputError
 from diffexp_jax.models.attention import attention
+from diffexp_jax.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffexp_jax.models.layers import ACTIVATIONS, Conv, Dense, layer_norm
 
 _INIT_LOGIT_SCALE = math.log(1 / 0.07)
 LEGACY_EOS = 2  # an `eos_token_id` that says nothing about the vocabulary: see `eot_positions`
-
-# ---------------------------------------------------------------------------------------------------------------- sizes
-
-
-def _known_fields(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a config.json that are fields of `cls`; nulls keep the field's default."""
-    known = {k: config[k] for k in cls.__dataclass_fields__ if config.get(k) is not None}
-    if (act := known.get("hidden_act", "gelu")) not in ACTIVATIONS:
-        raise InputError(f"CLIP config: hidden_act {act!r} is not supported; accepted: {', '.join(ACTIVATIONS)}")
-    return known
-
-
-@struct.dataclass
-class CLIPTextConfig:
-    """Sizes of a text encoder; fields and defaults are those of transformers' config.json."""
-
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    projection_dim: int = 512
-    eos_token_id: int = 49407
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPTextConfig":
-        """Raises InputError for an activation that is not implemented."""
-        return cls(**_known_fields(cls, config))
-
-
-@struct.dataclass
-class CLIPVisionConfig:
-    """Sizes of an image encoder (a ViT); fields and defaults are those of transformers' config.json."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224  # pixels
-    patch_size: int = 32  # pixels
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPVisionConfig":
-        """Raises InputError for an activation that is not implemented."""
-        return cls(**_known_fields(cls, config))
-
-
-@struct.dataclass
-class CLIPConfig:
-    """Sizes of a whole CLIP, as in transformers' CLIPModel."""
-
-    text: CLIPTextConfig = CLIPTextConfig()
-    vision: CLIPVisionConfig = CLIPVisionConfig()
-    projection_dim: int = 512
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPConfig":
-        """Raises InputError for an activation that is not implemented."""
-        return cls(
-            CLIPTextConfig.from_dict(config.get("text_config") or {}),
-            CLIPVisionConfig.from_dict(config.get("vision_config") or {}),
-            **_known_fields(cls, {"projection_dim": config.get("projection_dim")}),
-        )
-
 
 # --------------------------------------------------------------------------------------------------------------- towers
 

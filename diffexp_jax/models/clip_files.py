@@ -10,7 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from diffexp_jax.formats import convert, files
-from diffexp_jax.models.clip import CLIP, CLIPConfig
+from diffexp_jax.models.clip import CLIP
+from diffexp_jax.models.clip_config import CLIPConfig
 
 _IMAGE_PARTS = ("vision_model.", "visual_projection.")
 
@@ -44,7 +45,7 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[CLIP, dict[st
     Raises:
       InputError: a file is missing or broken, or its tensors do not fit the config.
     """
-    config = CLIPConfig.from_dict(files.read_json(folder / "config.json"))
+    config = CLIPConfig.from_dict(files.read_json(folder / "config.json"), str(folder / "config.json"))
     tensors = canonical_text_names(files.open_weights(folder))
     return from_tensors(config, tensors, where=str(folder), dtype=dtype)
 
@@ -63,8 +64,7 @@ def load_image_tower(
     Raises:
       InputError: a file is missing or broken, or its tensors do not fit the config.
     """
-    content = files.read_json(folder / "config.json")
-    config = CLIPConfig.from_dict(content if "vision_config" in content else content | {"vision_config": content})
+    config = CLIPConfig.from_dict(_with_parts(files.read_json(folder / "config.json")), str(folder / "config.json"))
     tensors = files.open_weights(folder) if tensors is None else tensors
     tensors = files.Renamed(canonical_text_names(tensors), lambda name: name if name.startswith(_IMAGE_PARTS) else None)
     module, size = CLIP(config, dtype), config.vision.image_size
@@ -72,6 +72,13 @@ def load_image_tower(
     shapes = {name: shape for name, shape in shapes.items() if name != "logit_scale"}
     params = convert.from_torch(tensors, shapes, where=str(folder), dtype=dtype)
     return module, params | {"logit_scale": np.zeros((), np.float32)}  # declared by the module, not used
+
+
+def _with_parts(content: dict[str, Any]) -> dict[str, Any]:
+    """The config of a whole CLIP, also where the file is of its image tower alone."""
+    if "vision_config" in content:
+        return content
+    return {key: content[key] for key in ("projection_dim",) if key in content} | {"vision_config": content}
 
 
 def from_tensors(

@@ -1,6 +1,6 @@
 """AutoencoderKL (Rombach et al. 2022): the image autoencoder of Stable Diffusion, in diffusers' layout and names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +10,39 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from diffexp_jax import InputError
+from diffexp_jax.config_keys import Keys, Many, check_divides, check_lengths, checked
+from diffexp_jax.limits import Number, positive, whole
 from diffexp_jax.models.attention import attention
 from diffexp_jax.models.layers import Conv, Dense, GroupNorm, ResnetBlock, Upsample, pointwise_conv
+
+_SIZE = whole(1, 2**15)
+KEYS = Keys(
+    read={
+        "in_channels": whole(1, 1024),
+        "out_channels": whole(1, 1024),
+        "latent_channels": whole(1, 1024),
+        "block_out_channels": Many(_SIZE),
+        "layers_per_block": whole(1, 16),
+        "norm_num_groups": _SIZE,
+        "scaling_factor": positive(),
+        "shift_factor": Number(-1e6, 1e6),
+        "latents_mean": Many(Number(-1e6, 1e6)),
+        "latents_std": Many(positive()),
+        "mid_block_add_attention": bool,
+        "use_quant_conv": bool,
+        "use_post_quant_conv": bool,
+        "force_upcast": bool,
+    },
+    only={
+        "act_fn": ("silu", "swish"),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "quantization_config": (None,),
+    },
+    ignored=frozenset(["sample_size"]),  # of tiles, and of what it was trained at
+    class_names=("AutoencoderKL",),
+)
 
 
 @struct.dataclass
@@ -29,11 +60,31 @@ class VAEConfig:
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+    force_upcast: bool = True  # it overflows in float16
+    # of each channel of its latents; the diffusion model's are (z - mean) scaling_factor / std
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
-        known = {k: config[k] for k in cls.__dataclass_fields__ if config.get(k) is not None}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+    def from_dict(cls, config: Any, where: str = "vae/config.json") -> "VAEConfig":
+        """Reads diffusers' config.json; `where` is the file, for the errors.
+
+        Raises:
+          InputError: a value that is not accepted, or values that do not fit each other.
+        """
+        sizes = cls(**checked(config, KEYS, where))
+        n = len(sizes.block_out_channels)
+        if n > 8:
+            raise InputError(f"{where}: block_out_channels has {n} values; accepted: up to 8")
+        lists = {key: tuple(config.get(key) or "?" * n) for key in ("down_block_types", "up_block_types")}
+        check_lengths(lists, n, "block_out_channels", where)
+        groups = (sizes.norm_num_groups,) * n
+        check_divides(groups, sizes.block_out_channels, "norm_num_groups", "block_out_channels", where)
+        if (sizes.latents_mean is None) != (sizes.latents_std is None):
+            raise InputError(f"{where}: wants latents_mean and latents_std, or none of them")
+        statistics = {"latents_mean": sizes.latents_mean, "latents_std": sizes.latents_std}
+        check_lengths(statistics, sizes.latent_channels, "latent_channels", where)
+        return sizes
 
     @property
     def downsampling(self) -> int:
@@ -136,12 +187,18 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
         """The mean latent, scaled as the diffusion model expects it."""
-        return (self.moments(images)[0] - self.config.shift_factor) * self.config.scaling_factor
+        cfg, mean = self.config, self.moments(images)[0] - self.config.shift_factor
+        if cfg.latents_mean is None:
+            return mean * cfg.scaling_factor
+        return (mean - jnp.array(cfg.latents_mean)) * (cfg.scaling_factor / jnp.array(cfg.latents_std))
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Images in [0,1] up to overshoot: not clipped, so that gradients pass (callers clip what they show)."""
-        z = latents / self.config.scaling_factor + self.config.shift_factor
-        return self.decode_raw(z)
+        cfg = self.config
+        if cfg.latents_mean is None:
+            return self.decode_raw(latents / cfg.scaling_factor + cfg.shift_factor)
+        unscaled = latents * jnp.array(cfg.latents_std) / cfg.scaling_factor + jnp.array(cfg.latents_mean)
+        return self.decode_raw(unscaled + cfg.shift_factor)
 
     def decode_raw(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """`decode` of an unscaled latent."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffexp_jax import InputError, paths
+from diffexp_jax.config_keys import shown
 from diffexp_jax.formats import files
 from diffexp_jax.pipelines import families, single_file, sizes, stable_diffusion
 from diffexp_jax.pipelines.pipeline import (
@@ -104,8 +105,8 @@ def _single_file(path: str | Path) -> Path | None:
 def _kind(folder: Path) -> Kind:
     index = folder / "model_index.json"
     name = files.read_json(index).get("_class_name")
-    if name not in PIPELINES:
-        raise InputError(f"{index}: _class_name={name!r} is not supported; accepted: {', '.join(PIPELINES)}")
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise InputError(f"{index}: _class_name={shown(name)} is not supported; accepted: {', '.join(PIPELINES)}")
     return PIPELINES[name]
 
 

@@ -89,16 +89,15 @@ def build(
     matmul_precision: str = "auto",
     remat_blocks: bool = False,
     vae_slice: int = 32,
+    scheduler: Mapping[str, Any] = {},
 ) -> Pipeline:
     """The functions of such a model, without weights or tokenizers.
 
     `matmul_precision` is one of `precision.MATMUL_PRECISIONS`; `remat_blocks` is the UNet's `remat`; `vae_slice` is
-    how many images are decoded at once.
+    how many images are decoded at once; `scheduler` has what is to be otherwise than scheduler_config.json says.
     """
     family, scale = config.family, config.vae.downsampling
-    if image_size is not None and (image_size < scale or image_size % scale):
-        raise InputError(f"image_size {image_size}: wants a multiple of {scale} pixels")
-    side = config.unet.sample_size if image_size is None else image_size // scale
+    side = latent_side(config, image_size)
     pixels = side * scale
     unet, vae = UNet(config.unet, dtype, remat_blocks), AutoencoderKL(config.vae, config.dtype("vae", dtype))
     encoders = {
@@ -135,9 +134,26 @@ def build(
         unconditional=zeros if config.zero_uncond else lambda empty: empty,
         denoise=in_precision(denoise, dtype, matmul_precision),
         decode=in_precision(decode, config.dtype("vae", dtype), matmul_precision),
-        process=load_process(config.scheduler),
+        process=load_process(config.scheduler, scheduler, old_configs=family.old_configs),
         latent_shape=(side, side, config.unet.in_channels),
     )
+
+
+def latent_side(config: ModelConfig, image_size: int | None) -> int:
+    """Latent pixels of a side of images of so many pixels a side; None: of what the UNet was trained at.
+
+    Raises:
+      InputError: the VAE does not divide it, or it was trained at no square.
+    """
+    scale, side = config.vae.downsampling, config.unet.side
+    if image_size is not None:
+        if image_size < scale or image_size % scale:
+            raise InputError(f"image_size {image_size}: wants a multiple of {scale} pixels")
+        return image_size // scale
+    if side is None:
+        size = list(config.unet.sample_size)
+        raise InputError(f"unet/config.json: sample_size={size} is no square; wants model.image_size (or --image_size)")
+    return side
 
 
 def map_tokens(function: Callable[..., Array], *texts: TextEmbedding) -> TextEmbedding:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffexp_jax import InputError
+from diffexp_jax.config_keys import shown
 from diffexp_jax.process import ddim, flow
 from diffexp_jax.process.process import Process, gaussian_log_prob, sample_noise
 
@@ -21,13 +22,36 @@ PROCESSES: dict[str, Callable[[Mapping[str, Any]], Process]] = {
 }
 
 
-def load_process(config: Mapping[str, Any]) -> Process:
+# What the user may set otherwise than the file says: model.scheduler.KEY.
+SETTINGS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "prediction_type", "rescale_betas_zero_snr")
+SETTINGS += ("clip_sample", "shift")
+_KEYS = {ddim.ddim: ddim.KEYS, flow.flow_matching: flow.KEYS}
+
+
+def load_process(config: Mapping[str, Any], overrides: Mapping[str, Any] = {}, *, old_configs: bool = False) -> Process:
     """The process that a diffusers scheduler config asks for.
 
+    Args:
+      config: scheduler_config.json.
+      overrides: settings that are to be otherwise, the user's model.scheduler.KEY.
+      old_configs: whether to correct the file as diffusers' StableDiffusionPipeline does.
+
     Raises:
-      InputError: an unknown scheduler, or one with settings that are not implemented.
+      InputError: an unknown scheduler, or one with settings that are not implemented, or a setting that it has not.
     """
     name = config.get("_class_name", ddim.SCHEDULERS[0])
-    if name not in PROCESSES:
-        raise InputError(f"scheduler_config.json: _class_name={name!r}; accepted: {', '.join(PROCESSES)}")
-    return PROCESSES[name](config)
+    if not isinstance(name, str) or name not in PROCESSES:
+        raise InputError(f"scheduler_config.json: _class_name={shown(name)}; accepted: {', '.join(PROCESSES)}")
+    make = PROCESSES[name]
+    if make in _KEYS:
+        for key in overrides:
+            if key not in _KEYS[make].read and key not in _KEYS[make].only:
+                raise InputError(f"model.scheduler.{key}: the model's {name} has no such setting; wants None")
+    corrections = ddim.CORRECTIONS if old_configs and name in ddim.SCHEDULERS else {}
+    try:
+        return make({**config, **corrections, **overrides})
+    except InputError as error:
+        for key in SETTINGS:
+            if f" {key}=" in str(error):
+                raise InputError(f"{error}; model.scheduler.{key} overrides the file") from None
+        raise

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from diffexp_jax import InputError
+from diffexp_jax.config_keys import Keys, Many, checked
+from diffexp_jax.limits import Number, whole
 from diffexp_jax.process.process import Process, check_n_steps
 
 
@@ -47,6 +49,39 @@ _SAMPLERS = ("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAnces
 _SAMPLERS += ("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep")
 _SAMPLERS += ("KDPM2Discrete", "KDPM2AncestralDiscrete")
 SCHEDULERS = tuple(f"{name}Scheduler" for name in _SAMPLERS)
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # these clip x_0 unless their config says clip_sample=false
+# What diffusers' StableDiffusionPipeline sets, whatever the file says: files of its first versions left it out.
+CORRECTIONS = {"steps_offset": 1, "clip_sample": False}
+
+_BETA = Number(0.0, 1.0, above=True)
+KEYS = Keys(
+    read={
+        "num_train_timesteps": whole(1, 10**5),
+        "beta_start": _BETA,
+        "beta_end": _BETA,
+        "beta_schedule": tuple(_BETAS),
+        "trained_betas": Many(_BETA),
+        "prediction_type": PREDICTION_TYPES,
+        "rescale_betas_zero_snr": bool,
+        "set_alpha_to_one": bool,
+        "steps_offset": whole(0, 10**5),
+        "timestep_spacing": SPACINGS,
+    },
+    only={
+        "clip_sample": (False, None),
+        "thresholding": (False, None),
+        "use_flow_sigmas": (False, None),
+        "timestep_type": ("discrete", None),  # else the network reads noise levels in place of timesteps
+    },
+    # What only shapes another sampler's own steps, or goes with a setting that is refused.
+    ignored=frozenset(
+        "clip_sample_range sample_max_value dynamic_thresholding_ratio variance_type skip_prk_steps use_karras_sigmas "
+        "use_exponential_sigmas use_beta_sigmas interpolation_type sigma_min sigma_max final_sigmas_type solver_order "
+        "algorithm_type solver_type lower_order_final euler_at_final use_lu_lambdas lambda_min_clipped predict_x0 "
+        "disable_corrector solver_p flow_shift use_dynamic_shifting time_shift_type shift_terminal "
+        "noise_sampler_seed".split()
+    ),
+)
 
 
 def ddim(config: Mapping[str, Any]) -> Process:
@@ -71,36 +106,37 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     (Karras sigmas, solver orders, interpolation) has no meaning here: sampling is always by DDIM.
 
     Raises:
-      InputError: a schedule, prediction type or spacing that is not known here.
+      InputError: a schedule, prediction type or spacing that is not known here, or a value that is not accepted.
     """
-    for key in ("clip_sample", "thresholding", "use_flow_sigmas"):
-        if config.get(key):
-            raise InputError(f"scheduler_config.json: {key}=true is not supported; accepted: false")
-
-    def one_of(key, accepted, default):
-        value = config.get(key) or default
-        if value not in accepted:
-            raise InputError(f"scheduler_config.json: {key}={value!r}; accepted: {', '.join(accepted)}")
-        return value
-
-    n = config.get("num_train_timesteps", 1000)
-    if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], np.float64)
+    config = dict(config)
+    if config.get("_class_name") in CLIPPING:  # whose default clips
+        config.setdefault("clip_sample", True)
+    known = checked(config, KEYS, "scheduler_config.json")
+    if "trained_betas" in known:
+        betas = np.asarray(known["trained_betas"], np.float64)
     else:
-        beta = _BETAS[one_of("beta_schedule", tuple(_BETAS), "linear")]
-        betas = beta(config.get("beta_start", 1e-4), config.get("beta_end", 0.02), n)
+        beta = _BETAS[known.get("beta_schedule", "linear")]
+        betas = beta(known.get("beta_start", 1e-4), known.get("beta_end", 0.02), known.get("num_train_timesteps", 1000))
     alpha_bar = np.cumprod(1.0 - betas)
-    prediction_type = one_of("prediction_type", PREDICTION_TYPES, "epsilon")
-    if config.get("rescale_betas_zero_snr"):
+    prediction_type = known.get("prediction_type", "epsilon")
+    if known.get("rescale_betas_zero_snr"):
         if prediction_type == "epsilon":  # x_0 = (x_t - eps) / 0 at the first step
             raise InputError("scheduler_config.json: rescale_betas_zero_snr=true wants prediction_type='v_prediction'")
         alpha_bar = _zero_terminal_snr(alpha_bar)
+    least = -1.0 if prediction_type == "v_prediction" else 0.0
+    falling = len(alpha_bar) > 1 and alpha_bar[0] < 1.0 and np.all(np.diff(alpha_bar) < 0)
+    if not falling or not np.float32(alpha_bar[-1]) > least:
+        raise InputError(
+            f"scheduler_config.json: alpha_bar goes from {alpha_bar[0]:.3g} to {alpha_bar[-1]:.3g} over "
+            f"{len(alpha_bar)} timesteps; wants it below 1 and falling at each, and above 0 at the last unless "
+            "prediction_type is v_prediction (beta_start, beta_end, trained_betas, num_train_timesteps)"
+        )
     return NoiseSchedule(
         alpha_bar=alpha_bar,
-        final_alpha_bar=1.0 if config.get("set_alpha_to_one", True) else float(alpha_bar[0]),
+        final_alpha_bar=1.0 if known.get("set_alpha_to_one", True) else float(alpha_bar[0]),
         prediction_type=prediction_type,
-        steps_offset=config.get("steps_offset", 0),
-        spacing=one_of("timestep_spacing", SPACINGS, "leading"),
+        steps_offset=known.get("steps_offset", 0),
+        spacing=known.get("timestep_spacing", "leading"),
     )
 
 

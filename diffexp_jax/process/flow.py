@@ -12,13 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffexp_jax import InputError
+from diffexp_jax.config_keys import Keys, checked
+from diffexp_jax.limits import Number, whole
 from diffexp_jax.process.process import Process, check_n_steps
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-# What diffusers' config may ask for that changes the noise levels, and is not done here.
-_REFUSED = ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-_REFUSED += ("shift_terminal", "stochastic_sampling")
+_OFF = (False, None)
+KEYS = Keys(
+    read={"num_train_timesteps": whole(1, 10**5), "shift": Number(0.0, 1e3, above=True)},
+    # what changes the noise levels, and is not done here
+    only={
+        "use_dynamic_shifting": _OFF,
+        "invert_sigmas": _OFF,
+        "use_karras_sigmas": _OFF,
+        "use_exponential_sigmas": _OFF,
+        "use_beta_sigmas": _OFF,
+        "shift_terminal": _OFF,
+        "stochastic_sampling": _OFF,
+    },
+    ignored=frozenset("base_shift max_shift base_image_seq_len max_image_seq_len time_shift_type".split()),
+)
 
 
 class Steps(NamedTuple):
@@ -38,10 +51,8 @@ def flow_matching(config: Mapping[str, Any]) -> Process:
     Raises:
       InputError: a setting that is not implemented.
     """
-    for key in _REFUSED:
-        if config.get(key):
-            raise InputError(f"scheduler_config.json: {key}={config[key]!r} is not supported; accepted: false")
-    n_train, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+    known = checked(config, KEYS, "scheduler_config.json")
+    n_train, shift = known.get("num_train_timesteps", 1000), known.get("shift", 1.0)
     return Process(
         timesteps=partial(timesteps, n_train=n_train, shift=shift),
         make_steps=partial(make_steps, n_train=n_train),

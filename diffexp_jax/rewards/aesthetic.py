@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from diffexp_jax.formats import convert, files, pickles
 from diffexp_jax.models import clip, clip_files, sizes
-from diffexp_jax.rewards.preprocess import clip_pixels, floor_half, official_crop, round_half
+from diffexp_jax.rewards.preprocess import CLIP, Statistics, clip_pixels, floor_half, official_crop, round_half
+from diffexp_jax.rewards.processor import statistics
 from diffexp_jax.rewards.reward import SHIPPED, Builtin, Reward, no_tokens, of_pixels
 
 # The linear layers among the entries of LAION's nn.Sequential; the entries between them are dropout.
@@ -43,10 +44,11 @@ def load(path: Path, *, clip_folder: Path | None = None, dtype: DTypeLike = jnp.
     shapes = head_shapes(_widths(tensors, model.config.projection_dim))
     head = convert.from_torch(tensors, shapes, where=str(path))
     start = floor_half if whole else round_half  # whose processor it is used with
-    return build(model, {"clip": clip_params, "head": head}, start=start)
+    by = statistics(clip_folder, model.config.vision.image_size)
+    return build(model, {"clip": clip_params, "head": head}, start=start, by=by)
 
 
-def build(model: clip.CLIP, params: Any, *, start: Callable = round_half) -> Reward:
+def build(model: clip.CLIP, params: Any, *, start: Callable = round_half, by: Statistics = CLIP) -> Reward:
     """The reward of such an image tower and head; `params` may be shapes."""
     size = model.config.vision.image_size
 
@@ -61,8 +63,8 @@ def build(model: clip.CLIP, params: Any, *, start: Callable = round_half) -> Rew
     return of_pixels(
         params,
         tokenize=no_tokens,
-        pixels=partial(clip_pixels, size=size, start=start),
-        prepare=partial(official_crop, size=size, start=start),
+        pixels=partial(clip_pixels, size=size, start=start, by=by),
+        prepare=partial(official_crop, size=size, start=start, by=by),
         score_prepared=score_prepared,
         embed=embed,
     )

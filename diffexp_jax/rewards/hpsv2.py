@@ -12,7 +12,8 @@ from diffexp_jax.formats import tokenizers
 from diffexp_jax.formats.files import only_file
 from diffexp_jax.formats.pickles import SUFFIXES
 from diffexp_jax.models import clip, clip_files, open_clip, sizes
-from diffexp_jax.rewards.preprocess import normalise, official_pad, resize_and_pad
+from diffexp_jax.rewards.preprocess import CLIP, Statistics, normalise, official_pad, resize_and_pad
+from diffexp_jax.rewards.processor import statistics
 from diffexp_jax.rewards.reward import Builtin, Cutting, Reward, Tokenize, of_pixels, zero_tokens
 
 
@@ -30,18 +31,19 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     Raises:
       InputError: a file is missing, broken or refused, or the tensors do not fit the sizes.
     """
-    folder = path if path.is_dir() else path.parent
+    folder, by = path if path.is_dir() else path.parent, CLIP
     if path.is_dir() and (path / "config.json").is_file():
         model, params = clip_files.load(path, dtype=dtype)
+        by = statistics(path, model.config.vision.image_size)
     else:
         file = only_file(path, (*SUFFIXES, ".safetensors")) if path.is_dir() else path
         model, params = open_clip.load(file, dtype=dtype)
     text = model.config.text
     encode = tokenizers.open_clip(folder, length=text.max_position_embeddings, size=text.vocab_size)
-    return build(model, params, Cutting(encode))
+    return build(model, params, Cutting(encode), by)
 
 
-def build(model: clip.CLIP, params: Any, tokenize: Tokenize) -> Reward:
+def build(model: clip.CLIP, params: Any, tokenize: Tokenize, by: Statistics = CLIP) -> Reward:
     """The reward of such a CLIP; `params` may be shapes."""
     size = model.config.vision.image_size
 
@@ -54,8 +56,8 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize) -> Reward:
     return of_pixels(
         params,
         tokenize=tokenize,
-        pixels=lambda images: normalise(resize_and_pad(images, size)),
-        prepare=partial(official_pad, size=size),
+        pixels=lambda images: normalise(resize_and_pad(images, size), by),
+        prepare=partial(official_pad, size=size, by=by),
         score_prepared=score_prepared,
         embed=lambda params, pixels: model.apply({"params": params}, pixels, method="embed_image"),
     )

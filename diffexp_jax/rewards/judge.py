@@ -33,7 +33,8 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
     Raises:
       InputError: a file is missing or broken, or the tensors do not fit the config.
     """
-    model = Classifier(ClassifierConfig.from_dict(files.read_json(folder / "config.json")), dtype)
+    file = folder / "config.json"
+    model = Classifier(ClassifierConfig.from_dict(files.read_json(file), str(file)), dtype)
     shapes = convert.abstract_params(model, np.zeros((1, SIZE, SIZE, 3), np.float32))
     params = convert.from_torch(files.open_weights(folder), shapes, where=str(folder), dtype=dtype)
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from diffexp_jax.formats.tokenizers import check_size, load_tokenizer, token_ids
 from diffexp_jax.models import clip, clip_files, sizes
-from diffexp_jax.rewards.preprocess import clip_pixels, floor_half, official_crop
+from diffexp_jax.rewards.preprocess import CLIP, Statistics, clip_pixels, floor_half, official_crop
+from diffexp_jax.rewards.processor import statistics
 from diffexp_jax.rewards.reward import SHIPPED, Builtin, Cutting, Reward, Tokenize, of_pixels, zero_tokens
 
 # What the cosine is multiplied by, of CLIP's own factor exp(logit_scale).
@@ -32,10 +33,11 @@ def load(folder: Path, *, scale: str = "logit", dtype: DTypeLike = jnp.float32) 
     tokenizer = load_tokenizer(folder)
     check_size(tokenizer, model.config.text.vocab_size, folder)
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.text.max_position_embeddings)
-    return build(model, params, Cutting(partial(token_ids, tokenizer)), scale=scale)
+    by = statistics(folder, model.config.vision.image_size)
+    return build(model, params, Cutting(partial(token_ids, tokenizer)), scale=scale, by=by)
 
 
-def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "logit") -> Reward:
+def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "logit", by: Statistics = CLIP) -> Reward:
     """The reward of such a CLIP; `params` may be shapes."""
     size = model.config.vision.image_size
 
@@ -49,8 +51,8 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "lo
     return of_pixels(
         params,
         tokenize=tokenize,
-        pixels=partial(clip_pixels, size=size),
-        prepare=partial(official_crop, size=size, start=floor_half),
+        pixels=partial(clip_pixels, size=size, by=by),
+        prepare=partial(official_crop, size=size, start=floor_half, by=by),
         score_prepared=score_prepared,
         embed=lambda params, pixels: model.apply({"params": params}, pixels, method="embed_image"),
     )

@@ -4,6 +4,7 @@ The published way works on bytes: PIL resizes and rounds to 0..255 (only HPSv2 r
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,24 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-# OpenAI's statistics of red, green and blue, which every published CLIP kept, and BLIP took over.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from diffexp_jax.models.clip_config import CLIP_MEAN, CLIP_STD
+
+
+class Statistics(NamedTuple):
+    """Of red, green and blue in [0,1]: what a network's pixels are normalised by."""
+
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+
+CLIP = Statistics()
 
 _SLACK = 1e-3  # how far outside [0,1] rounding may bring a pixel
 
 
-def normalise(images: Float[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
-    """Pixels in [0,1] to zero mean and unit deviation, by CLIP's statistics."""
-    return (images - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+def normalise(images: Float[Array, "*B H W 3"], by: Statistics = CLIP) -> Float[Array, "*B H W 3"]:
+    """Pixels in [0,1] to zero mean and unit deviation."""
+    return (images - np.array(by.mean, np.float32)) / np.array(by.std, np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------- geometry
@@ -78,26 +87,28 @@ def resize_and_pad(images: Float[Array, "B H W 3"], size: int) -> Float[Array, "
 
 
 def clip_pixels(
-    images: Float[Array, "B H W 3"], size: int, start: Callable[[int], int] = floor_half
+    images: Float[Array, "B H W 3"], size: int, start: Callable[[int], int] = floor_half, by: Statistics = CLIP
 ) -> Float[Array, "B size size 3"]:
     """Resized, cropped and normalised: the pixels that `CLIP.embed_image` wants."""
-    return normalise(resize_and_crop(images, size, start))
+    return normalise(resize_and_crop(images, size, start), by)
 
 
 # ----------------------------------------------------------------------------------------------------- on the host
 
 
 def official_crop(
-    image: UInt8[np.ndarray, "H W 3"], size: int, start: Callable[[int], int]
+    image: UInt8[np.ndarray, "H W 3"], size: int, start: Callable[[int], int], by: Statistics = CLIP
 ) -> Float[np.ndarray, "size size 3"]:
     """`clip_pixels` as published: bicubic by PIL on bytes, which it rounds to."""
     h, w = shortest_to(size, *image.shape[:2])
     top, left = start(h - size), start(w - size)
     resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
-    return normalise(resized[top : top + size, left : left + size].astype(np.float32) / 255)
+    return normalise(resized[top : top + size, left : left + size].astype(np.float32) / 255, by)
 
 
-def official_pad(image: UInt8[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "size size 3"]:
+def official_pad(
+    image: UInt8[np.ndarray, "H W 3"], size: int, by: Statistics = CLIP
+) -> Float[np.ndarray, "size size 3"]:
     """`resize_and_pad`, normalised, as HPSv2 does it: bicubic on floats, here channel by channel by PIL."""
     h, w = longest_to(size, *image.shape[:2])
     top, left = (size - h) // 2, (size - w) // 2
@@ -105,7 +116,7 @@ def official_pad(image: UInt8[np.ndarray, "H W 3"], size: int) -> Float[np.ndarr
     for c in range(3):
         channel = Image.fromarray(image[:, :, c].astype(np.float32) / 255)
         out[top : top + h, left : left + w, c] = np.asarray(channel.resize((w, h), Image.Resampling.BICUBIC))
-    return normalise(out)
+    return normalise(out, by)
 
 
 def as_floats(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
