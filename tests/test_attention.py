@@ -135,7 +135,12 @@ def test_which_attention_is_fused(monkeypatch):
     assert asked == [
         ("cudnn", 4096, 4096, []),
         ("cudnn", 1024, 1024, []),
-        ("cudnn", 4096, 78, ["key_value_seq_lengths"]),  # a prompt's odd length has no gradient there
+        (
+            "cudnn",
+            4096,
+            78,
+            ["key_value_seq_lengths", "query_seq_lengths"],
+        ),  # a prompt's odd length has no gradient there
         ("xla", 1024, 77, []),  # too few logits to be worth it
         ("xla", 257, 257, []),
         ("xla", 1024, 1024, ["is_causal"]),

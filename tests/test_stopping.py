@@ -67,6 +67,11 @@ def test_a_request_in_the_last_iteration_lets_the_run_end(make_config, tmp_path,
     assert (tmp_path / "report.html").exists() and (tmp_path / train.LORA_FILE).exists()
 
 
+# Runs a command that hears SIGHUP, also where the tests themselves run under nohup
+HEARING = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+HEARING = [sys.executable, "-c", HEARING]
+
+
 HEARS = """
 import hashlib, sys
 from pathlib import Path
@@ -89,7 +94,7 @@ with stopping.StopRequests(grace=float(sys.argv[1])) as requests:
 )
 def test_a_long_program_is_broken_off(tmp_path, grace, wait, signals, saved):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-c", HEARS, str(grace), str(tmp_path / "state")]
+    line = [*HEARING, sys.executable, "-c", HEARS, str(grace), str(tmp_path / "state")]
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     for number in signals:
@@ -136,7 +141,11 @@ def test_a_terminal_that_is_closed(tmp_path, kind, code):
         line = f"exec <{os.ttyname(theirs)}; {ignores}{line}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        ["bash", "-c", line], env=environment, stdout=theirs, stderr=theirs, start_new_session=kind != "pipe"
+        [*HEARING, "bash", "-c", line],
+        env=environment,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=kind != "pipe",
     )
     os.close(theirs)
     said = b""

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,15 @@ BELOW = {
     "config_keys": {"limits", "InputError"},
     "exploration": set(),
     "state": set(),
-    "parallel": {"parallel", "stopping", "InputError", "RewardError", "BadRewardError", "HostError"},
+    "parallel": {
+        "parallel",
+        "formats.json_text",
+        "stopping",
+        "InputError",
+        "RewardError",
+        "BadRewardError",
+        "HostError",
+    },
     "optimizer": {"state"},
     "metrics": {"optional", "parallel", "formats.files", "formats.json_text", "InputError"},
     "image_statistics": set(),
@@ -110,6 +119,18 @@ def test_imports_point_downwards(path):
 
 def test_every_part_exists():
     assert {part_of(path) for path in FILES} == BELOW.keys()
+
+
+TOP = {".ci", ".gitignore", "LICENSE", "README.md", "configs", "diffexp_jax", "docs", "pyproject.toml"}
+TOP |= {"requirements.txt", "requirements-test.txt", "scripts", "tests"}
+
+
+def test_what_lies_at_the_top_level():
+    """Nothing that a program left there by mistake is committed."""
+    found = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("no git checkout")
+    assert {name.partition("/")[0] for name in found.stdout.split("\0") if name} <= TOP
 
 
 def of(library: str) -> set[str]:

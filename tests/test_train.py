@@ -72,9 +72,9 @@ def finished(request, make_config, tmp_path_factory) -> Run:
 def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
     """Makes a run keep images as numbers in WORKDIR/..: grid-ITERATION.npy, and of what is trained on, images-."""
 
-    def save_grid(path, images, captions, original=report.save_grid, **kwargs):
-        np.save(workdir.parent / f"grid-{path.stem}.npy", images)
-        original(path, images, captions, **kwargs)
+    def save_images(workdir_, iteration, images, captions, original=report.save_images):
+        np.save(workdir.parent / f"grid-{iteration:06d}.npy", images)
+        original(workdir_, iteration, images, captions)
 
     def make_programs(*args, original=train.make_programs):
         programs, iterations = original(*args), itertools.count(1)
@@ -95,7 +95,7 @@ def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
 
         return programs._replace(update=update, sample=programs.sample and sample)
 
-    patch.setattr(report, "save_grid", save_grid)
+    patch.setattr(report, "save_images", save_images)
     patch.setattr(train, "make_programs", make_programs)
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 
 from diffexp_jax import HostError, InputError
+from diffexp_jax.formats.json_text import parse_json
 
 _HELLO = b"diffexp_jax\n"
 _PATIENCE = 10.0  # seconds for a line of who is there, and for hosts that are yet to hear that all is off
@@ -115,10 +116,10 @@ def _next(listener: socket.socket, end: float) -> tuple[socket.socket, int, int]
     try:
         connection.settimeout(_PATIENCE)
         connection.sendall(_HELLO)
-        match json.loads(_line(connection)):
+        match parse_json(_line(connection).decode("utf-8", "replace")):
             case [int(index), int(number)]:
                 return connection, index, number
-    except (OSError, ValueError, RecursionError):  # somebody who looks which ports are open
+    except (OSError, ValueError):  # somebody who looks which ports are open
         pass
     connection.close()
     return None
