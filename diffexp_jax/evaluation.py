@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Float, UInt8
 
 from diffexp_jax import InputError, parallel
@@ -98,6 +99,15 @@ def check_scores(scores: Mapping[str, Float[np.ndarray, "N"]]) -> None:
             raise InputError(f"reward {name}: {wrong} of {len(values)} scores are not finite (NaN or infinite)")
 
 
+def means_of(evaluation: str, scores: Mapping[str, Float[np.ndarray, "N"]]) -> dict[str, float]:
+    """The mean of each reward and part, by EVALUATION/REWARD; warns of scores that are not finite, which spoil it."""
+    for name, values in scores.items():
+        if wrong := int((~np.isfinite(values)).sum()):
+            line = "%s/%s: %d of %d scores are not finite (NaN or infinite), and so is their mean"
+            logging.warning(line, evaluation, name, wrong, len(values))
+    return {f"{evaluation}/{name}": float(values.mean()) for name, values in scores.items()}
+
+
 def summary(values: Float[np.ndarray, "N"]) -> dict[str, float]:
     """The mean, and its standard error as of N independent values."""
     return {"mean": float(values.mean()), "standard_error": float(values.std() / len(values) ** 0.5)}
@@ -133,7 +143,7 @@ def evaluate_all(
             batch=experiment.split.samples,
             samples_per_prompt=n,
         )
-        means |= {f"eval/{task.name}/{name}": float(score.mean()) for name, score in scores.items()}
+        means |= means_of(f"eval/{task.name}", scores)
     if (best := config.checkpoint.best).startswith("eval/"):
         one_of("checkpoint.best", best, means)
     return means

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from diffexp_jax import InputError, programs, rewards
-from diffexp_jax.evaluation import check_pictures, check_scores
+from diffexp_jax.evaluation import check_pictures, check_scores, means_of
 from diffexp_jax.formats import convert
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.pipelines import load_pipeline, make_context
@@ -119,3 +119,12 @@ def test_finite_pictures_pass():
     check_pictures(np.ones(3, bool))
     with pytest.raises(InputError, match="^2 of 3 pictures"):
         check_pictures(np.array([False, True, False]))
+
+
+def test_evaluations_while_training_warn_of_scores(caplog):
+    """A held-out reward that fails does not end a run, and its mean is not silent."""
+    scores = {"judge": np.array([1.0, np.nan, np.inf]), "other": np.array([1.0, 3.0])}
+    means = means_of("eval/animals", scores)
+    assert means["eval/animals/other"] == 2.0 and not np.isfinite(means["eval/animals/judge"])
+    (said,) = caplog.messages
+    assert said.startswith("eval/animals/judge: 2 of 3 scores are not finite")
