@@ -177,7 +177,14 @@ def test_timesteps_are_diffusers(n, spacing, offset):
 
 
 @pytest.mark.parametrize("family", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
-@pytest.mark.parametrize("name", [name for name in ddim.SCHEDULERS if "SDE" not in name])  # which wants torchsde
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "KDPM2" in name else [])  # diffusers takes seconds to make them
+        for name in ddim.SCHEDULERS
+        if "SDE" not in name  # which wants torchsde
+    ],
+)
 def test_files_of_other_schedulers_are_read_as_diffusers(name, family):
     """By DDIMScheduler.from_config in its pipeline, which corrects it: spacings, offsets, keys that a class has not."""
     pytest.importorskip("torch")

@@ -12,7 +12,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from test_families import FAMILIES, PROMPTS, pipeline
+from test_families import PROMPTS, pipeline
 
 from diffexp_jax import InputError
 from diffexp_jax.formats import convert
@@ -104,7 +104,7 @@ def made(tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=["sd15", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def both(request, made, monkeypatch):
     """A folder and the same as a file, whose family's published sizes are the folder's."""
     folder, file = made(request.param)
