@@ -48,7 +48,7 @@ def decay_at(n: Int[Array, ""], decay: float) -> Float[Array, ""]:
 
 
 def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
-    """The same optimizer, whose state also has the weights' moving average: a <- d a + (1 - d) w after each update."""
+    """Adds the weights' moving average to an optimizer's state: a <- d a + (1 - d) w after each update."""
 
     def init(params) -> Averaged:
         return Averaged(optimizer.init(params), jax.tree.map(jnp.array, params), jnp.zeros((), jnp.int32))

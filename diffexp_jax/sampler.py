@@ -67,7 +67,7 @@ class Sampler(NamedTuple):
         return sampler.negated(s.negative_prompt) if s.negative_prompt else sampler
 
     def negated(self, negative_prompt: str) -> "Sampler":
-        """The same with guidance away from this prompt, as diffusers' `negative_prompt`, and no zeros for SDXL.
+        """A sampler whose guidance leads away from this prompt, as diffusers' `negative_prompt`; SDXL gets no zeros.
 
         Eq. 8's null stays the embedding of "": it says how much of a word there is, not what is to be left out.
         """

@@ -65,7 +65,7 @@ def guided(network: Callable[..., Float[Array, "2B h w c"]]) -> Denoise:
 
 
 def unguided(network: Callable[..., Float[Array, "B h w c"]]) -> Denoise:
-    """The same for steps whose w_t is 1 or 0, as DiffExp's first ones: the half that counts, alone."""
+    """Wraps network(x_t, t, conditioning) for steps whose w_t is 1 or 0, as DiffExp's first: one half runs."""
 
     def denoise(x_t, step, context):
         half = jax.tree.map(lambda cond, uncond: jnp.where(step.w_t == 0.0, uncond, cond), *context)
@@ -140,7 +140,7 @@ def differentiable(
 
 
 def input_detached(make: MakeDenoise) -> MakeDenoise:
-    """The same network, without a gradient in x_t."""
+    """Stops the gradient at the network's input x_t."""
 
     def detached(frozen, lora):
         denoise = make(frozen, lora)
@@ -256,5 +256,5 @@ def step_log_prob(
     step: Steps,
     context: Context,
 ) -> Float[Array, "B"]:
-    """The same from the network."""
+    """log p_theta(x_{t-1} | x_t, c) of a transition that was sampled before; runs the network."""
     return transition_log_prob(process, denoise(x_t, step, context), x_t, x_tm1, step)

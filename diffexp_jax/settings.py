@@ -88,7 +88,7 @@ NUMBERS: dict[str, Number] = {
 
 
 def method_numbers() -> dict[str, Number]:
-    """The same for the sections of the methods, by METHOD.KEY."""
+    """What each number of the methods' sections may be, by METHOD.KEY."""
     return {f"{m.name}.{key}": accepted for m in METHODS.values() for key, accepted in m.numbers.items()}
 
 

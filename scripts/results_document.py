@@ -116,7 +116,7 @@ def overview(every: Results) -> str:
 
 
 def brief_overview(every: Results, page: str) -> str:
-    """The same with a row each, of the reward that says most; `page` is the document that has their sections."""
+    """The comparisons with a row each, of the reward that says most; `page` is the document that has their sections."""
     rows = []
     for results in comparisons(every):
         what = telling_reward(results)

@@ -155,7 +155,7 @@ def parts_of(path: Any) -> Callable:
 
 
 def random_parts(name: str) -> Callable:
-    """The same of a published model's sizes, with random weights and embeddings; SDXL's pooled ones and sizes too."""
+    """As `parts_of`, of a published model's sizes with random weights and embeddings; SDXL's pooled ones too."""
     _, configs = sizes.PIPELINES[name]
 
     def make(texts):

@@ -3,6 +3,8 @@
 import ast
 import re
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,17 @@ def test_what_lies_at_the_top_level():
     if found.returncode:
         pytest.skip("no git checkout")
     assert {name.partition("/")[0] for name in found.stdout.split("\0") if name} <= TOP
+
+
+def test_what_is_imported_is_declared():
+    """By pyproject.toml, or by name as an option."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
+    declared = {re.split(r"[<>=\[]", name)[0].replace("-", "_") for name in wanted}
+    modules = {"absl": "absl_py", "PIL": "pillow", "orbax": "orbax_checkpoint"}
+    found = {name.split(".")[0] for path in FILES for name in imported(path)} - {"diffexp_jax", "configs"}
+    found -= set(sys.stdlib_module_names)
+    assert {modules.get(name, name) for name in found} <= declared
 
 
 def of(library: str) -> set[str]:

@@ -228,7 +228,7 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
 
 
 def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The same of a file as torch before 1.6 wrote it: pickles one after another, then the storages."""
+    """Reads a file as torch before 1.6 wrote it, pickles one after another, then the storages."""
     # A map reads no more than there is, whatever a pickle says of its strings; a file reserves the memory first.
     with open(path, "rb") as whole, mmap.mmap(whole.fileno(), 0, access=mmap.ACCESS_READ) as file:
         if [_run(file)[0] for _ in range(2)] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:

@@ -45,7 +45,7 @@ MOST_OUTER = 16  # a rank up to which (x A) B is a sum of outer products
 
 @jax.custom_vjp
 def _low_rank_of_bfloat16(x, a, b):
-    """The same for x in bfloat16: float32's digits from the units that multiply bfloat16.
+    """(x A) B for x in bfloat16: float32's digits from the units that multiply bfloat16.
 
     x is exact in bfloat16, and so is the gradient that comes back; what they are multiplied with is split into three
     bfloat16 numbers, whose products are added in float32. The product with B has as few terms as the rank: as a sum of

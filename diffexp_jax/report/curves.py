@@ -34,7 +34,7 @@ def panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
 
 
 def all_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
-    """The same, with what never moves."""
+    """What a run's metrics may be drawn as, also where a curve never moves."""
     names = sorted({name for row in rows for name in row})
     evaluated = {name: found for name in names if (found := evaluation_of(name))}
     chosen = {"reward/mean of the training samples": {"reward/mean": ""}}
@@ -119,7 +119,7 @@ def curves_of_one(rows: Sequence[dict[str, Any]]) -> tuple[Legend | None, list[D
 
 
 def curves_of_two(runs: Sequence[Sequence[dict[str, Any]]], names: Sequence[str]) -> tuple[list[Legend], list[Drawing]]:
-    """The same of several runs: a colour for each run, a dash pattern for each prompt set."""
+    """A drawing for each panel of several runs: a colour for each run, a dash pattern for each prompt set."""
     drawn = [{panel.title: panel.lines for panel in all_panels(rows)} for rows in runs]
     moving = {panel.title for rows in runs for panel in panels(rows)}
     titles = [title for title in dict.fromkeys(title for of_run in drawn for title in of_run) if title in moving]

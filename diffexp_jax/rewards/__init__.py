@@ -118,7 +118,11 @@ def check_trusted(texts: Sequence[str], path: Path, *, trusted: bool) -> None:
 
 
 def check_part(part: spec.Part, *, shapes_only: bool) -> None:
-    """The same of one part that is no function."""
+    """Checks one part that is no function, before anything is loaded: its name, and that its path is there.
+
+    Raises:
+      InputError: an unknown name, no path where one is needed, or nothing at the path.
+    """
     if part.name not in BUILTINS:
         raise InputError(
             f"unknown reward {part.name!r}; accepted: {', '.join(BUILTINS)}, each also as NAME:PATH or "

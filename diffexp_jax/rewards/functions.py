@@ -94,7 +94,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _told(reward: Reward, name: str) -> Reward:
-    """The same reward, whose functions' errors are one line each."""
+    """Makes one line of each error that the reward's functions raise."""
 
     def told(function: Callable) -> Callable:
         return lambda *args: _called(name, function, *args)

@@ -24,8 +24,6 @@ class Statistics(NamedTuple):
 
 CLIP = Statistics()
 
-_SLACK = 1e-3  # how far outside [0,1] rounding may bring a pixel
-
 
 def normalise(images: Float[Array, "*B H W 3"], by: Statistics = CLIP) -> Float[Array, "*B H W 3"]:
     """Pixels in [0,1] to zero mean and unit deviation."""
@@ -53,7 +51,7 @@ def floor_half(spare: int) -> int:
 
 
 def round_half(spare: int) -> int:
-    """The same: torchvision's rule, which differs by a pixel for 3, 7, 11, ..."""
+    """Where a centre crop begins by torchvision's rule, a pixel from `floor_half` for 3, 7, 11, ..."""
     return round(spare / 2)
 
 

@@ -106,7 +106,7 @@ class Cutting:
         return ids
 
     def named(self, reward: str) -> "Cutting":
-        """The same under a reward's name."""
+        """A copy whose warnings name this reward."""
         return replace(self, reward=reward, _said=set())
 
 
