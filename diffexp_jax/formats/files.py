@@ -208,8 +208,11 @@ def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None
     return _from_hub(repository or path, wanted, what=what, revision=revision)
 
 
-def file_or_folder(path: str, *, what: str) -> Path:
-    """`path` itself, or of hub:ORGANISATION/NAME a copy of that repository: configs, vocabularies, safetensors.
+_PARTS = ("*.json", "merges.txt", "vocab.txt", "*.safetensors")  # configs, vocabularies, weights
+
+
+def file_or_folder(path: str, *, what: str, wanted: Sequence[str] = _PARTS) -> Path:
+    """`path` itself, or of hub:ORGANISATION/NAME a copy of that repository's wanted files.
 
     Raises:
       InputError: it is not there; `what` begins the message.
@@ -218,17 +221,14 @@ def file_or_folder(path: str, *, what: str) -> Path:
     repository = _asked_for(path, what=what)
     if repository is None:
         return paths.local(what, path)
-    return _from_hub(repository, ["*.json", "merges.txt", "vocab.txt", "*.safetensors"], what=what)
+    return _from_hub(repository, wanted, what=what)
 
 
 def tokenizer_folder(path: str, *, what: str) -> Path:
     """As `file_or_folder`, of a folder with tokenizers and nothing else of the repository."""
-    check_location(path, what=what)
-    if (repository := _asked_for(path, what=what)) is None:
-        return paths.local(what, path)
     names = ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json")
     wanted = [f"{folder}{name}" for folder in ("", "tokenizer/", "tokenizer_2/") for name in names]
-    return _from_hub(repository, wanted, what=what)
+    return file_or_folder(path, what=what, wanted=wanted)
 
 
 def check_location(path: str, *, what: str) -> None:
