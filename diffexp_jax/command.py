@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from diffexp_jax import HostError, InputError, RewardError, output, paths
-from diffexp_jax.stopping import Stopped
+from diffexp_jax import output, paths
+from diffexp_jax.errors import HostError, InputError, RewardError, Stopped
 
 _LONGEST = 1000  # characters of an error
 LISTS = ("eval.prompts", "eval.rewards", "lora.targets")  # settings that a flag may give as words, separated by commas

@@ -8,7 +8,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, Float, UInt8
 
-from diffexp_jax import InputError, parallel
+from diffexp_jax import parallel
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment, Task
 from diffexp_jax.limits import one_of
 from diffexp_jax.pipelines import Conditioning, make_context

@@ -13,16 +13,17 @@ import optax
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, parallel, paths
+from diffexp_jax import parallel, paths
 from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Method, Policy, Setup
-from diffexp_jax.fingerprint import fingerprint
+from diffexp_jax.algorithms.optimizer import make_optimizer
+from diffexp_jax.errors import InputError
 from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
-from diffexp_jax.optimizer import make_optimizer
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
 from diffexp_jax.prompts.units import unit_ids
 from diffexp_jax.rewards import Reward, check_reward, load_reward, reward_name, without_locations
+from diffexp_jax.run.fingerprint import fingerprint
 from diffexp_jax.sampler import Sampler, full_float32
 from diffexp_jax.settings import batch_split, check_config, method_settings, optimizer_updates
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 
 
 class Number(NamedTuple):

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # more than a letter: C:/ is no such thing
 _COPY = {"gs": "gcloud storage rsync", "s3": "aws s3 sync", "hdfs": "hdfs dfs -get", "hf": "hf download"}

@@ -9,17 +9,11 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, backend
+from diffexp_jax import backend
+from diffexp_jax.errors import InputError
 from diffexp_jax.exploration import guidance_schedule
 from diffexp_jax.models.precision import is_full_float32
-from diffexp_jax.pipelines import (
-    Conditioning,
-    Pipeline,
-    encode_empty,
-    encode_prompts,
-    load_pipeline,
-    zero_conditioning,
-)
+from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, zero_conditioning
 from diffexp_jax.prompts import PromptSet, one_prompt
 from diffexp_jax.sampling import Steps, is_unguided
 

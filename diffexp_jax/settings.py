@@ -11,16 +11,17 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from diffexp_jax import InputError, backend, paths
+from diffexp_jax import backend, paths
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.limits import Number, check_number, check_text, one_of, positive, whole
 from diffexp_jax.models.lora import check_targets
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
 from diffexp_jax.parallel import Split, number_of_hosts, split_batch
 from diffexp_jax.pipelines import SHIPPED
-from diffexp_jax.process.ddim import PREDICTION_TYPES, SPACINGS
 from diffexp_jax.prompts.units import UNITS
+from diffexp_jax.sampling.ddim import PREDICTION_TYPES, SPACINGS
 
 CHOICES = {
     "model.dtype": ("auto", *DTYPES),

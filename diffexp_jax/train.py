@@ -19,22 +19,23 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from diffexp_jax import InputError, RewardError, backend, parallel, paths, report
-from diffexp_jax import workdir as workdirs
-from diffexp_jax.about import describe
+from diffexp_jax import backend, parallel, paths, report
 from diffexp_jax.algorithms import Inputs
-from diffexp_jax.checkpoint import Checkpoints
-from diffexp_jax.dry_run import dry_run
+from diffexp_jax.cost.dry_run import dry_run
+from diffexp_jax.errors import InputError, RewardError, Stopped
 from diffexp_jax.evaluation import evaluate_all, fixed_samples
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.lease import Lease
-from diffexp_jax.metrics import MetricsWriter, check_finite
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.programs import Programs, make_programs, make_scorers
-from diffexp_jax.progress import Progress
+from diffexp_jax.report.about import describe
+from diffexp_jax.run import workdir as workdirs
+from diffexp_jax.run.checkpoint import Checkpoints
+from diffexp_jax.run.lease import Lease
+from diffexp_jax.run.metrics import MetricsWriter, check_finite
+from diffexp_jax.run.progress import Progress
+from diffexp_jax.run.stopping import StopRequests
 from diffexp_jax.sampling import Steps
 from diffexp_jax.settings import check_config, cpu_devices
-from diffexp_jax.stopping import Stopped, StopRequests
 
 
 class Run(NamedTuple):
@@ -171,9 +172,8 @@ def evaluate_and_draw(run: Run, lora: Any, iteration: int) -> dict[str, float]:
         images, captions = fixed_samples(run.experiment, programs.generate, params, lora, run.plain, n=n)
         if parallel.is_first():
             report.save_images(run.workdir, iteration, images, captions)
-    if not due(config.eval.every):
-        return {}
-    return evaluate_all(run.experiment, programs.generate, run.scorers, params, lora, run.plain)
+    do = due(config.eval.every)
+    return evaluate_all(run.experiment, programs.generate, run.scorers, params, lora, run.plain) if do else {}
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -19,17 +19,19 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import results_document
-import results_figure
-import results_page
-import sweep_results
-import sweep_runs
-from sweep_runs import Experiment
-
-from diffexp_jax import InputError, paths
+from diffexp_jax import paths
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import write_whole
+from diffexp_jax.sweeps import document, figure
+from diffexp_jax.sweeps import page as results_page
+from diffexp_jax.sweeps import results as sweep_results
+from diffexp_jax.sweeps import runs as sweep_runs
+from diffexp_jax.sweeps.runs import Experiment
+
+sys.path.append(str(Path(__file__).parents[1]))  # where configs/ is
 
 KEPT = "sweeps"  # in --out: the numbers of the runs
 
@@ -51,15 +53,15 @@ def main(args: argparse.Namespace) -> None:
             print(f"{experiment.name} {arm}: seeds {', '.join(map(str, content['seeds']))}")
         for arm in experiment.arms.keys() - results["arms"].keys():
             print(f"{experiment.name} {arm}: no finished run, left out")
-        results_figure.save(results, args.out / experiment.name)
+        figure.save(results, args.out / experiment.name)
         write_whole(args.out / f"{experiment.name}.json", json.dumps(results, separators=(",", ":")) + "\n")
         if experiment.base and args.sweeps.resolve() != (args.out / KEPT).resolve():
             sweep_runs.keep(experiment, args.sweeps, args.out / KEPT)
         page = (args.sweeps / "experiments" if experiment.base else args.out) / f"{experiment.name}.html"
         results_page.save(results, experiment, page)
-        print(results_document.section(results))
+        print(document.section(results))
         print(f"written: {page}")
-    every = results_document.read_results(args.out)
+    every = document.read_results(args.out)
     for path, write in documents.items():
         write_whole(path, write(path.read_text(encoding="utf-8"), every, where=str(path)))
         print(f"written: {path}")
@@ -67,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
 
 def documents_of(args: argparse.Namespace) -> dict:
     """{the document's path or None: what writes it}."""
-    return {args.document: results_document.document, args.readme: results_document.readme}
+    return {args.document: document.document, args.readme: document.readme}
 
 
 def named_runs(name: str | None, runs: list[str]) -> Experiment:

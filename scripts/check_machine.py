@@ -4,7 +4,7 @@
     python scripts/check_machine.py --full                       # and SD 1.5 and SDXL at real size, random weights
 
 It prints a row for each check, with what to do below one that failed, and writes all of it as JSON. The exit code is 1
-if any failed. Results are compared with those of a CPU in float32, which are stored beside this file; they are made
+if any failed. Results are compared with those of a CPU in float32, which are stored in tools/machine/; they are made
 anew by `JAX_PLATFORMS=cpu python scripts/check_machine.py --write_reference`. Random numbers come from numpy's
 RandomState, whose streams numpy has frozen (those of its newer generators it has not), and from jax.random, which is
 the same on every device.
@@ -22,16 +22,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import machine_checks
-import machine_models as models
-import machine_tiny
 import numpy as np
-from machine_checks import CUDNN, Outcome
 from tqdm import tqdm
 
-from diffexp_jax import InputError, backend, command
+from diffexp_jax import backend, command
+from diffexp_jax.errors import InputError
 
-REFERENCE = Path(__file__).with_suffix(".npz")
+MACHINE = Path(__file__).parents[1] / "tools" / "machine"
+sys.path.append(str(MACHINE))
+
+import machine_checks  # noqa: E402
+import machine_models as models  # noqa: E402
+import machine_tiny  # noqa: E402
+from machine_checks import CUDNN, Outcome  # noqa: E402
+
+REFERENCE = MACHINE / "check_machine.npz"
 
 # What to do about an exception: of the first pattern that its text has.
 ADVICE = {
@@ -139,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
     except re.error as error:
         raise InputError(f"--only {args.only}: wants a regular expression ({error})") from None
     if not REFERENCE.is_file():
-        raise InputError(f"{REFERENCE}: the file is missing; it belongs beside the script")
+        raise InputError(f"{REFERENCE}: the file is missing; it belongs to the repository")
     start, rows = time.perf_counter(), []
     print(table_row("check", "found", "wanted", "", "seconds"), flush=True)
     with np.load(REFERENCE) as stored:

@@ -19,7 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffexp_jax import InputError, backend, checkpoint, evaluation, parallel, report, settings
+from diffexp_jax import backend, evaluation, parallel, report, settings
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import check_files, load_rewards, make_task
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.limits import LORA_SCALE, check_number, whole
@@ -27,6 +28,7 @@ from diffexp_jax.models.lora import scaled
 from diffexp_jax.programs import bytes_and_finite, make_generate, make_scorer
 from diffexp_jax.prompts import load_prompt_sets
 from diffexp_jax.rewards import check_trusted
+from diffexp_jax.run import checkpoint
 from diffexp_jax.sampler import Sampler
 
 

@@ -16,10 +16,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffexp_jax import InputError, checkpoint, settings
+from diffexp_jax import settings
+from diffexp_jax.errors import InputError
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.report import card
 from diffexp_jax.rewards import without_locations
+from diffexp_jax.run import checkpoint
 
 
 def main(args: argparse.Namespace) -> None:

@@ -12,7 +12,9 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from diffexp_jax import InputError, optional, report
+from diffexp_jax import report
+from diffexp_jax.errors import InputError
+from diffexp_jax.run import optional
 
 
 def main(args: argparse.Namespace) -> None:

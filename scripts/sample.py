@@ -27,7 +27,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from diffexp_jax import InputError, backend, checkpoint, exploration, parallel, programs, report, settings
+from diffexp_jax import backend, exploration, parallel, programs, report, settings
+from diffexp_jax.errors import InputError
 from diffexp_jax.evaluation import check_pictures
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.json_text import parse_json
@@ -39,6 +40,7 @@ from diffexp_jax.pipelines import Conditioning, Pipeline, make_context
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.files import comma_phrases
 from diffexp_jax.prompts.units import UNITS, unit_ids
+from diffexp_jax.run import checkpoint
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import Context, Steps, initial_latents, rollout
 

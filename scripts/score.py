@@ -24,7 +24,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffexp_jax import InputError, report
+from diffexp_jax import report
+from diffexp_jax.errors import InputError
 from diffexp_jax.evaluation import check_scores, score_all
 from diffexp_jax.formats import pictures
 from diffexp_jax.formats.files import replaced

@@ -27,15 +27,17 @@ from typing import IO, NamedTuple
 import jax
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).parents[1]))  # where configs/ is
+
 jax.config.update("jax_platforms", "cpu")  # what a sweep computes is little; accelerators are for its runs
 
-import sweep_plan  # noqa: E402
-from sweep_plan import Run  # noqa: E402
-
-from diffexp_jax import InputError, stopping  # noqa: E402
+from diffexp_jax.errors import InputError  # noqa: E402
 from diffexp_jax.formats.files import write_whole  # noqa: E402
 from diffexp_jax.limits import check_number, whole  # noqa: E402
-from diffexp_jax.metrics import read_metrics  # noqa: E402
+from diffexp_jax.run import stopping  # noqa: E402
+from diffexp_jax.run.metrics import read_metrics  # noqa: E402
+from diffexp_jax.sweeps import commands, plan  # noqa: E402
+from diffexp_jax.sweeps.plan import Run  # noqa: E402
 
 LOG = "log.txt"
 GPU_MEMORY = 0.9  # of a GPU's memory that the runs on it have together
@@ -58,27 +60,27 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
         check_number(f"--{flag} ", getattr(args, flag), whole(least))
     for flag in ("parallel", "iterations"):
         check_number(f"--{flag} ", getattr(args, flag), whole(1, optional=True))
-    overrides = dict(map(sweep_plan.parse_override, rest))
+    overrides = dict(map(plan.parse_override, rest))
     overrides |= {} if args.iterations is None else {"iterations": args.iterations}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    runs, experiments = sweep_plan.plan(
+    runs, experiments = plan.plan(
         args.experiment, model=args.model, seeds=seeds, out=args.out, overrides=overrides, only=args.arm
     )
     command.check_writable(args.out, "--out")
     wanted = {"samples_per_prompt": args.samples_per_prompt, "base_samples": args.base_samples}
     if args.print:
-        left = sweep_plan.commands_left(runs, cpu_devices=None, **wanted)
+        left = commands.commands_left(runs, cpu_devices=None, **wanted)
     else:
         kind, n_devices = devices()
         parallel, cpu_devices = processes(args.parallel, len(runs), kind, n_devices)
-        left = sweep_plan.commands_left(runs, cpu_devices=cpu_devices, **wanted)
+        left = commands.commands_left(runs, cpu_devices=cpu_devices, **wanted)
     note(args.out, experiments)
     if not left:
         print(f"nothing to do: {len(runs)} runs are done", file=sys.stderr if args.print else sys.stdout)
     elif args.print == "slurm":
-        print(sweep_plan.slurm_script(left, args.out, name="-".join(args.experiment)))
+        print(commands.slurm_script(left, args.out, name="-".join(args.experiment)))
     elif args.print:
-        print("\n".join(shlex.join(words) for _, commands in left for words in commands))
+        print("\n".join(shlex.join(words) for _, of_run in left for words in of_run))
     else:
         if len(left) < len(runs):
             print(f"{len(runs) - len(left)} of {len(runs)} runs are done")
@@ -182,14 +184,14 @@ def done_of(run: Run, unfinished: bool) -> int:
     return min(rows[-1]["iteration"], run.iterations) if rows else 0
 
 
-def start(run: Run, commands: list[list[str]], place: dict[str, str]) -> Active:
+def start(run: Run, left: list[list[str]], place: dict[str, str]) -> Active:
     """Begins the first of a run's commands; what it says is added to the run's log."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     log = open(run.workdir / LOG, "a", encoding="utf-8")
-    words, *rest = commands
+    words, *rest = left
     print(f"$ {shlex.join(words)}", file=log, flush=True)
     words = [sys.executable, *words[1:]]  # where it says python
-    environment = sweep_plan.environment() | place
+    environment = commands.environment() | place
     process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
     return Active(run, rest, process, log, place)
 

@@ -24,9 +24,12 @@ ROOT = Path(__file__).parents[1]
 
 # Checks the package's annotations, shapes above all, at every call. Tests may pass numpy where jax takes it. Not those
 # of state.py: its dataclasses are trees, whose leaves gain a device axis and are other things than arrays for a while.
+# A folder's name stands for all of its files, so those of algorithms/ are named one by one.
 jaxtyping.Array = ArrayLike
 checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int passes for a float
-modules = [f"diffexp_jax.{path.stem}" for path in (ROOT / "diffexp_jax").glob("[a-z]*") if path.stem != "state"]
+named = [*(ROOT / "diffexp_jax").glob("[a-z]*"), *(ROOT / "diffexp_jax" / "algorithms").glob("[a-z]*.py")]
+modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in named]
+modules = [name for name in modules if name not in ("diffexp_jax.algorithms", "diffexp_jax.algorithms.state")]
 jaxtyping.install_import_hook(modules, f"{__name__}.checked")
 
 from diffexp_jax.algorithms import Policy  # noqa: E402
@@ -262,11 +265,13 @@ def programs_once(monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch):
-    """script(name, *arguments) does what python scripts/NAME.py does with them."""
+    """script(name, *arguments) does what python scripts/NAME.py, or python -m NAME, does with them."""
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+        if "." in name:
+            return runpy.run_module(name, run_name="__main__")
+        return runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
 
     return run
 

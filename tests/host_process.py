@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from absl import app
 
-from diffexp_jax import InputError, RewardError, command, parallel, train
+from diffexp_jax import command, parallel, train
+from diffexp_jax.errors import InputError, RewardError
 
 
 def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:

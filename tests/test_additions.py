@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from conftest import ROOT, SCHEDULER
 
-from diffexp_jax import InputError, process, train
+from diffexp_jax import process, train
 from diffexp_jax.algorithms import METHODS
-from diffexp_jax.checkpoint import Checkpoints
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.metrics import read_metrics
 from diffexp_jax.prompts import PROMPTS
 from diffexp_jax.rewards import BUILTINS, load_reward
+from diffexp_jax.run.checkpoint import Checkpoints
+from diffexp_jax.run.metrics import read_metrics
+from diffexp_jax.run.workdir import plan
 from diffexp_jax.settings import read_config
-from diffexp_jax.workdir import plan
 
 PLAIN = {"eval.every": 0, "log.images": 0, "iterations": 2}
 

@@ -12,8 +12,7 @@ from diffexp_jax.algorithms import Batch, Inputs, Policy
 from diffexp_jax.algorithms.alignprop import alignprop, live_steps
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
-from diffexp_jax.process import load_process
-from diffexp_jax.sampling import Context, initial_latents
+from diffexp_jax.sampling import Context, initial_latents, load_process
 
 # ----------------------------------------------------------------------------------------------------------- truncation
 

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from diffexp_jax import InputError, command
+from diffexp_jax import command
+from diffexp_jax.errors import InputError
 from diffexp_jax.report import save_grid
 
 SET, OTHER = "train", "unseen"
@@ -21,12 +22,13 @@ QUERIES = [0, 16, 32]  # of the evaluations: iterations 0, 2 and 4 of 8 images
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import analyse
-    import results_document
-    import results_figure
-    import sweep_results
-    import sweep_runs
 
-    parts = {"document": results_document, "figure": results_figure, "results": sweep_results, "runs": sweep_runs}
+    from diffexp_jax.sweeps import document as results_document
+    from diffexp_jax.sweeps import figure
+    from diffexp_jax.sweeps import results as sweep_results
+    from diffexp_jax.sweeps import runs as sweep_runs
+
+    parts = {"document": results_document, "figure": figure, "results": sweep_results, "runs": sweep_runs}
     return SimpleNamespace(analyse=analyse, **parts)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from diffexp_jax import InputError, parallel
+from diffexp_jax import parallel
+from diffexp_jax.errors import InputError
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.sampling import Context
@@ -22,7 +23,6 @@ pytest.importorskip("peft")
 
 @pytest.fixture
 def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     import benchmark
     import benchmark_work
     import torch_peer
@@ -87,7 +87,7 @@ def test_the_peer_learns(trainer):
 OURS = {"median": 2.0, "first": 9.6, "first_again": 3.0, "peak_bytes": 10**9, "peak_bytes_again": 9 * 10**8}
 REPORT = {
     "date": "2026-01-02",
-    "command": "python scripts/benchmark.py",
+    "command": "python tools/benchmark/benchmark.py",
     "machine": {"devices": "2 x a CPU (avx2), 2 cores", "jax": "0.10.2"},
     "repeats": 3,
     "matrix_peak": 1e11,
@@ -146,7 +146,13 @@ def test_a_table_that_cannot_be_written_is_told_before_the_work(scripts, tmp_pat
 
 @pytest.mark.slow
 def test_a_benchmark(tmp_path):
-    line = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--model=emoji", "--case=sampling", "--repeats=1"]
+    line = [
+        sys.executable,
+        str(ROOT / "tools" / "benchmark" / "benchmark.py"),
+        "--model=emoji",
+        "--case=sampling",
+        "--repeats=1",
+    ]
     done = subprocess.run([*line, "--out=b.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "b.json").read_text())["rows"]

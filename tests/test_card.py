@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sample_runs import write_run
 
-from diffexp_jax import checkpoint
 from diffexp_jax.report import card
+from diffexp_jax.run import checkpoint
 
 LORA = {"mid": {"to_q": {"A": np.ones((4, 2), np.float32), "B": np.zeros((2, 4), np.float32)}}}
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"

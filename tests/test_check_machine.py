@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from diffexp_jax import InputError, backend
+from diffexp_jax import backend
+from diffexp_jax.errors import InputError
 from diffexp_jax.models import attention
 
 

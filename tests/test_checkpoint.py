@@ -11,10 +11,12 @@ import optax
 import pytest
 from test_command_line import run_program
 
-from diffexp_jax import InputError, checkpoint, lease, orbax_errors, parallel
-from diffexp_jax.checkpoint import Checkpoints
-from diffexp_jax.checksums import read_contents
-from diffexp_jax.state import TrainState
+from diffexp_jax import parallel
+from diffexp_jax.algorithms.state import TrainState
+from diffexp_jax.errors import InputError
+from diffexp_jax.run import checkpoint, lease, orbax_errors
+from diffexp_jax.run.checkpoint import Checkpoints
+from diffexp_jax.run.checksums import read_contents
 
 
 def state(n: int, size: int = 64) -> TrainState:
@@ -219,7 +221,8 @@ FULL = """
 import resource, sys, time
 from pathlib import Path
 import numpy as np
-from diffexp_jax import checkpoint, command
+from diffexp_jax.run import checkpoint
+from diffexp_jax import command
 
 def main():
     numbers = np.random.default_rng(0).standard_normal((300, 100)).astype(np.float32)
@@ -263,7 +266,8 @@ def test_a_workdir_that_is_renamed_during_a_write_is_not_made_anew(tmp_path, mon
 
 LATE = """
 import asyncio
-from diffexp_jax import command, orbax_errors
+from diffexp_jax import command
+from diffexp_jax.run import orbax_errors
 
 loop = asyncio.new_event_loop()
 

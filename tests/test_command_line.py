@@ -20,15 +20,19 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from configs import base
-from diffexp_jax import InputError, backend, checkpoint, command, experiment, sampler, settings, train
-from diffexp_jax import workdir as workdirs
+from diffexp_jax import backend, command, experiment, sampler, settings, train
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.prompts import PromptSet, load_prompts
+from diffexp_jax.run import checkpoint
+from diffexp_jax.run import workdir as workdirs
 
 CONFIG = f"--config={ROOT / 'configs' / 'alignprop.py'}"
+
+FINAL_EVALUATION = "diffexp_jax.sweeps.final_evaluation"  # run as a module
 
 
 @pytest.fixture
@@ -160,7 +164,7 @@ def run_program(*arguments, cwd):
         ("score", ["--reward=pickscore:{}", "--images=.", "--out=x.csv"]),
         ("evaluate", ["--workdir={}", "--out=e.json"]),
         ("evaluate", ["--workdir=.", "--out={}"]),
-        ("final_evaluation", ["--workdir={}", "--out=e.json"]),
+        (FINAL_EVALUATION, ["--workdir={}", "--out=e.json"]),
         ("report", ["--workdir={}"]),
         ("report", ["--workdir=.", "--beside={}"]),
         ("export_lora", ["--workdir={}", "--out=l"]),
@@ -598,14 +602,22 @@ def test_bad_input_of_sample(fails, script, tiny_model, lora, tmp_path, monkeypa
         ("evaluate", ["--workdir=run", "--batch=0", "--out=e.json"], "--batch 0: wants 1..1048576"),
         ("evaluate", ["--workdir=run", "--lora_scale=inf", "--out=e.json"], "--lora_scale inf: wants -100..100"),
         ("evaluate", ["--workdir=run", "--out=run/config.json/e.json"], "--out run/config.json: cannot be written"),
-        ("final_evaluation", ["--workdir=no/such", "--out=f.json"], "no/such/config.json: the file is missing"),
-        ("final_evaluation", ["--workdir=empty", "--out=f.json"], "empty: no checkpoint there"),
         (
-            "final_evaluation",
+            FINAL_EVALUATION,
+            ["--workdir=no/such", "--out=f.json"],
+            "no/such/config.json: the file is missing",
+        ),
+        (FINAL_EVALUATION, ["--workdir=empty", "--out=f.json"], "empty: no checkpoint there"),
+        (
+            FINAL_EVALUATION,
             ["--workdir=run", "--samples_per_prompt=0", "--out=f.json"],
             "--samples_per_prompt 0: wants",
         ),
-        ("final_evaluation", ["--workdir=run", "--out=run/config.json/f"], "--out run/config.json: cannot be written"),
+        (
+            FINAL_EVALUATION,
+            ["--workdir=run", "--out=run/config.json/f"],
+            "--out run/config.json: cannot be written",
+        ),
         ("export_lora", ["--workdir=no/such", "--out=l.safetensors"], "no/such/config.json: the file is missing"),
         ("export_lora", ["--workdir=empty", "--out=l.safetensors"], "empty: no checkpoint there"),
         (
@@ -708,7 +720,13 @@ def test_final_evaluation(script, workdir, tmp_path):
     """Every prompt's rewards, diversity and signs; the base model's differ, and the schedule's; the same each time."""
 
     def measured(name, *flags):
-        script("final_evaluation", f"--workdir={workdir}", f"--out={tmp_path / name}", "--samples_per_prompt=3", *flags)
+        script(
+            FINAL_EVALUATION,
+            f"--workdir={workdir}",
+            f"--out={tmp_path / name}",
+            "--samples_per_prompt=3",
+            *flags,
+        )
         return json.loads((tmp_path / name).read_text())
 
     tuned, base, again = (

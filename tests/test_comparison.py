@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diffexp_jax import comparison
-from diffexp_jax.comparison import Estimate, queries_to_reach
+from diffexp_jax.sweeps import comparison
+from diffexp_jax.sweeps.comparison import Estimate, queries_to_reach
 
 X = [0, 100, 200, 300]
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from conftest import SCHEDULER, TOWER, UNET, VAE, VISION
 
-from diffexp_jax import InputError
-from diffexp_jax.config_keys import Keys, Many, checked
+from diffexp_jax.errors import InputError
+from diffexp_jax.formats.config_keys import Keys, Many, checked
 from diffexp_jax.limits import whole
 from diffexp_jax.models import blip, clip_config, open_clip, unet_config, vae
 from diffexp_jax.models.classifier import ClassifierConfig
 from diffexp_jax.models.unet_config import UNetConfig
 from diffexp_jax.models.vae import VAEConfig
 from diffexp_jax.pipelines import families, stable_diffusion
-from diffexp_jax.process import ddim, flow, load_process
 from diffexp_jax.rewards import processor
+from diffexp_jax.sampling import ddim, flow, load_process
 
 TABLES = {
     "UNet2DConditionModel": unet_config.KEYS,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, UNET, random_weights, write_part
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models import layers, unet
 

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from diffexp_jax import InputError
 from diffexp_jax.emoji.tokenizer import write_tokenizer
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import tokenizers
 from diffexp_jax.formats.tokenizers import check_size, load_tokenizer
 

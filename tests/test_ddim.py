@@ -10,9 +10,8 @@ import pytest
 
 from configs import base
 from diffexp_jax.pipelines import families
-from diffexp_jax.process import SETTINGS, ddim, gaussian_log_prob, load_process, sample_noise
-from diffexp_jax.process.ddim import Steps
-from diffexp_jax.sampling import classifier_free_guidance
+from diffexp_jax.sampling import SETTINGS, classifier_free_guidance, ddim, gaussian_log_prob, load_process, sample_noise
+from diffexp_jax.sampling.ddim import Steps
 
 SD15 = {
     "beta_schedule": "scaled_linear",

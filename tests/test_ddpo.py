@@ -7,17 +7,17 @@ import optax
 import pytest
 from conftest import nonzero_lora, policy_of
 
-from diffexp_jax import InputError, parallel
+from diffexp_jax import parallel
 from diffexp_jax.algorithms import Batch, Inputs, Policy
 from diffexp_jax.algorithms.algorithm import mean_over
 from diffexp_jax.algorithms.ddpo import METHOD, clipped_ratio_loss, ddpo, in_one_pass
 from diffexp_jax.algorithms.policy_gradient import ratio_metrics
 from diffexp_jax.algorithms.policy_settings import trained_steps
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
-from diffexp_jax.process import load_process
 from diffexp_jax.programs import make_explore, make_programs
-from diffexp_jax.sampling import Context, step_log_prob
+from diffexp_jax.sampling import Context, load_process, step_log_prob
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 

@@ -50,6 +50,8 @@ def test_commands(command, monkeypatch):
             assert train.parse_flags(sys.argv) == ["diffexp_jax.train"]
             check_config(train._CONFIG.value)
     else:
+        if words[1] == "-m":
+            words[1:3] = [f"{words[2].replace('.', '/')}.py"]
         source = (ROOT / words[1]).read_text()
         for flag in (word.partition("=")[0] for word in words[2:] if word.startswith("--")):
             assert f'"{flag}"' in source, f"{words[1]} has no {flag}"
@@ -60,7 +62,7 @@ def test_links_and_names(path):
     text = path.read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("http") or (path.parent / link).exists(), link
-    for file in re.findall(r"`((?:diffexp_jax|configs|scripts|tests|docs)/[a-z_/.]+\.\w+)`", text):
+    for file in re.findall(r"`((?:diffexp_jax|configs|scripts|tools|tests|docs)/[a-z_/.]+\.\w+)`", text):
         assert (ROOT / file).exists(), file
 
 

@@ -11,11 +11,11 @@ from conftest import SCHEDULER
 
 from configs import base
 from configs import dpok as dpok_config
-from diffexp_jax import InputError, parallel
+from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy, Setup, dpok
-from diffexp_jax.checkpoint import Checkpoints
-from diffexp_jax.process import load_process
-from diffexp_jax.sampling import Context, step_log_prob
+from diffexp_jax.errors import InputError
+from diffexp_jax.run.checkpoint import Checkpoints
+from diffexp_jax.sampling import Context, load_process, step_log_prob
 from diffexp_jax.settings import batch_split, check_config
 
 PROCESS = load_process(SCHEDULER)

@@ -7,15 +7,15 @@ import optax
 import pytest
 from conftest import nonzero_lora, policy_of
 
-from diffexp_jax import InputError, parallel
+from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy
 from diffexp_jax.algorithms.alignprop import alignprop
 from diffexp_jax.algorithms.draft import check, draft, last_step_again
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
-from diffexp_jax.process import load_process
-from diffexp_jax.process.flow import SCHEDULER as FLOW
-from diffexp_jax.sampling import Context, initial_latents, step_noise
+from diffexp_jax.sampling import Context, initial_latents, load_process, step_noise
+from diffexp_jax.sampling.flow import SCHEDULER as FLOW
 
 SHAPE, N, T = (2, 2, 3), 8, 4
 DDIM = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}

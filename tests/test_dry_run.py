@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax import InputError, dry_run, flops
+from diffexp_jax.cost import dry_run, flops
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.pipelines import load_pipeline, sizes
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding

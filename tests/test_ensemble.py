@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats.pictures import read_picture
 from diffexp_jax.programs import batches_by_shape, make_scorer
 from diffexp_jax.rewards import BUILTINS, load_reward, reward_name, spec

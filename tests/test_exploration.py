@@ -7,12 +7,7 @@ import pytest
 
 from diffexp_jax import parallel
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.exploration import (
-    exploring_iterations,
-    guidance_schedule,
-    reweight_prompt,
-    sample_phrase_weights,
-)
+from diffexp_jax.exploration import exploring_iterations, guidance_schedule, reweight_prompt, sample_phrase_weights
 
 T = jnp.array([981, 901, 900, 881, 1])
 

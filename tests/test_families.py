@@ -15,12 +15,14 @@ from flax import traverse_util
 from test_unet import SD15 as SD15_UNET
 from test_unet import SDXL as SDXL_UNET
 
-from diffexp_jax import InputError, dry_run, exploration, parallel, train
+from diffexp_jax import exploration, parallel, train
 from diffexp_jax import sampler as sampler_module
+from diffexp_jax.cost import dry_run
 from diffexp_jax.emoji.tokenizer import write_tokenizer
-from diffexp_jax.metrics import read_metrics
+from diffexp_jax.errors import InputError
 from diffexp_jax.models import lora
 from diffexp_jax.pipelines import Pipeline, encode_prompts, families, load_pipeline, make_context, stable_diffusion
+from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import rollout
 from diffexp_jax.settings import default_config

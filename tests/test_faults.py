@@ -9,15 +9,14 @@ import sys
 import pytest
 from conftest import ROOT
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 
-DOCUMENT, FILE = ROOT / "docs" / "reliability.md", ROOT / "docs" / "reliability.json"
+DOCUMENT, FILE = ROOT / "docs" / "reliability.md", ROOT / "docs" / "data" / "reliability.json"
 
 
 @pytest.fixture
 def campaign(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return runpy.run_path(str(ROOT / "scripts" / "fault_campaign.py"), run_name="campaign")
+    return runpy.run_path(str(ROOT / "tools" / "faults" / "fault_campaign.py"), run_name="campaign")
 
 
 def test_the_table_is_what_the_file_says(campaign):
@@ -91,7 +90,13 @@ def test_a_trial_that_fails_is_seen(campaign, tmp_path):
 
 @pytest.mark.slow  # some fifteen runs
 def test_a_small_campaign(tmp_path):
-    line = [sys.executable, str(ROOT / "scripts" / "fault_campaign.py"), "--kills=3", "--damages=1", "--seed=1"]
+    line = [
+        sys.executable,
+        str(ROOT / "tools" / "faults" / "fault_campaign.py"),
+        "--kills=3",
+        "--damages=1",
+        "--seed=1",
+    ]
     done = subprocess.run([*line, f"--out={tmp_path / 'r.json'}"], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(tmp_path / 'r.json').read_text()}"
     found = json.loads((tmp_path / "r.json").read_text())

@@ -11,7 +11,8 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from diffexp_jax import InputError, programs, rewards
+from diffexp_jax import programs, rewards
+from diffexp_jax.errors import InputError
 from diffexp_jax.evaluation import check_pictures, check_scores, means_of
 from diffexp_jax.formats import convert
 from diffexp_jax.models.lora import init_lora

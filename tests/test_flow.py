@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax import InputError, train
-from diffexp_jax.metrics import read_metrics
-from diffexp_jax.process import gaussian_log_prob, load_process
+from diffexp_jax import train
+from diffexp_jax.errors import InputError
+from diffexp_jax.run.metrics import read_metrics
+from diffexp_jax.sampling import gaussian_log_prob, load_process
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 

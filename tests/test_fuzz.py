@@ -30,7 +30,8 @@ from safetensors.numpy import load_file, save_file
 from test_command_line import run_program
 from test_structure import KEYS
 
-from diffexp_jax import InputError, command, train
+from diffexp_jax import command, train
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import check_files
 from diffexp_jax.formats.files import Weights, read_json
 from diffexp_jax.formats.pickles import open_checkpoint
@@ -39,11 +40,11 @@ from diffexp_jax.models import blip, clip_config, open_clip, unet_config, vae
 from diffexp_jax.models.classifier import ClassifierConfig
 from diffexp_jax.models.lora import init_lora, load_lora, save_lora
 from diffexp_jax.pipelines import families, load_pipeline, single_file, stable_diffusion
-from diffexp_jax.process import ddim, flow
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.prompts.files import read_named_prompts
 from diffexp_jax.rewards import processor
 from diffexp_jax.rewards.host import host_reward
+from diffexp_jax.sampling import ddim, flow
 from diffexp_jax.settings import check_config, cpu_devices, default_config, read_config
 
 EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])

@@ -11,7 +11,6 @@ from conftest import ROOT
 
 @pytest.fixture
 def goodput(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     import goodput
 
     return goodput
@@ -59,7 +58,13 @@ def test_the_best_interval_is_about_youngs(goodput):
 
 
 def test_the_command(goodput):
-    line = [sys.executable, str(ROOT / "scripts" / "goodput.py"), "--hosts=32", "--iterations=100", "--draws=20"]
+    line = [
+        sys.executable,
+        str(ROOT / "tools" / "benchmark" / "goodput.py"),
+        "--hosts=32",
+        "--iterations=100",
+        "--draws=20",
+    ]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0 and "<- best" in done.stdout and "a failure every 31.2 hours" in done.stdout
     wrong = subprocess.run([*line, "--mtbf_hours=0"], capture_output=True, text=True)

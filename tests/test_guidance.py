@@ -7,13 +7,13 @@ import optax
 import pytest
 from conftest import TRAIN_PROMPTS
 
-from diffexp_jax import flops, parallel
+from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy, Setup
+from diffexp_jax.cost import flops
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.pipelines import encode_empty
-from diffexp_jax.process import load_process
 from diffexp_jax.programs import make_programs
-from diffexp_jax.sampling import Context, guided, unguided
+from diffexp_jax.sampling import Context, guided, load_process, unguided
 
 N, SHAPE = 8, (2, 2, 3)
 W_T = np.array([0.0, 1.0, 5.0, 5.0], np.float32)

@@ -1,4 +1,4 @@
-"""scripts/headroom.py: what it says of the base model, on literal numbers and in a run of the tiny model."""
+"""tools/studies/headroom.py: what it says of the base model, on literal numbers and in a run of the tiny model."""
 
 import itertools
 import json
@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 
 
 @pytest.fixture
 def headroom(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import headroom
 
     return headroom

@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 from test_train import LORA, program, rows_of
 
-from diffexp_jax import HostError, InputError, parallel, train
-from diffexp_jax.checkpoint import read_lora
+from diffexp_jax import parallel, train
+from diffexp_jax.errors import HostError, InputError
 from diffexp_jax.parallel import hosts as hosts_module
+from diffexp_jax.run.checkpoint import read_lora
 
 PROCESS = str(ROOT / "tests" / "host_process.py")
 

@@ -14,7 +14,7 @@ import pytest
 from reward_checks import assert_same_score_and_gradient, perturbed
 from safetensors.torch import save_file
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert, tokenizers
 from diffexp_jax.models import clip, clip_files, open_clip
 from diffexp_jax.rewards import load_reward, preprocess

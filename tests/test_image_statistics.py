@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffexp_jax import image_statistics as statistics
+from diffexp_jax.sweeps import image_statistics as statistics
 
 
 def plain(*colour) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reward_checks import assert_same_score_and_gradient, perturbed, torch_pixels
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import tokenizers
 from diffexp_jax.models import blip
 from diffexp_jax.rewards import imagereward, load_reward

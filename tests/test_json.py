@@ -11,13 +11,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
-from diffexp_jax import InputError, lease_files
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.formats.json_text import parse_json, read_text
-from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.report import grids
+from diffexp_jax.run import lease_files
+from diffexp_jax.run.metrics import read_metrics
 
 # What Python's reader fails in with other errors than ValueError, or reads and something fails in later
 HOSTILE = {

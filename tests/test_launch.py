@@ -57,7 +57,7 @@ def test_a_tpu_is_kept(tmp_path):
     tpu |= {"NOTES": str(notes), "STATES": str(states), "RESULTS": str(results), "EVERY": "0", "REPOSITORY": "r"}
     line = [
         "bash",
-        ROOT / "scripts" / "launch_tpu.sh",
+        ROOT / "scripts" / "launch" / "tpu.sh",
         "keep",
         "--config",
         "c.py:model=a b",
@@ -82,7 +82,7 @@ def test_the_tpus_command_starts_a_program_that_goes_on_alone(tmp_path):
     python.mkdir(parents=True)
     written(python, "python", 'printf "%s|" "$@"; exit 3')
     env = environment(tmp_path / "bin", TPU="t", ZONE="z")
-    script = ROOT / "scripts" / "launch_tpu.sh"
+    script = ROOT / "scripts" / "launch" / "tpu.sh"
     flags = ["--config", "c.py:prompts=a dog's life", "--workdir", "x"]
     subprocess.run(["bash", script, "start", *flags], cwd=tmp_path, env=env, check=True)
     said = "running"
@@ -131,17 +131,17 @@ exit "${code:-0}"
 
 @pytest.mark.slow
 def test_the_scripts_run_a_training(tiny_settings, tmp_path):
-    """launch_slurm.sbatch over an imitated srun, then launch_gpu.sh goes on with the same workdir, by two processes."""
+    """slurm.sbatch over an imitated srun, then gpu.sh goes on with the same workdir, by two processes."""
     settings = tiny_settings | {"eval.every": 0, "log.images": 0, "iterations": 2}
     written(tmp_path / "bin", "srun", SRUN)
     env = environment(tmp_path / "bin", SLURM_JOB_ID="11", SLURM_SUBMIT_DIR=str(ROOT), FOREGROUND="1", PROCESSES="2")
     env |= {"JAX_COORDINATOR_PORT": str(free_port()), "PORT": str(free_port())}
     run, config = tmp_path / "run", "--config=configs/alignprop.py"
-    slurm = ["bash", ROOT / "scripts" / "launch_slurm.sbatch", config, f"--workdir={run}", *as_flags(settings)]
+    slurm = ["bash", ROOT / "scripts" / "launch" / "slurm.sbatch", config, f"--workdir={run}", *as_flags(settings)]
     done = subprocess.run(slurm, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and (run / LORA).exists(), done.stderr
     settings["iterations"] = 3
-    gpu = ["bash", ROOT / "scripts" / "launch_gpu.sh", run, config, *as_flags(settings)]
+    gpu = ["bash", ROOT / "scripts" / "launch" / "gpu.sh", run, config, *as_flags(settings)]
     done = subprocess.run(gpu, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (run / "host-0.log").read_text()
     assert "continuing from iteration 2" in (run / "host-0.log").read_text()

@@ -16,7 +16,8 @@ from contextlib import ExitStack
 import pytest
 from conftest import ROOT
 
-from diffexp_jax import InputError, lease, lease_files
+from diffexp_jax.errors import InputError
+from diffexp_jax.run import lease, lease_files
 
 THEIRS = {"host": "elsewhere", "boot": "another", "pid": 7, "id": "theirs"}
 
@@ -103,7 +104,8 @@ def test_of_two_that_found_the_folder_free_one_has_it(tmp_path, monkeypatch, beg
 CONTENDS = """
 import fcntl, sys, time
 from pathlib import Path
-from diffexp_jax import InputError, lease
+from diffexp_jax.errors import InputError
+from diffexp_jax.run import lease
 lease.RENEW, lease._flock = 0.02, lambda *args: False
 for line in sys.stdin:
     folder, go = map(Path, line.split())

@@ -10,7 +10,7 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models import lora
 from diffexp_jax.models.unet import UNet, UNetConfig

@@ -9,7 +9,7 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 from test_lora import CONFIG, CONTEXT, T, X, random_lora, unet
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert, lora_files, lora_names, original_names
 from diffexp_jax.models import lora
 

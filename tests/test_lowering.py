@@ -15,8 +15,9 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from configs import alignprop, ddpo, dpok, draft
-from diffexp_jax import backend, dry_run, parallel
+from diffexp_jax import backend, parallel
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.cost import dry_run
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models import attention, blip
 from diffexp_jax.models import sizes as clip_sizes

@@ -8,7 +8,7 @@ import time
 import pytest
 from test_hosts import free_port
 
-from diffexp_jax import HostError, InputError
+from diffexp_jax.errors import HostError, InputError
 from diffexp_jax.parallel import meeting
 
 

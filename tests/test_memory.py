@@ -7,20 +7,20 @@ import optax
 import pytest
 from conftest import UNET, nonzero_lora, random_weights
 
-from diffexp_jax import dry_run, parallel, programs
+from diffexp_jax import parallel, programs
 from diffexp_jax.algorithms import Batch, Policy
 from diffexp_jax.algorithms.algorithm import chunked, unchunked
 from diffexp_jax.algorithms.ddpo import ddpo
 from diffexp_jax.algorithms.policy_settings import trained_steps
 from diffexp_jax.algorithms.reward_gradient import gradient_over_chunks
+from diffexp_jax.cost import dry_run
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.formats import convert
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
 from diffexp_jax.pipelines import Pipeline, make_context
-from diffexp_jax.process import load_process
-from diffexp_jax.sampling import Context, differentiable, initial_latents, rollout
+from diffexp_jax.sampling import Context, differentiable, initial_latents, load_process, rollout
 
 PROCESS = load_process({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
 STEPS = PROCESS.make_steps(PROCESS.timesteps(3), np.full(3, 2.0, np.float32), eta=1.0)

@@ -8,11 +8,13 @@ import pytest
 from safetensors.numpy import load_file
 from test_train import LORA, PLAIN, assert_same_run
 
-from diffexp_jax import InputError, checkpoint, train
-from diffexp_jax.metrics import read_metrics
-from diffexp_jax.optimizer import learning_rate, make_optimizer
+from diffexp_jax import train
+from diffexp_jax.algorithms.optimizer import learning_rate, make_optimizer
+from diffexp_jax.algorithms.state import TrainState
+from diffexp_jax.errors import InputError
+from diffexp_jax.run import checkpoint
+from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.settings import check_config
-from diffexp_jax.state import TrainState
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

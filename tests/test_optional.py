@@ -16,9 +16,11 @@ from test_report import ROWS, write_rows
 from test_train import PLAIN
 
 from configs import ddpo
-from diffexp_jax import InputError, optional, report, train
-from diffexp_jax.metrics import MetricsWriter, read_metrics
+from diffexp_jax import report, train
+from diffexp_jax.errors import InputError
 from diffexp_jax.report import run as report_of_a_run
+from diffexp_jax.run import optional
+from diffexp_jax.run.metrics import MetricsWriter, read_metrics
 
 NAMES = ("cost$_$of", "$a_b$ and $", "_hidden", r"\$x$^$", "caf\xe9 \u4e2d", "a\nb", "%s {x}")
 

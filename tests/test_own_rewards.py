@@ -14,15 +14,16 @@ from conftest import nonzero_lora
 from PIL import Image
 from tqdm import tqdm
 
-from diffexp_jax import BadRewardError, InputError, RewardError, command, parallel, train
+from diffexp_jax import command, parallel, train
 from diffexp_jax.algorithms import Inputs
+from diffexp_jax.errors import BadRewardError, InputError, RewardError
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_explore, make_programs, make_scorer
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.rewards import jpeg, load_reward, reward_name
 from diffexp_jax.rewards.reward import no_tokens
+from diffexp_jax.run.metrics import read_metrics
 
 IMAGES = np.random.default_rng(0).integers(256, size=(5, 16, 16, 3)).astype(np.uint8)
 TEXTS = ["a dog", "an ant", "a dog", "a cat riding a bike", "a bee"]

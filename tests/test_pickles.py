@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import pickles
 from diffexp_jax.formats.pickles import open_checkpoint
 from diffexp_jax.rewards import aesthetic

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from diffexp_jax import InputError, programs
+from diffexp_jax import programs
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import pictures
 from diffexp_jax.formats.pictures import MOST_PIXELS, n_pixels, natural, read_picture
 from diffexp_jax.programs import make_scorer

@@ -141,7 +141,9 @@ def test_gradients_of_a_model_in_half_precision(tiny_model, dtype, error):
 
 
 def script():
-    spec = importlib.util.spec_from_file_location("measure_precision", ROOT / "scripts" / "measure_precision.py")
+    spec = importlib.util.spec_from_file_location(
+        "measure_precision", ROOT / "tools" / "studies" / "measure_precision.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -187,15 +189,15 @@ def test_summary_and_table():
 
 
 def test_the_documents_table_is_of_its_file():
-    """docs/precision.md shows docs/precision.json, as the script prints it."""
+    """docs/precision.md shows docs/data/precision.json, as the script prints it."""
     document = (ROOT / "docs" / "precision.md").read_text()
     shown = document.partition("<!-- table -->\n")[2].partition("\n<!-- /table -->")[0]
-    assert shown == script().table(json.loads((ROOT / "docs" / "precision.json").read_text())["rows"])
+    assert shown == script().table(json.loads((ROOT / "docs" / "data" / "precision.json").read_text())["rows"])
 
 
 def test_learning_curves_of_the_documents():
-    """docs/precision.md shows docs/precision_learning.json."""
-    arms = json.loads((ROOT / "docs" / "precision_learning.json").read_text())["arms"]
+    """docs/precision.md shows docs/data/precision_learning.json."""
+    arms = json.loads((ROOT / "docs" / "data" / "precision_learning.json").read_text())["arms"]
     document = (ROOT / "docs" / "precision.md").read_text()
     shown = document.partition("<!-- learning -->\n")[2].partition("\n<!-- /learning -->")[0].splitlines()[2:]
     rows = []

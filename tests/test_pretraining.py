@@ -1,4 +1,4 @@
-"""scripts/pretrain_emoji.py: learns, logs, and continues where it stopped."""
+"""tools/emoji/pretrain_emoji.py: learns, logs, and continues where it stopped."""
 
 import functools
 import hashlib
@@ -14,10 +14,10 @@ import pytest
 
 from diffexp_jax.emoji import pretraining, reward_stages
 from diffexp_jax.emoji.pretraining import Stage
-from diffexp_jax.fingerprint import fingerprint
 from diffexp_jax.pipelines import load_pipeline
+from diffexp_jax.run.fingerprint import fingerprint
 
-_SCRIPT = Path(__file__).parents[1] / "scripts/pretrain_emoji.py"
+_SCRIPT = Path(__file__).parents[1] / "tools/emoji/pretrain_emoji.py"
 
 
 @pytest.fixture(scope="module")

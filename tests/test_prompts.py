@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.prompts import PROMPTS, files, load_prompts, one_prompt, short_name
 
 

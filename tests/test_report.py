@@ -15,10 +15,11 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageDraw
 
-from diffexp_jax import InputError, report
-from diffexp_jax.metrics import MetricsWriter, grid_path, read_metrics
+from diffexp_jax import report
+from diffexp_jax.errors import InputError
 from diffexp_jax.programs import as_bytes
 from diffexp_jax.report.grids import read_grid
+from diffexp_jax.run.metrics import MetricsWriter, grid_path, read_metrics
 
 ROWS = [
     {"iteration": 0, "eval/animals/emoji_judge": 0.25, "eval/animals/pickscore": 20.0},

@@ -19,7 +19,8 @@ from conftest import ROOT
 from PIL import Image
 from sample_runs import ABOUT, CAPTIONS, ITERATIONS, pictures, rows, write_run
 
-from diffexp_jax import InputError, report
+from diffexp_jax import report
+from diffexp_jax.errors import InputError
 from diffexp_jax.report import beside, exploring, grids, page, run
 from diffexp_jax.report import pictures as report_pictures
 from diffexp_jax.report.page import Facts, Folded, Legend, Picture, Row, Section, Stack, Table, drawing

@@ -11,9 +11,9 @@ from PIL import Image
 from reward_checks import assert_same_score_and_gradient, perturbed, torch_pixels
 from safetensors.numpy import save_file
 
-from diffexp_jax import InputError
 from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
 from diffexp_jax.emoji.tokenizer import write_tokenizer
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models.classifier import Classifier, ClassifierConfig
 from diffexp_jax.programs import make_embedder, make_scorer

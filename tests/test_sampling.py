@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from diffexp_jax import sampling
-from diffexp_jax.process import ddim, load_process
-from diffexp_jax.sampling import Context, differentiable, guided, step_log_prob
+from diffexp_jax.sampling import Context, ddim, differentiable, guided, load_process, step_log_prob
 
 compiled_rollout = jax.jit(sampling.rollout, static_argnums=(0, 1), static_argnames="keep_trajectory")
 step_noise = jax.jit(sampling.step_noise, static_argnums=2)

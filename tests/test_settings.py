@@ -8,8 +8,9 @@ from conftest import as_flags
 from flax.traverse_util import flatten_dict
 
 from configs import base
-from diffexp_jax import InputError, backend, command, settings
+from diffexp_jax import backend, command, settings
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, whole
 
 DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from test_families import PROMPTS, pipeline
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.formats.original_names import unet_names, vae_name
 from diffexp_jax.formats.tokenizers import load_tokenizer, token_ids

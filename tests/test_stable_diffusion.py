@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files, tokenizers
 from diffexp_jax.pipelines import all_parts, load_pipeline, stable_diffusion
 from diffexp_jax.rewards import load_reward

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax.state import PromptStats, TrainState, advantages, init_stats, update_stats
+from diffexp_jax.algorithms.state import PromptStats, TrainState, advantages, init_stats, update_stats
 
 update = jax.jit(update_stats)
 normalise = jax.jit(advantages, static_argnames=("min_count", "clip"))

@@ -1,4 +1,4 @@
-"""scripts/step_gradients.py: on literal numbers, and against DDPO's own first update on the tiny model."""
+"""tools/studies/step_gradients.py: on literal numbers, and against DDPO's own first update on the tiny model."""
 
 import json
 import sys
@@ -17,7 +17,6 @@ from diffexp_jax.programs import make_programs
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import step_gradients
 
     return step_gradients

@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT
 from test_train import PLAIN, assert_same_run, program
 
-from diffexp_jax import checkpoint, command, stopping, train
-from diffexp_jax.metrics import MetricsWriter, read_metrics
+from diffexp_jax import command, train
+from diffexp_jax.run import checkpoint, stopping
+from diffexp_jax.run.metrics import MetricsWriter, read_metrics
 
 LATE = {"stop_grace": 600.0, "checkpoint.every": 100} | PLAIN  # nothing is saved but when a run is stopped
 
@@ -75,7 +76,7 @@ HEARING = [sys.executable, "-c", HEARING]
 HEARS = """
 import hashlib, sys
 from pathlib import Path
-from diffexp_jax import stopping
+from diffexp_jax.run import stopping
 with stopping.StopRequests(grace=float(sys.argv[1])) as requests:
     requests.last_resort = lambda: Path(sys.argv[2]).write_text("saved")
     print("ready", flush=True)
@@ -115,7 +116,8 @@ def test_a_long_program_is_broken_off(tmp_path, grace, wait, signals, saved):
 TALKS = """
 import sys, time
 from pathlib import Path
-from diffexp_jax import command, stopping
+from diffexp_jax import command
+from diffexp_jax.run import stopping
 def main(folder):
     with stopping.StopRequests(grace=600.0) as stop:
         while not (stop.number() or (folder / "end").exists()):

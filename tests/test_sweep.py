@@ -20,10 +20,14 @@ from test_train import assert_same_run
 
 from configs.paper import ALIASES, EXPERIMENTS
 from configs.sweeps import SWEEPS
-from diffexp_jax import InputError, command, stopping
+from diffexp_jax import command
 from diffexp_jax.algorithms import METHODS
-from diffexp_jax.metrics import read_metrics
+from diffexp_jax.errors import InputError
+from diffexp_jax.models.lora import LORA_FILE
+from diffexp_jax.run import stopping
+from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.settings import default_config
+from diffexp_jax.sweeps import commands
 
 HERE = ROOT / "scripts"
 
@@ -32,8 +36,9 @@ HERE = ROOT / "scripts"
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(HERE)
     import sweep
-    import sweep_plan
-    import sweep_runs
+
+    from diffexp_jax.sweeps import plan as sweep_plan
+    from diffexp_jax.sweeps import runs as sweep_runs
 
     return SimpleNamespace(sweep=sweep, plan=sweep_plan, runs=sweep_runs)
 
@@ -254,15 +259,17 @@ def test_printed_commands(command_line, tmp_path):
     workdir = train[4].removeprefix("--workdir=")
     assert workdir.startswith("runs/sweeps/runs/ddpo-emoji_pickscore-emoji-plain-") and workdir.endswith("/seed0")
     assert train[5:] == ["--config.eval.every=3", "--config.checkpoint.every=3", "--config.seed=0"]
-    script = f"{ROOT}/scripts/final_evaluation.py"
+    script = ["-m", "diffexp_jax.sweeps.final_evaluation"]
     flags = [f"--workdir={workdir}", "--samples_per_prompt=4"]
-    assert final == ["python", script, *flags, f"--out={workdir}/final.json", "--trust_code"]
-    assert base[:4] == ["python", script, *flags] and base[5:] == ["--base", "--many=16", "--trust_code"]
-    assert [line[-1] for line in lines if line[1] == "-m"] == [f"--config.seed={n}" for n in (0, 0, 1, 1)]
+    assert final == ["python", *script, *flags, f"--out={workdir}/final.json", "--trust_code"]
+    assert base[:5] == ["python", *script, *flags] and base[6:] == ["--base", "--many=16", "--trust_code"]
+    assert [line[-1] for line in lines if line[2] == "diffexp_jax.train"] == [
+        f"--config.seed={n}" for n in (0, 0, 1, 1)
+    ]
     assert sum("--base" in line for line in lines) == 1
     about = json.loads((tmp_path / "runs/sweeps/experiments/fig4_ddpo_pickscore-emoji.json").read_text())
     assert f"runs/sweeps/{about['arms']['baseline']}/seed0" == workdir and about["baseline"] == "baseline"
-    assert base[4] == f"--out=runs/sweeps/{about['base']}"
+    assert base[5] == f"--out=runs/sweeps/{about['base']}"
 
 
 def test_the_printed_slurm_script(command_line, tmp_path):
@@ -281,42 +288,41 @@ def test_the_printed_slurm_script(command_line, tmp_path):
     assert said.count("--samples_per_prompt=64") == 1 and "--many=64" in out  # as the run's own evaluations of a prompt
 
 
-def finish(run, plan, *, iterations=None, explored=False) -> None:
+def finish(run, *, iterations=None, explored=False) -> None:
     """What a run that is done leaves."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     (run.workdir / "metrics.jsonl").write_text(json.dumps({"iteration": iterations or run.iterations}) + "\n")
-    for name in (plan.LORA_FILE, plan.REPORT):
+    for name in (LORA_FILE, commands.REPORT):
         (run.workdir / name).touch()
     final = {"samples_per_prompt": 4, "many_per_prompt": 16} | ({"explored": {}} if explored else {})
-    for path in filter(None, (run.workdir / plan.FINAL, run.base)):
+    for path in filter(None, (run.workdir / commands.FINAL, run.base)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(final))
 
 
 def test_what_is_done_is_skipped(command_line, scripts, planned):
-    plan = scripts.plan
     arguments = ["--experiment=fig4_ddpo_pickscore", "--model=emoji", "--seeds=2", "--out=out"]
     runs, _ = planned("fig4_ddpo_pickscore")
     for run in runs:
-        finish(run, plan)
+        finish(run)
     assert command_line(*arguments) == (0, "nothing to do: 4 runs are done\n", "")
     assert command_line(*arguments, "--print")[2] == "nothing to do: 4 runs are done\n"
-    (runs[1].workdir / plan.LORA_FILE).unlink()  # only its numbers were kept
+    (runs[1].workdir / LORA_FILE).unlink()  # only its numbers were kept
     assert command_line(*arguments) == (0, "nothing to do: 4 runs are done\n", "")
-    finish(runs[1], plan)
-    finish(runs[2], plan, iterations=35)  # stopped before its end
-    (runs[3].workdir / plan.FINAL).unlink()  # not evaluated
+    finish(runs[1])
+    finish(runs[2], iterations=35)  # stopped before its end
+    (runs[3].workdir / commands.FINAL).unlink()  # not evaluated
     lines = command_line(*arguments, "--print")[1].splitlines()
     assert len(lines) == 2 and "-m diffexp_jax.train" in lines[0] and str(runs[2].workdir) in lines[0]
-    assert "final_evaluation.py" in lines[1] and str(runs[3].workdir) in lines[1]
-    assert "-m" in command_line(*arguments, "--print", "--samples_per_prompt=0")[1].split()
+    assert "final_evaluation" in lines[1] and str(runs[3].workdir) in lines[1]
+    assert "diffexp_jax.train" in command_line(*arguments, "--print", "--samples_per_prompt=0")[1].split()
     assert len(command_line(*arguments, "--print", "--samples_per_prompt=8")[1].splitlines()) == 6
     assert "--many=64" in command_line(*arguments, "--print", "--base_samples=64")[1]
     # a control wants more of the baseline's evaluation, and of the base model's
-    finish(runs[2], plan)
+    finish(runs[2])
     controls = command_line("--experiment=controls_ddpo_pickscore", *arguments[1:], "--print")[1].splitlines()
     again = [line for line in controls if "--explored" in line]
-    assert len(again) == 3 and not any(line.split()[1] == "-m" and "explore=false" in line for line in controls)
+    assert len(again) == 3 and not any("diffexp_jax.train" in line and "explore=false" in line for line in controls)
 
 
 def test_progress_counts_what_need_not_be_trained_again(scripts, planned, tmp_path, monkeypatch):
@@ -324,7 +330,7 @@ def test_progress_counts_what_need_not_be_trained_again(scripts, planned, tmp_pa
     monkeypatch.chdir(tmp_path)
     run = planned("fig1", seeds=1)[0][0]
     assert [scripts.sweep.done_of(run, unfinished) for unfinished in (False, True)] == [0, 0]
-    finish(run, scripts.plan, iterations=30)
+    finish(run, iterations=30)
     assert [scripts.sweep.done_of(run, unfinished) for unfinished in (False, True)] == [30, 0]
     (run.workdir / "checkpoints").mkdir()
     assert scripts.sweep.done_of(run, True) == 30

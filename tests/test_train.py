@@ -24,12 +24,14 @@ from conftest import ROOT, CompileCounter, as_flags
 from PIL import Image
 from safetensors.numpy import load_file
 
-from diffexp_jax import InputError, checkpoint, command, evaluation, parallel, progress, report, train
+from diffexp_jax import command, evaluation, parallel, report, train
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment, make_optimizer
-from diffexp_jax.metrics import read_metrics
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines.stable_diffusion import load
 from diffexp_jax.programs import Programs
+from diffexp_jax.run import checkpoint, progress
+from diffexp_jax.run.metrics import read_metrics
 
 ALGORITHMS = ("alignprop", "ddpo")
 # by both only among the slow tests: ddpo has more state, and the same loop

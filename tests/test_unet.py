@@ -7,7 +7,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models.unet import UNet, UNetConfig
 

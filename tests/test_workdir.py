@@ -19,8 +19,10 @@ import pytest
 from conftest import ROOT
 
 from configs import alignprop
-from diffexp_jax import InputError, backend, lease, workdir
-from diffexp_jax.fingerprint import fingerprint
+from diffexp_jax import backend
+from diffexp_jax.errors import InputError
+from diffexp_jax.run import lease, workdir
+from diffexp_jax.run.fingerprint import fingerprint
 
 IDENTITY = {"model": "1", "reward": "pickscore 2", "prompts": "3 4"}
 
@@ -196,7 +198,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from configs import alignprop
-from diffexp_jax import workdir
+from diffexp_jax.run import workdir
 folder = Path(sys.argv[1])
 with workdir.claim(folder, workdir.plan(folder, alignprop.get_config()).config, {}):
     print("held", flush=True)

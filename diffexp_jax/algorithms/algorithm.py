@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Num
 
+from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number
-from diffexp_jax.process import Process
-from diffexp_jax.sampling import Context, Denoise, MakeDenoise, Steps, by_guidance, by_step
-from diffexp_jax.state import TrainState
+from diffexp_jax.sampling import Context, Denoise, MakeDenoise, Process, Steps, by_guidance, by_step
 
 AXIS = "data"  # the name of the device axis that the functions below run under
 

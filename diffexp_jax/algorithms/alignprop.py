@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PRNGKeyArray
 
-from diffexp_jax import InputError
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
 from diffexp_jax.algorithms.reward_gradient import reward_gradient
+from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, one_of, positive, whole
 from diffexp_jax.sampling import differentiable, initial_latents, rollout
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from diffexp_jax import InputError
 from diffexp_jax.algorithms.algorithm import (
     AXIS,
     Algorithm,
@@ -26,8 +25,9 @@ from diffexp_jax.algorithms.algorithm import (
 from diffexp_jax.algorithms.one_pass import gradient_of_loss, sample_with_gradients
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
 from diffexp_jax.algorithms.policy_settings import NUMBERS, check_updates, has_several_updates, keywords, passes
+from diffexp_jax.algorithms.state import TrainState, advantages, init_stats, update_stats
+from diffexp_jax.errors import InputError
 from diffexp_jax.limits import check_number, one_of, positive, whole
-from diffexp_jax.state import TrainState, advantages, init_stats, update_stats
 
 
 def clipped_ratio_loss(

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Inputs, Method, Needs, Policy, Setup, chunked
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
 from diffexp_jax.algorithms.policy_settings import NUMBERS, check_updates, keywords, passes, trained_steps
+from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, positive, whole
 from diffexp_jax.sampling import Trajectory
-from diffexp_jax.state import TrainState
 
 # Of the value function, as published:
 WIDTH = 256  # of its layers

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from diffexp_jax import InputError
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
 from diffexp_jax.algorithms.reward_gradient import reward_gradient
+from diffexp_jax.errors import InputError
 from diffexp_jax.limits import check_number, whole
 from diffexp_jax.sampling import Denoise, Steps, differentiable, initial_latents, rollout, step_noise
 

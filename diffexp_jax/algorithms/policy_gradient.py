@@ -23,8 +23,8 @@ from diffexp_jax.algorithms.algorithm import (
     rewarded,
     unchunked,
 )
+from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.sampling import Context, Steps, Trajectory, initial_latents, rollout, transition_log_prob
-from diffexp_jax.state import TrainState
 
 
 class Transition(NamedTuple):

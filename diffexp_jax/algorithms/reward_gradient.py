@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Batch, Inputs, chunked, stepped, unchunked
+from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.sampling import Steps
-from diffexp_jax.state import TrainState
 
 # (LoRA, frozen arrays, a chunk of the batch, steps, live steps) -> the loss, and (rewards, parts)
 Loss = Callable[[Any, Any, Batch, Steps, Array], tuple[Array, Any]]

@@ -1,4 +1,4 @@
-"""What each stage of scripts/pretrain_emoji.py trains: networks, data, losses, and the files they end up in."""
+"""What each stage of tools/emoji/pretrain_emoji.py trains: networks, data, losses, and the files they end up in."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
 from diffexp_jax.pipelines import stable_diffusion
-from diffexp_jax.process.ddim import add_noise, min_snr_weight, noise_schedule
+from diffexp_jax.sampling.ddim import add_noise, min_snr_weight, noise_schedule
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -1,4 +1,4 @@
-"""The emoji world's rewards as stages of scripts/pretrain_emoji.py: a CLIP, an aesthetic head, the judge."""
+"""The emoji world's rewards as stages of tools/emoji/pretrain_emoji.py: a CLIP, an aesthetic head, the judge."""
 
 import math
 from collections.abc import Callable

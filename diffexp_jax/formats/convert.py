@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 
 # torch axis order from ours, by the rank of a kernel: Dense [in, out] -> [out, in]; Conv [H, W, I, O] -> [O, I, H, W]
 _TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}

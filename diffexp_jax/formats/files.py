@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from diffexp_jax import InputError, paths
+from diffexp_jax import paths
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats.json_text import MOST_BYTES, parse_json, read_text
 from diffexp_jax.formats.writing import replaced
 

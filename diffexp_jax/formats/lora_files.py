@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files, lora_names, pickles
 from diffexp_jax.formats.json_text import parse_json
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 
 # Of Pillow's formats those of pictures alone: it would start another program for one, and read films and icons.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")

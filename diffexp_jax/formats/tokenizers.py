@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import bpe
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.formats.json_text import MOST_BYTES

@@ -12,9 +12,9 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from diffexp_jax import InputError
-from diffexp_jax.config_keys import Keys, check_divides, checked
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert, files, pickles
+from diffexp_jax.formats.config_keys import Keys, check_divides, checked
 from diffexp_jax.limits import positive, whole
 from diffexp_jax.models.attention import attention
 from diffexp_jax.models.clip_config import GENERIC, ONE_VALUE

@@ -8,7 +8,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from diffexp_jax.config_keys import Keys, Many, check_divides, checked
+from diffexp_jax.formats.config_keys import Keys, Many, check_divides, checked
 from diffexp_jax.limits import whole
 from diffexp_jax.models.layers import Conv, Dense, GroupNorm, ResnetBlock
 

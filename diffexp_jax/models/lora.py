@@ -18,7 +18,8 @@ from flax import traverse_util
 from jaxtyping import Array, PRNGKeyArray
 from safetensors.numpy import save
 
-from diffexp_jax import InputError, paths
+from diffexp_jax import paths
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import lora_files, lora_names
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.lora_files import LORA_FILE, METADATA

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from diffexp_jax import InputError
-from diffexp_jax.config_keys import Keys, checked
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files, pickles
+from diffexp_jax.formats.config_keys import Keys, checked
 from diffexp_jax.limits import Number, whole
 from diffexp_jax.models import clip, clip_files
 from diffexp_jax.models.clip_config import CLIP_MEAN, CLIP_STD, CLIPConfig

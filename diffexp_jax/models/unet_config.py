@@ -4,8 +4,8 @@ from typing import Any
 
 from flax import struct
 
-from diffexp_jax import InputError
-from diffexp_jax.config_keys import Keys, Many, check_divides, check_lengths, checked, shown, uniform
+from diffexp_jax.errors import InputError
+from diffexp_jax.formats.config_keys import Keys, Many, check_divides, check_lengths, checked, shown, uniform
 from diffexp_jax.limits import positive, whole
 
 _DEPTH = whole(0, 64)

@@ -10,8 +10,8 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from diffexp_jax import InputError
-from diffexp_jax.config_keys import Keys, Many, check_divides, check_lengths, checked
+from diffexp_jax.errors import InputError
+from diffexp_jax.formats.config_keys import Keys, Many, check_divides, check_lengths, checked
 from diffexp_jax.limits import Number, positive, whole
 from diffexp_jax.models.attention import attention
 from diffexp_jax.models.layers import Conv, Dense, GroupNorm, ResnetBlock, Upsample, pointwise_conv

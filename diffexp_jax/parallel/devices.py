@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 
 AXIS = "data"
 

@@ -23,10 +23,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from diffexp_jax import BadRewardError, HostError, InputError, RewardError
+from diffexp_jax.errors import BadRewardError, HostError, InputError, RewardError, Stopped
 from diffexp_jax.parallel import devices, meeting
 from diffexp_jax.parallel.watch import Watch
-from diffexp_jax.stopping import Stopped
 
 T = TypeVar("T")
 _ERRORS = {

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Mapping
 
-from diffexp_jax import HostError, InputError
+from diffexp_jax.errors import HostError, InputError
 from diffexp_jax.formats.json_text import parse_json
 
 _HELLO = b"diffexp_jax\n"

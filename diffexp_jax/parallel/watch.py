@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from diffexp_jax import HostError, InputError
+from diffexp_jax.errors import HostError, InputError
 
 _ALIVE, _LEFT, _END = "diffexp/watch/alive", "diffexp/watch/left", "diffexp/watch/end"
 _GRACE = 5.0  # seconds that the first host, which holds the service, stays for the others to hear why it ends

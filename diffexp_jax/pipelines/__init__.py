@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffexp_jax import InputError, paths
-from diffexp_jax.config_keys import shown
+from diffexp_jax import paths
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files
+from diffexp_jax.formats.config_keys import shown
 from diffexp_jax.pipelines import families, single_file, sizes, stable_diffusion
 from diffexp_jax.pipelines.pipeline import (
     Conditioning,

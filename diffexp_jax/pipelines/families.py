@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from absl import logging
 from jax.typing import DTypeLike
 
-from diffexp_jax import InputError
-from diffexp_jax.config_keys import shown
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files
+from diffexp_jax.formats.config_keys import shown
 from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer, TextTransformerWithProjection
 from diffexp_jax.models.unet import UNetConfig
 from diffexp_jax.models.vae import VAEConfig

@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.models.lora import scaled
-from diffexp_jax.process import Process
-from diffexp_jax.sampling import Context, Denoise, guided, unguided
+from diffexp_jax.sampling import Context, Denoise, Process, guided, unguided
 
 SHOWN = 4096  # prompts whose encoding takes long enough for a progress bar
 AT_ONCE = 16  # prompts that are encoded together: few enough to fill up for "", which a run encodes alone

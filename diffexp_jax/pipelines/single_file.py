@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from jax.typing import DTypeLike
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert, files, pickles
 from diffexp_jax.formats.original_names import unet_names, vae_name
 from diffexp_jax.formats.tokenizers import load_tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert, files
 from diffexp_jax.formats.tokenizers import load_tokenizer
 from diffexp_jax.models.clip import LEGACY_EOS, CLIPTextConfig
@@ -22,7 +22,7 @@ from diffexp_jax.models.unet import UNet
 from diffexp_jax.models.vae import AutoencoderKL, in_slices
 from diffexp_jax.pipelines.families import ModelConfig, model_config, read_jsons
 from diffexp_jax.pipelines.pipeline import Pipeline
-from diffexp_jax.process import load_process
+from diffexp_jax.sampling import load_process
 
 
 class TextEmbedding(NamedTuple):

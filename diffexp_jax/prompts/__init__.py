@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffexp_jax import InputError, paths
+from diffexp_jax import paths
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats.tokenizers import check_text
 from diffexp_jax.prompts import activities, animals, files
 

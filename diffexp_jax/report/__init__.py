@@ -1,7 +1,7 @@
 """What people look at: image grids, curves, and pages of one file each that hold all of it.
 
 `refresh` and `save` write a run's curves.png and report.html from what is in its folder, `save_beside` a page of two
-runs. Any other page (a sweep's: scripts/results_page.py) is `save_page` of sections, see `page.py`.
+runs. Any other page (a sweep's: diffexp_jax/sweeps/page.py) is `save_page` of sections, see `page.py`.
 """
 
 from diffexp_jax.report.beside import pictures_of_two, save_beside

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.report.curves import curves_of_two
 from diffexp_jax.report.page import Part, Row, Section, Table, save_page
 from diffexp_jax.report.pictures import Column, Frame, Gallery

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import replaced, write_whole
-from diffexp_jax.metrics import grid_path
 from diffexp_jax.report.results import before_and_after
 from diffexp_jax.report.run import RunFiles, read_run
+from diffexp_jax.run.metrics import grid_path
 
 README = "README.md"
 PICTURES = ("before.png", "after.png")

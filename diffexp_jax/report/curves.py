@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffexp_jax.formats.files import replaced
-from diffexp_jax.metrics import read_metrics
 from diffexp_jax.report.page import SERIES, Drawing, Legend, drawing, plain
 from diffexp_jax.report.results import evaluation_of, in_words
+from diffexp_jax.run.metrics import read_metrics
 
 _TRAINING = ("grad_norm", "ratio/clip_fraction", "approx_kl")
 _DASHES = ("-", "--", ":", "-.")

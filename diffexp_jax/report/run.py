@@ -10,15 +10,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import UInt8
 
-from diffexp_jax import optional
 from diffexp_jax.formats.files import read_json
-from diffexp_jax.metrics import grid_path, read_metrics
 from diffexp_jax.report.curves import curves_of_one, save_curves
 from diffexp_jax.report.exploring import exploration_parts
 from diffexp_jax.report.grids import save_grid
 from diffexp_jax.report.page import Facts, Folded, Part, Row, Section, Table, html_of, save_page
 from diffexp_jax.report.pictures import Column, Frames, Gallery, label_of, read_frames
 from diffexp_jax.report.results import Result, as_text, before_and_after
+from diffexp_jax.run import optional
+from diffexp_jax.run.metrics import grid_path, read_metrics
 from diffexp_jax.settings import default_config, read_config
 
 REPORT = "report.html"

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffexp_jax import InputError, paths
+from diffexp_jax import paths
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.rewards import aesthetic, clip_similarity, functions, hpsv2, imagereward, jpeg, judge, pickscore, spec

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.rewards.reward import HostScores, Reward, Scores
 
 

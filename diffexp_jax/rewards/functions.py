@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from diffexp_jax import BadRewardError, InputError
+from diffexp_jax.errors import BadRewardError, InputError
 from diffexp_jax.rewards import users
 from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.rewards.preprocess import as_floats

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from diffexp_jax import BadRewardError, InputError, RewardError
+from diffexp_jax.errors import BadRewardError, InputError, RewardError
 from diffexp_jax.rewards import users
 from diffexp_jax.rewards.reward import HostFunction, HostScores, Reward, Tokens
 

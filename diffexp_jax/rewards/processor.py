@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from diffexp_jax import InputError
-from diffexp_jax.config_keys import Keys, Many, checked, shown
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files
+from diffexp_jax.formats.config_keys import Keys, Many, checked, shown
 from diffexp_jax.limits import Number, positive
 from diffexp_jax.rewards.preprocess import CLIP, Statistics
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from diffexp_jax import InputError
 from diffexp_jax.emoji.names import ACTIVITIES, ANIMALS
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.rewards.reward import Reward
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffexp_jax import InputError
+from diffexp_jax.errors import InputError
 from diffexp_jax.rewards.reward import Reward
 
 _PACKAGE = str(Path(__file__).parents[1])

@@ -1,0 +1,1 @@
+"""What a run will take: memory, FLOPs and time to compile, from shapes alone."""

@@ -1,0 +1,160 @@
+"""`--dry_run`: the size and the cost of a run, from shapes alone: no weights, no files of the model, no workdir.
+
+It compiles the very programs that the run would (`programs.make_programs`) for this machine's devices. On CPU the
+last stage of it (XLA's ExecutionGraph) seems quadratic in the kernels of a loop's body: seconds for SD 1.5, minutes for
+the gradient of SDXL, several times that on a busy machine. So rows are printed as they are ready.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from diffexp_jax import backend, parallel
+from diffexp_jax.algorithms import METHODS, Inputs
+from diffexp_jax.cost import flops
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.programs import make_programs
+from diffexp_jax.sampler import full_float32, model_dtype
+
+GIB = 2**30
+# XLA:CPU's default schedule goes for speed and holds everything: as XLA schedules for accelerators, it is for memory.
+_CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "xla_backend_optimization_level": 0}
+
+
+class Cost(NamedTuple):
+    """Of one program on one device; bytes by XLA's memory analysis."""
+
+    name: str
+    flops: float  # of an iteration
+    arguments: int
+    temporaries: int
+    outputs: int  # less those that are written over arguments
+    seconds: float  # to compile
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.temporaries + self.outputs
+
+
+def dry_run(config: ConfigDict) -> None:
+    """Prints what `train.run` would need for `config`.
+
+    Raises:
+      InputError: a setting that cannot work, or a model of unknown size.
+    """
+    experiment = Experiment.build(config, weights=False)
+    print("\n".join(describe(config, experiment)), flush=True)
+    costs = []
+    print(
+        f"{'program':10}{'arguments':>12}{'temporaries':>12}{'outputs':>10}{'together':>10}   GiB a device", flush=True
+    )
+    for cost in (cost_of(*program) for program in programs_of(config, experiment)):
+        columns = (cost.arguments, cost.temporaries, cost.outputs, cost.peak)
+        numbers = "".join(f"{x / GIB:{width}.2f}" for x, width in zip(columns, (12, 12, 10, 10), strict=True))
+        print(f"{cost.name:10}{numbers}   {cost.flops:.3g} FLOPs, compiled in {cost.seconds:.0f} s", flush=True)
+        costs.append(cost)
+    print("\n".join(conclude(config, costs)))
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+
+class Program(NamedTuple):
+    """One of a run's programs, mapped over the devices, and what it is called with: arrays, or shapes of them."""
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    calls: int = 1  # an iteration; where the host scores, it samples chunk by chunk
+
+
+def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]:
+    """The programs of a run: of an iteration, and of the images between them."""
+    programs = make_programs(experiment)
+    steps, key = parallel.replicate((experiment.sampler.steps(explore=False), jax.random.key(0)))
+    frozen, lora = on_devices(experiment.frozen), experiment.lora_shapes()
+    state = on_devices(jax.eval_shape(programs.algorithm.init, lora))
+    batch, samples = experiment.draw_batch(0, None), None
+    if programs.sample_chunk:
+        chunk = jax.tree.map(lambda x: x[:, : experiment.split.per_forward], batch)
+        yield Program("sample", programs.sample_chunk, (state, frozen, chunk, steps), experiment.split.chunks)
+        samples = jax.eval_shape(parallel.pmap(programs.algorithm.sample), state, frozen, batch, steps)
+        samples = samples._replace(images=None)
+    elif programs.sample:
+        yield Program("sample", programs.sample, (state, frozen, batch, steps))
+        samples = jax.eval_shape(programs.sample, state, frozen, batch, steps)
+    yield Program("update", programs.update, (state, frozen, Inputs(batch, steps, key, samples)))
+    if config.eval.every or (config.log.images and config.log.images_every):
+        args = (frozen["model"], on_devices(lora), batch.context, batch.key, steps)
+        yield Program("evaluate", programs.generate, args)
+
+
+def on_devices(tree: Any) -> Any:
+    """Shapes with the leading axis of local devices."""
+    n = jax.local_device_count()
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((n, *s.shape), s.dtype), tree)
+
+
+def cost_of(name: str, function: Any, args: tuple[Any, ...], calls: int = 1) -> Cost:
+    """Traces and compiles a program for these arguments or shapes of them."""
+    start = time.perf_counter()
+    work = calls * flops.of(function, *args)
+    options = _CPU_OPTIONS if backend.platform() == "cpu" else {}
+    memory = function.lower(*args).compile(compiler_options=options).memory_analysis()
+    return Cost(
+        name,
+        work,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
+    """Lines that need no compilation."""
+    pipeline, method, split = experiment.sampler.pipeline, experiment.method, experiment.split
+    height, width, channels = pipeline.latent_shape
+    parts = {part: count(tree) for part, tree in pipeline.params.items()}
+    parts |= {f"reward {name}": count(reward.params) for name, reward in experiment.rewards.items()}
+    evaluated = split.samples * experiment.sampler.evaluations(explore=False)
+    exploring = split.samples * experiment.sampler.evaluations(explore=experiment.sampler.exploration.enabled)
+    passes = method.passes(experiment.settings, config.sampling.steps, full_float32(config))
+    return [
+        f"dry run of {method.name} on {config.model.path}: shapes and programs, no weights; nothing is written",
+        f"latents     {height} x {width} x {channels}, networks in {model_dtype(config)}, "
+        f"remat {config.model.remat}, VAE slices of {config.model.vae_slice}",
+        *(f"parameters  {n:>15,}  {part}" for part, n in parts.items()),
+        f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {config.lora.rank}, and twice it in AdamW"
+        + (", once as its moving average" if config.optim.ema else ""),
+        f"batch       {experiment.batch_in_words()}",
+        f"iteration   {split.samples} reward queries, UNet evaluations: "
+        + ", ".join(f"{round(share * evaluated):,} {why}" for why, share in passes.items())
+        + (f"; {1 - exploring / evaluated:.0%} fewer while it explores" if exploring < evaluated else ""),
+    ]
+
+
+def count(params: Any) -> int:
+    """Number of parameters in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def conclude(config: ConfigDict, costs: list[Cost]) -> list[str]:
+    work = sum(cost.flops for cost in costs if cost.name != "evaluate") * jax.device_count()
+    peak, platform = max(costs, key=lambda cost: cost.peak), backend.platform()
+    size = f"{peak.peak / GIB:.2f} GiB a device"
+    lines = [
+        f"FLOPs an iteration (all devices): {work:.4g}: matrix products and convolutions of the traced programs, two a "
+        "multiply-add, loops by their length, of branches the dearer one"
+        + (" (all steps live)" if METHODS[config.algorithm].needs.reward_gradient else ""),
+        f"largest: {size} in {peak.name}, by XLA's memory analysis for the backend {platform!r}",
+    ]
+    if platform == "cpu":
+        lines.append("a GPU or a TPU fuses and pads otherwise, and attends by other kernels: this is CPU's number")
+    return lines

@@ -1,0 +1,30 @@
+"""What ends a program with one clear line, and its exit code."""
+
+
+class InputError(ValueError):
+    """Bad input from the user: one clear line, exit code 2."""
+
+
+class HostError(RuntimeError):
+    """Another host of the run failed, or has gone: one clear line, exit code 1."""
+
+
+class RewardError(RuntimeError):
+    """A reward of the user's failed: one clear line, exit code 1, and what was trained is saved."""
+
+
+class BadRewardError(RewardError, InputError):
+    """A function that cannot be a reward, as it is called first: one clear line, exit code 2, and the same is saved."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop has saved its state and left.
+
+    The exit code is 128 + the signal's number, as shells and schedulers have it: 143 after SIGTERM, 130 after Ctrl-C,
+    129 after SIGHUP. It is not 0, which would say that the run is complete: `train && evaluate` must not go on with
+    half of one.
+    """
+
+    def __init__(self, iteration: int, number: int):
+        super().__init__(f"stopped after iteration {iteration}, which is saved; the same command continues")
+        self.exit_code = 128 + number

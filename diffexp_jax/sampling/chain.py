@@ -1,0 +1,99 @@
+"""Sampling as one `lax.scan` over the steps; the differentiable variant is the same function."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from diffexp_jax.sampling.gradient import LiveDenoise
+from diffexp_jax.sampling.guidance import Context, Denoise, Steps
+from diffexp_jax.sampling.process import Process, gaussian_log_prob, sample_noise
+
+
+class Trajectory(NamedTuple):
+    """A sampled chain and all that produced it, so that it can be scored under the very policy that sampled.
+
+    The x_{t-1} of a step is the x_t of the next: every latent is kept once.
+    """
+
+    x_T: Float[Array, "B h w c"]
+    x_tm1: Float[Array, "T B h w c"]
+    log_prob: Float[Array, "T B"]
+    steps: Steps
+    context: Context
+
+    def first(self, n: int | None) -> "Trajectory":
+        """Its first n steps, noise first; None: all."""
+        x_tm1, log_prob, steps = jax.tree.map(lambda x: x[:n], (self.x_tm1, self.log_prob, self.steps))
+        return self._replace(x_tm1=x_tm1, log_prob=log_prob, steps=steps)
+
+    def x_t(self, i: Int[Array, ""] | int) -> Float[Array, "B h w c"]:
+        """The latents that step i (0-based) begins with."""
+        return jnp.where(i == 0, self.x_T, self.x_tm1[i - 1])
+
+
+def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
+    """x_T for each sample's key."""
+    return sample_noise(jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys), shape)
+
+
+def step_noise(keys: jax.Array, i: Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
+    """The noise of step i (0-based) for each sample's key."""
+    return sample_noise(jax.vmap(lambda k: jax.random.fold_in(k, i + 1))(keys), shape)
+
+
+def rollout(
+    process: Process,
+    denoise: Denoise | LiveDenoise,
+    x_T: Float[Array, "B h w c"],
+    context: Context,
+    steps: Steps,
+    keys: jax.Array,
+    *,
+    live: Bool[Array, "T"] | None = None,
+    keep_trajectory: bool = False,
+) -> tuple[Float[Array, "B h w c"], Trajectory | None]:
+    """Samples x_0 by the process' steps (stochastic where sigma_t > 0).
+
+    Args:
+      keys: one PRNG key per sample; the noise depends on nothing else, so not on how samples are batched.
+      live: makes the chain differentiable: the steps at which the network's output carries gradient, which `denoise`
+        gets as a fourth argument (`differentiable`). The linear recursion always carries it.
+      keep_trajectory: also return the chain with its log-probs (needs sigma_t > 0 at every step).
+    """
+
+    def body(x_t, xs):
+        i, step, live_i = xs
+        out = denoise(x_t, step, context) if live is None else denoise(x_t, step, context, live_i)
+        mean, std = process.transition(x_t, out, step)
+        x_tm1 = mean + std * step_noise(keys, i, x_t.shape[1:])
+        kept = (x_tm1, gaussian_log_prob(x_tm1, mean, std)) if keep_trajectory else None
+        return x_tm1, kept
+
+    x_0, kept = jax.lax.scan(body, x_T, (jnp.arange(len(steps.t)), steps, live))
+    return x_0, Trajectory(x_T, *kept, steps, context) if keep_trajectory else None
+
+
+def transition_log_prob(
+    process: Process,
+    out: Float[Array, "B h w c"],
+    x_t: Float[Array, "B h w c"],
+    x_tm1: Float[Array, "B h w c"],
+    step: Steps,
+) -> Float[Array, "B"]:
+    """log p_theta(x_{t-1} | x_t, c) of a transition that was sampled before, from the network's guided output."""
+    mean, std = process.transition(x_t, out, step)
+    return gaussian_log_prob(x_tm1, mean, std)
+
+
+def step_log_prob(
+    process: Process,
+    denoise: Denoise,
+    x_t: Float[Array, "B h w c"],
+    x_tm1: Float[Array, "B h w c"],
+    step: Steps,
+    context: Context,
+) -> Float[Array, "B"]:
+    """log p_theta(x_{t-1} | x_t, c) of a transition that was sampled before; runs the network."""
+    return transition_log_prob(process, denoise(x_t, step, context), x_t, x_tm1, step)

@@ -1,0 +1,53 @@
+"""What a sampling process is, and the only place where a step's log-prob is made."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from diffexp_jax.errors import InputError
+
+
+class Process(NamedTuple):
+    """How a network's outputs turn noise into a latent, step by step. Made from a model's scheduler_config.json.
+
+    `timesteps(n)` gives the n steps' timesteps [T] in training units (0..1000), noise first.
+    `make_steps(t, w_t, eta=)` gives all that these steps need, as a NamedTuple of columns [T]. Three of them every
+    process has: `t`, the network's timestep; `w_t`, the guidance scale; `sigma_t`, the std of the noise that the
+    step adds, which eta scales (0 is none).
+    `transition(x_t, out, row)` gives the mean [B h w c] and the std [] of p(x_{t-1} | x_t), from the network's guided
+    output and one row of the steps. What the network predicts is known here and nowhere else.
+    `add_noise(x_0, eps, row)` gives x_t at the row's noise level, by the forward process.
+    """
+
+    timesteps: Callable[[int], Int[np.ndarray, "T"]]
+    make_steps: Callable[..., Any]
+    transition: Callable[
+        [Float[Array, "B h w c"], Float[Array, "B h w c"], Any], tuple[Float[Array, "B h w c"], Float[Array, ""]]
+    ]
+    add_noise: Callable[[Float[Array, "B h w c"], Float[Array, "B h w c"], Any], Float[Array, "B h w c"]]
+
+
+def check_n_steps(n_steps: int, n_train: int) -> None:
+    """Raises InputError for no steps, or more than the noise schedule has."""
+    if not 1 <= n_steps <= n_train:
+        raise InputError(f"{n_steps} sampling steps; accepted: 1 to {n_train}, the steps of the model's noise schedule")
+
+
+def gaussian_log_prob(
+    x: Float[Array, "B h w c"], mean: Float[Array, "B h w c"], std: Float[Array, ""]
+) -> Float[Array, "B"]:
+    """log N(x; mean, std^2 I), averaged (not summed) over h, w, c: DDPO's clip range of 1e-4 assumes the mean.
+
+    `x` and the std are given; the gradient goes through the mean.
+    """
+    log_prob = -jnp.square(x - mean) / (2.0 * jnp.square(std)) - jnp.log(std) - 0.5 * jnp.log(2.0 * jnp.pi)
+    return log_prob.mean(axis=(1, 2, 3))
+
+
+def sample_noise(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
+    """Standard normal noise, one key per sample."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -1,0 +1,79 @@
+"""The page of an experiment over seeds: one HTML file with its tables, curves, pictures and settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from diffexp_jax.report import Row, Section, drawing, pictures_of_two, save_page
+from diffexp_jax.sweeps import document, runs
+from diffexp_jax.sweeps import figure as results_figure
+from diffexp_jax.sweeps import tables as results_tables
+
+SIZE = (4.6, 3.4)  # inches of a panel
+
+
+def save(results: Mapping[str, Any], experiment: runs.Experiment, out: Path) -> None:
+    """Writes the page.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    columns = results_tables.measured(results)
+    names = [f"{prompts}: {what}" for prompts, what in columns]
+    signs = [(results["prompts"], sign) for sign in results_tables.SIGNS]
+    words = [results_tables.words(sign) for sign in results_tables.SIGNS]
+    tables = {
+        "Final models, sampled without exploration": results_tables.final_table(results, columns, names),
+        "Of the same seeds": results_tables.difference_table(results),
+        "What it costs to get there": results_tables.ratio_table(results),
+        "Diversity, and signs of over-optimisation": results_tables.final_table(results, signs, words),
+        "By how often the base model succeeds": results_tables.share_table(results),
+    }
+    lead = [f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is **{results['baseline']}**."]
+    if results["unfinished"]:
+        lead.append(document.unfinished_line(results))
+    sections = [
+        Section("Results", [table._replace(caption=caption) for caption, table in tables.items() if table.rows]),
+        Section("Curves", [Row(panels(results))]),
+        Section("Pictures", pictures(results, experiment)),
+        Section("Settings", [document.settings_line(results), document.machine_line(results)]),
+    ]
+    save_page(out, f"{results['name']} over seeds", sections, lead=lead)
+
+
+def panels(results: Mapping[str, Any]) -> list:
+    """The panels of `results_figure`, a drawing each."""
+    found = []
+    for kind, curve, title in results_figure.panels_of(results):
+        figure = Figure(SIZE)
+        axis = figure.subplots()
+        results_figure.draw_curves(axis, results, kind, curve, title)
+        axis.legend(fontsize=8)
+        figure.tight_layout()
+        found.append(drawing(figure, f"{title} of all arms over reward queries"))
+    if shares := results_figure.share_bars(results):
+        figure = Figure(SIZE)
+        results_figure.draw_bars(figure.subplots(), shares, results["prompts"])
+        figure.tight_layout()
+        found.append(drawing(figure, "gain over the baseline by how often the base model succeeds"))
+    return found
+
+
+def pictures(results: Mapping[str, Any], experiment: runs.Experiment) -> list:
+    """Of the baseline and each other arm side by side, the first seed that both have."""
+    parts = []
+    baseline = results["arms"][results["baseline"]]["seeds"] if results["baseline"] in results["arms"] else {}
+    for arm, content in results["arms"].items():
+        seed = next((seed for seed in content["seeds"] if seed in baseline), None)
+        if arm != results["baseline"] and seed is not None:
+            names = [results["baseline"], arm]
+            folders = [run_folder(experiment.arms[name], seed) for name in names]
+            parts += [f"Seed {seed}:", *pictures_of_two(folders, names)]
+    return parts or ["No seed of two arms to put side by side."]
+
+
+def run_folder(arm: Path, seed: str) -> Path:
+    """An arm is a folder of seeds, or a single run's."""
+    return folder if (folder := arm / f"seed{seed}").is_dir() else arm

@@ -1,0 +1,160 @@
+"""The files of an experiment's runs: which they are, their curves, and their final evaluations."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from diffexp_jax.errors import InputError
+from diffexp_jax.formats.files import read_json
+from diffexp_jax.prompts import load_prompts
+from diffexp_jax.report import evaluation_of
+from diffexp_jax.rewards import reward_name
+from diffexp_jax.run.metrics import read_metrics
+from diffexp_jax.settings import read_config
+from diffexp_jax.sweeps.plan import usual_name
+
+DIGITS = 6  # significant ones of what is written
+
+
+class Experiment(NamedTuple):
+    """What is compared: folders of runs, one subfolder a seed."""
+
+    name: str
+    command: str | None  # scripts/sweep.py's --experiment; None: runs that were given by hand
+    shows: str
+    model: str | None
+    baseline: str
+    arms: dict[str, Path]
+    base: Path | None  # final.json of the model before fine-tuning
+    overrides: dict[str, Any]  # settings of all arms that the command gave
+
+
+class Seed(NamedTuple):
+    """A run of an arm."""
+
+    config: ConfigDict
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    final: dict[str, Any]  # final.json; {}: there is none
+
+
+class Names(NamedTuple):
+    """What the curves are of."""
+
+    reward: str
+    held_out: str | None  # the first reward that is only reported
+    prompts: str  # the set that is trained on, as evaluated
+    unseen: tuple[str, ...]
+
+
+def find(sweeps: Path, experiment: str, model: str | None = None) -> Experiment:
+    """An experiment of scripts/sweep.py, by its name or that of its file in SWEEPS/experiments.
+
+    Raises:
+      InputError: there is none, or several.
+    """
+    folder, experiment = sweeps / "experiments", usual_name(experiment)
+    found = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)}
+    fits = {
+        stem: about
+        for stem, about in found.items()
+        if experiment in (stem, about.get("experiment")) and model in (None, about.get("model"))
+    }
+    if experiment in fits:
+        fits = {experiment: fits[experiment]}
+    if len(fits) != 1:
+        known = ", ".join(fits or found) or "none"
+        raise InputError(f"--experiment {experiment}: {folder} has {'several' if fits else 'no such one'}: {known}")
+    ((stem, about),) = fits.items()
+    usual = about["model"] in (None, "emoji") and not about["overrides"]
+    arms = {arm: sweeps / path for arm, path in about["arms"].items()}
+    name = about["experiment"] if usual else stem
+    return Experiment(
+        name=name,
+        command=about["experiment"],
+        shows=about["shows"],
+        model=about["model"],
+        baseline=about["baseline"],
+        arms=arms,
+        base=sweeps / about["base"],
+        overrides=about["overrides"],
+    )
+
+
+def read_runs(folder: Path) -> dict[int, Seed]:
+    """{seed: run} of an arm's folder, or of a single run's, finished or not."""
+    runs = {}
+    for path in [folder, *folder.glob("seed*")]:
+        if (path / "config.json").is_file():
+            config, _ = read_config(path / "config.json")
+            final = read_json(path / "final.json", finite=False) if (path / "final.json").is_file() else {}
+            runs[config.seed] = Seed(config, read_metrics(path), final)
+    return dict(sorted(runs.items()))
+
+
+def keep(experiment: Experiment, sweeps: Path, to: Path) -> None:
+    """Copies what an experiment's numbers are made of, and what a sweep on another machine goes on from.
+
+    Of each run its settings, metrics and final evaluation; the base model's evaluation; what the arms are.
+    """
+    about = (sweeps / "experiments").glob("*.json")
+    files = [path for path in about if experiment.name in (path.stem, read_json(path)["experiment"])]
+    files += [experiment.base] if experiment.base else []
+    for folder in experiment.arms.values():
+        for seed in read_runs(folder):
+            files += [folder / f"seed{seed}" / name for name in ("config.json", "metrics.jsonl", "final.json")]
+    for path in filter(Path.is_file, files):
+        copied = to / path.relative_to(sweeps)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copied)
+
+
+def iterations_done(run: Seed) -> int:
+    return run.rows[-1]["iteration"] if run.rows else 0
+
+
+def is_finished(run: Seed) -> bool:
+    return iterations_done(run) >= run.config.iterations
+
+
+def names_of(seed: Seed) -> Names:
+    """Raises InputError where the run evaluated nothing."""
+    config, reward = seed.config, reward_name(seed.config.reward)
+    evaluated = [name for row in seed.rows for name in row if name.startswith("eval/")]
+    sets = list(dict.fromkeys(prompts for prompts, _ in filter(None, map(evaluation_of, evaluated))))
+    if not sets:
+        raise InputError("a run without evaluations (eval.every=0): nothing to compare")
+    trained = load_prompts(config.prompts).name
+    prompts = trained if trained in sets else sets[0]
+    others = [name for spec in config.eval.rewards if (name := reward_name(spec)) != reward]
+    return Names(reward, (others or [None])[0], prompts, tuple(name for name in sets if name != prompts))
+
+
+def curves(seed: Seed) -> dict[str, dict[str, list[float]]]:
+    """Of every evaluation, and of the training reward: columns of numbers."""
+    spent = ("reward_queries", "unet_evaluations")
+    evaluated = [row for row in seed.rows if any(name.startswith("eval/") for name in row)]
+    trained = [row for row in seed.rows if "reward/mean" in row]
+    columns = {name for row in evaluated for name in row if name.startswith("eval/")}
+    return {
+        "evaluation": {name: [row.get(name, 0) for row in evaluated] for name in ("iteration", *spent)}
+        | {name: rounded([row[name] for row in evaluated]) for name in sorted(columns)},
+        "training": {name: rounded([row[name] for row in trained]) for name in ("iteration", *spent, "reward/mean")},
+    }
+
+
+def final_means(final: Mapping[str, Any], way: str = "plain") -> dict[str, dict[str, float]]:
+    """{prompt set: {what: mean}} of a final.json."""
+    return {
+        prompts: {what: x["mean"] for what, x in content["means"].items()}
+        for prompts, content in final.get(way, {}).items()
+    }
+
+
+def rounded(x: Any) -> Any:
+    """To DIGITS significant digits, also in lists and dicts."""
+    if isinstance(x, dict):
+        return {key: rounded(y) for key, y in x.items()}
+    return [rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.{DIGITS}g}")
