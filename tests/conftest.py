@@ -12,7 +12,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the references run there, in float32
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles faster
 
-import beartype
 import jax
 import jaxtyping
 import numpy as np
@@ -20,17 +19,18 @@ import pytest
 from jax.typing import ArrayLike
 from safetensors.numpy import save_file
 
+from tests.support import annotations
+
 ROOT = Path(__file__).parents[1]
 
 # Checks the package's annotations, shapes above all, at every call. Tests may pass numpy where jax takes it. Not those
 # of state.py: its dataclasses are trees, whose leaves gain a device axis and are other things than arrays for a while.
 # A folder's name stands for all of its files, so those of algorithms/ are named one by one.
 jaxtyping.Array = ArrayLike
-checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int passes for a float
 named = [*(ROOT / "diffexp_jax").glob("[a-z]*"), *(ROOT / "diffexp_jax" / "algorithms").glob("[a-z]*.py")]
 modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in named]
 modules = [name for name in modules if name not in ("diffexp_jax.algorithms", "diffexp_jax.algorithms.state")]
-jaxtyping.install_import_hook(modules, f"{__name__}.checked")
+jaxtyping.install_import_hook(modules, f"{annotations.__name__}.checked")
 
 from diffexp_jax.algorithms import Policy  # noqa: E402
 from diffexp_jax.emoji.tokenizer import write_tokenizer  # noqa: E402

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SCHEDULER
 
-from diffexp_jax import process, train
+from diffexp_jax import sampling, train
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
@@ -24,6 +23,7 @@ from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.run.workdir import plan
 from diffexp_jax.settings import read_config
+from tests.conftest import ROOT, SCHEDULER
 
 PLAIN = {"eval.every": 0, "log.images": 0, "iterations": 2}
 
@@ -109,7 +109,7 @@ def test_a_reward(monkeypatch, tiny_clip):
 
 def test_a_process(monkeypatch, make_config, tiny_model, tmp_path):
     """A model's scheduler_config.json names it; a whole run uses it."""
-    monkeypatch.setitem(process.PROCESSES, "HalfNoiseScheduler", example("half_noise").half_noise)
+    monkeypatch.setitem(sampling.PROCESSES, "HalfNoiseScheduler", example("half_noise").half_noise)
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(SCHEDULER | {"_class_name": "HalfNoiseScheduler"}))

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from conftest import ROOT, nonzero_lora
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.run import checkpoint
 from diffexp_jax.run import workdir as workdirs
+from tests.conftest import ROOT, nonzero_lora
 
 CONFIG = f"--config={ROOT / 'configs' / 'alignprop.py'}"
 

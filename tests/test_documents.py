@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from conftest import ROOT
 from PIL import Image
 
 from diffexp_jax import train
@@ -22,6 +21,7 @@ from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.rewards import load_reward
 from diffexp_jax.settings import check_config
+from tests.conftest import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -19,6 +18,7 @@ from diffexp_jax.models.lora import init_lora
 from diffexp_jax.pipelines import load_pipeline, make_context
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.rewards import load_reward
+from tests.conftest import ROOT
 
 DTYPES = [np.float32, np.float16, jnp.bfloat16]
 

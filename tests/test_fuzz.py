@@ -22,13 +22,10 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from conftest import INDEX, ROOT, SCHEDULER, TOWER, UNET, VAE, VISION, as_flags, nonzero_lora
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from test_command_line import run_program
-from test_structure import KEYS
 
 from diffexp_jax import command, train
 from diffexp_jax.errors import InputError
@@ -46,6 +43,9 @@ from diffexp_jax.rewards import processor
 from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.sampling import ddim, flow
 from diffexp_jax.settings import check_config, cpu_devices, default_config, read_config
+from tests.conftest import INDEX, ROOT, SCHEDULER, TOWER, UNET, VAE, VISION, as_flags, nonzero_lora
+from tests.test_command_line import run_program
+from tests.test_structure import KEYS
 
 EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])
 MOST_GROWTH = 512 * 2**20  # bytes of memory, over all examples of a test

@@ -4,7 +4,6 @@ import ast
 import json
 
 import pytest
-from conftest import as_flags
 from flax.traverse_util import flatten_dict
 
 from configs import base
@@ -12,6 +11,7 @@ from diffexp_jax import backend, command, settings
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, whole
+from tests.conftest import as_flags
 
 DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")
 TABLE = settings.NUMBERS | settings.method_numbers()

@@ -8,12 +8,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from configs import alignprop, base, ddpo
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.parallel import HostSettings
 from diffexp_jax.sampler import Exploration
+from tests.conftest import ROOT
 
 PACKAGE = ROOT / "diffexp_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))

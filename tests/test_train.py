@@ -20,7 +20,6 @@ import numpy as np
 import optax
 import pytest
 import sample_rewards
-from conftest import ROOT, CompileCounter, as_flags
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -32,6 +31,7 @@ from diffexp_jax.pipelines.stable_diffusion import load
 from diffexp_jax.programs import Programs
 from diffexp_jax.run import checkpoint, progress
 from diffexp_jax.run.metrics import read_metrics
+from tests.conftest import ROOT, CompileCounter, as_flags
 
 ALGORITHMS = ("alignprop", "ddpo")
 # by both only among the slow tests: ddpo has more state, and the same loop
@@ -363,9 +363,9 @@ def test_a_run_goes_on_with_other_devices(
     is as large as rewards differ, and DDPO's loss is a mean of advantages, which are of size 1: both means may be near
     zero, so they are compared by those sizes.
     """
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'users'}"}
     environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
-    code = "import sys, test_train; test_train.run_with_images(*sys.argv[1:])"
+    code = "import sys; from tests.test_train import run_with_images; run_with_images(*sys.argv[1:])"
     settings = tiny_settings | {"iterations": 2, "exploration.iterations": 3}
     line = [sys.executable, "-c", code, finished.algorithm, str(tmp_path / "run"), json.dumps(settings)]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,8 +1,8 @@
 """What published config files may say: a table for each, in which a key is read, or must have one value, or cannot
 matter.
 
-The tables are beside their readers; tests/test_config_keys.py holds them against the signatures of diffusers and
-transformers.
+The tables are beside their readers; tests/formats/test_config_keys.py holds them against the signatures of diffusers
+and transformers.
 """
 
 import reprlib

@@ -1,0 +1,154 @@
+"""Steps whose guidance is 1 or 0: one half of it alone, in every method, to the same result."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffexp_jax import parallel
+from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy, Setup
+from diffexp_jax.cost import flops
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.pipelines import encode_empty
+from diffexp_jax.programs import make_programs
+from diffexp_jax.sampling import Context, guided, load_process, unguided
+from tests.conftest import TRAIN_PROMPTS
+
+N, SHAPE = 8, (2, 2, 3)
+W_T = np.array([0.0, 1.0, 5.0, 5.0], np.float32)
+PROCESS = load_process({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
+LORA = {"a": jnp.float32(0.7), "b": jnp.float32(-0.2), "c": jnp.float32(0.3)}
+UNTUNED = {"a": jnp.float32(0.5), "b": jnp.float32(0.0), "c": jnp.float32(0.1)}
+METHOD_SETTINGS = {
+    "ddpo": ("ddpo", {"updates": 2, "old_log_prob": "recomputed", "stats_min_count": 1}),
+    "ddpo in one pass": ("ddpo", {"updates": 1, "stats_min_count": 1}),
+    "ddpo of the first steps": ("ddpo", {"updates": 1, "stats_min_count": 1, "timestep_fraction": 0.5}),
+    "dpok": ("dpok", {"updates": 2, "kl_weight": 0.5}),
+    "alignprop": ("alignprop", {"truncation": "fixed", "truncation_k": 4}),
+    "alignprop, activations kept": ("alignprop", {"truncation": "fixed", "truncation_k": 4}),
+    "draft": ("draft", {"k": 4}),
+}
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def iteration(name, *, skips):
+    """(LoRA, metrics, rows that the network was called with on all devices) of an iteration of four steps."""
+    rows = []
+
+    def network(lora, x, t, cond):
+        jax.debug.callback(lambda x: rows.append(len(x)), x)  # of x, or a loop that repeats it would call it once
+        return jnp.tanh(lora["a"] * x + lora["b"] * t / 1000 + lora["c"] * cond.mean((1, 2))[:, None, None, None])
+
+    def maker(wrap):
+        return lambda frozen, lora: wrap(lambda *args: network(UNTUNED if lora is None else lora, *args))
+
+    policy = Policy(
+        denoise=maker(guided),
+        decode=lambda frozen, x_0: jax.nn.sigmoid(x_0),
+        score=lambda frozen, images, tokens: (10.0 * images.mean((1, 2, 3)), {}),
+        latent_shape=SHAPE,
+        process=PROCESS,
+        unguided=maker(unguided) if skips else None,
+    )
+    n = N // jax.device_count()
+    sizes = dict(n_samples=n, n_chunks=2, n_prompts=3, n_steps=len(W_T), lora_size=3)
+    setup = Setup(policy, optax.sgd(1.0), **sizes, remat="kept" not in name, full_float32=True)
+    method, changes = METHOD_SETTINGS[name]
+    algorithm = METHODS[method].make(setup, METHODS[method].defaults | changes)
+    ids = np.arange(N, dtype=np.int32) % 3
+    context = Context(normal(0, N, 4, 5), normal(1, N, 4, 5))
+    batch = parallel.shard(Batch(ids, context, ids, parallel.sample_keys(jax.random.key(3), N)), N)
+    eta = 1.0 if METHODS[method].needs.step_noise else 0.0
+    steps = PROCESS.make_steps(PROCESS.timesteps(len(W_T)), W_T, eta=eta)
+    state, frozen, steps, key = parallel.replicate((algorithm.init(LORA), {}, steps, jax.random.key(0)))
+    samples = parallel.pmap(algorithm.sample)(state, frozen, batch, steps) if algorithm.sample else None
+    state, metrics = parallel.pmap(algorithm.update)(state, frozen, Inputs(batch, steps, key, samples))
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    return *parallel.first((state.lora, metrics)), sum(rows)
+
+
+@pytest.mark.parametrize("name", METHOD_SETTINGS)
+def test_a_half_that_counts_for_nothing_is_left_out(name):
+    """Sampling and gradient; two steps of four take half of their rows."""
+    lora, metrics, rows = iteration(name, skips=True)
+    expected, their_metrics, all_rows = iteration(name, skips=False)
+    for key in LORA:
+        assert abs(float(expected[key] - LORA[key])) > 1e-5
+        np.testing.assert_allclose(lora[key] - LORA[key], expected[key] - LORA[key], rtol=1e-3)
+    assert float(metrics["loss"]) == pytest.approx(float(their_metrics["loss"]), rel=1e-4, abs=1e-6)
+    assert all_rows > 0 and rows / all_rows == (2 * 4 - 2) / (2 * 4)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0])
+def test_unguided_is_guided(w):
+    def network(x, t, cond):
+        return jnp.tanh(x * cond[0].mean((1, 2))[:, None, None, None] + cond[1][:, :1, None, None] + t / 1000)
+
+    context, x = Context(*((normal(i, 3, 4, 5), normal(i + 1, 3, 6)) for i in (0, 2))), normal(5, 3, *SHAPE)
+    step = jax.tree.map(
+        lambda column: column[1], PROCESS.make_steps(PROCESS.timesteps(4), np.full(4, w, np.float32), eta=0.0)
+    )
+    np.testing.assert_allclose(
+        unguided(network)(x, step, context), guided(network)(x, step, context), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, skips",
+    [
+        ({}, True),
+        ({"exploration.w_low": 2.0}, False),
+        ({"exploration.w_low": 0.0}, True),
+        ({"exploration.t_thresh": 1000}, False),
+        ({"exploration.enabled": False}, False),
+        ({"exploration.enabled": False, "sampling.guidance": 1.0}, True),
+    ],
+)
+def test_which_runs_leave_halves_out(make_config, changes, skips):
+    """Four steps, two of them above the threshold; three of the four iterations explore."""
+    config = make_config("ddpo", {"exploration.w_low": 1.0, "exploration.iterations": 3} | changes)
+    experiment = Experiment.build(config)
+    assert (experiment.policy.unguided is not None) == skips
+    count = experiment.sampler.count_evaluations()
+    if "sampling.guidance" in changes:
+        assert [count(n) for n in (0, 1, 4)] == [0, 4, 16]
+    else:
+        fewer = 2 if skips else 0
+        assert [count(n) for n in (0, 1, 4)] == [0, 8 - fewer, 4 * 8 - 3 * fewer]
+
+
+def test_training_leads_away_from_the_negative_prompt(make_config):
+    """Every image's unconditional half is that prompt's, as an evaluation's; Eq. 8 still weighs towards ""."""
+    text = TRAIN_PROMPTS[1]
+    experiment = Experiment.build(make_config("ddpo", {"sampling.negative_prompt": text}))
+    row = experiment.train.texts.index(text)
+    negative, empty = experiment.train.cond.embedding[row], experiment.sampler.empty.embedding
+    uncond = np.asarray(experiment.draw_batch(0, None).context.uncond.embedding)
+    np.testing.assert_array_equal(uncond, np.broadcast_to(negative, uncond.shape))
+    np.testing.assert_array_equal(experiment.sampler.uncond.embedding, negative)
+    np.testing.assert_array_equal(empty, encode_empty(experiment.sampler.pipeline).embedding)
+    assert np.abs(negative - empty).max() > 0.1
+
+
+@pytest.mark.slow
+def test_a_run_that_never_needs_it_has_one_network(make_config):
+    """The program of a run whose steps all take both halves is no larger for it."""
+
+    def operations(changes):
+        experiment = Experiment.build(make_config("alignprop", changes))
+        programs = make_programs(experiment)
+        steps, key = parallel.replicate((experiment.sampler.steps(explore=False), jax.random.key(0)))
+        frozen = parallel.share(experiment.frozen)
+        state = parallel.replicate(programs.algorithm.init(experiment.initial_lora()))
+        args = state, frozen, Inputs(experiment.draw_batch(0, None), steps, key)
+        text = programs.update.lower(*args).as_text()
+        return text.count("stablehlo.convolution"), flops.of(programs.update, *args)
+
+    (plain, work), (both, most) = operations({}), operations({"exploration.w_low": 1.0})
+    assert plain > 0 and both > 1.5 * plain
+    assert work < most < 1.01 * work  # the dearest branch counts, where prompts' keys are made at every step
