@@ -3,7 +3,6 @@
 import argparse
 import csv
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,9 @@ from tqdm import tqdm
 from configs import base
 from diffexp_jax import backend, command, experiment, sampler, settings, train
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.cli import sample as cli_sample
+from diffexp_jax.cli import sample_flags
+from diffexp_jax.cli import score as cli_score
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
@@ -757,7 +759,7 @@ def test_final_evaluation(script, workdir, tmp_path):
 @pytest.mark.parametrize("scope, draws", [(None, 4), ("prompt", 2)])
 def test_sample_explores_images_or_prompts(tiny_model, scope, draws):
     """Two images of each of two prompts: a draw of Eq. 8 each, or one for both."""
-    script = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")
+    script = vars(cli_sample)
     built = sampler.Sampler.build(sample_settings(model=str(tiny_model), scope=scope))
     prompts, rows = PromptSet("sample", ("a dog", "a zebra"), (("dog",), ("zebra",))), np.array([0, 0, 1, 1])
     cond = jax.tree.map(lambda x: x[rows], built.encode(prompts))
@@ -767,8 +769,7 @@ def test_sample_explores_images_or_prompts(tiny_model, scope, draws):
 
 def sample_settings(**flags):
     """What scripts/sample.py samples by, with these flags and no others."""
-    script = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")
-    usual = dict.fromkeys(script["KEYS"]) | {
+    usual = dict.fromkeys(sample_flags.KEYS) | {
         "lora": None,
         "checkpoint": None,
         "lora_scale": None,
@@ -776,7 +777,7 @@ def sample_settings(**flags):
         "num_images": 1,
         "out": "out",
     }
-    return script["settings_of"](Namespace(**usual | flags))
+    return sample_flags.settings_of(Namespace(**usual | flags))
 
 
 def test_sample_with_another_scheduler(tiny_model):
@@ -835,9 +836,7 @@ def test_flags_of_sample_that_make_no_sense(flag):
 
 def test_a_line_of_a_file_is_an_image(tmp_path):
     """Also a line that is there twice; and any text goes through prompts.csv to scripts/score.py."""
-    sample, score = (
-        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name=name) for name in ("sample", "score")
-    )
+    sample, score = (vars(program) for program in (cli_sample, cli_score))
     (tmp_path / "p.txt").write_text("a dog\na cat\na dog\n")
     odd = 'a "big" dog,\nin\u2028rain'
     texts = sample["chosen_prompts"](argparse.Namespace(prompt=[odd], prompts=str(tmp_path / "p.txt"))).texts
@@ -877,7 +876,7 @@ def test_several_images_of_a_prompt(script, tiny_model, tmp_path):
 
 def test_samples_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """A disk that is full halfway through a file leaves the one that was there."""
-    script = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")
+    script = vars(cli_sample)
     variant = script["Variant"]("", ["a dog"], None, None, None)
 
     def sample(value):
@@ -897,7 +896,7 @@ def test_samples_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_what_a_grid_shows_of_many():
-    shown_rows = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")["shown_rows"]
+    shown_rows = vars(cli_sample)["shown_rows"]
     assert shown_rows(5, 4).tolist() == [0, 1, 2, 3, 4]
     assert len(shown_rows(135, 4)) == 12 and shown_rows(135, 2)[[0, -1]].tolist() == [0, 134]
     assert len(shown_rows(500, 1)) == 64

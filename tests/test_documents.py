@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -52,7 +53,9 @@ def test_commands(command, monkeypatch):
     else:
         if words[1] == "-m":
             words[1:3] = [f"{words[2].replace('.', '/')}.py"]
-        source = (ROOT / words[1]).read_text()
+        name = Path(words[1]).stem  # what scripts/ only starts is in the package
+        sources = list((ROOT / "diffexp_jax" / "cli").glob(f"{name}*.py")) or [ROOT / words[1]]
+        source = "".join(path.read_text() for path in sources)
         for flag in (word.partition("=")[0] for word in words[2:] if word.startswith("--")):
             assert f'"{flag}"' in source, f"{words[1]} has no {flag}"
 

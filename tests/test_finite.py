@@ -1,6 +1,5 @@
 """Numbers that are not finite: weights are refused by file and tensor, pictures and scores by one line."""
 
-import runpy
 import shutil
 
 import jax
@@ -11,6 +10,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from diffexp_jax import programs, rewards
+from diffexp_jax.cli import evaluate as cli_evaluate
+from diffexp_jax.cli import sample as cli_sample
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluation import check_pictures, check_scores, means_of
 from diffexp_jax.formats import convert
@@ -98,8 +99,8 @@ def test_pictures_that_are_not_finite(tiny_model, value):
     """Of sample.py and evaluate.py: as bytes they would be black or white."""
     model = load_pipeline(tiny_model)
     model.params["vae"]["decoder"]["conv_out"]["bias"][0] = value
-    sample = runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="sample")
-    evaluate = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="evaluate")
+    sample = vars(cli_sample)
+    evaluate = vars(cli_evaluate)
     t = model.process.timesteps(1)
     steps = model.process.make_steps(t, np.ones(1, np.float32), eta=0.0)
     text = TextEmbedding(np.zeros((1, 32, 16), np.float32))

@@ -10,7 +10,6 @@ import io
 import json
 import pickle
 import resource
-import runpy
 import shutil
 import signal
 import warnings
@@ -28,6 +27,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from diffexp_jax import command, train
+from diffexp_jax.cli import score as cli_score
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import check_files
 from diffexp_jax.formats.files import Weights, read_json
@@ -538,7 +538,7 @@ def pictures() -> dict[str, bytes]:
 
 @EXAMPLES
 def test_image_folders(examples, tmp_path):
-    script = runpy.run_path(str(ROOT / "scripts" / "score.py"), run_name="score")
+    script = vars(cli_score)
     good, table = pictures(), b'image,prompt\n0.png,"a dog, big"\n1.png,a cat\n'
 
     def read(example):

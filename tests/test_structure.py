@@ -49,6 +49,19 @@ BELOW = {
     "report": {"experiment", "run", "settings", "exploration", "prompts", "formats", "parallel", "backend"},
     "train": {"programs", "evaluation", "experiment", "settings", "cost", "algorithms", "sampling", "models.lora"}
     | {"parallel", "backend", "run", "report", "command", "paths"},
+    "cli": {
+        "sampler",
+        "programs",
+        "evaluation",
+        "experiment",
+        "settings",
+        "report",
+        "run",
+        "rewards",
+        "prompts",
+        "pipelines",
+    }
+    | {"models", "formats", "sampling", "exploration", "parallel", "backend", "limits", "command"},
     "sweeps": {"programs", "evaluation", "experiment", "settings", "report", "run", "rewards", "prompts", "models.lora"}
     | {"formats", "parallel", "backend", "limits", "command", "paths"},
     "__init__": {"errors"},
@@ -124,7 +137,7 @@ def of(library: str) -> set[str]:
 def test_where_libraries_are_used():
     assert of("flax.linen") == {"models"}  # a port to another network library touches one folder
     # the rest takes values
-    assert of("ml_collections") == {"train", "cost", "experiment", "sampler", "settings", "run", "sweeps"}
+    assert of("ml_collections") == {"train", "cost", "experiment", "sampler", "settings", "run", "sweeps", "cli"}
     assert of("orbax") == {"run"}
     for library in ("torch", "random", "diffusers"):
         assert of(library) == set(), library

@@ -1,7 +1,6 @@
 """Several rewards at once, TextNorm, and the words that name them; and scripts/score.py."""
 
 import csv
-import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffexp_jax.cli import score
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.pictures import read_picture
 from diffexp_jax.programs import batches_by_shape, make_scorer
@@ -185,14 +185,6 @@ def test_contrast_from_a_file(tmp_path):
 # ----------------------------------------------------------------------------------------------------- scripts/score.py
 
 
-@pytest.fixture(scope="module")
-def score():
-    spec = importlib.util.spec_from_file_location("score", ROOT / "scripts" / "score.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def pictures(tmp_path):
     rng = np.random.default_rng(0)
@@ -218,14 +210,14 @@ PROMPTS = {"a.jpg": "a dog", "b.png": "an ant, red", "c.PNG": "a cat"}
         ("p.csv", "image,prompt\n" + "\n".join(f'{name},"{text}"' for name, text in PROMPTS.items())),
     ],
 )
-def test_prompt_files(score, pictures, name, content):
+def test_prompt_files(pictures, name, content):
     (pictures / name).write_text(content)
     images = score.find_images([pictures])
     assert [path.name for path in images] == list(PROMPTS)
     assert score.find_prompts(pictures / name, images) == list(PROMPTS.values())
 
 
-def test_score(score, pictures, capsys):
+def test_score(pictures, capsys):
     prompts = PROMPTS
     (pictures / "p.txt").write_text("\n".join(prompts.values()))
     score.main(arguments(pictures))
@@ -256,7 +248,7 @@ def sampled(tmp_path):
     return tmp_path
 
 
-def test_score_what_was_sampled(score, sampled, capsys):
+def test_score_what_was_sampled(sampled, capsys):
     """Without --prompts: the pictures that were asked for, not the grid, nor those beside them unless named."""
     score.main(arguments(sampled, reward=["emoji_pickscore"], prompts=None))
     assert "3 pictures passed over: grid.png, and those that compare" in capsys.readouterr().out
@@ -267,12 +259,12 @@ def test_score_what_was_sampled(score, sampled, capsys):
     assert score.find_images(base) == base and score.known_prompts(None, base) == ["a dog", "a cat, big"]
 
 
-def test_a_picture_of_that_name_elsewhere_counts(score, pictures):
+def test_a_picture_of_that_name_elsewhere_counts(pictures):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(pictures / "grid.png")
     assert "grid.png" in [path.name for path in score.find_images([pictures])]
 
 
-def test_score_by_a_function_that_takes_any_size(score, pictures):
+def test_score_by_a_function_that_takes_any_size(pictures):
     """In batches of two: those that follow each other and are of one size."""
     score.main(arguments(pictures, reward=["jax:sample_rewards:brightness"], prompts=None))
     with open(pictures / "scores.csv", newline="") as table:
@@ -287,7 +279,7 @@ def test_batches_by_shape():
     assert list(batches_by_shape([], 2)) == []
 
 
-def test_score_without_prompts(score, pictures):
+def test_score_without_prompts(pictures):
     score.main(arguments(pictures, reward=["emoji_aesthetic"], prompts=None, images=[pictures / "b.png"]))
     with pytest.raises(InputError, match="--prompts is missing: the reward 'emoji_pickscore' reads prompts"):
         score.main(arguments(pictures, prompts=None))
@@ -306,7 +298,7 @@ def test_score_without_prompts(score, pictures):
         ({"out": ROOT}, "a\nb\nc", "is a folder; wants the .csv file to write"),
     ],
 )
-def test_score_mistakes(score, pictures, changes, prompts, message):
+def test_score_mistakes(pictures, changes, prompts, message):
     if prompts is not None:
         (pictures / "p.txt").write_text(prompts)
     with pytest.raises(InputError, match=message) as error:
@@ -325,13 +317,13 @@ def test_score_mistakes(score, pictures, changes, prompts, message):
         ("p.doc", "x", "accepted: .txt .a line per image., .json or .csv"),
     ],
 )
-def test_score_prompt_files(score, pictures, name, content, message):
+def test_score_prompt_files(pictures, name, content, message):
     (pictures / name).write_text(content)
     with pytest.raises(InputError, match=message):
         score.main(arguments(pictures, prompts=pictures / name))
 
 
-def test_score_pictures_that_are_none(score, pictures):
+def test_score_pictures_that_are_none(pictures):
     (pictures / "b.png").write_bytes(b"no")
     (pictures / "p.txt").write_text("a\nb\nc")
     with pytest.raises(InputError, match="b.png: not a readable picture"):
@@ -353,7 +345,7 @@ def numbered(tmp_path):
     return tmp_path
 
 
-def test_pictures_and_lines_are_paired_by_number(score, numbered, capsys):
+def test_pictures_and_lines_are_paired_by_number(numbered, capsys):
     changes = {"reward": ["jax:sample_rewards:brightness"], "prompts": numbered / "lines.txt"}
     score.main(arguments(numbered, **changes))
     assert "lines.txt: line 1 is for 0.png, ..., line 12 for 11.png" in capsys.readouterr().out
@@ -369,7 +361,7 @@ def test_pictures_and_lines_are_paired_by_number(score, numbered, capsys):
     assert score.find_prompts(numbered / "lines.txt", named[::-1])[0] == "prompt 0"  # an order of one's own
 
 
-def test_what_is_passed_over_is_named(score, numbered, capsys):
+def test_what_is_passed_over_is_named(numbered, capsys):
     """Every ending that Pillow knows of the formats is found; files that are no pictures by their names are named."""
     for name in ("a.JPE", "b.jfif", "c.tiff", "d.apng"):
         Image.new("RGB", (8, 8)).save(numbered / name, "PNG")
@@ -381,7 +373,7 @@ def test_what_is_passed_over_is_named(score, numbered, capsys):
     assert capsys.readouterr().out.endswith(said)
 
 
-def test_what_is_odd_about_pictures_is_said_once(score, numbered, capsys):
+def test_what_is_odd_about_pictures_is_said_once(numbered, capsys):
     for name in ("2.png", "3.png"):
         Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(numbered / name)
     score.main(arguments(numbered, reward=["jax:sample_rewards:brightness"], prompts=None))
@@ -389,14 +381,14 @@ def test_what_is_odd_about_pictures_is_said_once(score, numbered, capsys):
     assert out.count("note: ") == 1 and "note: 2 of 12 pictures (2.png, 3.png) are transparent: " in out
 
 
-def test_large_pictures_are_read_one_by_one(score, numbered, monkeypatch):
+def test_large_pictures_are_read_one_by_one(numbered, monkeypatch):
     paths = score.find_images([numbered])
     assert list(score.batches(paths, 5)) == [slice(0, 5), slice(5, 10), slice(10, 12)]
     monkeypatch.setattr(score.pictures, "MOST_PIXELS", 2 * 64)
     assert list(score.batches(paths[:5], 5)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
 
 
-def test_a_name_that_is_no_utf8(score, tmp_path):
+def test_a_name_that_is_no_utf8(tmp_path):
     path = tmp_path / "a\udcff.png"
     Image.new("RGB", (8, 8)).save(path)
     score.main(arguments(tmp_path, reward=["jax:sample_rewards:brightness"], prompts=None, images=[path]))

@@ -1,0 +1,193 @@
+"""Samples prompt sets from the base model and from a run's LoRA on the same seeds, and compares their rewards.
+
+python scripts/evaluate.py --workdir runs/x --prompts animal_activities --rewards emoji_judge --out eval.json
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffexp_jax import backend, command, evaluation, parallel, report, settings
+from diffexp_jax.errors import InputError
+from diffexp_jax.experiment import check_files, load_rewards, make_task
+from diffexp_jax.formats.files import replaced
+from diffexp_jax.limits import LORA_SCALE, check_number, whole
+from diffexp_jax.models.lora import scaled
+from diffexp_jax.programs import bytes_and_finite, make_generate, make_scorer
+from diffexp_jax.prompts import load_prompt_sets
+from diffexp_jax.rewards import check_trusted
+from diffexp_jax.run import checkpoint
+from diffexp_jax.sampler import Sampler
+
+
+def main(args: argparse.Namespace) -> None:
+    for flag in ("samples_per_prompt", "batch", "columns", "rows"):
+        check_number(f"--{flag} ", getattr(args, flag), whole(1, 2**20))
+    check_number("--seed ", args.seed, settings.NUMBERS["seed"])
+    check_number("--lora_scale ", args.lora_scale, LORA_SCALE)
+    command.check_writable(args.out.parent, "--out")
+    config = run_settings(args)
+    backend.set_cpu_devices(settings.cpu_devices(config))
+    if config.deterministic:
+        backend.ask_for_determinism()
+    prompt_sets = load_prompt_sets(config.eval.prompts)
+    iteration, lora = checkpoint.read_lora(args.workdir, args.checkpoint)
+    comparison = Comparison.build(args, config, lora)
+    results: dict[str, Any] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
+    results["lora_scale"] = args.lora_scale
+    results["sampling"] = config.sampling.to_dict()
+    n_images = 2 * args.samples_per_prompt * sum(map(len, prompt_sets))
+    with tqdm(total=n_images, desc="evaluating", unit="image") as bar:
+        for prompts in prompt_sets:
+            task = make_task(comparison.sampler, comparison.rewards, prompts)
+            results[task.name] = {}
+            captions, shown = shown_images(args, task.texts)
+            pictures = {}
+            for name in ("base", "tuned"):
+                pictures[name], scores = comparison.evaluate(args, task, name, shown, bar)
+                evaluation.check_scores(scores)
+                results[task.name][name] = {key: evaluation.summary(x) for key, x in scores.items()}
+                line = ", ".join(f"{key} {x['mean']:.3f}" for key, x in results[task.name][name].items())
+                tqdm.write(f"{task.name}, {name}: {line}")
+            grid = args.out.with_name(f"{args.out.stem}-{task.name}.png")
+            columns = min(args.columns, len(captions))
+            try:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                save_pairs(grid, pictures["base"], pictures["tuned"], [captions[i] for i in shown], columns=columns)
+                with replaced(args.out) as partial:
+                    partial.write_text(json.dumps(results, indent=2) + "\n")  # what is there so far
+            except OSError as error:
+                raise InputError(f"--out {args.out}: cannot be written ({error.strerror or error})") from None
+    print(f"written: {args.out} and image grids beside it")
+
+
+def run_settings(args: argparse.Namespace) -> ConfigDict:
+    """The run's settings, with what the flags say of evaluation.
+
+    Raises:
+      InputError: no run, or one whose settings cannot be used.
+    """
+    path = args.workdir / "config.json"
+    config, _ = settings.read_config(path)
+    config.eval.every = 1
+    from_file = [config.reward, *(() if args.rewards else config.eval.rewards)]
+    check_trusted(from_file, path, trusted=args.trust_code)
+    if args.prompts:
+        config.eval.prompts = command.split_list(args.prompts)
+    if args.rewards:
+        config.eval.rewards = command.split_list(args.rewards)
+    config.reward_dtype = config.eval.reward_dtype  # nothing is trained
+    settings.check_values(config, settings.NUMBERS)
+    check_files(config, weights=True)
+    return config
+
+
+class Comparison(NamedTuple):
+    """The two models, ready to sample and to be scored."""
+
+    sampler: Sampler
+    rewards: dict[str, Any]
+    generate: Any
+    scorers: dict[str, Any]
+    params: Any
+    loras: dict[str, Any]  # "base": an update of nothing
+    steps: Any
+    batch: int
+
+    @classmethod
+    def build(cls, args: argparse.Namespace, config: ConfigDict, lora: Any) -> "Comparison":
+        _, _, rewards = load_rewards(config)
+        sampler, n = Sampler.build(config), jax.device_count()
+        batch = max(args.batch // n, 1) * n
+        scale = args.lora_scale * config.lora.alpha / config.lora.rank
+        loras = {name: parallel.replicate(scaled(lora, x)) for name, x in (("base", 0.0), ("tuned", scale))}
+        return cls(
+            sampler,
+            rewards,
+            checked(make_generate(sampler.pipeline, n_chunks=1, lora_scale=1.0, form=bytes_and_finite)),
+            {name: make_scorer(reward, batch=batch) for name, reward in rewards.items()},
+            parallel.share(sampler.pipeline.sampling_params),
+            loras,
+            parallel.replicate(sampler.steps(explore=False)),
+            batch,
+        )
+
+    def evaluate(
+        self, args: argparse.Namespace, task: Any, name: str, shown: np.ndarray, bar: tqdm
+    ) -> tuple[np.ndarray, dict]:
+        """The images with these indices, and the scores of all."""
+        return evaluation.evaluate(
+            self.generate,
+            self.scorers,
+            self.params,
+            self.loras[name],
+            task,
+            self.sampler.uncond,
+            self.steps,
+            seed=args.seed,
+            batch=self.batch,
+            samples_per_prompt=args.samples_per_prompt,
+            keep=shown.tolist(),
+            advance=bar.update,
+        )
+
+
+def checked(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """The program's pictures alone, where they are finite; else it raises InputError."""
+
+    def pictures(*args):
+        images, finite = generate(*args)
+        evaluation.check_pictures(parallel.unshard(finite))
+        return images
+
+    return pictures
+
+
+def shown_images(args: argparse.Namespace, texts: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
+    """The prompt of every image, and which images the grid shows: evenly spaced, first images of prompts if they do."""
+    captions = [text for text in texts for _ in range(args.samples_per_prompt)]
+    columns = min(args.columns, len(captions))
+    count = columns * min(args.rows, len(captions) // columns)
+    stride = args.samples_per_prompt if count <= len(texts) else 1
+    return captions, np.linspace(0, len(captions) // stride - 1, count).round().astype(int) * stride
+
+
+def save_pairs(path: Path, before: np.ndarray, after: np.ndarray, captions: list[str], *, columns: int) -> None:
+    """A grid whose rows alternate: images of the base model, and below them the tuned one's from the same noise."""
+    images, texts = [], []
+    for start in range(0, len(captions), columns):
+        here = slice(start, start + columns)
+        for words, part in (("before", before), ("after", after)):
+            images.append(part[here])
+            texts += [f"{words}: {caption}" for caption in captions[here]]
+    report.save_grid(path, np.concatenate(images), texts, columns=columns)
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of the command line; None: that of the program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="of the run")
+    add("--checkpoint", default=checkpoint.NEWEST, help="of the run: newest, best, or the number of an iteration")
+    add("--lora_scale", type=float, default=1.0, help="factor of the LoRA: 0 is the base model, 1 the tuned one")
+    add("--prompts", help="built-in sets, files or prompts, separated by commas without a blank (default: the run's)")
+    add("--rewards", help="rewards to report besides the run's, separated by commas (default: those that it reports)")
+    add("--samples_per_prompt", type=int, default=4)
+    add("--batch", type=int, default=64, help="images at once, over all devices")
+    add("--columns", type=int, default=6, help="of the image grids")
+    add("--rows", type=int, default=4, help="of pairs in the image grids; the prompts are evenly spaced in their set")
+    add("--seed", type=int, default=1, help="of the evaluation's noise")
+    add("--trust_code", action="store_true", help="run the rewards' functions that the run's config.json names")
+    add("--out", type=Path, required=True, help="the .json file to write")
+    return parser.parse_args(words)
+
+
+def run() -> None:
+    command.guarded(main, arguments())

@@ -1,0 +1,45 @@
+"""Writes the report of a run anew, or a page of two runs side by side; each is one file that needs nothing else.
+
+python scripts/report.py --workdir runs/a
+python scripts/report.py --workdir runs/a --beside runs/b --out a-and-b.html
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffexp_jax import command, report
+from diffexp_jax.errors import InputError
+from diffexp_jax.run import optional
+
+
+def main(args: argparse.Namespace) -> None:
+    beside = f"beside-{args.beside.resolve().name}.html" if args.beside else report.REPORT
+    out = args.out or args.workdir / beside
+    command.check_writable(out.parent, "--out" if args.out else "--workdir")
+    try:
+        if args.beside:
+            report.save_beside((args.workdir, args.beside), out)
+        else:
+            report.save(args.workdir, args.out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
+    except InputError:
+        raise
+    except Exception as error:  # of whatever a damaged folder holds
+        raise InputError(f"{args.workdir}: no page can be made of it ({optional.reason_of(error)})") from None
+    print(f"written: {out}")
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of the command line; None: that of the program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="of the run")
+    add("--beside", type=Path, help="the folder of another run, for a page of both")
+    add("--out", type=Path, help="the .html file (default: report.html or beside-NAME.html in --workdir)")
+    return parser.parse_args(words)
+
+
+def run() -> None:
+    command.guarded(main, arguments())
