@@ -19,7 +19,6 @@ from diffexp_jax.models.lora import init_lora
 from diffexp_jax.pipelines import load_pipeline, make_context
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.rewards import load_reward
-from tests.conftest import ROOT
 
 DTYPES = [np.float32, np.float16, jnp.bfloat16]
 
