@@ -25,7 +25,7 @@ from diffexp_jax.prompts.units import unit_ids
 from diffexp_jax.rewards import Reward, check_reward, load_reward, reward_name, without_locations
 from diffexp_jax.run.fingerprint import fingerprint
 from diffexp_jax.sampler import Sampler, full_float32
-from diffexp_jax.settings import batch_split, check_config, method_settings, optimizer_updates
+from diffexp_jax.settings import batch_split, check_config, chosen_method, optimizer_updates
 
 
 class Task(NamedTuple):
@@ -49,7 +49,6 @@ class Experiment(NamedTuple):
     ids: Int[np.ndarray, "P"]  # of the training prompts, see `PromptSet.ids`
     units: Int[np.ndarray, "P L"]  # of the training prompts, see prompts.units
     method: Method
-    settings: Mapping[str, Any]  # of the method
     split: Split
     group: int  # samples of each prompt drawn
     optimizer: optax.GradientTransformation
@@ -68,7 +67,7 @@ class Experiment(NamedTuple):
           InputError: a setting that cannot work, or a file that is missing or does not fit.
         """
         check_config(config)
-        method, settings = METHODS[config.algorithm], method_settings(config)
+        method = chosen_method(config)
         check_files(config, weights=weights)
         train, evals = load_prompts(config.prompts), []
         if weights:
@@ -89,7 +88,6 @@ class Experiment(NamedTuple):
             ids=np.array(train.ids, np.int32),
             units=units,
             method=method,
-            settings=settings,
             split=batch_split(config),
             group=config.batch.group,
             optimizer=make_optimizer(config.optim, optimizer_updates(config)),
@@ -165,7 +163,7 @@ class Experiment(NamedTuple):
             reward_target=self.trained.target,
             stream=partial(parallel.stream, self.config.seed),
         )
-        algorithm = self.method.make(setup, self.settings)
+        algorithm = self.method.make(setup)
         return algorithm._replace(init=jax.jit(algorithm.init))  # one program, not one for each shape of a state
 
     def batch_in_words(self) -> str:

@@ -1,7 +1,8 @@
-"""Checks of single settings: each mistake is one line that says what is accepted."""
+"""Single settings: what one is, and checks of its value; each mistake is one line that says what is accepted."""
 
+import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from diffexp_jax.errors import InputError
@@ -17,6 +18,7 @@ class Number(NamedTuple):
     below: bool = False  # less than `high`, not equal to it
     optional: bool = False  # None is accepted too
     multiple: int = 1  # of this
+    pair: bool = False  # the setting is two of them, (low, high)
 
     def accepts(self, value: Any) -> bool:
         if value is None:
@@ -57,6 +59,15 @@ def check_number(name: str, value: Any, accepted: Number) -> None:
         raise InputError(f"{name}{value}: wants {kind}{accepted}")
 
 
+def check_numbers(name: str, value: Any, accepted: Number) -> None:
+    """`check_number` of a setting that is a number, several numbers, or a pair of them."""
+    several = isinstance(value, tuple | list)
+    for number in value if several else [value]:
+        check_number(name, number, accepted)
+    if accepted.pair and not (several and len(value) == 2 and value[0] <= value[1]):
+        raise InputError(f"{name}{value}: wants (low, high) with low <= high")
+
+
 def check_text(name: str, value: Any) -> None:
     """Raises InputError where the value is neither "" nor words that can be written as UTF-8; `name` as above."""
     try:
@@ -72,3 +83,42 @@ def one_of(key: str, value: Any, accepted: Collection[str | None]) -> None:
     """Raises InputError where the value is none of these."""
     if value not in accepted:
         raise InputError(f"{key}={value!r}: accepted: {', '.join(map(str, accepted))}")
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+# What a setting may be: a number (of several, each of them); one of some words; or what a function (name, value) does
+# not refuse by an InputError. None: anything of its type.
+Accepted = Number | tuple[str | None, ...] | Callable[[str, Any], Any] | None
+
+
+class Setting(NamedTuple):
+    """All that there is to know of a setting but its name."""
+
+    default: Any
+    type: Any  # as the dataclass has it: str | None, say
+    meaning: str  # a few words, with the unit
+    accepted: Accepted
+    about: str  # what else is to be known; "": nothing
+
+    def check(self, key: str, value: Any, name: str | None = None) -> None:
+        """Raises InputError where the value is not accepted; `name` is what the user sets it by, if not by "KEY="."""
+        name = f"{key}=" if name is None else name
+        if isinstance(self.accepted, Number):
+            check_numbers(name, value, self.accepted)
+        elif isinstance(self.accepted, tuple):
+            one_of(key, value, self.accepted)
+        elif self.accepted is not None:
+            self.accepted(name, value)
+
+
+def setting(default: Any, meaning: str, accepted: Accepted = None, *, about: str = "") -> Any:
+    """A field of a section's dataclass; see `Setting`."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "accepted": accepted, "about": about})
+
+
+def settings_of(section: Any) -> Iterator[tuple[str, Setting]]:
+    """(name, setting) of every field of a section's dataclass that is one, in their order."""
+    for field in dataclasses.fields(section):
+        if "meaning" in field.metadata:
+            yield field.name, Setting(field.default, field.type, **field.metadata)

@@ -1,21 +1,21 @@
 """A run's settings before anything is loaded: read, completed, and checked; each mistake is one line."""
 
+import dataclasses
 import json
 import os
 import runpy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from diffexp_jax import backend, paths
-from diffexp_jax.algorithms import METHODS
+from diffexp_jax.algorithms import METHODS, Method
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
-from diffexp_jax.limits import Number, check_number, check_text, one_of, positive, whole
+from diffexp_jax.limits import Number, check_number, check_text, one_of, positive, settings_of, whole
 from diffexp_jax.models.lora import check_targets
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
 from diffexp_jax.parallel import Split, number_of_hosts, split_batch
@@ -39,7 +39,7 @@ CHOICES = {
 PATHS = ("model.path", "model.tokenizer", "lora.path", "textnorm.contrast", "compilation_cache")
 TEXTS = ("sampling.negative_prompt",)  # free words, or ""
 GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
-# Every setting that is a number or several numbers; those of a method's section are in its `Method.numbers`.
+# Every setting that is a number or several numbers; those of a method's section are its dataclass' own.
 NUMBERS: dict[str, Number] = {
     "seed": whole(0, 2**32 - 1),  # jax takes a seed modulo 2**32
     "iterations": whole(1),
@@ -90,7 +90,12 @@ NUMBERS: dict[str, Number] = {
 
 def method_numbers() -> dict[str, Number]:
     """What each number of the methods' sections may be, by METHOD.KEY."""
-    return {f"{m.name}.{key}": accepted for m in METHODS.values() for key, accepted in m.numbers.items()}
+    return {
+        f"{method.name}.{key}": setting.accepted
+        for method in METHODS.values()
+        for key, setting in settings_of(method)
+        if isinstance(setting.accepted, Number)
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- check
@@ -100,8 +105,8 @@ def check_config(config: ConfigDict) -> None:
     """Raises InputError for the first setting that cannot work, before anything is loaded."""
     one_of("algorithm", config.algorithm, METHODS)
     check_values(config, NUMBERS)
-    method = METHODS[config.algorithm]
-    method.check(method_settings(config), config.sampling.steps)
+    method = chosen_method(config)
+    method.check(config.sampling.steps)
     if method.needs.step_noise and config.sampling.eta == 0:
         raise InputError(
             f"sampling.eta=0: {method.name} needs steps with noise (their log-probability); wants eta in (0, 1]"
@@ -143,28 +148,33 @@ def check_values(config: ConfigDict, keys: Iterable[str], names: Mapping[str, st
     for key in PATHS:
         if flat[key] not in (None, "") or key == "model.path":
             paths.local(names.get(key, f"{key}="), flat[key])
+    for method in METHODS.values():
+        for key, setting in settings_of(method):
+            if (dotted := f"{method.name}.{key}") in flat and not isinstance(setting.accepted, Number):
+                setting.check(dotted, flat[dotted])
 
 
 def _is_pair(numbers: Sequence[float]) -> bool:
     return len(numbers) == 2 and numbers[0] <= numbers[1]
 
 
-def method_settings(config: ConfigDict) -> dict[str, Any]:
-    """The method's defaults, and what the config's section of its name says instead.
+def chosen_method(config: ConfigDict) -> Method:
+    """The method with its settings: its defaults, and what the config's section of its name says instead.
 
     Raises:
       InputError: the section has a key that the method does not know.
     """
     method, section = METHODS[config.algorithm], config.get(config.algorithm, {})
+    known = [key for key, _ in settings_of(method)]
     for key in section:
-        one_of(f"{method.name}: the key", key, method.defaults)
-    return {key: section.get(key, default) for key, default in method.defaults.items()}
+        one_of(f"{method.name}: the key", key, known)
+    return method(**section)
 
 
 def optimizer_updates(config: ConfigDict) -> int:
     """How many optimizer updates a run makes."""
-    method, settings = METHODS[config.algorithm], method_settings(config)
-    return config.iterations * method.updates(settings) * method.epochs(settings)
+    method = chosen_method(config)
+    return config.iterations * method.updates * method.inner_epochs
 
 
 def batch_split(config: ConfigDict, *, devices: int | None = None) -> Split:
@@ -173,7 +183,7 @@ def batch_split(config: ConfigDict, *, devices: int | None = None) -> Split:
     Raises:
       InputError: it does not divide.
     """
-    b, updates = config.batch, METHODS[config.algorithm].updates(method_settings(config))
+    b, updates = config.batch, chosen_method(config).updates
     if b.samples % b.group:
         raise InputError(f"batch.samples={b.samples}: wants a multiple of batch.group={b.group}")
     n = jax.device_count() if devices is None else devices
@@ -233,7 +243,7 @@ def default_config(sections: Collection[str] = ()) -> ConfigDict:
     config = runpy.run_path(str(path))["default"]()
     for name, method in METHODS.items():
         if name in sections and name not in config:
-            config[name] = dict(method.defaults)
+            config[name] = dataclasses.asdict(method())
     return config
 
 

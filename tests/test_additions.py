@@ -59,14 +59,14 @@ def check_what_reads_its_run(script, method, config, workdir):
     content = json.loads(path.read_text())
     del content["grouped"]  # as a run wrote that left the method's settings at their defaults
     path.write_text(json.dumps(content))
-    assert read_config(path)[0].grouped.to_dict() == method.defaults
-    assert plan(workdir, longer).config.grouped.to_dict() == method.defaults
+    assert read_config(path)[0].grouped.to_dict() == {"clip": 1e-4}
+    assert plan(workdir, longer).config.grouped.to_dict() == {"clip": 1e-4}
 
 
 @pytest.mark.usefixtures("programs_once")
 def test_a_method(monkeypatch, make_config, script, tmp_path):
     """Group-relative advantages, and a state of its own: how many samples it has seen."""
-    method = example("grouped").METHOD
+    method = example("grouped").Grouped
     monkeypatch.setitem(METHODS, "grouped", method)
     config = make_config("ddpo", PLAIN).unlock()
     config.algorithm = "grouped"
@@ -77,10 +77,10 @@ def test_a_method(monkeypatch, make_config, script, tmp_path):
     ids = experiment.draw_batch(0, None).prompt_id[0]
     np.testing.assert_array_equal(ids[:4], ids[0])
     np.testing.assert_array_equal(ids[4:], ids[4])
-    assert experiment.settings == method.defaults
+    assert experiment.method == method(clip=1e-4)
 
     config["grouped"] = {"clip": 0.5}
-    assert Experiment.build(config).settings == {**method.defaults, "clip": 0.5}
+    assert Experiment.build(config).method == method(clip=0.5)
     train.run(config.lock(), tmp_path / "run")
     rows = read_metrics(tmp_path / "run")
     assert [row["iteration"] for row in rows] == [0, 1, 2] and rows[-1]["seen"] == 16 and rows[-1]["grad_norm"] > 0

@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from configs import alignprop, base, ddpo
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.limits import settings_of
 from diffexp_jax.parallel import HostSettings
 from diffexp_jax.sampler import Exploration
 from tests.conftest import ROOT
@@ -204,19 +206,10 @@ def settings_read(path: Path) -> set[str]:
 
 
 def settings_of_method(name: str) -> set[str]:
-    """The keys that a method uses: as a parameter of its function, or as settings["KEY"], also in what it shares."""
-    used = set()
-    for file in (name, "policy_settings"):
-        tree = ast.parse((PACKAGE / "algorithms" / f"{file}.py").read_text())
-        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)):
-            if getattr(function, "name", "") == name:
-                loaded = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-                used |= {argument.arg for argument in function.args.kwonlyargs} & loaded
-            if not getattr(function, "name", "").startswith("check"):
-                for node in ast.walk(function):
-                    if isinstance(node, ast.Subscript) and dotted(node.value) == "settings":
-                        used.add(node.slice.value)
-    return {f"{name}.{key}" for key in used & METHODS[name].defaults.keys()}
+    """The keys that a method uses, as attributes of itself."""
+    trees = [ast.parse(path.read_text()) for path in (PACKAGE / "algorithms").glob("*.py")]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {f"{name}.{key}" for key, _ in settings_of(METHODS[name]) if key in read}
 
 
 def test_every_setting_is_used():
@@ -229,7 +222,7 @@ def test_every_setting_is_used():
 def test_defaults_of_methods():
     """Methods and configs say the same."""
     config = base.default()
-    assert {name: config[name].to_dict() for name in METHODS} == {name: m.defaults for name, m in METHODS.items()}
+    assert {name: config[name].to_dict() for name in METHODS} == {name: asdict(m()) for name, m in METHODS.items()}
 
 
 def test_every_setting_has_a_comment():

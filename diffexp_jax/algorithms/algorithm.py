@@ -1,7 +1,8 @@
 """What an algorithm is, what it is made from, and what several of them use."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import chex
 import jax
@@ -10,7 +11,6 @@ import optax
 from jaxtyping import Array, Float, Int, Num
 
 from diffexp_jax.algorithms.state import TrainState
-from diffexp_jax.limits import Number
 from diffexp_jax.sampling import Context, Denoise, MakeDenoise, Process, Steps, by_guidance, by_step
 
 AXIS = "data"  # the name of the device axis that the functions below run under
@@ -90,8 +90,8 @@ class Setup(NamedTuple):
     remat: bool  # see `sampling.differentiable`
     lora_size: int  # numbers that are trained
     full_float32: bool  # the model computes in float32 throughout, products too
+    stream: Callable[[str], jax.Array]  # the run's key of what this name says
     reward_target: float | None = None  # what AlignProp pulls the reward to, where that is published
-    stream: Callable[[str], jax.Array] = lambda name: jax.random.key(0)  # the run's key of what this name says
 
 
 class Needs(NamedTuple):
@@ -102,28 +102,30 @@ class Needs(NamedTuple):
     groups: bool = False  # several samples of each prompt (batch.group)
 
 
-class Method(NamedTuple):
-    """One way to fine-tune, named by `config.algorithm`. Its settings are the config's section of that name.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to fine-tune, with its settings, each of which is a field (`limits.setting`).
 
-    `defaults` are its settings, all of them, and what they are where the section does not say.
-    `numbers` says which values those that are numbers may have.
-    `make(setup, settings)` is the algorithm.
-    `check(settings, n_steps)` raises InputError for settings that cannot work although their numbers may.
-    `updates(settings)` is how many optimizer updates an iteration has, each on its own share of the samples,
-    `epochs(settings)` how often all of them are gone over.
-    `passes(settings, n_steps, full_float32)` are those of the network over the samples besides the gradients', by what
-    they are for in words: the share of all steps of all samples that each goes over.
+    `config.algorithm` names it, and the config's section of that name has its settings.
     """
 
-    name: str
-    needs: Needs
-    defaults: Mapping[str, Any]
-    numbers: Mapping[str, Number]
-    make: Callable[[Setup, Mapping[str, Any]], Algorithm]
-    check: Callable[[Mapping[str, Any], int], None] = lambda settings, n_steps: None
-    updates: Callable[[Mapping[str, Any]], int] = lambda settings: 1
-    epochs: Callable[[Mapping[str, Any]], int] = lambda settings: 1
-    passes: Callable[[Mapping[str, Any], int, bool], Mapping[str, float]] = lambda *_: {"to sample": 1.0}
+    name: ClassVar[str]
+    needs: ClassVar[Needs] = Needs()
+    updates: ClassVar[int] = 1  # of the optimizer in an iteration, each on its own share of the samples
+    inner_epochs: ClassVar[int] = 1  # how often an iteration goes over all of them
+
+    def make(self, setup: Setup) -> Algorithm:
+        raise NotImplementedError
+
+    def check(self, n_steps: int) -> None:
+        """Raises InputError for settings that cannot work together, or with so many steps of sampling."""
+
+    def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
+        """The passes of the network over the samples besides the gradients', by what they are for in words.
+
+        Of each the share of all steps of all samples that it goes over.
+        """
+        return {"to sample": 1.0}
 
 
 def rewarded(

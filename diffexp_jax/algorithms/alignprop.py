@@ -1,8 +1,8 @@
 """AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023; DRaFT: Clark et al. 2024)."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
 from diffexp_jax.algorithms.reward_gradient import reward_gradient
 from diffexp_jax.errors import InputError
-from diffexp_jax.limits import Number, check_number, one_of, positive, whole
+from diffexp_jax.limits import Number, check_number, positive, setting, whole
 from diffexp_jax.sampling import differentiable, initial_latents, rollout
 
 TRUNCATIONS = ("uniform", "per_step", "fixed", "none")
@@ -70,12 +70,6 @@ def alignprop(
     return reward_gradient(optimizer, loss, live, n_chunks=n_chunks)
 
 
-def check(settings: Mapping[str, Any], n_steps: int) -> None:
-    one_of("alignprop.truncation", settings["truncation"], TRUNCATIONS)
-    check_number("alignprop.truncation_k=", settings["truncation_k"], whole(1, n_steps))
-    resolved_target(settings["reward_target"], None)
-
-
 def resolved_target(setting: str, published: float | None) -> float | None:
     """The number that `reward_target` stands for, None for none; `published` is the reward's.
 
@@ -93,28 +87,49 @@ def resolved_target(setting: str, published: float | None) -> float | None:
     return target
 
 
-def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
-    target = resolved_target(settings["reward_target"], setup.reward_target)
-    return alignprop(
-        setup.policy,
-        setup.optimizer,
-        n_chunks=setup.n_chunks,
-        remat=setup.remat,
-        **{**settings, "reward_target": target},
+@dataclass(frozen=True, kw_only=True)
+class AlignProp(Method):
+    """AlignProp's settings."""
+
+    name: ClassVar[str] = "alignprop"
+    needs: ClassVar[Needs] = Needs(reward_gradient=True)
+    truncation: str = setting(
+        "uniform",
+        'how many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all',
+        TRUNCATIONS,
+    )
+    truncation_k: int = setting(1, 'for "fixed": that many', whole(1, 1000))
+    input_gradient: bool = setting(
+        True,
+        "as published",
+        about="""
+        False: a step's gradient goes through the linear part of the later steps alone, not through their networks, as
+        in DRTune (Wu et al. 2024). Through ten or more networks a few samples' gradients blow up (docs/results.md).
+        """,
+    )
+    loss_coefficient: float = setting(0.01, "factor of the loss", positive())
+    reward_target: str = setting(
+        "auto",
+        '"auto", "none" or a number',
+        about="""
+        What rewards are pulled to: the loss is mean |target - r| for a number, mean(-r) for "none"; "auto" is 10 for
+        the aesthetic reward alone, as published, else "none".
+        """,
     )
 
+    def check(self, n_steps: int) -> None:
+        check_number("alignprop.truncation_k=", self.truncation_k, whole(1, n_steps))
+        resolved_target(self.reward_target, None)
 
-METHOD = Method(
-    name="alignprop",
-    needs=Needs(reward_gradient=True),
-    defaults={
-        "truncation": "uniform",
-        "truncation_k": 1,
-        "input_gradient": True,
-        "loss_coefficient": 0.01,
-        "reward_target": "auto",
-    },
-    numbers={"truncation_k": whole(1, 1000), "loss_coefficient": positive()},
-    check=check,
-    make=make,
-)
+    def make(self, setup: Setup) -> Algorithm:
+        return alignprop(
+            setup.policy,
+            setup.optimizer,
+            n_chunks=setup.n_chunks,
+            remat=setup.remat,
+            truncation=self.truncation,
+            truncation_k=self.truncation_k,
+            input_gradient=self.input_gradient,
+            loss_coefficient=self.loss_coefficient,
+            reward_target=resolved_target(self.reward_target, setup.reward_target),
+        )

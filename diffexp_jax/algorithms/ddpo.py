@@ -1,8 +1,8 @@
 """DDPO: denoising diffusion policy optimisation with importance sampling (Black et al. 2024, DDPO-IS)."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
 import chex
 import jax
@@ -14,7 +14,6 @@ from diffexp_jax.algorithms.algorithm import (
     AXIS,
     Algorithm,
     Inputs,
-    Method,
     Needs,
     Policy,
     Setup,
@@ -24,10 +23,10 @@ from diffexp_jax.algorithms.algorithm import (
 )
 from diffexp_jax.algorithms.one_pass import gradient_of_loss, sample_with_gradients
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
-from diffexp_jax.algorithms.policy_settings import NUMBERS, check_updates, has_several_updates, keywords, passes
+from diffexp_jax.algorithms.policy_settings import PolicyMethod
 from diffexp_jax.algorithms.state import TrainState, advantages, init_stats, update_stats
 from diffexp_jax.errors import InputError
-from diffexp_jax.limits import check_number, one_of, positive, whole
+from diffexp_jax.limits import check_number, positive, setting, whole
 
 
 def clipped_ratio_loss(
@@ -103,50 +102,48 @@ GRADIENTS = ("auto", "onepass", "twopass")
 MOST_BYTES = 2 * 2**30  # of the samples' gradients on a device, up to which "auto" makes them while sampling
 
 
-def check(settings: Mapping[str, Any], n_steps: int) -> None:
-    check_updates("ddpo", settings)
-    one_of("ddpo.gradient", settings["gradient"], GRADIENTS)
-    if settings["gradient"] == "onepass" and has_several_updates(settings):
-        raise InputError(
-            "ddpo.gradient='onepass': wants ddpo.updates=1 and ddpo.inner_epochs=1: after an update the samples' "
-            "gradients are of other weights"
+@dataclass(frozen=True, kw_only=True)
+class DDPO(PolicyMethod):
+    """DDPO's settings."""
+
+    name: ClassVar[str] = "ddpo"
+    needs: ClassVar[Needs] = Needs(step_noise=True)
+    advantage_clip: float = setting(5.0, "in standard deviations", positive())
+    stats_buffer: int = setting(32, "newest rewards kept per prompt", whole(1, 2**20))
+    stats_min_count: int = setting(16, "rewards of a prompt before its own mean and std are used", whole(1, 2**20))
+    gradient: str = setting(
+        "auto",
+        "when the gradient is made",
+        GRADIENTS,
+        about="""
+        "onepass": each sample's gradient is made while it is sampled, for ddpo.updates = ddpo.inner_epochs = 1 alone:
+        no second pass of the network, no stored chains, but a gradient per sample. "twopass": after the rewards are
+        known. "auto": in one pass where an iteration is one update and the gradients take at most 2 GiB a device.
+        """,
+    )
+
+    def check(self, n_steps: int) -> None:
+        if self.gradient == "onepass" and self.has_several_updates:
+            raise InputError(
+                "ddpo.gradient='onepass': wants ddpo.updates=1 and ddpo.inner_epochs=1: after an update the samples' "
+                "gradients are of other weights"
+            )
+        buffer = whole(1, self.stats_buffer)
+        check_number(f"ddpo.stats_buffer={self.stats_buffer}, ddpo.stats_min_count=", self.stats_min_count, buffer)
+
+    def in_one_pass(self, n_samples: int, lora_size: int) -> bool:
+        """What `gradient` means for this many samples a device and numbers that are trained."""
+        if self.gradient != "auto":
+            return self.gradient == "onepass"
+        return not self.has_several_updates and 4 * n_samples * lora_size <= MOST_BYTES
+
+    def make(self, setup: Setup) -> Algorithm:
+        return ddpo(
+            setup.policy,
+            setup.optimizer,
+            **self.keywords(setup),
+            advantage_clip=self.advantage_clip,
+            stats_buffer=self.stats_buffer,
+            stats_min_count=self.stats_min_count,
+            one_pass=self.in_one_pass(setup.n_samples, setup.lora_size),
         )
-    buffer = settings["stats_buffer"]
-    check_number(f"ddpo.stats_buffer={buffer}, ddpo.stats_min_count=", settings["stats_min_count"], whole(1, buffer))
-
-
-def in_one_pass(settings: Mapping[str, Any], n_samples: int, lora_size: int) -> bool:
-    """What `gradient` means for this many samples a device and numbers that are trained."""
-    if settings["gradient"] != "auto":
-        return settings["gradient"] == "onepass"
-    return not has_several_updates(settings) and 4 * n_samples * lora_size <= MOST_BYTES
-
-
-def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
-    one_pass = in_one_pass(settings, setup.n_samples, setup.lora_size)
-    rest = {key: value for key, value in settings.items() if key != "gradient"}
-    return ddpo(setup.policy, setup.optimizer, **keywords(setup, rest), one_pass=one_pass)
-
-
-METHOD = Method(
-    name="ddpo",
-    needs=Needs(step_noise=True),
-    defaults={
-        "updates": 2,
-        "inner_epochs": 1,
-        "clip": 1e-4,
-        "advantage_clip": 5.0,
-        "stats_buffer": 32,
-        "old_log_prob": "auto",
-        "gradient": "auto",
-        "stats_min_count": 16,
-        "timestep_fraction": 1.0,
-    },
-    numbers=NUMBERS
-    | {"advantage_clip": positive(), "stats_buffer": whole(1, 2**20), "stats_min_count": whole(1, 2**20)},
-    check=check,
-    make=make,
-    updates=lambda settings: settings["updates"],
-    epochs=lambda settings: settings["inner_epochs"],
-    passes=passes,
-)

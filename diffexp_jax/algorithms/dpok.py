@@ -7,8 +7,9 @@ function draws from all states of the iteration: what is learnt from is always o
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import chex
 import jax
@@ -17,11 +18,11 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Inputs, Method, Needs, Policy, Setup, chunked
+from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Inputs, Needs, Policy, Setup, chunked
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
-from diffexp_jax.algorithms.policy_settings import NUMBERS, check_updates, keywords, passes, trained_steps
+from diffexp_jax.algorithms.policy_settings import PolicyMethod
 from diffexp_jax.algorithms.state import TrainState
-from diffexp_jax.limits import Number, positive, whole
+from diffexp_jax.limits import Number, positive, setting, whole
 from diffexp_jax.sampling import Trajectory
 
 # Of the value function, as published:
@@ -207,8 +208,8 @@ def dpok(
     value_baseline: bool,
     value_lr: float,
     value_steps: int,
-    value_batches: int = 5,
-    value_key: jax.Array | None = None,
+    value_batches: int,
+    value_key: jax.Array,
     old_log_prob: str = "sampled",
     n_trained: int | None = None,
 ) -> Algorithm:
@@ -219,16 +220,16 @@ def dpok(
       n_updates, n_chunks, inner_epochs, clip: as of `ddpo`.
       value_baseline: whether an advantage is the reward less `value`, or the reward itself.
       value_lr, value_steps, value_batches: of AdamW; its steps an iteration, before the LoRA's; minibatches a step.
-      value_key: of the value function's first parameters; None: key 0.
+      value_key: of the value function's first parameters.
       old_log_prob: what the ratio is relative to, see `several_updates`.
       n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
     """
     value_optimizer = decaying_adam(value_lr)
 
     def init(lora) -> TrainState:
-        key, extra = jax.random.key(0) if value_key is None else value_key, None
+        extra = None
         if value_baseline:
-            params = init_value(key, math.prod(policy.latent_shape), n_prompts, n_steps)
+            params = init_value(value_key, math.prod(policy.latent_shape), n_prompts, n_steps)
             extra = Extra(params, value_optimizer.init(params))
         return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), extra)
 
@@ -252,47 +253,37 @@ def dpok(
     return Algorithm(init, partial(sample, policy, n_chunks=n_chunks, n_trained=n_trained), update)
 
 
-def check(settings: Mapping[str, Any], n_steps: int) -> None:
-    check_updates("dpok", settings)
+@dataclass(frozen=True, kw_only=True)
+class DPOK(PolicyMethod):
+    """DPOK's settings."""
 
+    name: ClassVar[str] = "dpok"
+    needs: ClassVar[Needs] = Needs(step_noise=True)
+    reward_weight: float = setting(10.0, "factor of the policy gradient's loss", Number(0.0, 1e6))
+    kl_weight: float = setting(0.01, "factor of the penalty for leaving the untuned model", Number(0.0, 1e6))
+    value_baseline: bool = setting(True, "whether a value function is subtracted from the reward")
+    value_lr: float = setting(1e-4, "learning rate of that function (AdamW, weight decay 0.01)", positive(1.0))
+    value_steps: int = setting(
+        1, "AdamW steps that it takes each iteration; published: one for 10 images", whole(1, 10**4)
+    )
+    value_batches: int = setting(
+        5, "minibatches of 256 random states that the gradient of each of those steps is the mean over", whole(1, 10**4)
+    )
 
-def all_passes(settings: Mapping[str, Any], n_steps: int, full_float32: bool) -> dict[str, float]:
-    share = trained_steps(settings, n_steps) / n_steps
-    return passes(settings, n_steps, full_float32) | {"of the untuned model": share}
+    def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
+        return super().passes(n_steps, full_float32) | {"of the untuned model": self.trained_steps(n_steps) / n_steps}
 
-
-def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
-    given = {"n_steps": setup.n_steps, "value_key": setup.stream("value")}
-    return dpok(setup.policy, setup.optimizer, **given, **keywords(setup, settings))
-
-
-METHOD = Method(
-    name="dpok",
-    needs=Needs(step_noise=True),
-    defaults={
-        "updates": 2,
-        "inner_epochs": 1,
-        "clip": 1e-4,
-        "reward_weight": 10.0,
-        "kl_weight": 0.01,
-        "value_baseline": True,
-        "value_lr": 1e-4,
-        "value_steps": 1,
-        "value_batches": 5,
-        "old_log_prob": "auto",
-        "timestep_fraction": 1.0,
-    },
-    numbers=NUMBERS
-    | {
-        "reward_weight": Number(0.0, 1e6),
-        "kl_weight": Number(0.0, 1e6),
-        "value_lr": positive(1.0),
-        "value_steps": whole(1, 10**4),
-        "value_batches": whole(1, 10**4),
-    },
-    check=check,
-    make=make,
-    updates=lambda settings: settings["updates"],
-    epochs=lambda settings: settings["inner_epochs"],
-    passes=all_passes,
-)
+    def make(self, setup: Setup) -> Algorithm:
+        return dpok(
+            setup.policy,
+            setup.optimizer,
+            **self.keywords(setup),
+            n_steps=setup.n_steps,
+            reward_weight=self.reward_weight,
+            kl_weight=self.kl_weight,
+            value_baseline=self.value_baseline,
+            value_lr=self.value_lr,
+            value_steps=self.value_steps,
+            value_batches=self.value_batches,
+            value_key=setup.stream("value"),
+        )

@@ -1,7 +1,7 @@
 """DRaFT-K and DRaFT-LV: the reward's gradient through the last sampling steps (Clark et al. 2024)."""
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
 from diffexp_jax.algorithms.reward_gradient import reward_gradient
 from diffexp_jax.errors import InputError
-from diffexp_jax.limits import check_number, whole
+from diffexp_jax.limits import check_number, setting, whole
 from diffexp_jax.sampling import Denoise, Steps, differentiable, initial_latents, rollout, step_noise
 
 
@@ -73,21 +73,22 @@ def draft(
     return reward_gradient(optimizer, loss, live_steps, n_chunks=n_chunks)
 
 
-def check(settings: Mapping[str, Any], n_steps: int) -> None:
-    check_number("draft.k=", settings["k"], whole(1, n_steps))
-    if settings["lv_samples"] and settings["k"] != 1:
-        raise InputError(f"draft.k={settings['k']}: with draft.lv_samples wants 1: DRaFT-LV is of the last step")
+@dataclass(frozen=True, kw_only=True)
+class DRaFT(Method):
+    """DRaFT's settings."""
 
+    name: ClassVar[str] = "draft"
+    needs: ClassVar[Needs] = Needs(reward_gradient=True)
+    k: int = setting(1, "how many last steps carry gradient", whole(1, 1000))
+    lv_samples: int = setting(
+        0, "DRaFT-LV (with k = 1): further noises of the last step, 2 in the paper; 0: DRaFT-K", whole(0, 1024)
+    )
 
-def make(setup: Setup, settings: Mapping[str, Any]) -> Algorithm:
-    return draft(setup.policy, setup.optimizer, n_chunks=setup.n_chunks, remat=setup.remat, **settings)
+    def check(self, n_steps: int) -> None:
+        check_number("draft.k=", self.k, whole(1, n_steps))
+        if self.lv_samples and self.k != 1:
+            raise InputError(f"draft.k={self.k}: with draft.lv_samples wants 1: DRaFT-LV is of the last step")
 
-
-METHOD = Method(
-    name="draft",
-    needs=Needs(reward_gradient=True),
-    defaults={"k": 1, "lv_samples": 0},
-    numbers={"k": whole(1, 1000), "lv_samples": whole(0, 1024)},
-    check=check,
-    make=make,
-)
+    def make(self, setup: Setup) -> Algorithm:
+        split = {"n_chunks": setup.n_chunks, "remat": setup.remat}
+        return draft(setup.policy, setup.optimizer, **split, k=self.k, lv_samples=self.lv_samples)

@@ -1,58 +1,80 @@
 """The settings that methods by the steps' log-probs share, and what they come to."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from diffexp_jax import backend
-from diffexp_jax.algorithms.algorithm import Setup
-from diffexp_jax.limits import Number, one_of, positive, whole
+from diffexp_jax.algorithms.algorithm import Method, Setup
+from diffexp_jax.limits import positive, setting, whole
 
 # Where the log-probs of the sampling policy come from, see `policy_gradient.several_updates` and below
 OLD_LOG_PROBS = ("sampled", "recomputed", "current")
-# Of the updates, which every such method has. A ratio that nothing clips is a clip that is large.
-NUMBERS: dict[str, Number] = {"updates": whole(1, 4096), "inner_epochs": whole(1, 4096), "clip": positive()}
-NUMBERS |= {"timestep_fraction": positive(1.0)}
 
 
-def check_updates(method: str, settings: Mapping[str, Any]) -> None:
-    """Raises InputError for the words among those settings."""
-    one_of(f"{method}.old_log_prob", settings["old_log_prob"], ("auto", *OLD_LOG_PROBS))
+@dataclass(frozen=True, kw_only=True)
+class PolicyMethod(Method):
+    """A method by the log-probs of the steps that were sampled."""
 
+    updates: int = setting(2, "optimizer updates an iteration, each on batch.samples / updates images", whole(1, 4096))
+    inner_epochs: int = setting(1, "passes over an iteration's samples", whole(1, 4096))
+    clip: float = setting(1e-4, "of the importance ratio", positive())  # a large one clips nothing
+    old_log_prob: str = setting(
+        "auto",
+        "what the importance ratio is relative to",
+        ("auto", *OLD_LOG_PROBS),
+        about="""
+        "sampled": the log-probs of the sampling program. "recomputed": the same by the update program, for one more
+        forward pass of all but the first update's samples. "current": each update's own, so that there is no ratio and
+        no clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/precision.md).
+        """,
+    )
+    timestep_fraction: float = setting(
+        1.0,
+        "of the steps, from the noise on, that the update learns from",
+        positive(1.0),
+        about="""
+        1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
+        gradient and says least about the reward: the fewer the steps, the more so (docs/results.md).
+        """,
+    )
 
-def has_several_updates(settings: Mapping[str, Any]) -> bool:
-    """Whether an iteration is more than one optimizer step."""
-    return settings["updates"] * settings["inner_epochs"] > 1
+    @property
+    def has_several_updates(self) -> bool:
+        """Whether an iteration is more than one optimizer step."""
+        return self.updates * self.inner_epochs > 1
 
+    def resolved_old_log_prob(self, full_float32: bool) -> str:
+        """What `old_log_prob` comes to on this machine.
 
-def resolved_old_log_prob(settings: Mapping[str, Any], full_float32: bool) -> str:
-    """What the setting comes to on this machine.
+        "auto" takes the sampling program's log-probs in float32 on a CPU, where that program and the update's agree to
+        1e-5, and recomputed ones elsewhere. Not "current", although in 16 bits rounding changes a log-prob by more than
+        an update does, so that about half of the samples are clipped for no reason: with several updates an iteration
+        the clip is all that bounds them (docs/precision.md shows the curves).
+        """
+        if self.old_log_prob != "auto":
+            return self.old_log_prob
+        return "sampled" if full_float32 and backend.platform() == "cpu" else "recomputed"
 
-    "auto" takes the sampling program's log-probs in float32 on a CPU, where that program and the update's agree to
-    1e-5, and recomputed ones elsewhere. Not "current", although in 16 bits rounding changes a log-prob by more than an
-    update does, so that about half of the samples are clipped for no reason: with several updates an iteration the
-    clip is all that bounds them (docs/precision.md shows the curves).
-    """
-    if settings["old_log_prob"] != "auto":
-        return settings["old_log_prob"]
-    return "sampled" if full_float32 and backend.platform() == "cpu" else "recomputed"
+    def trained_steps(self, n_steps: int) -> int:
+        """How many of a chain's steps are learnt from, at least one."""
+        return max(1, round(self.timestep_fraction * n_steps))
 
+    def keywords(self, setup: Setup) -> dict[str, Any]:
+        """What the function of every such method takes by keyword: the settings above, and the split of the samples."""
+        return {
+            "n_updates": self.updates,
+            "inner_epochs": self.inner_epochs,
+            "clip": self.clip,
+            "old_log_prob": self.resolved_old_log_prob(setup.full_float32),
+            "n_trained": self.trained_steps(setup.n_steps),
+            "n_chunks": setup.n_chunks,
+            "n_prompts": setup.n_prompts,
+        }
 
-def trained_steps(settings: Mapping[str, Any], n_steps: int) -> int:
-    """How many of a chain's steps are learnt from, at least one."""
-    return max(1, round(settings["timestep_fraction"] * n_steps))
-
-
-def keywords(setup: Setup, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method's function takes by keyword: its settings, those of the updates resolved, and the split."""
-    resolved = {"n_updates": settings["updates"], "old_log_prob": resolved_old_log_prob(settings, setup.full_float32)}
-    resolved |= {"n_trained": trained_steps(settings, setup.n_steps)}
-    rest = {key: x for key, x in settings.items() if key not in ("updates", "old_log_prob", "timestep_fraction")}
-    return rest | resolved | {"n_chunks": setup.n_chunks, "n_prompts": setup.n_prompts}
-
-
-def passes(settings: Mapping[str, Any], n_steps: int, full_float32: bool) -> dict[str, float]:
-    """See `Method.passes`: all but the first minibatch are recorded, of the steps that are learnt from."""
-    recomputed = resolved_old_log_prob(settings, full_float32) == "recomputed"
-    again = 1.0 - 1.0 / settings["updates"] if recomputed else 0.0
-    again *= trained_steps(settings, n_steps) / n_steps
-    return {"to sample": 1.0} | ({"for the old log-probs": again} if again else {})
+    def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
+        """Recomputed log-probs are of all but the first minibatch, and of the steps that are learnt from."""
+        recomputed = self.resolved_old_log_prob(full_float32) == "recomputed"
+        again = 1.0 - 1.0 / self.updates if recomputed else 0.0
+        again *= self.trained_steps(n_steps) / n_steps
+        return {"to sample": 1.0} | ({"for the old log-probs": again} if again else {})

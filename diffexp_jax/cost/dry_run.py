@@ -125,7 +125,7 @@ def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
     parts |= {f"reward {name}": count(reward.params) for name, reward in experiment.rewards.items()}
     evaluated = split.samples * experiment.sampler.evaluations(explore=False)
     exploring = split.samples * experiment.sampler.evaluations(explore=experiment.sampler.exploration.enabled)
-    passes = method.passes(experiment.settings, config.sampling.steps, full_float32(config))
+    passes = method.passes(config.sampling.steps, full_float32(config))
     return [
         f"dry run of {method.name} on {config.model.path}: shapes and programs, no weights; nothing is written",
         f"latents     {height} x {width} x {channels}, networks in {model_dtype(config)}, "

@@ -1,6 +1,7 @@
 """The folder of a run: which runs may be in it or go on there, its config.json and identity.json, and its lock."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from diffexp_jax.formats.files import read_json
 from diffexp_jax.formats.writing import clear_partials, replaced
 from diffexp_jax.run import lease
 from diffexp_jax.sampler import model_dtype
-from diffexp_jax.settings import method_settings, optimizer_updates, read_config
+from diffexp_jax.settings import chosen_method, optimizer_updates, read_config
 
 # What a continued run may change: what it reports, and how its work is split, which moves nothing but last bits.
 _FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "cpu_devices", "stop_grace")
@@ -46,7 +47,7 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
     command.check_writable(paths.local("workdir", workdir), "workdir")
     config = config.copy_and_resolve_references()
     config.unlock()
-    config[config.algorithm] = method_settings(config)
+    config[config.algorithm] = dataclasses.asdict(chosen_method(config))
     path = workdir / "config.json"
     if not any((workdir / "checkpoints").glob("[0-9]*")):  # nothing of a run is there to lose
         return Plan(_complete(config, config, config.model.dtype), [])

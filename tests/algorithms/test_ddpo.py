@@ -9,9 +9,8 @@ import pytest
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import Batch, Inputs, Policy
 from diffexp_jax.algorithms.algorithm import mean_over
-from diffexp_jax.algorithms.ddpo import METHOD, clipped_ratio_loss, ddpo, in_one_pass
+from diffexp_jax.algorithms.ddpo import DDPO, clipped_ratio_loss, ddpo
 from diffexp_jax.algorithms.policy_gradient import ratio_metrics
-from diffexp_jax.algorithms.policy_settings import trained_steps
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
@@ -184,7 +183,7 @@ def test_only_the_first_steps_are_learnt_from(whole, settings):
 
 @pytest.mark.parametrize("share, n_steps, expected", [(1.0, 50, 50), (0.8, 10, 8), (0.01, 10, 1), (0.66, 3, 2)])
 def test_trained_steps(share, n_steps, expected):
-    assert trained_steps({"timestep_fraction": share}, n_steps) == expected
+    assert DDPO(timestep_fraction=share).trained_steps(n_steps) == expected
 
 
 @pytest.mark.parametrize("n_updates, inner_epochs", [(1, 1), (2, 1), (2, 2)])
@@ -266,14 +265,14 @@ def test_the_gradient_of_a_sample(whole):
     ],
 )
 def test_when_the_gradient_is_made(gradient, updates, epochs, samples, size, expected):
-    settings = METHOD.defaults | {"gradient": gradient, "updates": updates, "inner_epochs": epochs}
-    assert in_one_pass(settings, samples, size) is expected
+    method = DDPO(gradient=gradient, updates=updates, inner_epochs=epochs)
+    assert method.in_one_pass(samples, size) is expected
 
 
 def test_one_pass_is_for_one_update():
     for changes in ({"updates": 2}, {"updates": 1, "inner_epochs": 2}):
         with pytest.raises(InputError, match="ddpo.gradient='onepass': wants ddpo.updates=1 and ddpo.inner_epochs=1"):
-            METHOD.check(METHOD.defaults | {"gradient": "onepass"} | changes, 10)
+            DDPO(gradient="onepass", **changes).check(10)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from configs import base
 from configs import dpok as dpok_config
 from diffexp_jax import parallel
-from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy, Setup, dpok
+from diffexp_jax.algorithms import Batch, Inputs, Policy, Setup, dpok
 from diffexp_jax.errors import InputError
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.sampling import Context, load_process, step_log_prob
@@ -24,7 +24,8 @@ STEPS = PROCESS.make_steps(PROCESS.timesteps(T), np.full(T, 3.0, np.float32), et
 CONTEXT = Context(np.zeros((N, 1, 1), np.float32), np.zeros((N, 1, 1), np.float32))
 LORA = {"a": jnp.float32(0.4), "b": jnp.float32(-0.1)}
 SETTINGS = dict(n_prompts=3, n_steps=T, n_updates=1, n_chunks=1, inner_epochs=1, clip=1e-4, reward_weight=10.0)
-SETTINGS |= dict(kl_weight=0.01, value_baseline=False, value_lr=1e-2, value_steps=5)
+SETTINGS |= dict(kl_weight=0.01, value_baseline=False, value_lr=1e-2, value_steps=5, value_batches=5)
+SETTINGS |= dict(value_key=jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -218,8 +219,8 @@ def test_the_value_function_is_fitted_as_published(monkeypatch):
 
 def test_the_seed_starts_the_value_function():
     def params(seed):
-        setup = Setup(POLICY, optax.sgd(0.1), N, 1, 3, T, False, 2, True, stream=partial(parallel.stream, seed))
-        return dpok.make(setup, METHODS["dpok"].defaults).init(LORA).extra.value
+        setup = Setup(POLICY, optax.sgd(0.1), N, 1, 3, T, False, 2, True, partial(parallel.stream, seed))
+        return dpok.DPOK().make(setup).init(LORA).extra.value
 
     same, other = (jax.tree.map(np.array_equal, params(0), params(seed)) for seed in (0, 1))
     assert all(jax.tree.leaves(same)) and not other["last"]["kernel"] and not other["prompt"]

@@ -10,7 +10,6 @@ from diffexp_jax import parallel, programs
 from diffexp_jax.algorithms import Batch, Policy
 from diffexp_jax.algorithms.algorithm import chunked, unchunked
 from diffexp_jax.algorithms.ddpo import ddpo
-from diffexp_jax.algorithms.policy_settings import trained_steps
 from diffexp_jax.algorithms.reward_gradient import gradient_over_chunks
 from diffexp_jax.cost import dry_run
 from diffexp_jax.experiment import Experiment
@@ -201,7 +200,7 @@ def test_what_a_sampling_program_hands_on(make_config):
     sampling, *_ = dry_run.programs_of(config, experiment)
     samples = jax.eval_shape(sampling.function, *sampling.args)
     latent, b = experiment.sampler.pipeline.latent_shape, config.batch.samples
-    t = trained_steps(experiment.settings, config.sampling.steps)
+    t = experiment.method.trained_steps(config.sampling.steps)
     assert t < config.sampling.steps
     assert samples.images is None
     of_latents = [x.size for x in jax.tree.leaves(samples) if x.shape[-3:] == latent]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffexp_jax import backend, programs
-from diffexp_jax.algorithms import policy_settings
+from diffexp_jax.algorithms.ddpo import DDPO
 from diffexp_jax.experiment import load_rewards
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
@@ -93,7 +93,7 @@ def test_what_the_settings_come_to(monkeypatch, platform, setting, dtype, precis
 def test_what_ddpos_ratio_is_relative_to(monkeypatch, make_config, platform, changes, wanted):
     monkeypatch.setattr(backend, "platform", lambda: platform)
     config = make_config("ddpo", changes)
-    assert policy_settings.resolved_old_log_prob(config.ddpo.to_dict(), full_float32(config)) == wanted
+    assert DDPO(**config.ddpo).resolved_old_log_prob(full_float32(config)) == wanted
 
 
 def test_default_precision_is_the_function_itself():

@@ -1,5 +1,7 @@
 """Steps whose guidance is 1 or 0: one half of it alone, in every method, to the same result."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,9 +58,10 @@ def iteration(name, *, skips):
     )
     n = N // jax.device_count()
     sizes = dict(n_samples=n, n_chunks=2, n_prompts=3, n_steps=len(W_T), lora_size=3)
-    setup = Setup(policy, optax.sgd(1.0), **sizes, remat="kept" not in name, full_float32=True)
+    key = partial(parallel.stream, 0)
+    setup = Setup(policy, optax.sgd(1.0), **sizes, remat="kept" not in name, full_float32=True, stream=key)
     method, changes = METHOD_SETTINGS[name]
-    algorithm = METHODS[method].make(setup, METHODS[method].defaults | changes)
+    algorithm = METHODS[method](**changes).make(setup)
     ids = np.arange(N, dtype=np.int32) % 3
     context = Context(normal(0, N, 4, 5), normal(1, N, 4, 5))
     batch = parallel.shard(Batch(ids, context, ids, parallel.sample_keys(jax.random.key(3), N)), N)
