@@ -21,7 +21,6 @@ from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
-from diffexp_jax.prompts.units import unit_ids
 from diffexp_jax.rewards import Reward, check_reward, load_reward, reward_name, without_locations
 from diffexp_jax.run.fingerprint import fingerprint
 from diffexp_jax.sampler import Sampler, full_float32
@@ -47,7 +46,7 @@ class Experiment(NamedTuple):
     train: Task
     evals: list[Task]
     ids: Int[np.ndarray, "P"]  # of the training prompts, see `PromptSet.ids`
-    units: Int[np.ndarray, "P L"]  # of the training prompts, see prompts.units
+    units: Int[np.ndarray, "P L"]  # of the training prompts, see `Pipeline.units`
     method: Method
     split: Split
     group: int  # samples of each prompt drawn
@@ -75,9 +74,6 @@ class Experiment(NamedTuple):
         reward, trained, rewards = load_rewards(config, weights=weights)
         sampler = Sampler.build(config, weights=weights)
         task = make_task(sampler, {reward: trained}, train)
-        units = np.zeros((len(train.texts), sampler.pipeline.ids_shape[1]), np.int32)
-        if weights:
-            units = unit_ids(sampler.pipeline.tokenizer, train, config.exploration.unit)
         experiment = cls(
             sampler=sampler,
             reward=reward,
@@ -86,7 +82,7 @@ class Experiment(NamedTuple):
             train=task,
             evals=[make_task(sampler, rewards, prompts) for prompts in evals],
             ids=np.array(train.ids, np.int32),
-            units=units,
+            units=sampler.pipeline.units(train, config.exploration.unit),
             method=method,
             split=batch_split(config),
             group=config.batch.group,

@@ -58,7 +58,7 @@ def make_explore(experiment: Experiment) -> Callable[..., Conditioning]:
 
     def one(cond, null, units, key):
         weights = exploration.sample_phrase_weights(key, units, weight_range=weight_range)
-        return pipeline.map_tokens(lambda c, n: exploration.reweight_prompt(c, n, weights), cond, null)
+        return pipeline.reweight(cond, null, weights)
 
     return parallel.pmap(jax.vmap(one))
 

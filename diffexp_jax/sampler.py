@@ -111,10 +111,9 @@ class Sampler(NamedTuple):
         if not self.pipeline.tokenizers:
             return zero_conditioning(self.pipeline, len(prompts.texts))
         cond, cut = encode_prompts(self.pipeline, prompts.texts)
-        if cut:
-            longest, others = self.pipeline.tokenizer.model_max_length, len(cut) - 1
-            more = f" (and {others} others)" if others else ""
-            logging.warning("prompt cut to %d tokens: %.100r%s", longest, cut[0], more)
+        for longest, texts in cut.items():
+            more = f" (and {len(texts) - 1} others)" if texts[1:] else ""
+            logging.warning("prompt cut to %d tokens: %.100r%s", longest, texts[0], more)
         return cond
 
 

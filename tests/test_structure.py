@@ -34,7 +34,7 @@ BELOW = {
     "models": {"formats", "backend", "paths", "limits"},
     "sampling": {"formats.config_keys", "limits"},
     "prompts": {"formats", "paths"},
-    "pipelines": {"models", "formats", "sampling", "paths"},
+    "pipelines": {"models", "formats", "sampling", "prompts", "exploration", "paths"},
     "rewards": {"models", "formats", "emoji.names", "paths", "limits"},
     "emoji": {"rewards", "pipelines", "models", "formats", "prompts", "sampling"},
     "algorithms": {"sampling", "backend", "limits"},

@@ -26,12 +26,11 @@ from diffexp_jax.cli.sample_flags import arguments, settings_of
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluation import check_pictures
 from diffexp_jax.formats.files import replaced
-from diffexp_jax.formats.tokenizers import check_text, token_ids
+from diffexp_jax.formats.tokenizers import check_text
 from diffexp_jax.models.lora import load_lora, scaled
 from diffexp_jax.pipelines import Conditioning, Pipeline, make_context
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.files import comma_phrases
-from diffexp_jax.prompts.units import unit_ids
 from diffexp_jax.run import checkpoint
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import Context, Steps, initial_latents, rollout
@@ -141,22 +140,21 @@ def weigh(
 ) -> tuple[Conditioning, list[str]]:
     """Draws of Eq. 8, for every image or prompt: the conditioning, and what was weighted, in words."""
     pipeline, e = sampler.pipeline, sampler.exploration
-    units = unit_ids(pipeline.tokenizer, prompts, e.unit)[rows]
+    units = pipeline.units(prompts, e.unit)[rows]
     drawn_for = rows if e.scope == "prompt" else np.arange(len(rows))
     keys = parallel.keys_of(parallel.stream(seed, "weights"), drawn_for)
 
     def one(key, units, cond):
         weights = exploration.sample_phrase_weights(key, units, weight_range=e.weight_range)
-        change = pipeline.map_tokens(lambda c, n: exploration.reweight_prompt(c, n, weights), cond, sampler.empty)
-        return change, weights
+        return pipeline.reweight(cond, sampler.empty, weights), weights
 
     weighted, weights = jax.device_get(jax.vmap(one)(keys, units, cond))
-    ids, _ = token_ids(pipeline.tokenizer, prompts.texts)
     words = []
-    for row, weight in zip(ids[rows], weights, strict=True):
-        chosen = weight != 1.0
-        word = pipeline.tokenizer.decode(row[chosen]).strip()
-        words.append(f"{word} x {weight[chosen][0]:.2f}" if chosen.any() else "no word weighted")
+    for row, of_prompt, weight in zip(rows, units, weights, strict=True):
+        chosen = of_prompt[weight != 1.0]
+        pieces = pipeline.units_of_text(prompts.texts[row], of_prompt)
+        word = "".join(text for text, unit in pieces if unit in chosen)
+        words.append(f"{word} x {weight[weight != 1.0][0]:.2f}" if chosen.size else "no word weighted")
     return weighted, words
 
 

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.models.lora import scaled
+from diffexp_jax.prompts import PromptSet
+from diffexp_jax.prompts.units import unit_ids, units_of_text
 from diffexp_jax.sampling import Context, Denoise, Process, guided, unguided
 
 SHOWN = 4096  # prompts whose encoding takes long enough for a progress bar
@@ -22,30 +24,26 @@ Conditioning = Any
 class Pipeline(NamedTuple):
     """A model as pure functions of (params, ...); `params` is an argument of them, never closed over.
 
-    `encode(params, token ids)` gives prompts' conditioning, on the host kept as numpy.
+    `encode(params, token ids of each tokenizer)` gives prompts' conditioning, on the host kept as numpy.
     `denoise(params, lora or None, x_t, t, conditioning)` gives the network's output, float32.
     `decode(params, x_0)` gives images in [0,1], not clipped.
-    `map_tokens(function, *conditionings)` changes the vectors of single tokens: function of arrays [..., L, D].
+    `reweight(cond, null, weights [L])` is Eq. 8 on a prompt's conditioning; its positions are those of `units`.
     `unconditional(conditioning of "")` is what guidance leads away from: the same, or zeros if trained so (SDXL).
     """
 
     params: dict[str, Any]  # by part: arrays, or their shapes
     trainable: str  # the part that takes LoRA
     text_parts: tuple[str, ...]  # the parts that `encode` reads, and nothing else
-    tokenizers: tuple[Any, ...]  # transformers'; they differ only in how they pad. () where only shapes are known
-    ids_shape: tuple[int, int]  # (tokenizers, tokens of a prompt)
-    encode: Callable[[Any, Int[Array, "E B L"]], Conditioning]
-    map_tokens: Callable[..., Conditioning]
+    tokenizers: tuple[Any, ...]  # transformers' fast ones; () where only shapes are known
+    lengths: tuple[int, ...]  # tokens of a prompt, by tokenizer: its model_max_length
+    weighted: tuple[int, ...]  # indices of the tokenizers whose tokens, one after the other, `reweight` has weights for
+    encode: Callable[[Any, tuple[Int[Array, "B _"], ...]], Conditioning]
+    reweight: Callable[[Conditioning, Conditioning, Float[Array, "L"]], Conditioning]
     unconditional: Callable[[Conditioning], Conditioning]
     denoise: Callable[..., Float[Array, "B h w c"]]
     decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
     process: Process  # how the network's outputs turn noise into a latent
     latent_shape: tuple[int, int, int]  # (h, w, c)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The first, for all that does not depend on padding."""
-        return self.tokenizers[0]
 
     @property
     def base(self) -> Any:
@@ -57,6 +55,16 @@ class Pipeline(NamedTuple):
         """The parts that sampling reads: all but the text encoders."""
         return {part: tree for part, tree in self.params.items() if part not in self.text_parts}
 
+    def units(self, prompts: PromptSet, unit: str) -> Int[np.ndarray, "P L"]:
+        """The prompts' units for Eq. 8 by position, see `unit_ids`; zeros where only shapes are known."""
+        if not self.tokenizers:
+            return np.zeros((len(prompts), sum(self.lengths[i] for i in self.weighted)), np.int32)
+        return unit_ids([self.tokenizers[i] for i in self.weighted], prompts, unit)
+
+    def units_of_text(self, text: str, units: Int[np.ndarray, "L"]) -> list[tuple[str, int]]:
+        """A prompt cut where its units begin and end, each with its number, 0 for none; `units` is its row."""
+        return units_of_text([self.tokenizers[i] for i in self.weighted], text, units)
+
     def denoiser(self, params: Any, lora: Any, *, lora_scale: float = 1.0, both_halves: bool = True) -> Denoise:
         """The network under classifier-free guidance; `lora_scale` is alpha / rank.
 
@@ -66,19 +74,21 @@ class Pipeline(NamedTuple):
         return wrap(lambda x_t, t, conditioning: self.denoise(params, lora, x_t, t, conditioning))
 
 
-def encode_prompts(pipeline: Pipeline, texts: Sequence[str], *, chunk: int = AT_ONCE) -> tuple[Conditioning, list[str]]:
-    """The conditioning of many prompts (host arrays), and the prompts that were too long and cut.
+def encode_prompts(
+    pipeline: Pipeline, texts: Sequence[str], *, chunk: int = AT_ONCE
+) -> tuple[Conditioning, dict[int, list[str]]]:
+    """The conditioning of many prompts (host arrays), and the prompts that were cut, by the tokens that are read.
 
     They are encoded `chunk` at once, the last ones filled up: a run's prompt sets share one compiled program.
     """
     ids, cuts = zip(*(token_ids(tokenizer, texts) for tokenizer in pipeline.tokenizers), strict=True)
-    ids = np.stack(ids)  # [E, P, L]
     encode = jax.jit(pipeline.encode)
     params = jax.device_put({part: pipeline.params[part] for part in pipeline.text_parts})
-    padded = np.concatenate([ids, np.repeat(ids[:, :1], -len(texts) % chunk, axis=1)], axis=1)
-    starts = tqdm(range(0, padded.shape[1], chunk), desc="encoding prompts", disable=len(texts) < SHOWN)
-    rows = [jax.device_get(encode(params, padded[:, i : i + chunk])) for i in starts]
-    return jax.tree.map(lambda *x: np.concatenate(x)[: len(texts)], *rows), cuts[0]
+    padded = [np.concatenate([x, np.repeat(x[:1], -len(texts) % chunk, axis=0)]) for x in ids]
+    starts = tqdm(range(0, len(texts), chunk), desc="encoding prompts", disable=len(texts) < SHOWN)
+    rows = [jax.device_get(encode(params, tuple(x[i : i + chunk] for x in padded))) for i in starts]
+    cut = {length: some for length, some in zip(pipeline.lengths, cuts, strict=True) if some}
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(texts)], *rows), cut
 
 
 def encode_empty(pipeline: Pipeline) -> Conditioning:
@@ -88,8 +98,7 @@ def encode_empty(pipeline: Pipeline) -> Conditioning:
 
 def zero_conditioning(pipeline: Pipeline, n: int) -> Conditioning:
     """Zeros of the shape of n prompts' conditioning, for a pipeline of which only shapes are known."""
-    n_tokenizers, length = pipeline.ids_shape
-    ids = jax.ShapeDtypeStruct((n_tokenizers, n, length), np.int32)
+    ids = tuple(jax.ShapeDtypeStruct((n, length), np.int32) for length in pipeline.lengths)
     shapes = jax.eval_shape(pipeline.encode, pipeline.params, ids)
     return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
 

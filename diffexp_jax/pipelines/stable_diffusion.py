@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x, 2.x and XL from a folder in diffusers' pipeline format."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from diffexp_jax.errors import InputError
+from diffexp_jax.exploration import reweight_prompt
 from diffexp_jax.formats import convert, files
 from diffexp_jax.formats.tokenizers import load_tokenizer
 from diffexp_jax.models.clip import LEGACY_EOS, CLIPTextConfig
@@ -63,11 +64,14 @@ def assemble(
     Raises:
       InputError: tensors or tokenizers do not fit.
     """
-    check_tokenizers(tokenizers, config.text, where["unet"].rpartition("/")[0])
-    params = {}
+    folder = where["unet"].rpartition("/")[0]
+    for name, tokenizer, cfg in zip(config.family.tokenizers, tokenizers, config.text, strict=True):
+        check_tokenizer(tokenizer, cfg, f"{folder}: {name}")
+    check_same_tokens(tokenizers, config.family.tokenizers, folder)
+    params, lengths = {}, tuple(tokenizer.model_max_length for tokenizer in tokenizers)
     for part, shapes in abstract_params(config).items():
         params[part] = convert.from_torch(tensors[part], shapes, where=where[part], dtype=config.dtype(part, dtype))
-    return build(config, dtype=dtype, **options)._replace(params=params, tokenizers=tokenizers)
+    return build(config, dtype=dtype, **options)._replace(params=params, tokenizers=tokenizers, lengths=lengths)
 
 
 def shapes(
@@ -128,9 +132,10 @@ def build(
         trainable="unet",
         text_parts=tuple(family.text_encoders),
         tokenizers=(),
-        ids_shape=(len(config.text), config.text[0].max_position_embeddings),
+        lengths=tuple(cfg.max_position_embeddings for cfg in config.text),
+        weighted=(0,),  # all tokenizers make the same tokens, and the encoders' vectors lie side by side
         encode=in_precision(encode, dtype, matmul_precision),
-        map_tokens=map_tokens,
+        reweight=reweight,
         unconditional=zeros if config.zero_uncond else lambda empty: empty,
         denoise=in_precision(denoise, dtype, matmul_precision),
         decode=in_precision(decode, config.dtype("vae", dtype), matmul_precision),
@@ -156,9 +161,9 @@ def latent_side(config: ModelConfig, image_size: int | None) -> int:
     return side
 
 
-def map_tokens(function: Callable[..., Array], *texts: TextEmbedding) -> TextEmbedding:
-    """The first with the function's result (of all their embeddings) as its embedding: see `Pipeline`."""
-    return texts[0]._replace(embedding=function(*(text.embedding for text in texts)))
+def reweight(cond: TextEmbedding, null: TextEmbedding, weights: Float[Array, "L"]) -> TextEmbedding:
+    """DiffExp's prompt weighting of the tokens' vectors; what is of the whole prompt stays as it is."""
+    return cond._replace(embedding=reweight_prompt(cond.embedding, null.embedding, weights))
 
 
 def zeros(empty: TextEmbedding) -> TextEmbedding:
@@ -191,28 +196,34 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
 _PROBE = "A dolphin, riding (bikes) at 12:30 o'clock - déjà-vu?"
 
 
-def check_tokenizers(tokenizers: Sequence[Any], text: Sequence[CLIPTextConfig], where: str) -> None:
-    """Raises InputError where a tokenizer's ids, length or end token are not those of its text encoder.
+def check_tokenizer(tokenizer: Any, text: CLIPTextConfig, where: str) -> None:
+    """Raises InputError where a CLIP tokenizer's ids, length or end token are not those of its text encoder.
 
     Nothing would fail later: an id outside of the embedding table is silently read as its last row.
     """
+    name = f"{where} does not fit its text encoder"
+    if len(tokenizer) != text.vocab_size:
+        raise InputError(f"{name}: {len(tokenizer)} tokens, the encoder has {text.vocab_size}")
+    if (last := max(tokenizer.get_vocab().values())) >= text.vocab_size:
+        raise InputError(f"{name}: a token's id is {last}, accepted: to {text.vocab_size - 1}")
+    if (length := tokenizer.model_max_length) > text.max_position_embeddings:
+        raise InputError(f"{name}: length {length}, accepted: to {text.max_position_embeddings}")
+    if text.eos_token_id not in (LEGACY_EOS, tokenizer.eos_token_id):
+        ends = f"{tokenizer.eos_token_id}, the encoder's config says {text.eos_token_id}"
+        raise InputError(f"{name}: the end token's id is {ends}")
+
+
+def check_same_tokens(tokenizers: Sequence[Any], names: Sequence[str], where: str) -> None:
+    """Raises InputError where tokenizers differ in more than in how they pad: their encoders' vectors are joined."""
     first = tokenizers[0]
-    for i, (tokenizer, cfg) in enumerate(zip(tokenizers, text, strict=True), 1):
-        name = f"{where}: tokenizer{f'_{i}' if i > 1 else ''} does not fit"
-        if len(tokenizer) != cfg.vocab_size:
-            raise InputError(f"{name} its text encoder: {len(tokenizer)} tokens, the encoder has {cfg.vocab_size}")
-        if (last := max(tokenizer.get_vocab().values())) >= cfg.vocab_size:
-            raise InputError(f"{name} its text encoder: a token's id is {last}, accepted: to {cfg.vocab_size - 1}")
-        if tokenizer.model_max_length > cfg.max_position_embeddings:
-            length = tokenizer.model_max_length
-            raise InputError(f"{name} its text encoder: length {length}, accepted: to {cfg.max_position_embeddings}")
-        if cfg.eos_token_id not in (LEGACY_EOS, tokenizer.eos_token_id):
-            ends = f"{tokenizer.eos_token_id}, the encoder's config says {cfg.eos_token_id}"
-            raise InputError(f"{name} its text encoder: the end token's id is {ends}")
+    for tokenizer, name in zip(tokenizers, names, strict=True):
         same = tokenizer.model_max_length == first.model_max_length and tokenizer.get_vocab() == first.get_vocab()
         probes = [t(_PROBE, verbose=False).input_ids for t in (tokenizer, first)]  # it may be too long for the model
         if not same or probes[0] != probes[1]:
-            raise InputError(f"{name} the first tokenizer: wants the same tokens and length; only padding may differ")
+            raise InputError(
+                f"{where}: {name} does not fit the first tokenizer: wants the same tokens and length; only padding may "
+                "differ"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------- names

@@ -15,56 +15,69 @@ UNITS = ("word", "token", "phrase")
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 
 
-def unit_ids(tokenizer: Any, prompts: PromptSet, unit: str) -> Int[np.ndarray, "P L"]:
+def unit_ids(tokenizers: Sequence[Any], prompts: PromptSet, unit: str) -> Int[np.ndarray, "P L"]:
     """Numbers the units of every prompt 1, 2, ... token by token; start, end, padding and punctuation are 0.
 
+    A unit is a span of the text, numbered once, so it is the same unit to every tokenizer: "12:30" are two words, also
+    where a tokenizer makes one token of it. A token that overlaps several units belongs to the first of them.
+
     Args:
-      tokenizer: a fast transformers tokenizer (it says which characters each token covers).
-      unit: "word" (all tokens of a word together), "token" (each on its own), or "phrase" (the prompt set's phrases;
-        words outside every phrase are 0).
+      tokenizers: fast transformers tokenizers (they say which characters each token covers). Their tokens follow each
+        other in a row, each tokenizer's padded to its model_max_length.
+      unit: "word" (all tokens of a word together), "token" (each token of the first tokenizer on its own, with what the
+        others make of its characters), or "phrase" (the prompt set's phrases; words outside every phrase are 0).
     """
-    ids = np.zeros((len(prompts.texts), tokenizer.model_max_length), np.int32)
-    tokens = (token for start in range(0, len(ids), AT_ONCE) for token in _tokens(tokenizer, prompts, start))
-    for row, (text, phrases, covered) in enumerate(zip(prompts.texts, prompts.phrases, tokens, strict=True)):
+    ids = np.zeros((len(prompts), sum(tokenizer.model_max_length for tokenizer in tokenizers)), np.int32)
+    some = (slice(start, start + AT_ONCE) for start in range(0, len(ids), AT_ONCE))
+    covered = (row for rows in some for row in zip(*(_tokens(t, prompts.texts[rows]) for t in tokenizers), strict=True))
+    for row, (text, phrases, tokens) in enumerate(zip(prompts.texts, prompts.phrases, covered, strict=True)):
         text = text[:LONGEST]
         spans = list(_phrase_spans(text, phrases) if unit == "phrase" else (m.span() for m in _WORD.finditer(text)))
-        read = max(end for (_, end), _ in covered)
-        spans = [span for span in spans if span[0] < read]  # the tokenizer cuts what follows
-        for position, ((start, end), special) in enumerate(covered):
-            hits = [n for n, (first, last) in enumerate(spans, 1) if start < last and first < end]
-            if hits and not special:
-                ids[row, position] = hits[0]
+        read = max(end for of_one in tokens for _, end in of_one)
+        spans = [span for span in spans if span[0] < read]  # the tokenizers cut what follows
+        numbers = [_numbers(of_one, spans) for of_one in tokens]
         if unit == "token":
-            content = ids[row] > 0
-            ids[row, content] = np.arange(1, content.sum() + 1)
-    return _consecutive(ids)
+            content = numbers[0] > 0
+            spans = [span for span, counts in zip(tokens[0], content, strict=True) if counts]
+            # the first's by position: two of its tokens may share a character
+            numbers = [np.cumsum(content) * content, *(_numbers(of_one, spans) for of_one in tokens[1:])]
+        ids[row] = _consecutive(np.concatenate(numbers))
+    return ids
 
 
-def _tokens(tokenizer: Any, prompts: PromptSet, start: int) -> Iterator[list[tuple[tuple[int, int], int]]]:
-    """Of each of some prompts: which characters a token covers, and whether it is a special one, token by token."""
+def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Of each text: the characters that a token covers, token by token; none, (0, 0), of special ones."""
     encoded = tokenizer(
-        [text[:LONGEST] for text in prompts.texts[start : start + AT_ONCE]],
+        [text[:LONGEST] for text in texts],
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
     )
-    for spans, special in zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True):
-        yield list(zip(spans, special, strict=True))
+    return [
+        [(0, 0) if one else span for span, one in zip(spans, special, strict=True)]
+        for spans, special in zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+    ]
 
 
-def units_of_text(tokenizer: Any, text: str, ids: Int[np.ndarray, "L"]) -> list[tuple[str, int]]:
+def _numbers(tokens: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Int[np.ndarray, "L"]:
+    """Of each token the number of the first span that it overlaps, counted from 1; 0 where there is none."""
+    hits = ((n for n, (first, last) in enumerate(spans, 1) if start < last and first < end) for start, end in tokens)
+    return np.array([next(found, 0) for found in hits], np.int32)
+
+
+def units_of_text(tokenizers: Sequence[Any], text: str, ids: Int[np.ndarray, "L"]) -> list[tuple[str, int]]:
     """The prompt cut where its units begin and end: [(text, number of the unit, 0 for none)], joined it is the prompt.
 
     Of a very long one it is as much as is looked at (`tokenizers.LONGEST`).
 
     Args:
+      tokenizers: those of `unit_ids`.
       ids: the prompt's row of `unit_ids`.
     """
     text = text[:LONGEST]
-    options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-    offsets = tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
+    offsets = [span for tokenizer in tokenizers for span in _tokens(tokenizer, [text])[0]]
     letters = np.zeros(len(text), np.int32)  # a unit's number for each
     for unit in np.unique(ids[ids > 0]):
         spans = [span for span, number in zip(offsets, ids, strict=True) if number == unit]
@@ -82,10 +95,6 @@ def _phrase_spans(text: str, phrases: Sequence[str]) -> Iterator[tuple[int, int]
             yield start, end
 
 
-def _consecutive(ids: Int[np.ndarray, "P L"]) -> Int[np.ndarray, "P L"]:
-    """Renumbers each row's ids 1..n without gaps (truncation can drop units)."""
-    out = np.zeros_like(ids)
-    for row in range(len(ids)):
-        used = np.unique(ids[row][ids[row] > 0])
-        out[row] = np.where(ids[row] > 0, np.searchsorted(used, ids[row]) + 1, 0)
-    return out
+def _consecutive(ids: Int[np.ndarray, "L"]) -> Int[np.ndarray, "L"]:
+    """Renumbers ids 1..n without gaps (truncation can drop units)."""
+    return np.where(ids > 0, np.searchsorted(np.unique(ids[ids > 0]), ids) + 1, 0)

@@ -10,7 +10,6 @@ import numpy as np
 
 from diffexp_jax import backend, exploration, parallel
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.prompts.units import units_of_text
 
 _PACKAGES = ("diffexp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 _DRAWS = 4
@@ -55,7 +54,7 @@ def prompt(experiment: Experiment) -> dict[str, Any]:
     """A prompt from the middle of the training set, cut into its units, and units with weights as Eq. 8 draws them."""
     row = len(experiment.train.texts) // 2
     text, units = experiment.train.texts[row], experiment.units[row]
-    pieces = units_of_text(experiment.sampler.pipeline.tokenizer, text, units)
+    pieces = experiment.sampler.pipeline.units_of_text(text, units)
     low, high = weight_range = experiment.sampler.exploration.weight_range
     draws = []
     if units.any() and not low == high == 1.0:

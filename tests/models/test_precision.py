@@ -120,7 +120,7 @@ def test_gradients_of_a_model_in_half_precision(tiny_model, dtype, error):
     """In LoRA and latent, against float32's; so small that float16 would lose it if it were not scaled."""
     exact = load_pipeline(tiny_model)
     lora = nonzero_lora(init_lora(jax.random.key(0), exact.params["unet"], rank=2))
-    ids = np.ones((1, 2, 32), np.int32)
+    ids = (np.ones((2, 32), np.int32),)
     context = exact.encode(exact.params, ids).embedding
     x_t = jnp.asarray(RNG.standard_normal((2, 8, 8, 4)), jnp.float32)
 

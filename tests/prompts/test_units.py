@@ -2,6 +2,11 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.formats import tokenizers
@@ -18,9 +23,19 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
+@pytest.fixture(scope="module")
+def other():
+    """A tokenizer of another kind, which ends a prompt as T5's does: a token is what blanks separate."""
+    made = Tokenizer(WordLevel({"?": 0, "</s>": 1, "<pad>": 2}, unk_token="?"))
+    made.pre_tokenizer = WhitespaceSplit()
+    made.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = {"unk_token": "?", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=6, **names)
+
+
 def ids_of(tokenizer, text, unit, phrases=("",)):
     """[(token, unit id)] of the prompt's tokens, without start, end and padding, which must be 0."""
-    (row,) = unit_ids(tokenizer, PromptSet("test", (text,), (tuple(phrases),)), unit)
+    (row,) = unit_ids([tokenizer], PromptSet("test", (text,), (tuple(phrases),)), unit)
     assert row.shape == (32,)
     tokens = tokenizer.tokenize(text)[:30]
     assert row[0] == 0 and not row[1 + len(tokens) :].any()
@@ -85,10 +100,40 @@ def test_a_cut_prompt_has_the_units_that_are_left(tokenizer, unit):
     assert [i for _, i in ids] == list(range(1, 31))
 
 
+@pytest.mark.parametrize(
+    "unit, first, second",
+    [
+        # a dog at 1 2 : 3 0 !, and: a dog at 12:30! </s> <pad>
+        ("word", [1, 2, 3, 4, 4, 0, 5, 5, 0], [1, 2, 3, 4, 0, 0]),  # "12:30!" has two words and belongs to the first
+        ("token", [1, 2, 3, 4, 5, 0, 6, 7, 0], [1, 2, 3, 4, 0, 0]),
+        ("phrase", [0, 1, 0, 0, 0, 0, 2, 2, 0], [0, 1, 0, 2, 0, 0]),
+    ],
+)
+def test_units_are_the_same_to_all_tokenizers(tokenizer, other, unit, first, second):
+    """Numbered by spans of the text; each tokenizer's tokens find theirs."""
+    text = "a dog at 12:30!"
+    prompts = PromptSet("test", (text,), (("dog", "30"),))
+    (row,) = unit_ids([tokenizer, other], prompts, unit)
+    assert row.tolist() == [0, *first, *[0] * 22, *second]
+    np.testing.assert_array_equal(row[:32], unit_ids([tokenizer], prompts, unit)[0])
+    assert "".join(piece for piece, _ in units_of_text([tokenizer, other], text, row)) == text
+
+
+def test_what_only_one_tokenizer_reads_has_units_too(tokenizer, other):
+    """The shorter one cuts the prompt; numbers have no gaps."""
+    text = " ".join(["dog"] * 8)
+    for both in ([tokenizer, other], [other, tokenizer]):
+        (row,) = unit_ids(both, PromptSet("test", (text,), ((text,),)), "word")
+        of_first, of_other = np.split(row, [both[0].model_max_length])
+        assert sorted((of_first.max(), of_other.max())) == [5, 8]
+    (row,) = unit_ids([other, tokenizer], PromptSet("test", (text,), ((text,),)), "token")
+    assert row.max() == 5 and row[6:].max() == 5  # what the first does not read is no token of its
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_every_built_in_prompt_has_its_units(tokenizer, name):
     prompts = PROMPTS[name]
-    words, tokens, phrases = (unit_ids(tokenizer, prompts, unit) for unit in UNITS)
+    words, tokens, phrases = (unit_ids([tokenizer], prompts, unit) for unit in UNITS)
     np.testing.assert_array_equal(words.max(1), [len(text.split()) for text in prompts.texts])
     np.testing.assert_array_equal(words > 0, tokens > 0)
     np.testing.assert_array_equal(tokens.max(1), (tokens > 0).sum(1))
@@ -105,8 +150,8 @@ def test_every_built_in_prompt_has_its_units(tokenizer, name):
     ],
 )
 def test_units_of_text(tokenizer, text, unit, expected):
-    (row,) = unit_ids(tokenizer, PromptSet("test", (text,), (("dog", "riding a bike"),)), unit)
-    assert units_of_text(tokenizer, text, row) == expected
+    (row,) = unit_ids([tokenizer], PromptSet("test", (text,), (("dog", "riding a bike"),)), unit)
+    assert units_of_text([tokenizer], text, row) == expected
 
 
 def test_of_a_very_long_prompt_only_what_the_tokenizer_reads_is_numbered(tokenizer):
@@ -114,23 +159,23 @@ def test_of_a_very_long_prompt_only_what_the_tokenizer_reads_is_numbered(tokeniz
     text = "a dog " * 20
     short, long = PromptSet("x", (text,), ((text,),)), PromptSet("x", (text * 80_000,), ((text * 80_000,),))
     for unit in ("word", "token"):
-        np.testing.assert_array_equal(unit_ids(tokenizer, long, unit), unit_ids(tokenizer, short, unit))
+        np.testing.assert_array_equal(unit_ids([tokenizer], long, unit), unit_ids([tokenizer], short, unit))
     ids, cut = token_ids(tokenizer, long.texts)
     np.testing.assert_array_equal(ids, token_ids(tokenizer, short.texts)[0])
     assert cut == list(long.texts)
-    (numbers,) = unit_ids(tokenizer, long, "word")
-    pieces = units_of_text(tokenizer, long.texts[0], numbers)
+    (numbers,) = unit_ids([tokenizer], long, "word")
+    pieces = units_of_text([tokenizer], long.texts[0], numbers)
     assert pieces[:3] == [("a", 1), (" ", 0), ("dog", 2)] and sum(len(piece) for piece, _ in pieces) == 2**16
 
 
 def test_many_prompts_are_read_a_few_at_once(tokenizer, monkeypatch):
     texts = tuple(f"a dog {'big ' * n}" for n in range(7))
     prompts = PromptSet("x", texts, tuple((text,) for text in texts))
-    expected = unit_ids(tokenizer, prompts, "word")
+    expected = unit_ids([tokenizer], prompts, "word")
     ids, cut = token_ids(tokenizer, texts)
     monkeypatch.setattr(units, "AT_ONCE", 3)
     monkeypatch.setattr(tokenizers, "AT_ONCE", 3)
-    np.testing.assert_array_equal(unit_ids(tokenizer, prompts, "word"), expected)
+    np.testing.assert_array_equal(unit_ids([tokenizer], prompts, "word"), expected)
     again, cut_again = token_ids(tokenizer, texts)
     np.testing.assert_array_equal(again, ids)
     assert cut == cut_again

@@ -62,7 +62,7 @@ def tiny_results(name: str, dtype: str, n_steps: int = 2) -> dict[str, np.ndarra
         x_0, _ = rollout(model.process, model.denoiser(params, None), x_T, context, steps, keys)
         return {f"{name}/latents": x_0[:, ::2, ::2], f"{name}/images": model.decode(params, x_0)[:, ::16, ::16]}
 
-    rows = jax.device_get(jax.jit(model.encode)(model.params, ids))
+    rows = jax.device_get(jax.jit(model.encode)(model.params, tuple(ids)))
     cond, empty = jax.tree.map(lambda x: x[:1], rows), jax.tree.map(lambda x: x[1], rows)
     context = make_context(cond, model.unconditional(empty))
     keys = parallel.sample_keys(jax.random.key(0), 1)  # of no noise, as eta is 0
