@@ -33,7 +33,12 @@ class Task(NamedTuple):
     name: str
     texts: tuple[str, ...]
     cond: Conditioning
-    tokens: Mapping[str, Any]  # per reward
+    tokens: Mapping[str, Any]  # by the names of the rewards that are to score it
+
+    def spread(self, name: str, n: int) -> "Task":
+        """n evenly spaced prompts, of a few several each; not to be scored."""
+        rows = np.linspace(0, len(self.texts) - 1, n).round().astype(int)
+        return Task(name, tuple(self.texts[i] for i in rows), jax.tree.map(lambda x: x[rows], self.cond), {})
 
 
 class Experiment(NamedTuple):

@@ -116,6 +116,18 @@ class Sampler(NamedTuple):
             logging.warning("prompt cut to %d tokens: %.100r%s", longest, texts[0], more)
         return cond
 
+    def check_memory(self, n: int) -> None:
+        """Raises InputError where n images, held until all are there, take more than half of the machine's memory."""
+        pipeline = self.pipeline
+        latents = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), np.float32)
+        numbers = jax.eval_shape(pipeline.decode, pipeline.sampling_params, latents).size
+        needed, there = 5 * numbers * n, backend.host_memory() // 2  # as float32, and as bytes
+        if needed > there:
+            raise InputError(
+                f"{n:,} images would take at least {needed / 2**30:.1f} GiB of this machine's memory; wants at most "
+                f"{there // (5 * numbers):,} at once, half of it"
+            )
+
 
 def model_dtype(config: ConfigDict) -> np.dtype:
     """What model.dtype comes to on this machine."""

@@ -23,15 +23,15 @@ from diffexp_jax import backend, parallel, paths, report
 from diffexp_jax.algorithms import Inputs
 from diffexp_jax.cost.dry_run import dry_run
 from diffexp_jax.errors import InputError, RewardError, Stopped
-from diffexp_jax.evaluation import evaluate_all, fixed_samples
+from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import LORA_FILE, save_lora
-from diffexp_jax.programs import Programs, make_programs, make_scorers
+from diffexp_jax.programs import Programs, make_programs
 from diffexp_jax.report.about import describe
 from diffexp_jax.run import workdir as workdirs
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.run.lease import Lease
-from diffexp_jax.run.metrics import MetricsWriter, check_finite
+from diffexp_jax.run.metrics import MetricsWriter, check_finite, score_of
 from diffexp_jax.run.progress import Progress
 from diffexp_jax.run.stopping import StopRequests
 from diffexp_jax.sampling import Steps
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     workdir: Path
     experiment: Experiment
     programs: Programs
-    scorers: dict[str, Any]
+    evaluator: Evaluator  # without a LoRA
     frozen: Any
     plain: Steps
     explored: Steps
@@ -70,8 +70,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     with parallel.on_first(lambda: workdirs.claim(workdir, config, identity, describe(experiment))) as lease:
         programs, frozen = make_programs(experiment), parallel.share(experiment.frozen)
         plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
-        scorers, evaluations = make_scorers(experiment, frozen), experiment.sampler.count_evaluations()
-        this = Run(config, workdir, experiment, programs, scorers, frozen, plain, explored, evaluations, lease)
+        evaluator, count = Evaluator.of_experiment(experiment, programs, frozen), experiment.sampler.count_evaluations()
+        this = Run(config, workdir, experiment, programs, evaluator, frozen, plain, explored, count, lease)
         state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
@@ -82,7 +82,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
     """Trains from `state`, or from the newest checkpoint; the last state, on the devices."""
-    config, log = run.config, run.config.log
+    config, log, best = run.config, run.config.log, run.config.checkpoint.best
     wandb = config.to_dict() if log.wandb else None
     with (
         StopRequests(grace=config.stop_grace) as stop,
@@ -96,7 +96,7 @@ def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
         if start is None:
             values = evaluate_and_draw(run, state.tuned, 0)
             writer.write(0, values)
-            checkpoints.save(0, parallel.first(state), rows=writer.recent, score=values.get(config.checkpoint.best))
+            checkpoints.save(0, parallel.first(state), rows=writer.recent, score=score_of(values, best))
         else:
             print("\n  ".join([f"continuing from iteration {start}", *changes]))
         return train(run, state, start or 0, checkpoints, writer, stop)
@@ -129,7 +129,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
             failed = error  # the row is without its evaluation
         workdirs.check(run.lease)
         writer.write(it + 1, values)
-        number, score = parallel.agree(stop.number()), values.get(run.config.checkpoint.best)
+        number, score = parallel.agree(stop.number()), score_of(values, run.config.checkpoint.best)
         if due or number or failed or checkpoints.is_best(score):
             checkpoints.save(it + 1, held, rows=writer.recent, score=score)
         checkpoints.check()
@@ -163,17 +163,17 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
 
 def evaluate_and_draw(run: Run, lora: Any, iteration: int) -> dict[str, float]:
     """What is due after this many iterations: saves the image grid, and gives the means of evaluation."""
-    config, programs, params, n = run.config, run.programs, run.frozen["model"], run.config.log.images
+    config, model = run.config, run.evaluator.with_lora(lora)
 
     def due(every):
         return every and (iteration == config.iterations or iteration % every == 0)
 
-    if n and due(config.log.images_every):
-        images, captions = fixed_samples(run.experiment, programs.generate, params, lora, run.plain, n=n)
+    if (n := config.log.images) and due(config.log.images_every):
+        shown = run.experiment.train.spread("grid", n)
+        images, _ = model.evaluate(shown, seed=config.seed, keep=range(n))
         if parallel.is_first():
-            report.save_images(run.workdir, iteration, images, captions)
-    do = due(config.eval.every)
-    return evaluate_all(run.experiment, programs.generate, run.scorers, params, lora, run.plain) if do else {}
+            report.save_images(run.workdir, iteration, images, shown.texts)
+    return model.means(run.experiment.evals, config.eval, seed=config.seed) if due(config.eval.every) else {}
 
 
 # -------------------------------------------------------------------------------------------------------- command line

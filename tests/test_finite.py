@@ -13,12 +13,13 @@ from diffexp_jax import programs, rewards
 from diffexp_jax.cli import evaluate as cli_evaluate
 from diffexp_jax.cli import sample as cli_sample
 from diffexp_jax.errors import InputError
-from diffexp_jax.evaluation import check_pictures, check_scores, means_of
 from diffexp_jax.formats import convert
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.pipelines import load_pipeline, make_context
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
+from diffexp_jax.programs import check_pictures
 from diffexp_jax.rewards import load_reward
+from diffexp_jax.rewards.scoring import check_scores, means_of
 
 DTYPES = [np.float32, np.float16, jnp.bfloat16]
 

@@ -4,7 +4,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import alignprop, base, ddpo, paper
-from diffexp_jax.evaluation import samples_of_each
+from diffexp_jax.evaluator import samples_of_each
 from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.prompts import PROMPTS
 from diffexp_jax.settings import check_config

@@ -35,26 +35,27 @@ BELOW = {
     "sampling": {"formats.config_keys", "limits"},
     "prompts": {"formats", "paths"},
     "pipelines": {"models", "formats", "sampling", "prompts", "exploration", "paths"},
-    "rewards": {"models", "formats", "emoji.names", "paths", "limits"},
+    "rewards": {"models", "formats", "emoji.names", "parallel", "paths", "limits"},
     "emoji": {"rewards", "pipelines", "models", "formats", "prompts", "sampling"},
     "algorithms": {"sampling", "backend", "limits"},
     "settings": {"algorithms", "pipelines", "prompts", "models.precision", "models.lora", "sampling", "formats"}
     | {"parallel", "limits", "backend", "paths"},
     "command": {"settings", "output", "paths"},
     "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "backend"},
-    "run": {"settings", "sampler", "algorithms", "exploration", "command", "parallel", "formats", "paths"},
+    "run": {"settings", "sampler", "algorithms", "exploration", "command", "parallel", "formats", "limits", "paths"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
     | {"run.fingerprint", "paths"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
-    "evaluation": {"experiment", "pipelines", "sampling", "parallel", "limits"},
+    "evaluator": {"programs", "experiment", "sampler", "settings", "rewards", "prompts", "pipelines", "models.lora"}
+    | {"sampling", "formats.lora_files", "run.checkpoint", "parallel"},
     "cost": {"programs", "experiment", "sampler", "algorithms", "models", "parallel", "backend"},
     "report": {"experiment", "run", "settings", "exploration", "prompts", "formats", "parallel", "backend"},
-    "train": {"programs", "evaluation", "experiment", "settings", "cost", "algorithms", "sampling", "models.lora"}
+    "train": {"programs", "evaluator", "experiment", "settings", "cost", "algorithms", "sampling", "models.lora"}
     | {"parallel", "backend", "run", "report", "command", "paths"},
     "cli": {
         "sampler",
         "programs",
-        "evaluation",
+        "evaluator",
         "experiment",
         "settings",
         "report",
@@ -64,7 +65,7 @@ BELOW = {
         "pipelines",
     }
     | {"models", "formats", "sampling", "exploration", "parallel", "backend", "limits", "command"},
-    "sweeps": {"programs", "evaluation", "experiment", "settings", "report", "run", "rewards", "prompts", "models.lora"}
+    "sweeps": {"evaluator", "experiment", "settings", "report", "run", "rewards", "prompts", "models.lora"}
     | {"formats", "parallel", "backend", "limits", "command", "paths"},
     "__init__": {"errors"},
 }
@@ -139,7 +140,17 @@ def of(library: str) -> set[str]:
 def test_where_libraries_are_used():
     assert of("flax.linen") == {"models"}  # a port to another network library touches one folder
     # the rest takes values
-    assert of("ml_collections") == {"train", "cost", "experiment", "sampler", "settings", "run", "sweeps", "cli"}
+    assert of("ml_collections") == {
+        "train",
+        "cost",
+        "evaluator",
+        "experiment",
+        "sampler",
+        "settings",
+        "run",
+        "sweeps",
+        "cli",
+    }
     assert of("orbax") == {"run"}
     for library in ("torch", "random", "diffusers"):
         assert of(library) == set(), library

@@ -23,14 +23,14 @@ import sample_rewards
 from PIL import Image
 from safetensors.numpy import load_file
 
-from diffexp_jax import command, evaluation, parallel, report, train
+from diffexp_jax import command, parallel, report, train
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment, make_optimizer
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines.stable_diffusion import load
 from diffexp_jax.programs import Programs
 from diffexp_jax.run import checkpoint, progress
-from diffexp_jax.run.metrics import read_metrics
+from diffexp_jax.run.metrics import read_metrics, score_of
 from tests.conftest import ROOT, CompileCounter, as_flags
 
 ALGORITHMS = ("alignprop", "ddpo")
@@ -414,11 +414,12 @@ def test_the_best_checkpoint_is_kept(make_config, tmp_path, monkeypatch):
     assert [checkpoint.read_lora(tmp_path, which)[0] for which in ("best", "newest")] == [1, 3]
 
 
-def test_the_best_by_an_evaluation_that_there_is_not(make_config, monkeypatch):
-    experiment = Experiment.build(make_config("ddpo", {"checkpoint.best": "eval/unseen/beauty"}))
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **kwargs: (None, {"pickscore": np.ones(2)}))
+def test_the_best_by_an_evaluation_that_there_is_not():
+    row = {"reward": 0.5, "eval/unseen/pickscore": 20.0}
+    assert score_of(row, "eval/unseen/pickscore") == 20.0 and score_of(row, "reward") == 0.5
+    assert score_of({"reward": 0.5}, "eval/unseen/pickscore") is None  # no evaluation was due
     with pytest.raises(InputError, match="checkpoint.best='eval/unseen/beauty': accepted: eval/unseen/pickscore$"):
-        evaluation.evaluate_all(experiment, lambda: None, {}, None, None, experiment.sampler.steps(explore=False))
+        score_of(row, "eval/unseen/beauty")
 
 
 @pytest.mark.parametrize(
@@ -478,16 +479,8 @@ def test_determinism_is_asked_for_before_a_device_is_used(make_config, tmp_path,
     assert seen == ["--xla_a=1", *["--xla_a=1 --xla_gpu_deterministic_ops=true"] * 2]
 
 
-def test_a_grid_of_a_single_prompt(make_config, monkeypatch):
+def test_a_grid_of_a_single_prompt(make_config):
     """As many pictures as asked for: of one prompt on several seeds."""
     config = make_config("ddpo", {"prompts": "a dog riding a bike", "log.images": 3, "eval.every": 0})
-    experiment = Experiment.build(config)
-    tasks = []
-
-    def evaluate(*args, **kwargs):
-        tasks.append(args[4])
-        return np.zeros((3, 8, 8, 3), np.uint8), {}
-
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    _, captions = evaluation.fixed_samples(experiment, lambda: None, None, None, None, n=3)
-    assert captions == ("a dog riding a bike",) * 3 and tasks[0].cond.embedding.shape[0] == 3
+    shown = Experiment.build(config).train.spread("grid", 3)
+    assert shown.texts == ("a dog riding a bike",) * 3 and shown.cond.embedding.shape[0] == 3 and not shown.tokens

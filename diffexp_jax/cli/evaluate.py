@@ -5,26 +5,24 @@ python scripts/evaluate.py --workdir runs/x --prompts animal_activities --reward
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffexp_jax import backend, command, evaluation, parallel, report, settings
+from diffexp_jax import backend, command, report, settings
 from diffexp_jax.errors import InputError
-from diffexp_jax.experiment import check_files, load_rewards, make_task
+from diffexp_jax.evaluator import Evaluator
+from diffexp_jax.experiment import check_files, load_rewards
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.limits import LORA_SCALE, check_number, whole
-from diffexp_jax.models.lora import scaled
-from diffexp_jax.programs import bytes_and_finite, make_generate, make_scorer
 from diffexp_jax.prompts import load_prompt_sets
 from diffexp_jax.rewards import check_trusted
+from diffexp_jax.rewards.scoring import check_scores, summary
 from diffexp_jax.run import checkpoint
-from diffexp_jax.sampler import Sampler
 
 
 def main(args: argparse.Namespace) -> None:
@@ -38,22 +36,25 @@ def main(args: argparse.Namespace) -> None:
     if config.deterministic:
         backend.ask_for_determinism()
     prompt_sets = load_prompt_sets(config.eval.prompts)
-    iteration, lora = checkpoint.read_lora(args.workdir, args.checkpoint)
-    comparison = Comparison.build(args, config, lora)
-    results: dict[str, Any] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
+    _, _, rewards = load_rewards(config)
+    options = {"lora_scale": args.lora_scale, "rewards": rewards, "batch": args.batch}
+    tuned = Evaluator.of_run(args.workdir, args.checkpoint, config=config, **options)
+    models = {"base": tuned.untuned(), "tuned": tuned}
+    results: dict[str, Any] = {"iteration": tuned.iteration, "samples_per_prompt": args.samples_per_prompt}
     results["lora_scale"] = args.lora_scale
     results["sampling"] = config.sampling.to_dict()
     n_images = 2 * args.samples_per_prompt * sum(map(len, prompt_sets))
     with tqdm(total=n_images, desc="evaluating", unit="image") as bar:
         for prompts in prompt_sets:
-            task = make_task(comparison.sampler, comparison.rewards, prompts)
+            task = tuned.task(prompts)
             results[task.name] = {}
             captions, shown = shown_images(args, task.texts)
             pictures = {}
-            for name in ("base", "tuned"):
-                pictures[name], scores = comparison.evaluate(args, task, name, shown, bar)
-                evaluation.check_scores(scores)
-                results[task.name][name] = {key: evaluation.summary(x) for key, x in scores.items()}
+            for name, model in models.items():
+                n = {"samples_per_prompt": args.samples_per_prompt, "keep": shown.tolist()}
+                pictures[name], scores = model.evaluate(task, seed=args.seed, advance=bar.update, **n)
+                check_scores(scores)
+                results[task.name][name] = {key: summary(x) for key, x in scores.items()}
                 line = ", ".join(f"{key} {x['mean']:.3f}" for key, x in results[task.name][name].items())
                 tqdm.write(f"{task.name}, {name}: {line}")
             grid = args.out.with_name(f"{args.out.stem}-{task.name}.png")
@@ -87,67 +88,6 @@ def run_settings(args: argparse.Namespace) -> ConfigDict:
     settings.check_values(config, settings.NUMBERS)
     check_files(config, weights=True)
     return config
-
-
-class Comparison(NamedTuple):
-    """The two models, ready to sample and to be scored."""
-
-    sampler: Sampler
-    rewards: dict[str, Any]
-    generate: Any
-    scorers: dict[str, Any]
-    params: Any
-    loras: dict[str, Any]  # "base": an update of nothing
-    steps: Any
-    batch: int
-
-    @classmethod
-    def build(cls, args: argparse.Namespace, config: ConfigDict, lora: Any) -> "Comparison":
-        _, _, rewards = load_rewards(config)
-        sampler, n = Sampler.build(config), jax.device_count()
-        batch = max(args.batch // n, 1) * n
-        scale = args.lora_scale * config.lora.alpha / config.lora.rank
-        loras = {name: parallel.replicate(scaled(lora, x)) for name, x in (("base", 0.0), ("tuned", scale))}
-        return cls(
-            sampler,
-            rewards,
-            checked(make_generate(sampler.pipeline, n_chunks=1, lora_scale=1.0, form=bytes_and_finite)),
-            {name: make_scorer(reward, batch=batch) for name, reward in rewards.items()},
-            parallel.share(sampler.pipeline.sampling_params),
-            loras,
-            parallel.replicate(sampler.steps(explore=False)),
-            batch,
-        )
-
-    def evaluate(
-        self, args: argparse.Namespace, task: Any, name: str, shown: np.ndarray, bar: tqdm
-    ) -> tuple[np.ndarray, dict]:
-        """The images with these indices, and the scores of all."""
-        return evaluation.evaluate(
-            self.generate,
-            self.scorers,
-            self.params,
-            self.loras[name],
-            task,
-            self.sampler.uncond,
-            self.steps,
-            seed=args.seed,
-            batch=self.batch,
-            samples_per_prompt=args.samples_per_prompt,
-            keep=shown.tolist(),
-            advance=bar.update,
-        )
-
-
-def checked(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """The program's pictures alone, where they are finite; else it raises InputError."""
-
-    def pictures(*args):
-        images, finite = generate(*args)
-        evaluation.check_pictures(parallel.unshard(finite))
-        return images
-
-    return pictures
 
 
 def shown_images(args: argparse.Namespace, texts: tuple[str, ...]) -> tuple[list[str], np.ndarray]:

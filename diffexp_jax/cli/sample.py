@@ -24,11 +24,11 @@ from tqdm import tqdm
 from diffexp_jax import backend, command, exploration, parallel, programs, report
 from diffexp_jax.cli.sample_flags import arguments, settings_of
 from diffexp_jax.errors import InputError
-from diffexp_jax.evaluation import check_pictures
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.tokenizers import check_text
 from diffexp_jax.models.lora import load_lora, scaled
 from diffexp_jax.pipelines import Conditioning, Pipeline, make_context
+from diffexp_jax.programs import check_pictures
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.files import comma_phrases
 from diffexp_jax.run import checkpoint

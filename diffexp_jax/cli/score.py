@@ -21,13 +21,12 @@ from tqdm import tqdm
 
 from diffexp_jax import command, report
 from diffexp_jax.errors import InputError
-from diffexp_jax.evaluation import check_scores, score_all
 from diffexp_jax.formats import pictures
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.limits import check_number, positive, whole
-from diffexp_jax.programs import make_scorer
 from diffexp_jax.prompts.files import read_lines, read_named_prompts
 from diffexp_jax.rewards import check_reward, load_reward, reward_name
+from diffexp_jax.rewards.scoring import Scorers, check_scores
 
 _TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may not be UTF-8
 # What lies beside pictures without being one: prompts, scores, arrays, notes
@@ -56,14 +55,14 @@ def main(args: argparse.Namespace) -> None:
         if texts is None and any(map(np.size, tokens)):
             raise InputError(f"--prompts is missing: the reward {name!r} reads prompts")
     texts = texts or [""] * len(paths)
-    tokens = {name: reward.tokenize(texts) for name, reward in rewards.items()}
-    scorers = {name: make_scorer(reward, batch=batch) for name, reward in rewards.items()}
+    scorers = Scorers.of(rewards, batch=batch)
+    tokens = scorers.tokens(texts)
     rows: list[dict] = []
     notes: dict[str, list[str]] = {}  # by kind, the pictures
     with tqdm(total=len(paths), desc="scoring", unit="image") as progress:
         for here in parts:
             found = [pictures.read_picture(path) for path in paths[here]]
-            scores = score_all(scorers, [one.pixels for one in found], jax.tree.map(lambda x, at=here: x[at], tokens))
+            scores = scorers.score([one.pixels for one in found], jax.tree.map(lambda x, at=here: x[at], tokens))
             check_scores(scores)
             for i, (path, text) in enumerate(zip(paths[here], texts[here], strict=True)):
                 rows.append({"image": str(path), "prompt": text} | {name: f"{x[i]:.6f}" for name, x in scores.items()})

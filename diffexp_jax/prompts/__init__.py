@@ -92,6 +92,22 @@ def load_prompts(spec: str | Path) -> PromptSet:
     return PromptSet(name, texts, tuple(files.comma_phrases(text) for text in texts))
 
 
+def as_prompt_set(prompts: str | Sequence[str] | PromptSet) -> PromptSet:
+    """A str is what `load_prompts` reads; several are prompts themselves, of one set.
+
+    Raises:
+      InputError: as `load_prompts`; or there are none.
+    """
+    if isinstance(prompts, PromptSet):
+        return prompts
+    if isinstance(prompts, str):
+        return load_prompts(prompts)
+    texts = tuple(check_text(text, "prompts") for text in prompts)
+    if not texts:
+        raise InputError("prompts: has none; wants at least one")
+    return PromptSet("prompts", texts, tuple(files.comma_phrases(text) for text in texts))
+
+
 def load_prompt_sets(specs: Sequence[str]) -> list[PromptSet]:
     """Several, each with a name of its own: its results are stored under it.
 

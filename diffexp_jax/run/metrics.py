@@ -20,6 +20,7 @@ from diffexp_jax import parallel
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.json_text import parse_json
+from diffexp_jax.limits import one_of
 from diffexp_jax.run import optional
 
 _RECENT = 100  # rows
@@ -271,3 +272,15 @@ def _as_ranges(numbers: Iterable[int]) -> str:
         else:
             ranges.append([number, number])
     return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in ranges)
+
+
+def score_of(values: Mapping[str, Any], best: str) -> float | None:
+    """What checkpoint.best ranks a checkpoint by, of a row of the metrics; None where the row does not have it.
+
+    Raises:
+      InputError: it is the mean of an evaluation, and the row has others.
+    """
+    evaluated = [name for name in values if name.startswith("eval/")]
+    if evaluated and best.startswith("eval/"):
+        one_of("checkpoint.best", best, evaluated)
+    return values.get(best)

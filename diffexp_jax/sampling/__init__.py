@@ -14,6 +14,7 @@ from diffexp_jax.formats.config_keys import shown
 from diffexp_jax.sampling import ddim, flow
 from diffexp_jax.sampling.chain import (
     Trajectory,
+    check_latents,
     initial_latents,
     rollout,
     step_log_prob,
@@ -38,7 +39,15 @@ from diffexp_jax.sampling.process import Process, gaussian_log_prob, sample_nois
 __all__ = ["PROCESSES", "Process", "gaussian_log_prob", "load_process", "sample_noise"]
 __all__ += ["Context", "Denoise", "MakeDenoise", "Steps", "by_guidance", "by_step", "classifier_free_guidance"]
 __all__ += ["guided", "is_unguided", "unguided", "LiveDenoise", "differentiable", "truncated"]
-__all__ += ["Trajectory", "initial_latents", "rollout", "step_log_prob", "step_noise", "transition_log_prob"]
+__all__ += [
+    "Trajectory",
+    "check_latents",
+    "initial_latents",
+    "rollout",
+    "step_log_prob",
+    "step_noise",
+    "transition_log_prob",
+]
 
 # By the `_class_name` of scheduler_config.json, the scheduler that a model is published with. What the model was
 # trained for decides, not how that scheduler takes its steps.

@@ -1,11 +1,13 @@
 """Sampling as one `lax.scan` over the steps; the differentiable variant is the same function."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from diffexp_jax.errors import InputError
 from diffexp_jax.sampling.gradient import LiveDenoise
 from diffexp_jax.sampling.guidance import Context, Denoise, Steps
 from diffexp_jax.sampling.process import Process, gaussian_log_prob, sample_noise
@@ -36,6 +38,12 @@ class Trajectory(NamedTuple):
 def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
     """x_T for each sample's key."""
     return sample_noise(jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys), shape)
+
+
+def check_latents(latents: Any, shape: tuple[int, ...], name: str = "latents") -> None:
+    """Raises InputError where a user's starting noise is of another shape; `name` is what it was given by."""
+    if np.shape(latents) != shape:
+        raise InputError(f"{name}: shape {np.shape(latents)}; wants {shape}: one for each image")
 
 
 def step_noise(keys: jax.Array, i: Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:

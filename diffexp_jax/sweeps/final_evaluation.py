@@ -14,22 +14,23 @@ if __name__ == "__main__":
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffexp_jax import backend, evaluation, parallel, paths, settings
-from diffexp_jax.experiment import Experiment, Task
+from diffexp_jax import backend, paths, settings
+from diffexp_jax.evaluator import Evaluator, samples_of_each
+from diffexp_jax.experiment import Task, check_files, load_rewards
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
-from diffexp_jax.programs import make_embedder, make_generate, make_scorers
+from diffexp_jax.prompts import load_prompt_sets
 from diffexp_jax.rewards import check_trusted
+from diffexp_jax.rewards.scoring import summary
 from diffexp_jax.run import checkpoint
 from diffexp_jax.sweeps import image_statistics
 
@@ -53,22 +54,20 @@ def main(args: argparse.Namespace) -> None:
         backend.ask_for_determinism()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(paths.local("compilation_cache=", config.compilation_cache)))
-    iteration, lora = checkpoint.read_lora(args.workdir, args.checkpoint)
-    if args.base:
-        iteration, lora = 0, jax.tree.map(np.zeros_like, lora)  # an update of nothing
-    model = Model.build(Experiment.build(config), lora)
-    results: dict[str, Any] = {"iteration": iteration, "samples_per_prompt": args.samples_per_prompt}
-    results |= {"many_per_prompt": args.many, "seed": args.seed, "features": model.features}
+    model = load_model(args, config)
+    results: dict[str, Any] = {"iteration": 0 if args.base else model.iteration}
+    results |= {"samples_per_prompt": args.samples_per_prompt, "many_per_prompt": args.many, "seed": args.seed}
+    results |= {"features": model.scorers.features and model.scorers.features[0]}
     results |= {"sampling": config.sampling.to_dict(), "machine": backend.machine()}
     ways = {"plain": (args.samples_per_prompt, False)}
     ways |= {"explored": (args.samples_per_prompt, True)} if args.explored else {}
     ways |= {"many": (args.many, False)} if args.many else {}
-    tasks = model.experiment.evals
-    of_each = partial(evaluation.samples_of_each, per_set=config.eval.samples_per_set)
+    tasks = [model.task(prompts) for prompts in load_prompt_sets(config.eval.prompts)]
+    of_each = partial(samples_of_each, per_set=config.eval.samples_per_set)
     images = sum(len(t.texts) * of_each(len(t.texts), per_prompt=n) for n, _ in ways.values() for t in tasks)
     with tqdm(total=images, desc="final evaluation", unit="image") as bar:
         for way, (n, explore) in ways.items():
-            measure = partial(model.measure, explore=explore, seed=args.seed, advance=bar.update)
+            measure = partial(measured, model, schedule=explore, seed=args.seed, advance=bar.update)
             results[way] = {task.name: measure(task, n=of_each(len(task.texts), per_prompt=n)) for task in tasks}
     write_whole(args.out, json.dumps(results) + "\n")
 
@@ -92,61 +91,34 @@ def run_settings(workdir: Path, *, trusted: bool) -> ConfigDict:
     return config
 
 
-class Model(NamedTuple):
-    """A model with its LoRA, ready to sample and to be measured; arrays are on the devices."""
+def load_model(args: argparse.Namespace, config: ConfigDict) -> Evaluator:
+    """The run's model. Its program is that of the run's own evaluations, so it is compiled already."""
+    settings.check_config(config)
+    check_files(config, weights=True)
+    split, (_, _, rewards) = settings.batch_split(config), load_rewards(config)
+    options = {"rewards": rewards, "batch": split.samples, "chunks": split.chunks, "strict": False}
+    model = Evaluator.of_run(args.workdir, args.checkpoint, config=config, **options)
+    return model.untuned() if args.base else model
 
-    experiment: Experiment
-    generate: Any
-    scorers: dict[str, Any]
-    embed: Any  # None where no reward has features of images
-    features: str | None  # the name of the reward whose features they are
-    params: Any
-    lora: Any
 
-    @classmethod
-    def build(cls, experiment: Experiment, lora: Any) -> "Model":
-        """The programs are those of the run's own evaluations, so they are compiled already."""
-        frozen, split = parallel.share(experiment.frozen), experiment.split
-        pipeline, batch = experiment.sampler.pipeline, split.per_forward * split.devices
-        features = next((name for name, reward in experiment.rewards.items() if reward.embed), None)
-        return cls(
-            experiment,
-            make_generate(pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale),
-            make_scorers(experiment, frozen),
-            make_embedder(experiment.rewards[features], batch=batch) if features else None,
-            features,
-            frozen["model"],
-            parallel.replicate(lora),
-        )
+def measured(model: Evaluator, task: Task, *, n: int, **options: Any) -> dict[str, Any]:
+    """Of n images a prompt {"means": {what: mean and error}, "prompts": [P], "per_prompt": {what: [P]}}.
 
-    def measure(self, task: Task, *, n: int, explore: bool, seed: int, advance: Callable) -> dict[str, Any]:
-        """Of n images a prompt {"means": {what: mean and error}, "prompts": [P], "per_prompt": {what: [P]}}."""
-        measures = SIGNS | ({"features": self.embed} if self.embed and n > 1 else {})
-        _, values = evaluation.evaluate(
-            self.generate,
-            self.scorers,
-            self.params,
-            self.lora,
-            task,
-            self.experiment.sampler.uncond,
-            parallel.replicate(self.experiment.sampler.steps(explore=explore)),
-            seed=seed,
-            batch=self.experiment.split.samples,
-            samples_per_prompt=n,
-            measures=measures,
-            advance=advance,
-        )
-        features = values.pop("features", None)
-        per_prompt = {name: x.reshape(-1, n).mean(1) for name, x in values.items()}
-        if features is not None:
-            of_prompts = features.reshape(len(task.texts), n, -1)
-            spread = {f"diversity/{name}": np.array([f(x) for x in of_prompts]) for name, f in DIVERSITY.items()}
-            values, per_prompt = values | spread, per_prompt | spread
-        return {
-            "means": {name: evaluation.summary(x) for name, x in values.items()},
-            "prompts": list(task.texts),
-            "per_prompt": {name: np.round(x.astype(float), DIGITS).tolist() for name, x in per_prompt.items()},
-        }
+    Options are those of `Evaluator.evaluate`.
+    """
+    measures = SIGNS | ({"features": model.scorers.features[1]} if model.scorers.features and n > 1 else {})
+    _, values = model.evaluate(task, samples_per_prompt=n, measures=measures, **options)
+    features = values.pop("features", None)
+    per_prompt = {name: x.reshape(-1, n).mean(1) for name, x in values.items()}
+    if features is not None:
+        of_prompts = features.reshape(len(task.texts), n, -1)
+        spread = {f"diversity/{name}": np.array([f(x) for x in of_prompts]) for name, f in DIVERSITY.items()}
+        values, per_prompt = values | spread, per_prompt | spread
+    return {
+        "means": {name: summary(x) for name, x in values.items()},
+        "prompts": list(task.texts),
+        "per_prompt": {name: np.round(x.astype(float), DIGITS).tolist() for name, x in per_prompt.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from diffexp_jax import programs
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats import pictures
 from diffexp_jax.formats.pictures import MOST_PIXELS, n_pixels, natural, read_picture
-from diffexp_jax.programs import make_scorer
 from diffexp_jax.rewards import load_reward
 from diffexp_jax.rewards.reward import flattened
+from diffexp_jax.rewards.scoring import make_scorer
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 255, (6, 5, 3), np.uint8)

@@ -15,9 +15,9 @@ from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models.classifier import Classifier, ClassifierConfig
-from diffexp_jax.programs import make_embedder, make_scorer
 from diffexp_jax.rewards import BUILTINS, aesthetic, judge, load_reward, preprocess
 from diffexp_jax.rewards.preprocess import floor_half, official_crop
+from diffexp_jax.rewards.scoring import make_embedder, make_scorer
 from tests.support.reward_checks import assert_same_score_and_gradient, perturbed, torch_pixels
 
 torch = pytest.importorskip("torch")

@@ -2,14 +2,17 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax import evaluation, parallel
+from diffexp_jax import parallel
+from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import Task
+from diffexp_jax.rewards.scoring import Scorers
 
 PROMPTS, EACH, BATCH = 7, 5, 8  # 35 images: four batches and a part of one
 
@@ -33,7 +36,7 @@ def evaluate(monkeypatch):
     cond = np.arange(PROMPTS, dtype=np.float32)[:, None]
     task = Task("set", tuple(map(str, range(PROMPTS))), cond, {"score": np.arange(PROMPTS)})
 
-    def generate(params, lora, context, keys, steps):
+    def generate(params, lora, context, keys, steps, x_T):
         data = jax.random.key_data(keys).reshape(*keys.shape, -1)[..., -1] % 200
         return jnp.broadcast_to(data[..., None, None, None], (*keys.shape, 2, 2, 3)).astype(jnp.uint8)
 
@@ -42,8 +45,12 @@ def evaluate(monkeypatch):
 
     def run(batch=BATCH, **options):
         most.clear()
-        options |= {"seed": 1, "batch": batch, "samples_per_prompt": EACH}
-        return *evaluation.evaluate(generate, {"score": score}, None, None, task, None, None, **options), max(most)
+        scorers, sampler = (
+            Scorers({}, {"score": score}, batch),
+            SimpleNamespace(uncond=None, steps=lambda explore: None),
+        )
+        model = Evaluator(sampler, None, None, generate, batch, scorers, strict=False)
+        return *model.evaluate(task, seed=1, samples_per_prompt=EACH, **options), max(most)
 
     return run
 
