@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,14 @@ import pytest
 from diffexp_jax import parallel
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import Task
+from diffexp_jax.pipelines import Pipeline
 from diffexp_jax.rewards.scoring import Scorers
+from diffexp_jax.sampler import Exploration, Sampler
+from diffexp_jax.sampling import load_process
 
+PIPELINE = Pipeline(*[None] * len(Pipeline._fields))._replace(process=load_process({}))
+NUMBERS = Exploration(False, 1.0, 900, (1.0, 1.0), "word", "sample", 0.5, None)
+SAMPLER = Sampler(PIPELINE, None, None, n_steps=2, guidance=1.0, eta=0.0, exploration=NUMBERS)
 PROMPTS, EACH, BATCH = 7, 5, 8  # 35 images: four batches and a part of one
 
 
@@ -45,11 +50,7 @@ def evaluate(monkeypatch):
 
     def run(batch=BATCH, **options):
         most.clear()
-        scorers, sampler = (
-            Scorers({}, {"score": score}, batch),
-            SimpleNamespace(uncond=None, steps=lambda explore: None),
-        )
-        model = Evaluator(sampler, None, None, generate, batch, scorers, strict=False)
+        model = Evaluator(SAMPLER, None, None, generate, batch, Scorers({}, {"score": score}, batch), strict=False)
         return *model.evaluate(task, seed=1, samples_per_prompt=EACH, **options), max(most)
 
     return run

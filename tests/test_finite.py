@@ -1,6 +1,7 @@
 """Numbers that are not finite: weights are refused by file and tensor, pictures and scores by one line."""
 
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from diffexp_jax import programs, rewards
-from diffexp_jax.cli import evaluate as cli_evaluate
-from diffexp_jax.cli import sample as cli_sample
+from diffexp_jax import rewards
 from diffexp_jax.errors import InputError
+from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.formats import convert
-from diffexp_jax.models.lora import init_lora
-from diffexp_jax.pipelines import load_pipeline, make_context
-from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
+from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.programs import check_pictures
 from diffexp_jax.rewards import load_reward
 from diffexp_jax.rewards.scoring import check_scores, means_of
+from diffexp_jax.sampler import Sampler
+from diffexp_jax.settings import default_config
 
 DTYPES = [np.float32, np.float16, jnp.bfloat16]
 
@@ -95,26 +95,17 @@ def test_a_score_that_is_not_finite(monkeypatch, script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_pictures_that_are_not_finite(tiny_model, value):
-    """Of sample.py and evaluate.py: as bytes they would be black or white."""
-    model = load_pipeline(tiny_model)
-    model.params["vae"]["decoder"]["conv_out"]["bias"][0] = value
-    sample = vars(cli_sample)
-    evaluate = vars(cli_evaluate)
-    t = model.process.timesteps(1)
-    steps = model.process.make_steps(t, np.ones(1, np.float32), eta=0.0)
-    text = TextEmbedding(np.zeros((1, 32, 16), np.float32))
-    context = make_context(text, jax.tree.map(lambda x: x[0], text))
-    keys = jax.random.split(jax.random.key(0), 1)
-    variant = sample["Variant"]("", ["a dog"], None, steps, context)
-    x_T = np.zeros((1, 8, 8, 4), np.float32)
-    with pytest.raises(InputError, match="^1 of 1 pictures are not finite: the model, its VAE or the LoRA overflows"):
-        sample["sample_all"](sample["make_sample"](model), model.params, [variant], x_T, keys, batch=1)
-    lora = init_lora(jax.random.key(0), model.base, rank=1)
-    generate = programs.make_generate(model, n_chunks=1, lora_scale=1.0, form=programs.bytes_and_finite)
-    arguments = jax.tree.map(lambda x: jnp.asarray(x)[None], (model.params, lora, context, keys, steps))  # a device
-    with pytest.raises(InputError, match="^1 of 1 pictures are not finite"):
-        evaluate["checked"](generate)(*arguments)
+def test_pictures_that_are_not_finite(tiny_model, value, monkeypatch):
+    """Of sample.py, which wants numbers, and of evaluate.py: as bytes they would be black or white."""
+    config = default_config()
+    config.update_from_flattened_dict({"model.path": str(tiny_model), "sampling.steps": 1})
+    built = Sampler.build(config)
+    built.pipeline.params["vae"]["decoder"]["conv_out"]["bias"][0] = value
+    monkeypatch.setattr(Sampler, "build", lambda config: built)
+    model = Evaluator.of_config(config, batch=1)
+    for sample in (partial(model.images, floats=True), model.images, model.evaluate):
+        with pytest.raises(InputError, match="^1 of 1 pictures are not finite: the model, its VAE or the LoRA"):
+            sample(["a dog"])
 
 
 def test_finite_pictures_pass():
