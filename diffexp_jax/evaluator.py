@@ -154,6 +154,10 @@ class Evaluator:
         """The model before fine-tuning, in the same program: with an update of nothing."""
         return self.with_lora(parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), self.lora)))
 
+    def sampled_by(self, **changes: Any) -> "Evaluator":
+        """This model with other numbers of its `Sampler`: guidance, eta, n_steps, exploration."""
+        return replace(self, sampler=self.sampler._replace(**changes))
+
     # -------------------------------------------------------------------------------------------- sampling and scoring
 
     def task(self, prompts: Prompts) -> Task:
@@ -161,6 +165,16 @@ class Evaluator:
         if isinstance(prompts, Task):
             return prompts
         return make_task(self.sampler, self.scorers.rewards, as_prompt_set(prompts))
+
+    def weighted(
+        self, prompts: str | Sequence[str] | PromptSet, *, samples_per_prompt: int = 1, seed: int = 0
+    ) -> tuple[Task, list[str]]:
+        """Prompts under random weights (Eq. 8), a row for each image; and what was weighted, in words."""
+        prompts = as_prompt_set(prompts)
+        task, rows = self.task(prompts), np.repeat(np.arange(len(prompts)), samples_per_prompt)
+        cond, tokens = jax.tree.map(lambda x: x[rows], (task.cond, task.tokens))
+        cond, words = self.sampler.reweighted(prompts, rows, cond, seed=seed)
+        return Task(task.name, tuple(task.texts[row] for row in rows), cond, tokens), words
 
     def images(
         self,
@@ -264,7 +278,8 @@ class Evaluator:
         says."""
         means = {}
         for task in tasks:
-            n = samples_of_each(len(task.texts), per_prompt=numbers.samples_per_prompt, per_set=numbers.samples_per_set)
+            per_prompt, per_set = numbers.samples_per_prompt, numbers.samples_per_set
+            n = settings.samples_of_each(len(task.texts), per_prompt=per_prompt, per_set=per_set)
             means |= means_of(f"eval/{task.name}", self.evaluate(task, seed=seed, samples_per_prompt=n)[1])
         return means
 
@@ -280,8 +295,3 @@ class Evaluator:
             images, finite = images
             check_pictures(finite)
         return images
-
-
-def samples_of_each(n_prompts: int, *, per_prompt: int, per_set: int) -> int:
-    """Images of each of a set's prompts: at least `per_prompt`, and at least `per_set` of the whole set."""
-    return max(per_prompt, -(-per_set // n_prompts))

@@ -9,9 +9,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from diffexp_jax import backend
+from diffexp_jax import backend, parallel
 from diffexp_jax.errors import InputError
-from diffexp_jax.exploration import guidance_schedule
+from diffexp_jax.exploration import guidance_schedule, sample_phrase_weights
 from diffexp_jax.models.precision import is_full_float32
 from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, zero_conditioning
 from diffexp_jax.prompts import PromptSet, one_prompt
@@ -115,6 +115,33 @@ class Sampler(NamedTuple):
             more = f" (and {len(texts) - 1} others)" if texts[1:] else ""
             logging.warning("prompt cut to %d tokens: %.100r%s", longest, texts[0], more)
         return cond
+
+    def reweighted(
+        self, prompts: PromptSet, rows: np.ndarray, cond: Conditioning, *, seed: int
+    ) -> tuple[Conditioning, list[str]]:
+        """Draws of Eq. 8, for every image or prompt: the conditioning, and what was weighted, in words.
+
+        Args:
+          rows: of the prompts, one for each image.
+          cond: of the images.
+        """
+        pipeline, e = self.pipeline, self.exploration
+        units = pipeline.units(prompts, e.unit)[rows]
+        drawn_for = rows if e.scope == "prompt" else np.arange(len(rows))
+        keys = parallel.keys_of(parallel.stream(seed, "weights"), drawn_for)
+
+        def one(key, units, cond):
+            weights = sample_phrase_weights(key, units, weight_range=e.weight_range)
+            return pipeline.reweight(cond, self.empty, weights), weights
+
+        weighted, weights = jax.device_get(jax.vmap(one)(keys, units, cond))
+        words = []
+        for row, of_prompt, weight in zip(rows, units, weights, strict=True):
+            chosen = of_prompt[weight != 1.0]
+            pieces = pipeline.units_of_text(prompts.texts[row], of_prompt)
+            word = "".join(text for text, unit in pieces if unit in chosen)
+            words.append(f"{word} x {weight[weight != 1.0][0]:.2f}" if chosen.size else "no word weighted")
+        return weighted, words
 
     def check_memory(self, n: int) -> None:
         """Raises InputError where n images, held until all are there, take more than half of the machine's memory."""

@@ -190,6 +190,11 @@ def batch_split(config: ConfigDict, *, devices: int | None = None) -> Split:
     return split_batch(b.samples, devices=n, per_forward=b.samples_per_forward, updates=updates)
 
 
+def samples_of_each(n_prompts: int, *, per_prompt: int, per_set: int) -> int:
+    """Images of each of an evaluation set's prompts: at least `per_prompt`, and at least `per_set` of the whole set."""
+    return max(per_prompt, -(-per_set // n_prompts))
+
+
 def _divides(config: ConfigDict, devices: int) -> bool:
     try:
         batch_split(config, devices=devices)

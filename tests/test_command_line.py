@@ -184,14 +184,14 @@ def test_paths_in_a_bucket_are_refused_by_every_script(fails, script, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["evaluate", "final_evaluation"])
+@pytest.mark.parametrize("name", ["evaluate", FINAL_EVALUATION])
 @pytest.mark.parametrize(
     "key, spec", [("reward", "python:MODULE:f"), ("eval.rewards", "jpeg_compressibility+jax:MODULE:f")]
 )
 def test_a_strangers_run_imports_no_code(fails, script, workdir, tmp_path, monkeypatch, name, key, spec):
     """A config.json that names a module beside it, in the current folder; with --trust_code it is imported."""
     monkeypatch.chdir(workdir)
-    module = f"evil_{name}_{len(key)}"
+    module = f"evil_{name.rpartition('.')[2]}_{len(key)}"
     spec = spec.replace("MODULE", module)
     config = settings.read_config(workdir / "config.json")[0]
     config.update_from_flattened_dict({key: (spec,) if key == "eval.rewards" else spec, "eval.every": 1})
@@ -759,11 +759,10 @@ def test_final_evaluation(script, workdir, tmp_path):
 @pytest.mark.parametrize("scope, draws", [(None, 4), ("prompt", 2)])
 def test_sample_explores_images_or_prompts(tiny_model, scope, draws):
     """Two images of each of two prompts: a draw of Eq. 8 each, or one for both."""
-    script = vars(cli_sample)
     built = sampler.Sampler.build(sample_settings(model=str(tiny_model), scope=scope))
     prompts, rows = PromptSet("sample", ("a dog", "a zebra"), (("dog",), ("zebra",))), np.array([0, 0, 1, 1])
     cond = jax.tree.map(lambda x: x[rows], built.encode(prompts))
-    _, words = script["weigh"](built, prompts, rows, cond, seed=0)
+    _, words = built.reweighted(prompts, rows, cond, seed=0)
     assert len(set(words)) == draws and (words[0] == words[1]) == (words[2] == words[3]) == (draws == 2)
 
 

@@ -4,10 +4,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import alignprop, base, ddpo, paper
-from diffexp_jax.evaluator import samples_of_each
 from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.prompts import PROMPTS
-from diffexp_jax.settings import check_config
+from diffexp_jax.settings import check_config, samples_of_each
 
 NAMES = """
 fig1 fig4_ddpo_aesthetic fig4_ddpo_pickscore fig4_alignprop_aesthetic fig4_alignprop_pickscore

@@ -41,7 +41,7 @@ BELOW = {
     "settings": {"algorithms", "pipelines", "prompts", "models.precision", "models.lora", "sampling", "formats"}
     | {"parallel", "limits", "backend", "paths"},
     "command": {"settings", "output", "paths"},
-    "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "backend"},
+    "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "parallel"} | {"backend"},
     "run": {"settings", "sampler", "algorithms", "exploration", "command", "parallel", "formats", "limits", "paths"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
     | {"run.fingerprint", "paths"},

@@ -21,13 +21,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from diffexp_jax import backend, command, exploration, parallel, programs, report
+from diffexp_jax import backend, command, parallel, programs, report
 from diffexp_jax.cli.sample_flags import arguments, settings_of
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.tokenizers import check_text
 from diffexp_jax.models.lora import load_lora, scaled
-from diffexp_jax.pipelines import Conditioning, Pipeline, make_context
+from diffexp_jax.pipelines import Pipeline, make_context
 from diffexp_jax.programs import check_pictures
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.files import comma_phrases
@@ -126,36 +126,13 @@ def make_variants(
     if args.explore or args.samplers:
         variants.append(Variant("schedule", schedule, lora, scheduled, context))
     if args.explore:
-        weighted, words = weigh(sampler, prompts, rows, cond, seed=args.seed or 0)
+        weighted, words = sampler.reweighted(prompts, rows, cond, seed=args.seed or 0)
         context_w = context._replace(cond=weighted)
         variants += [
             Variant("weights", words, lora, plain, context_w),
             Variant("both", [f"both: {word}" for word in words], lora, scheduled, context_w),
         ]
     return variants
-
-
-def weigh(
-    sampler: Sampler, prompts: PromptSet, rows: np.ndarray, cond: Conditioning, *, seed: int
-) -> tuple[Conditioning, list[str]]:
-    """Draws of Eq. 8, for every image or prompt: the conditioning, and what was weighted, in words."""
-    pipeline, e = sampler.pipeline, sampler.exploration
-    units = pipeline.units(prompts, e.unit)[rows]
-    drawn_for = rows if e.scope == "prompt" else np.arange(len(rows))
-    keys = parallel.keys_of(parallel.stream(seed, "weights"), drawn_for)
-
-    def one(key, units, cond):
-        weights = exploration.sample_phrase_weights(key, units, weight_range=e.weight_range)
-        return pipeline.reweight(cond, sampler.empty, weights), weights
-
-    weighted, weights = jax.device_get(jax.vmap(one)(keys, units, cond))
-    words = []
-    for row, of_prompt, weight in zip(rows, units, weights, strict=True):
-        chosen = of_prompt[weight != 1.0]
-        pieces = pipeline.units_of_text(prompts.texts[row], of_prompt)
-        word = "".join(text for text, unit in pieces if unit in chosen)
-        words.append(f"{word} x {weight[weight != 1.0][0]:.2f}" if chosen.size else "no word weighted")
-    return weighted, words
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffexp_jax import backend, paths, settings
-from diffexp_jax.evaluator import Evaluator, samples_of_each
+from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import Task, check_files, load_rewards
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, whole
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     ways |= {"explored": (args.samples_per_prompt, True)} if args.explored else {}
     ways |= {"many": (args.many, False)} if args.many else {}
     tasks = [model.task(prompts) for prompts in load_prompt_sets(config.eval.prompts)]
-    of_each = partial(samples_of_each, per_set=config.eval.samples_per_set)
+    of_each = partial(settings.samples_of_each, per_set=config.eval.samples_per_set)
     images = sum(len(t.texts) * of_each(len(t.texts), per_prompt=n) for n, _ in ways.values() for t in tasks)
     with tqdm(total=images, desc="final evaluation", unit="image") as bar:
         for way, (n, explore) in ways.items():

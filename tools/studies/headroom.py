@@ -22,22 +22,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffexp_jax import backend, evaluation, parallel, settings
+from diffexp_jax import backend, settings
 from diffexp_jax.errors import InputError
-from diffexp_jax.experiment import Experiment, Task
+from diffexp_jax.evaluator import Evaluator
+from diffexp_jax.experiment import load_rewards
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, one_of, whole
-from diffexp_jax.pipelines import Conditioning
-from diffexp_jax.programs import make_explore
+from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.report import Table, document_parts
 from diffexp_jax.sweeps import comparison, image_statistics, plan, tables
-from diffexp_jax.sweeps.final_evaluation import Model
 
 sys.path.append(str(Path(__file__).parents[2]))  # where configs/ is
 
@@ -88,21 +86,21 @@ def about(config: ConfigDict) -> dict[str, Any]:
 
 def measure(config: ConfigDict, args: argparse.Namespace) -> dict[str, Any]:
     """Samples and scores; of every way and prompt the statistics, and how often the base model succeeds."""
-    experiment = Experiment.build(config)
-    model = Model.build(experiment, jax.tree.map(np.zeros_like, experiment.initial_lora()))  # an update of nothing
-    success, least = parse_success(args.success, model.scorers)
-    (task,), n = experiment.evals, args.samples_per_prompt
-    with tqdm(total=len(task.texts) * (args.many + n * len(WAYS)), desc="headroom", unit="image") as bar:
-        many, _ = sample(model, task, args.many, WAYS["plain"], seed=args.seed + 1, bar=bar)
-        base = (many[success] >= least).reshape(len(task.texts), -1).mean(1)
+    settings.check_config(config)
+    split, (reward, _, rewards) = settings.batch_split(config), load_rewards(config)
+    success, least = parse_success(args.success, rewards)
+    model = Evaluator.of_config(config, rewards=rewards, batch=split.samples, chunks=split.chunks)
+    prompts, n = load_prompts(config.prompts), args.samples_per_prompt
+    with tqdm(total=len(prompts) * (args.many + n * len(WAYS)), desc="headroom", unit="image") as bar:
+        many, _ = sample(model, prompts, args.many, WAYS["plain"], seed=args.seed + 1, bar=bar)
+        base = (many[success] >= least).reshape(len(prompts), -1).mean(1)
         ways = {}
         for name, changes in WAYS.items():
-            scores, features = sample(model, task, n, changes, seed=args.seed, bar=bar)
-            rewards = scores[experiment.reward].reshape(-1, n)
-            ways[name] = statistics(features, rewards, scores[success].reshape(-1, n) >= least)
-    names = {"reward": experiment.reward, "success": [success, least], "many": args.many}
+            scores, features = sample(model, prompts, n, changes, seed=args.seed, bar=bar)
+            ways[name] = statistics(features, scores[reward].reshape(-1, n), scores[success].reshape(-1, n) >= least)
+    names = {"reward": reward, "success": [success, least], "many": args.many}
     names["samples_per_prompt"] = n
-    return names | {"prompts": task.texts, "base": rounded(base), "ways": ways}
+    return names | {"prompts": prompts.texts, "base": rounded(base), "ways": ways}
 
 
 def parse_success(text: str, rewards: Collection[str]) -> tuple[str, float]:
@@ -121,39 +119,15 @@ def parse_success(text: str, rewards: Collection[str]) -> tuple[str, float]:
 
 
 def sample(
-    model: Model, task: Task, n: int, changes: Mapping[str, Any], *, seed: int, bar: tqdm
+    model: Evaluator, prompts: PromptSet, n: int, changes: Mapping[str, Any], *, seed: int, bar: tqdm
 ) -> tuple[dict[str, Float[np.ndarray, " N"]], Float[np.ndarray, "N F"] | None]:
     """Scores and features of n images of each prompt, sampled with these numbers of exploration."""
-    sampler = model.experiment.sampler
-    sampler = sampler._replace(exploration=sampler.exploration._replace(**changes))
-    rows = np.repeat(np.arange(len(task.texts)), n)
-    cond, tokens = jax.tree.map(lambda x: x[rows], (task.cond, task.tokens))
-    if sampler.exploration.weight_range != (1.0, 1.0):
-        cond = weighted(model.experiment._replace(sampler=sampler), cond, rows, seed)
-    _, scores = evaluation.evaluate(
-        model.generate,
-        model.scorers,
-        model.params,
-        model.lora,
-        Task(task.name, tuple(task.texts[row] for row in rows), cond, tokens),
-        sampler.uncond,
-        parallel.replicate(sampler.steps(explore=True)),
-        seed=seed,
-        batch=model.experiment.split.samples,
-        measures={"features": model.embed} if model.embed else {},
-        advance=bar.update,
-    )
+    model, task = model.sampled_by(exploration=model.sampler.exploration._replace(**changes)), model.task(prompts)
+    if model.sampler.exploration.weight_range != (1.0, 1.0):
+        (task, _), n = model.weighted(prompts, samples_per_prompt=n, seed=seed), 1
+    options = {"measures": {"features": model.scorers.features[1]} if model.scorers.features else {}}
+    _, scores = model.evaluate(task, seed=seed, samples_per_prompt=n, schedule=True, advance=bar.update, **options)
     return scores, scores.pop("features", None)
-
-
-def weighted(experiment: Experiment, cond: Conditioning, rows: Int[np.ndarray, " N"], seed: int) -> Conditioning:
-    """Every image's conditioning, with random weights of its own (Eq. 8)."""
-    padded = np.append(np.arange(len(rows)), np.zeros(-len(rows) % jax.device_count(), int))
-    n, ids = len(padded), rows[padded]
-    on_devices = parallel.shard(jax.tree.map(lambda x: x[padded], cond), n)
-    keys = parallel.sample_keys(parallel.stream(seed, "weights"), n)
-    found = parallel.unshard(experiment.reweighted(make_explore(experiment), on_devices, ids, keys))
-    return jax.tree.map(lambda x: x[: len(rows)], found)
 
 
 def statistics(
