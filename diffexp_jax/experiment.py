@@ -21,7 +21,7 @@ from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
-from diffexp_jax.rewards import Reward, check_reward, load_reward, reward_name, without_locations
+from diffexp_jax.rewards import Reward, check_reward, load_reward, parsed_spec
 from diffexp_jax.run.fingerprint import fingerprint
 from diffexp_jax.sampler import Sampler, full_float32
 from diffexp_jax.settings import batch_split, check_config, chosen_method, optimizer_updates
@@ -126,7 +126,7 @@ class Experiment(NamedTuple):
         texts, tokens = self.train.texts, self.train.tokens[self.reward]
         return {
             "model": fingerprint(pipeline.params),
-            "reward": f"{without_locations(self.config.reward)} {fingerprint(trained.params, tokens)}",
+            "reward": f"{parsed_spec(self.config.reward).without_locations} {fingerprint(trained.params, tokens)}",
             "prompts": f"{len(texts)} {fingerprint(texts, self.units)}",
         }
 
@@ -247,7 +247,7 @@ def load_rewards(config: ConfigDict, *, weights: bool = True) -> tuple[str, Rewa
     norm, host = config.textnorm, config.host_reward
     options = {"shapes_only": not weights, "temperature": norm.temperature, "contrast": norm.contrast}
     options |= {"timeout": host.timeout, "workers": host.workers}
-    names = [reward_name(spec) for spec in specs]
+    names = [parsed_spec(spec).name for spec in specs]
     if len(set(names)) < len(names):
         raise InputError(f"reward and eval.rewards: two of {', '.join(specs)} have the same name")
 

@@ -49,6 +49,7 @@ def positive(high: float = 1e6) -> Number:
     return Number(0.0, high, above=True)
 
 
+SEED = whole(0, 2**32 - 1)  # jax takes a seed modulo 2**32
 LORA_SCALE = Number(-100.0, 100.0)  # a factor of a LoRA that is mixed in; below 0 it leads the other way
 
 
@@ -118,7 +119,7 @@ def setting(default: Any, meaning: str, accepted: Accepted = None, *, about: str
 
 
 def settings_of(section: Any) -> Iterator[tuple[str, Setting]]:
-    """(name, setting) of every field of a section's dataclass that is one, in their order."""
+    """(name, setting) of a section's own settings, in their order; `section` is its dataclass, or a value of it."""
     for field in dataclasses.fields(section):
         if "meaning" in field.metadata:
             yield field.name, Setting(field.default, field.type, **field.metadata)

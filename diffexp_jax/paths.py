@@ -42,6 +42,11 @@ def local(name: str, path: str | Path) -> Path:
     return found
 
 
+def local_or_none(name: str, path: str | Path | None) -> Path | None:
+    """`local` of a path that may be left out, as None or ""."""
+    return local(name, path) if path else None
+
+
 def _instead(scheme: str, path: str) -> str:
     """What to do about a path in a bucket, or a URL."""
     if scheme == "file":

@@ -25,11 +25,13 @@ from diffexp_jax.cli import sample_flags
 from diffexp_jax.cli import score as cli_score
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
+from diffexp_jax.limits import Number
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.run import checkpoint
 from diffexp_jax.run import workdir as workdirs
+from diffexp_jax.settings import Settings, by_key
 from tests.conftest import ROOT, nonzero_lora
 
 CONFIG = f"--config={ROOT / 'configs' / 'alignprop.py'}"
@@ -129,7 +131,7 @@ def test_mistakes_on_the_command_line(fails, command_line, monkeypatch, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-TABLE = settings.NUMBERS | settings.method_numbers()
+TABLE = {key: known.accepted for key, known, _ in by_key(Settings()) if isinstance(known.accepted, Number)}
 
 
 @pytest.mark.parametrize("key", sorted(TABLE))

@@ -11,10 +11,11 @@ from diffexp_jax import backend, command, settings
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, whole
+from diffexp_jax.settings import Settings, by_key
 from tests.conftest import as_flags
 
 DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")
-TABLE = settings.NUMBERS | settings.method_numbers()
+TABLE = {key: known.accepted for key, known, _ in by_key(Settings()) if isinstance(known.accepted, Number)}
 OPTIONAL = {"model.image_size", "exploration.iterations", "cpu_devices", "hosts.number", "hosts.index"}  # None
 OPTIONAL |= {"model.scheduler.steps_offset", "model.scheduler.shift"}
 SEVERAL = {"reward_weights", "exploration.weight_range"}
@@ -67,7 +68,7 @@ def test_a_target_that_makes_no_sense(value):
     ],
 )
 def test_devices_of_a_cpu(monkeypatch, cores, changes, devices):
-    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda pid: range(cores))
+    monkeypatch.setattr(settings.checks.os, "sched_getaffinity", lambda pid: range(cores))
     config = config_with("seed", 0)
     config.update_from_flattened_dict(changes)
     assert settings.cpu_devices(config) == devices
@@ -75,7 +76,7 @@ def test_devices_of_a_cpu(monkeypatch, cores, changes, devices):
 
 def test_devices_of_a_cpu_for_a_large_model(monkeypatch, tmp_path):
     """Two copies at most of a model that takes an eighth of the memory."""
-    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(settings.checks.os, "sched_getaffinity", lambda pid: range(8))
     monkeypatch.setattr(backend, "host_memory", lambda: 8000)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "model.safetensors").write_bytes(bytes(1000))

@@ -5,16 +5,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from configs import alignprop, base, ddpo
-from diffexp_jax.algorithms import METHODS
-from diffexp_jax.limits import settings_of
-from diffexp_jax.parallel import HostSettings
-from diffexp_jax.sampler import Exploration
+from diffexp_jax.settings import Settings, by_key
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "diffexp_jax"
@@ -30,7 +26,7 @@ BELOW = {
     "limits": set(),
     "paths": set(),
     "formats": {"paths", "limits"},
-    "parallel": {"formats.json_text"},
+    "parallel": {"formats.json_text", "limits"},
     "models": {"formats", "backend", "paths", "limits"},
     "sampling": {"formats.config_keys", "limits"},
     "prompts": {"formats", "paths"},
@@ -39,7 +35,7 @@ BELOW = {
     "emoji": {"rewards", "pipelines", "models", "formats", "prompts", "sampling"},
     "algorithms": {"sampling", "backend", "limits"},
     "settings": {"algorithms", "pipelines", "prompts", "models.precision", "models.lora", "sampling", "formats"}
-    | {"parallel", "limits", "backend", "paths"},
+    | {"parallel", "rewards", "exploration", "limits", "backend", "paths"},
     "command": {"settings", "output", "paths"},
     "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "parallel"} | {"backend"},
     "run": {"settings", "sampler", "algorithms", "exploration", "command", "parallel", "formats", "limits", "paths"},
@@ -185,69 +181,17 @@ def leaves(config, prefix="") -> set[str]:
 KEYS = leaves(base.default())
 
 
-def dotted(node: ast.AST) -> str | None:
-    """The source of a.b.c, None for anything else."""
-    if isinstance(node, ast.Name):
-        return node.id
-    return f"{before}.{node.attr}" if isinstance(node, ast.Attribute) and (before := dotted(node.value)) else None
-
-
-def settings_read(path: Path) -> set[str]:
-    """The keys that a file reads from something named config, directly or by a name for a section of it."""
-    read = set()
-    for function in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(function, ast.FunctionDef) or function.name == "check_config":  # checking is no use
-            continue
-        names = {"config": "", "optim": "optim."}
-        for node in ast.walk(function):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1:
-                pair = node.targets[0], node.value
-                tuples = all(isinstance(side, ast.Tuple) for side in pair)
-                for target, value in zip(*(side.elts for side in pair), strict=True) if tuples else [pair]:
-                    _, found, section = (dotted(value) or "").rpartition("config.")
-                    if isinstance(target, ast.Name) and found:
-                        names[target.id] = f"{section}."
-        for node in ast.walk(function):
-            if isinstance(node, ast.Attribute) and (source := dotted(node)):
-                _, found, rest = source.rpartition("config.")
-                first, _, rest = ("config", "", rest) if found else source.partition(".")
-                if first in names:
-                    read.add(names[first] + rest)
-    return read
-
-
-def settings_of_method(name: str) -> set[str]:
-    """The keys that a method uses, as attributes of itself."""
-    trees = [ast.parse(path.read_text()) for path in (PACKAGE / "algorithms").glob("*.py")]
-    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return {f"{name}.{key}" for key, _ in settings_of(METHODS[name]) if key in read}
-
-
-def test_every_setting_is_used():
-    used = set().union(*map(settings_read, FILES), *map(settings_of_method, METHODS))
-    used |= {f"exploration.{field}" for field in Exploration._fields}  # which the experiment takes as they are
-    used |= {f"hosts.{field}" for field in HostSettings._fields}
-    assert KEYS - used == set()
-
-
-def test_defaults_of_methods():
-    """Methods and configs say the same."""
-    config = base.default()
-    assert {name: config[name].to_dict() for name in METHODS} == {name: asdict(m()) for name, m in METHODS.items()}
-
-
-def test_every_setting_has_a_comment():
-    source = (ROOT / "configs" / "base.py").read_text()
-    (function,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "default")
-    lines, commented = source.splitlines(), 0
-    for node in function.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[-1], ast.Attribute):
-            if "ConfigDict()" in ast.unparse(node.value):
-                continue
-            assert len(node.targets) == 1
-            assert re.search(r"  # \S", lines[node.end_lineno - 1]), lines[node.lineno - 1]
-            commented += 1
-    assert commented == len(KEYS)
+def test_every_setting_is_described_and_used():
+    """It is read by its name somewhere in the package; what overrides a model's scheduler is a key of its file."""
+    used = {
+        node.attr if isinstance(node, ast.Attribute) else node.value
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) or (isinstance(node, ast.Constant) and part_of(path) == "sampling")
+    }
+    for key, known, _ in by_key(Settings()):
+        assert len(known.meaning.split()) > 1 and not known.meaning.endswith("."), key
+        assert key.rpartition(".")[2] in used, key
 
 
 @pytest.mark.parametrize("config", [alignprop, ddpo])

@@ -89,7 +89,7 @@ def resolved_target(setting: str, published: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignProp(Method):
-    """AlignProp's settings."""
+    """AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023)."""
 
     name: ClassVar[str] = "alignprop"
     needs: ClassVar[Needs] = Needs(reward_gradient=True)
@@ -101,10 +101,10 @@ class AlignProp(Method):
     truncation_k: int = setting(1, 'for "fixed": that many', whole(1, 1000))
     input_gradient: bool = setting(
         True,
-        "as published",
+        "whether the gradient goes through the later steps' networks, as published",
         about="""
-        False: a step's gradient goes through the linear part of the later steps alone, not through their networks, as
-        in DRTune (Wu et al. 2024). Through ten or more networks a few samples' gradients blow up (docs/results.md).
+        False: a step's gradient goes through the linear part of the later steps alone, as in DRTune (Wu et al. 2024).
+        Through ten or more networks a few samples' gradients blow up (docs/results.md).
         """,
     )
     loss_coefficient: float = setting(0.01, "factor of the loss", positive())

@@ -104,11 +104,11 @@ MOST_BYTES = 2 * 2**30  # of the samples' gradients on a device, up to which "au
 
 @dataclass(frozen=True, kw_only=True)
 class DDPO(PolicyMethod):
-    """DDPO's settings."""
+    """DDPO: policy gradient with a clipped importance ratio (Black et al. 2024)."""
 
     name: ClassVar[str] = "ddpo"
     needs: ClassVar[Needs] = Needs(step_noise=True)
-    advantage_clip: float = setting(5.0, "in standard deviations", positive())
+    advantage_clip: float = setting(5.0, "largest advantage, in standard deviations", positive())
     stats_buffer: int = setting(32, "newest rewards kept per prompt", whole(1, 2**20))
     stats_min_count: int = setting(16, "rewards of a prompt before its own mean and std are used", whole(1, 2**20))
     gradient: str = setting(

@@ -255,7 +255,7 @@ def dpok(
 
 @dataclass(frozen=True, kw_only=True)
 class DPOK(PolicyMethod):
-    """DPOK's settings."""
+    """DPOK: policy gradient with a penalty for leaving the untuned model (Fan et al. 2023)."""
 
     name: ClassVar[str] = "dpok"
     needs: ClassVar[Needs] = Needs(step_noise=True)

@@ -75,7 +75,7 @@ def draft(
 
 @dataclass(frozen=True, kw_only=True)
 class DRaFT(Method):
-    """DRaFT's settings."""
+    """DRaFT: the reward's gradient through the last sampling steps (Clark et al. 2024)."""
 
     name: ClassVar[str] = "draft"
     needs: ClassVar[Needs] = Needs(reward_gradient=True)

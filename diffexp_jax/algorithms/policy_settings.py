@@ -18,7 +18,7 @@ class PolicyMethod(Method):
 
     updates: int = setting(2, "optimizer updates an iteration, each on batch.samples / updates images", whole(1, 4096))
     inner_epochs: int = setting(1, "passes over an iteration's samples", whole(1, 4096))
-    clip: float = setting(1e-4, "of the importance ratio", positive())  # a large one clips nothing
+    clip: float = setting(1e-4, "how far the importance ratio may be from 1", positive())  # a large one clips nothing
     old_log_prob: str = setting(
         "auto",
         "what the importance ratio is relative to",
@@ -31,7 +31,7 @@ class PolicyMethod(Method):
     )
     timestep_fraction: float = setting(
         1.0,
-        "of the steps, from the noise on, that the update learns from",
+        "share of the steps, from the noise on, that the update learns from",
         positive(1.0),
         about="""
         1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest

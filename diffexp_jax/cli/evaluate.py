@@ -18,7 +18,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import check_files, load_rewards
 from diffexp_jax.formats.files import replaced
-from diffexp_jax.limits import LORA_SCALE, check_number, whole
+from diffexp_jax.limits import LORA_SCALE, SEED, check_number, whole
 from diffexp_jax.prompts import load_prompt_sets
 from diffexp_jax.rewards import check_trusted
 from diffexp_jax.rewards.scoring import check_scores, summary
@@ -28,7 +28,7 @@ from diffexp_jax.run import checkpoint
 def main(args: argparse.Namespace) -> None:
     for flag in ("samples_per_prompt", "batch", "columns", "rows"):
         check_number(f"--{flag} ", getattr(args, flag), whole(1, 2**20))
-    check_number("--seed ", args.seed, settings.NUMBERS["seed"])
+    check_number("--seed ", args.seed, SEED)
     check_number("--lora_scale ", args.lora_scale, LORA_SCALE)
     command.check_writable(args.out.parent, "--out")
     config = run_settings(args)
@@ -85,7 +85,7 @@ def run_settings(args: argparse.Namespace) -> ConfigDict:
     if args.rewards:
         config.eval.rewards = command.split_list(args.rewards)
     config.reward_dtype = config.eval.reward_dtype  # nothing is trained
-    settings.check_values(config, settings.NUMBERS)
+    settings.check_values(config)
     check_files(config, weights=True)
     return config
 

@@ -15,7 +15,7 @@ from diffexp_jax import command, settings
 from diffexp_jax.errors import InputError
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.report import card
-from diffexp_jax.rewards import without_locations
+from diffexp_jax.rewards import parsed_spec
 from diffexp_jax.run import checkpoint
 
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
         file = folder / LORA_FILE if with_card else args.out
         try:
             if with_card:
-                reward = without_locations(config.reward)
+                reward = parsed_spec(config.reward).without_locations
                 card.write(
                     args.workdir, folder, iteration=iteration, reward=reward, lora_file=file.name, repository=repository
                 )

@@ -13,6 +13,7 @@ from diffexp_jax.formats.json_text import parse_json
 from diffexp_jax.limits import LORA_SCALE, check_number, whole
 from diffexp_jax.models.precision import DTYPES
 from diffexp_jax.prompts.units import UNITS
+from diffexp_jax.settings.training import SCOPES
 
 # What a flag sets of a run's settings
 KEYS = {
@@ -80,7 +81,7 @@ def arguments(about: str, words: Sequence[str] | None = None) -> argparse.Namesp
     add("--t_thresh", type=int, help="with --explore, --samplers: in training timesteps, 0..1000")
     add("--weight_range", type=float, nargs=2, help="with --explore: of a unit's weight (Eq. 8)")
     add("--unit", choices=UNITS, help="with --explore: what is weighted together")
-    add("--scope", choices=settings.CHOICES["exploration.scope"], help="with --explore: what has a draw of its own")
+    add("--scope", choices=SCOPES, help="with --explore: what has a draw of its own")
     return parser.parse_args(words)
 
 
@@ -100,10 +101,7 @@ def settings_of(args: argparse.Namespace) -> ConfigDict:
     given = {KEYS[flag]: value for flag, value in vars(args).items() if flag in KEYS and value is not None}
     config.update_from_flattened_dict({k: tuple(x) if isinstance(x, list) else x for k, x in given.items()})
     set_scheduler(config, vars(args).get("scheduler") or [])
-    scheduler = [key for key in settings.NUMBERS if key.startswith("model.scheduler.")]
-    settings.check_values(
-        config, [*KEYS.values(), *scheduler], {key: f"--{flag} " for flag, key in KEYS.items() if key in given}
-    )
+    settings.check_values(config, {key: f"--{flag} " for flag, key in KEYS.items() if key in given})
     check_number("--batch ", args.batch, whole(1, 2**20))
     check_number("--num_images ", args.num_images, whole(1, 2**20))
     if args.lora_scale is not None:

@@ -25,7 +25,7 @@ from diffexp_jax.formats import pictures
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.limits import check_number, positive, whole
 from diffexp_jax.prompts.files import read_lines, read_named_prompts
-from diffexp_jax.rewards import check_reward, load_reward, reward_name
+from diffexp_jax.rewards import check_reward, load_reward, parsed_spec
 from diffexp_jax.rewards.scoring import Scorers, check_scores
 
 _TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may not be UTF-8
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder; wants the .csv file to write")
     command.check_writable(args.out.parent, "--out")
-    names = [reward_name(spec) for spec in args.reward]
+    names = [parsed_spec(spec).name for spec in args.reward]
     if len(set(names)) < len(names):
         raise InputError(f"--reward {' '.join(args.reward)}: names a reward twice")
     for spec in args.reward:

@@ -18,8 +18,8 @@ from diffexp_jax.parallel.devices import (
     unshard,
     unshard_local,
 )
+from diffexp_jax.parallel.host_settings import HostSettings
 from diffexp_jax.parallel.hosts import (
-    HostSettings,
     agree,
     check_same,
     exchange,

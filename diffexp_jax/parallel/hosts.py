@@ -10,6 +10,7 @@ Every function here is called by all hosts, in the same order; on one host it co
 
 import base64
 import contextlib
+import dataclasses
 import itertools
 import os
 import pickle
@@ -25,6 +26,7 @@ from absl import logging
 
 from diffexp_jax.errors import BadRewardError, HostError, InputError, RewardError, Stopped
 from diffexp_jax.parallel import devices, meeting
+from diffexp_jax.parallel.host_settings import HostSettings
 from diffexp_jax.parallel.watch import Watch
 
 T = TypeVar("T")
@@ -161,16 +163,6 @@ def own_share(n: int) -> slice:
 # -------------------------------------------------------------------------------------------------------------- joining
 
 
-class HostSettings(NamedTuple):
-    """What the user says of the hosts; the fields are the config's keys."""
-
-    coordinator: str | None  # HOST:PORT of the first
-    number: int | None
-    index: int | None  # of this one, from 0
-    initialization_timeout: int  # seconds within which all have to be there
-    heartbeat_timeout: int  # seconds after which one that says nothing counts as gone
-
-
 @contextlib.contextmanager
 def joined(settings: HostSettings) -> Iterator[None]:
     """Makes this process one of the hosts of a run for as long as the context lasts; enter it before using a device.
@@ -223,15 +215,17 @@ def _completed(settings: HostSettings) -> HostSettings:
         return int(text) if text else None
 
     number, index = settings.number, settings.index
-    asked = settings._replace(
+    asked = dataclasses.replace(
+        settings,
         coordinator=settings.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None,
         number=from_environment("JAX_NUM_PROCESSES") if number is None else number,
         index=from_environment("JAX_PROCESS_ID") if index is None else index,
     )
-    if asked.number == 1 or asked[:3] == (None, None, None) or _cluster():
+    if asked.number == 1 or asked.place == (None, None, None) or _cluster():
         return asked
-    if None in asked:
-        missing = ", ".join(f"hosts.{name}" for name, value in asked._asdict().items() if value is None)
+    if None in asked.place:
+        names = ("coordinator", "number", "index")
+        missing = ", ".join(f"hosts.{name}" for name in names if getattr(asked, name) is None)
         raise InputError(f"{missing}: missing; several hosts want hosts.coordinator, hosts.number and hosts.index")
     _, _, port = asked.coordinator.rpartition(":")
     if not re.fullmatch(r".+:\d{1,5}", asked.coordinator) or not 0 < int(port) < 2**16:
@@ -270,7 +264,7 @@ def _initialize(asked: HostSettings, watch: Watch) -> bool:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _wait_long_on_a_cpu()
     timeout = asked.initialization_timeout
-    if place := meeting.place(asked[:3], cluster, timeout):
+    if place := meeting.place(asked.place, cluster, timeout):
         meeting.meet(*place, timeout)
     watch.say_when_aborted(f"not all hosts of the run were there within {timeout} s (hosts.initialization_timeout)")
     try:

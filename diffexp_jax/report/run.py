@@ -187,7 +187,7 @@ def curve_parts(rows: Sequence[dict[str, Any]]) -> list[str | Part]:
 
 def setting_parts(settings: Mapping[str, Any]) -> list[str | Part]:
     """What differs from the defaults, and all, folded."""
-    defaults = flatten_dict(default_config({key.partition(".")[0] for key in settings}).to_dict(), sep=".")
+    defaults = flatten_dict(default_config().to_dict(), sep=".")
     changed = [key for key in settings if written(settings[key]) != written(defaults.get(key))]
     rows = [(f"`{key}`", written(settings[key]), written(defaults.get(key))) for key in changed]
     every = [(f"`{key}`", written(value)) for key, value in settings.items()]

@@ -18,10 +18,11 @@ from diffexp_jax.rewards import aesthetic, clip_similarity, functions, hpsv2, im
 from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.rewards.reward import Builtin, Cutting, Reward, flattened
+from diffexp_jax.rewards.spec import Spec
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
 
-__all__ = ["BUILTINS", "Builtin", "Reward", "check_reward", "check_trusted", "load_reward", "reward_name"]
-__all__ += ["without_locations"]
+__all__ = ["BUILTINS", "Builtin", "Reward", "Spec", "check_reward", "check_trusted", "load_reward"]
+__all__ += ["parsed_spec"]
 
 BUILTINS: dict[str, Builtin] = {
     **pickscore.BUILTINS,
@@ -34,8 +35,13 @@ BUILTINS: dict[str, Builtin] = {
 }
 
 
+def parsed_spec(text: str | Spec) -> Spec:
+    """What a user wrote for a reward, in parts (see `spec.py`); of one that is parsed, that one."""
+    return text if isinstance(text, Spec) else spec.parse(text, BUILTINS)
+
+
 def load_reward(
-    text: str,
+    text: str | Spec,
     *,
     dtype: DTypeLike = jnp.float32,
     weights: Sequence[float] = (),
@@ -61,7 +67,7 @@ def load_reward(
     Raises:
       InputError: an unknown name, no path where one is needed, or files that are missing or do not fit.
     """
-    parts = spec.parse(text, BUILTINS)
+    text, parts = parsed_spec(text)
     names = [part.reported for part in parts]
     if len(set(names)) < len(names):
         raise InputError(f"reward {text!r}: names a reward twice")
@@ -85,23 +91,18 @@ def load_reward(
     return ensemble(rewards, tuple(weights) or usual)
 
 
-def reward_name(text: str) -> str:
-    """What a spec's scores are reported under: "hpsv2:a.pt+textnorm(pickscore:b)" -> "hpsv2+textnorm_pickscore"."""
-    return "+".join(part.reported for part in spec.parse(text, BUILTINS))
-
-
-def check_reward(text: str, *, shapes_only: bool = False) -> None:
+def check_reward(text: str | Spec, *, shapes_only: bool = False) -> None:
     """Checks a spec's names and that its files are there, without reading any; arguments as of `load_reward`.
 
     Raises:
       InputError: an unknown name, no path where one is needed, or nothing at the path.
     """
-    for part in spec.parse(text, BUILTINS):
+    for part in parsed_spec(text).parts:
         if part.name not in spec.FUNCTIONS:
             check_part(part, shapes_only=shapes_only)
 
 
-def check_trusted(texts: Sequence[str], path: Path, *, trusted: bool) -> None:
+def check_trusted(texts: Sequence[str | Spec], path: Path, *, trusted: bool) -> None:
     """Checks that specs which a file holds, and nobody typed, import no code.
 
     Args:
@@ -111,7 +112,7 @@ def check_trusted(texts: Sequence[str], path: Path, *, trusted: bool) -> None:
     Raises:
       InputError: a spec names a function, and is not trusted.
     """
-    named = [part.bare for text in texts for part in spec.parse(text, BUILTINS) if part.name in spec.FUNCTIONS]
+    named = [part.bare for text in texts for part in parsed_spec(text).parts if part.name in spec.FUNCTIONS]
     if named and not trusted:
         raise InputError(
             f"{path}: names {', '.join(dict.fromkeys(named))}, code that would be run; where you trust it: --trust_code"
@@ -142,12 +143,6 @@ def _only_shapes(part: spec.Part, shapes_only: bool) -> bool:
     """Whether shapes do, and are known, for weights that are not there."""
     there = part.location and paths.local(f"reward {part.bare!r}", part.location).exists()
     return bool(shapes_only and BUILTINS[part.name].shapes and not there)
-
-
-def without_locations(text: str) -> str:
-    """A spec without where the weights are: "hpsv2:a.pt+python:m:f" -> "hpsv2+python:m:f"."""
-    parts = [(part, part.bare if part.name in spec.FUNCTIONS else part.name) for part in spec.parse(text, BUILTINS)]
-    return "+".join(f"textnorm({name})" if part.normed else name for part, name in parts)
 
 
 def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int, shapes_only: bool) -> Reward:

@@ -29,15 +29,33 @@ class Part(NamedTuple):
         return f"textnorm_{name}" if self.normed else name
 
 
-def parse(spec: str, names: Collection[str]) -> list[Part]:
-    """The parts of a spec, in order. `names` are those that a part may begin with.
+class Spec(NamedTuple):
+    """What a user wrote, and its parts in order."""
+
+    text: str
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """What its scores are reported under: "hpsv2:a.pt+textnorm(pickscore:b)" -> "hpsv2+textnorm_pickscore"."""
+        return "+".join(part.reported for part in self.parts)
+
+    @property
+    def without_locations(self) -> str:
+        """It without where the weights are: "hpsv2:a.pt+python:m:f" -> "hpsv2+python:m:f"."""
+        parts = [(part, part.bare if part.name in FUNCTIONS else part.name) for part in self.parts]
+        return "+".join(f"textnorm({name})" if part.normed else name for part, name in parts)
+
+
+def parse(text: str, names: Collection[str]) -> Spec:
+    """The spec that the text is. `names` are those that a part may begin with.
 
     They tell a "+" between two parts from one in a path (LAION's file is called sac+logos+ava1-l14-linearMSE.pth).
     """
     known = "|".join(map(re.escape, (*names, *FUNCTIONS)))
     parts = []
-    for text in re.split(rf"\+(?=textnorm\(|(?:{known})(?:[:+]|$))", spec):
-        wrapped = re.fullmatch(r"textnorm\((.*)\)", text)
-        name, _, location = (wrapped[1] if wrapped else text).partition(":")
+    for part in re.split(rf"\+(?=textnorm\(|(?:{known})(?:[:+]|$))", text):
+        wrapped = re.fullmatch(r"textnorm\((.*)\)", part)
+        name, _, location = (wrapped[1] if wrapped else part).partition(":")
         parts.append(Part(name, location, bool(wrapped)))
-    return parts
+    return Spec(text, tuple(parts))

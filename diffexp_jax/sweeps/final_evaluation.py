@@ -27,7 +27,7 @@ from diffexp_jax import backend, paths, settings
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import Task, check_files, load_rewards
 from diffexp_jax.formats.files import write_whole
-from diffexp_jax.limits import check_number, whole
+from diffexp_jax.limits import SEED, check_number, whole
 from diffexp_jax.prompts import load_prompt_sets
 from diffexp_jax.rewards import check_trusted
 from diffexp_jax.rewards.scoring import summary
@@ -46,7 +46,7 @@ DIGITS = 6  # of the numbers that are written
 def main(args: argparse.Namespace) -> None:
     check_number("--samples_per_prompt ", args.samples_per_prompt, whole(1, 2**20))
     check_number("--many ", args.many, whole(0, 2**20))
-    check_number("--seed ", args.seed, settings.NUMBERS["seed"])
+    check_number("--seed ", args.seed, SEED)
     command.check_writable(args.out.parent, "--out")
     config = run_settings(args.workdir, trusted=args.trust_code)
     backend.set_cpu_devices(settings.cpu_devices(config))

@@ -19,7 +19,7 @@ from diffexp_jax import command
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import one_of
 from diffexp_jax.prompts import short_name
-from diffexp_jax.rewards import reward_name
+from diffexp_jax.rewards import parsed_spec
 from diffexp_jax.settings import check_config, default_config
 
 FINAL = "final.json"  # a run's final evaluation, in its folder
@@ -120,7 +120,7 @@ def settings_that_matter(config: ConfigDict) -> dict[str, Any]:
 
     A key that a later version adds with a default does not turn a run into another one.
     """
-    usual, ours = (flatten_dict(c.to_dict(), sep=".") for c in (default_config(config), config))
+    usual, ours = (flatten_dict(c.to_dict(), sep=".") for c in (default_config(), config))
     return {
         key: value
         for key, value in sorted(ours.items())
@@ -132,7 +132,12 @@ def settings_that_matter(config: ConfigDict) -> dict[str, Any]:
 def run_name(config: ConfigDict) -> str:
     """Of the folder with an arm's seeds: what it is in words, and the digest of its settings."""
     model = short_name(Path(config.model.path).name)
-    words = (config.algorithm, reward_name(config.reward), model, "diffexp" if config.exploration.enabled else "plain")
+    words = (
+        config.algorithm,
+        parsed_spec(config.reward).name,
+        model,
+        "diffexp" if config.exploration.enabled else "plain",
+    )
     return "-".join((*words, digest(settings_that_matter(config))))
 
 

@@ -11,7 +11,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.report import evaluation_of
-from diffexp_jax.rewards import reward_name
+from diffexp_jax.rewards import parsed_spec
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.settings import read_config
 from diffexp_jax.sweeps.plan import usual_name
@@ -121,14 +121,14 @@ def is_finished(run: Seed) -> bool:
 
 def names_of(seed: Seed) -> Names:
     """Raises InputError where the run evaluated nothing."""
-    config, reward = seed.config, reward_name(seed.config.reward)
+    config, reward = seed.config, parsed_spec(seed.config.reward).name
     evaluated = [name for row in seed.rows for name in row if name.startswith("eval/")]
     sets = list(dict.fromkeys(prompts for prompts, _ in filter(None, map(evaluation_of, evaluated))))
     if not sets:
         raise InputError("a run without evaluations (eval.every=0): nothing to compare")
     trained = load_prompts(config.prompts).name
     prompts = trained if trained in sets else sets[0]
-    others = [name for spec in config.eval.rewards if (name := reward_name(spec)) != reward]
+    others = [name for spec in config.eval.rewards if (name := parsed_spec(spec).name) != reward]
     return Names(reward, (others or [None])[0], prompts, tuple(name for name in sets if name != prompts))
 
 

@@ -15,7 +15,7 @@ from diffexp_jax.cli import score
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.pictures import read_picture
 from diffexp_jax.programs import batches_by_shape, make_scorer
-from diffexp_jax.rewards import BUILTINS, load_reward, reward_name, spec
+from diffexp_jax.rewards import BUILTINS, load_reward, spec
 from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.preprocess import as_floats
 from diffexp_jax.rewards.reward import of_pixels
@@ -106,9 +106,9 @@ SPECS = {
 @pytest.mark.parametrize("text", SPECS)
 def test_names(text):
     names, reported = SPECS[text]
-    parts = spec.parse(text, BUILTINS)
-    assert [part.name for part in parts] == names and reward_name(text) == reported
-    assert "+".join(f"textnorm({part.bare})" if part.normed else part.bare for part in parts) == text
+    found = spec.parse(text, BUILTINS)
+    assert [part.name for part in found.parts] == names and found.name == reported
+    assert "+".join(f"textnorm({part.bare})" if part.normed else part.bare for part in found.parts) == text
 
 
 def test_weights_of_the_literature():

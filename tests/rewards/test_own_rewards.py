@@ -20,7 +20,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_explore, make_programs, make_scorer
 from diffexp_jax.prompts import load_prompts
-from diffexp_jax.rewards import jpeg, load_reward, reward_name
+from diffexp_jax.rewards import jpeg, load_reward, parsed_spec
 from diffexp_jax.rewards.reward import no_tokens
 from diffexp_jax.run.metrics import read_metrics
 from tests.conftest import nonzero_lora
@@ -384,9 +384,9 @@ def test_bad_settings(options):
 
 
 def test_names():
-    assert reward_name("python:pkg.sample_rewards:sharp") == "sharp"
-    assert reward_name("jax:sample_rewards:brightness+emoji_pickscore") == "brightness+emoji_pickscore"
-    assert reward_name("jpeg_compressibility") == "jpeg_compressibility"
+    assert parsed_spec("python:pkg.sample_rewards:sharp").name == "sharp"
+    assert parsed_spec("jax:sample_rewards:brightness+emoji_pickscore").name == "brightness+emoji_pickscore"
+    assert parsed_spec("jpeg_compressibility").name == "jpeg_compressibility"
 
 
 def test_a_sum_with_a_function_of_jax():

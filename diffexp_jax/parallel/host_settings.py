@@ -1,0 +1,36 @@
+"""What the user says of the hosts of a run."""
+
+from dataclasses import dataclass
+
+from diffexp_jax.limits import setting, whole
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """One run over several processes, one a machine or one a GPU.
+
+    TPU pods, SLURM and Open MPI need none of it (docs/launch.md).
+    """
+
+    coordinator: str | None = setting(None, "HOST:PORT of the first; None: JAX_COORDINATOR_ADDRESS, or as found out")
+    number: int | None = setting(
+        None,
+        "of processes; None: JAX_NUM_PROCESSES, or as found out; 1: it is the only one",
+        whole(1, 2**16, optional=True),
+    )
+    index: int | None = setting(
+        None,
+        "of this one, from 0; None: JAX_PROCESS_ID, or as found out",
+        whole(0, 2**16, optional=True),
+    )
+    initialization_timeout: int = setting(300, "seconds within which all have to be there", whole(1, 86400))
+    heartbeat_timeout: int = setting(
+        100,
+        "seconds after which one that says nothing counts as gone, and the others end",
+        whole(1, 86400),
+    )
+
+    @property
+    def place(self) -> tuple[str | None, int | None, int | None]:
+        """(coordinator, number, index): who is who."""
+        return self.coordinator, self.number, self.index

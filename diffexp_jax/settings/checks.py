@@ -1,0 +1,77 @@
+"""Whether a run's settings go together, and how many devices it makes of a CPU; each mistake is one line."""
+
+import os
+
+from ml_collections import ConfigDict
+
+from diffexp_jax import backend, paths
+from diffexp_jax.algorithms import METHODS
+from diffexp_jax.errors import InputError
+from diffexp_jax.limits import one_of
+from diffexp_jax.parallel import number_of_hosts
+from diffexp_jax.pipelines import SHIPPED
+from diffexp_jax.settings.config import parsed
+from diffexp_jax.settings.settings import Settings
+
+
+def checked(config: ConfigDict) -> Settings:
+    """The settings of a run, which can work: before anything is loaded. It asks how many devices there are.
+
+    Raises:
+      InputError: the first setting that cannot.
+    """
+    one_of("algorithm", config.algorithm, METHODS)
+    settings = parsed(config)
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Raises InputError where settings do not go together, or not with the devices that there are."""
+    method, group, warmup = settings.method, settings.batch.group, settings.optim.warmup
+    method.check(settings.sampling.steps)
+    if method.needs.step_noise and settings.sampling.eta == 0:
+        raise InputError(
+            f"sampling.eta=0: {method.name} needs steps with noise (their log-probability); wants eta in (0, 1]"
+        )
+    if method.needs.groups and group < 2:
+        raise InputError(f"batch.group={group}: {method.name} compares samples of a prompt; wants at least 2")
+    if warmup >= settings.optimizer_updates:
+        n = settings.optimizer_updates
+        raise InputError(f"optim.warmup={warmup}: wants fewer than the run's {n} optimizer updates")
+    _ = settings.split
+
+
+MOST_CPU_DEVICES = 8
+
+
+def cpu_devices(config: ConfigDict) -> int:
+    """How many devices a run makes of this host's CPU: `cpu_devices`, else a device per core, to MOST_CPU_DEVICES.
+
+    XLA keeps cores busier by a program on each than by several threads in one. The devices share the weights, but each
+    has activations of its own, for which the model's size is a measure: fewer where that, times their number, would
+    fill a quarter of the memory, or where the batch does not divide; one for a model that is not on the disk yet.
+
+    Raises:
+      InputError: a setting that is not accepted.
+    """
+    one_of("algorithm", config.algorithm, METHODS)
+    settings = parsed(config)
+    if settings.cpu_devices is not None:
+        return settings.cpu_devices
+    path = paths.local("model.path=", settings.model.path)
+    path = SHIPPED.get(settings.model.path, path)
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*.safetensors")))
+    most = min(len(os.sched_getaffinity(0)), MOST_CPU_DEVICES) if size else 1
+    for n in range(most, 1, -1):
+        if _divides(settings, n * number_of_hosts()) and 4 * n * size <= backend.host_memory():
+            return n
+    return 1
+
+
+def _divides(settings: Settings, devices: int) -> bool:
+    try:
+        settings.split_among(devices)
+    except InputError:
+        return False
+    return True

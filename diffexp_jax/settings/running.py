@@ -1,0 +1,72 @@
+"""What a run reports, keeps, and waits for: the sections of its settings that move nothing that it learns."""
+
+from dataclasses import dataclass
+
+from diffexp_jax.limits import positive, setting, whole
+from diffexp_jax.models.precision import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostReward:
+    """Of a reward that is plain Python: python:..., jpeg_compressibility."""
+
+    timeout: float = setting(
+        600.0,
+        "seconds that a call may take (on samples_per_forward images) before the run stops",
+        positive(1e7),
+    )
+    workers: int = setting(4, "threads, each in a call of its own", whole(1, 1024))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluations between iterations, without exploration."""
+
+    every: int = setting(10, "iterations between evaluations; 0: never", whole(0))
+    prompts: tuple[str, ...] = setting(
+        ("animal_activities", "animal_activities_unseen", "animals"), "sets that are evaluated, each as `prompts` above"
+    )
+    rewards: tuple[str, ...] = setting((), "further rewards to report, never optimised")
+    reward_dtype: str = setting(
+        "float32", "of the networks that evaluation scores with, as `reward_dtype` above", DTYPES
+    )
+    samples_per_prompt: int = setting(1, "images of every prompt", whole(1, 2**20))
+    samples_per_set: int = setting(
+        1, "images of every set, at least: of a few prompts it takes several each", whole(1, 2**20)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Image grids, and where else the rows of metrics go."""
+
+    images_every: int = setting(10, "iterations between image grids; 0: never", whole(0))
+    images: int = setting(12, "pictures in a grid: fixed prompts, fixed seeds", whole(0, 4096))
+    tensorboard: bool = setting(
+        False,
+        "also write metrics and grids to WORKDIR/tensorboard, as TensorBoard's event files",
+    )
+    wandb: bool = setting(
+        False, "also send them to Weights & Biases (pip install wandb; WANDB_MODE=offline: no account)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What is kept for a run that goes on, and for afterwards."""
+
+    every: int = setting(10, "iterations between checkpoints (and one at the end)", whole(1))
+    keep: int = setting(2, "newest checkpoints kept", whole(1, 10**4))
+    best: str = setting(
+        "",
+        'a name of metrics.jsonl; "": none',
+        about="""
+        Besides them the one after which this metric was largest, e.g. "eval/animals/emoji_judge"; it is written when
+        the metric is, whatever `every` says. sample.py, evaluate.py and export_lora.py take it by --checkpoint best.
+        """,
+    )
+
+
+def samples_of_each(n_prompts: int, *, per_prompt: int, per_set: int) -> int:
+    """Images of each of an evaluation set's prompts: at least `per_prompt`, and at least `per_set` of the whole set."""
+    return max(per_prompt, -(-per_set // n_prompts))

@@ -1,0 +1,218 @@
+"""What a run learns from and how: the sections of its settings that decide its result. Methods' own are theirs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffexp_jax import paths
+from diffexp_jax.limits import Number, check_text, positive, setting, settings_of, whole
+from diffexp_jax.models.lora import check_targets
+from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
+from diffexp_jax.prompts.units import UNITS
+from diffexp_jax.sampling.ddim import PREDICTION_TYPES, SPACINGS
+
+SCOPES = ("image", "prompt")  # of which each has a draw of Eq. 8
+GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """Of the model's scheduler_config.json, in its words; None: as in the file.
+
+    A model that was saved with DPM++ or Euler may want timestep_spacing="leading", steps_offset=1,
+    set_alpha_to_one=False (docs/guide.md).
+    """
+
+    timestep_spacing: str | None = setting(
+        None, '"leading", "trailing" or "linspace": which timesteps are sampled', (None, *SPACINGS)
+    )
+    steps_offset: int | None = setting(None, 'added to the timesteps of "leading"', whole(0, 1000, optional=True))
+    set_alpha_to_one: bool | None = setting(None, "False: the last step ends at the noise of timestep 0; True: at none")
+    prediction_type: str | None = setting(
+        None, '"epsilon" or "v_prediction": what the network was trained to predict', (None, *PREDICTION_TYPES)
+    )
+    rescale_betas_zero_snr: bool | None = setting(None, 'True: the last timestep is pure noise (with "v_prediction")')
+    clip_sample: bool | None = setting(None, 'False for a file whose "true" is not meant; "true" is not supported')
+    shift: float | None = setting(None, "of flow matching's noise levels", Number(0.0, 1e3, above=True, optional=True))
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """{name: value} of what is not as in the file."""
+        values = {name: getattr(self, name) for name, _ in settings_of(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model that is fine-tuned, and what its networks compute in."""
+
+    path: str = setting(
+        "emoji",
+        '"emoji", "emoji_hard" (shipped), a folder in diffusers\' format, or of the hub: hub:ORG/NAME',
+        paths.local,
+    )
+    revision: str | None = setting(None, "of the hub's repository: branch, tag or commit; None: its main branch")
+    variant: str | None = setting(
+        None, '"fp16": take the half-precision weight files; None: the whole ones if there are any'
+    )
+    tokenizer: str | None = setting(
+        None,
+        "files of the tokenizer, of a model that is a single file",
+        paths.local_or_none,
+        about="""
+        A single file has none: a folder with CLIP's vocab.json and merges.txt, or hub:ORGANISATION/NAME; None: that of
+        the published model on the hub.
+        """,
+    )
+    dtype: str = setting(
+        "auto",
+        "type of weights and networks",
+        ("auto", *DTYPES),
+        about="""
+        "float32", "bfloat16", "float16", "auto" = bfloat16 on accelerators, float32 on a CPU. LoRA, latents, log-probs
+        and losses are float32 always, and so is SDXL's VAE in place of float16, in which it overflows.
+        """,
+    )
+    matmul_precision: str = setting(
+        "auto",
+        "precision of the networks' matrix products",
+        MATMUL_PRECISIONS,
+        about="""
+        How an accelerator multiplies float32 matrices, by jax's names: "default" (TF32 on NVIDIA GPUs, one pass of
+        bfloat16 on TPUs), "bfloat16", "tensorfloat32", "float32" (in full), "auto" = in full where model.dtype is
+        float32.
+        """,
+    )
+    image_size: int | None = setting(
+        None, "pixels of a side; None: what the model was trained at", whole(8, 8192, optional=True, multiple=8)
+    )
+    remat: str = setting(
+        "step",
+        '"none", "step" or "block"',
+        ("none", "step", "block"),
+        about="""
+        What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
+        latent a step is kept); also each "block" of the UNet. DDPO's gradient is of one step at a time: "none" is
+        "step".
+        """,
+    )
+    scheduler: Scheduler = Scheduler()
+    vae_slice: int = setting(32, "images that the VAE decodes at once, at most", whole(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextNorm:
+    """Of a reward that is written as textnorm(...), Kim et al. 2024."""
+
+    temperature: float = setting(
+        1.0, "of the softmax over prompts, in the reward's units (a cosine wants about 0.01)", positive()
+    )
+    contrast: str | None = setting(
+        None,
+        "json file {prompt: [contrastive prompts]}; None: swap animals and activities",
+        paths.local_or_none,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What an iteration draws."""
+
+    samples: int = setting(64, "images an iteration, over all devices", whole(1, 2**20))
+    samples_per_forward: int = setting(
+        32, "images a device handles at once; smaller needs less memory", whole(1, 2**20)
+    )
+    group: int = setting(
+        1, "images of each prompt that an iteration draws: batch.samples / batch.group prompts", whole(1, 2**20)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are sampled, in training and evaluation."""
+
+    steps: int = setting(50, "DDIM steps, 1..1000", whole(1, 1000))
+    guidance: float = setting(5.0, "classifier-free guidance scale w (Eq. 4); 1 is none", GUIDANCE)
+    negative_prompt: str = setting(
+        "",
+        'what guidance leads away from, as in diffusers; "": from no prompt',
+        check_text,
+        about="""
+        In training and evaluation. w of Eq. 4 weighs the prompt against it: 1 leaves it out, and a w_low of less than 1
+        leads towards it. Eq. 8 weighs words against "" as ever.
+        """,
+    )
+    eta: float = setting(1.0, "DDIM noise: 0 deterministic, 1 as in DDPM", Number(0.0, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exploration:
+    """DiffExp: Eq. 7 for the guidance of the steps, Eq. 8 for the weights of words."""
+
+    enabled: bool = setting(True, "False: plain fine-tuning, bit for bit")
+    w_low: float = setting(1.0, 'Eq. 7: guidance while t > t_thresh (ours: the paper says "extremely low")', GUIDANCE)
+    t_thresh: int = setting(900, "Eq. 7: in training timesteps, 0..1000 (ours)", whole(0, 1000))
+    weight_range: tuple[float, float] = setting(
+        (1.0, 1.5), "Eq. 8: the weight is uniform in it (ours)", Number(0.0, 100.0, pair=True)
+    )
+    unit: str = setting("word", 'Eq. 8: what is weighted together: "word", "token" or "phrase"', UNITS)
+    scope: str = setting(
+        "image",
+        'Eq. 8: a draw for each "image", or for each "prompt", the same for its images of an iteration',
+        SCOPES,
+    )
+    fraction: float = setting(0.75, "of the iterations, from the first, that explore; rounded up", Number(0.0, 1.0))
+    iterations: int | None = setting(
+        None,
+        "that many of the first explore; None: by the fraction",
+        whole(0, optional=True),
+        about="""
+        A run that is continued with more iterations keeps the number that it began with, unless this says another.
+        """,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """What is trained: low-rank updates of the network's layers."""
+
+    rank: int = setting(4, "of the update A B that is added to each layer that takes LoRA", whole(1, 1024))
+    alpha: float = setting(4.0, "the update is scaled by alpha / rank", positive())
+    targets: tuple[str, ...] = setting(
+        ("attention",),
+        "which layers take LoRA",
+        lambda name, value: check_targets(value),
+        about="""
+        Of the UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
+        "convolutions" (of residual blocks and between levels), or single layers of these by name: "to_k".
+        """,
+    )
+    path: str | None = setting(
+        None,
+        "a LoRA file or folder to start from (diffusers, peft, kohya); None: from nothing",
+        paths.local_or_none,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimizer, AdamW."""
+
+    lr: float = setting(3e-4, "learning rate", positive(1.0))
+    schedule: str = setting(
+        "constant",
+        'or "linear", "cosine": it falls to 0 over the run\'s updates',
+        ("constant", "linear", "cosine"),
+    )
+    warmup: int = setting(
+        0, "optimizer updates over which the rate first rises from 0, before the schedule; 0: none", whole(0)
+    )
+    ema: float = setting(
+        0.0,
+        "decay of a moving average of the LoRA, which evaluation, grids and exports then take; 0: none",
+        Number(0.0, 1.0, below=True),
+    )
+    b1: float = setting(0.9, "decay of the gradient's running mean", Number(0.0, 1.0, below=True))
+    b2: float = setting(0.999, "decay of its running square", Number(0.0, 1.0, below=True))
+    eps: float = setting(1e-8, "added to the root of that square", positive(1.0))
+    weight_decay: float = setting(1e-4, "times lr, decoupled from the gradient", Number(0.0, 100.0))
+    grad_clip: float = setting(1.0, "largest global norm of the gradient, which is scaled down to it", positive())

@@ -1,0 +1,48 @@
+"""configs/base.py is what the package's settings are, in their order."""
+
+import importlib
+
+import pytest
+
+from configs import base
+from diffexp_jax.settings import default_config
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools" / "settings")
+    return importlib.import_module("write_base")
+
+
+def test_base_is_written_from_the_package(tool):
+    """Where it is not: python tools/settings/write_base.py."""
+    assert (ROOT / "configs" / "base.py").read_text() == tool.listing()
+    assert base.default().to_dict() == default_config().to_dict()
+
+
+@pytest.mark.parametrize(
+    "default, kind, expected",
+    [
+        (3e-4, float, "3e-4"),
+        (0.75, float, "0.75"),
+        (600.0, float, "600.0"),
+        ("", str, '""'),
+        (("a", "b"), tuple, '("a", "b")'),
+        ((), tuple, "()"),
+        (None, int | None, "placeholder(int)"),
+        (True, bool, "True"),
+    ],
+)
+def test_defaults_as_python_has_them(tool, default, kind, expected):
+    assert tool.written(tool.Setting(default, kind, "", None, "")) == expected
+
+
+def test_a_setting_in_lines(tool):
+    """What is to be known stands above; a meaning too where the line would be too long; what was said is not again."""
+    explained = {}
+    known = tool.Setting(1, int, "how many", None, "\n  Some\n  words.\n  ")
+    assert list(tool.setting_lines("config.a.b", known, explained)) == ["# Some words.", "config.a.b = 1  # how many"]
+    assert list(tool.setting_lines("config.c.b", known, explained)) == ["config.c.b = 1  # how many, see a.b"]
+    (*above, line) = tool.setting_lines("config.d", known._replace(meaning="many " * 30, about=""), explained)
+    assert line == "config.d = 1" and above[0].startswith("# Many many") and len(above) == 2

@@ -1,0 +1,102 @@
+"""Writes configs/base.py: every setting of the package, with its default, meaning and unit.
+
+python tools/settings/write_base.py
+"""
+
+import dataclasses
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # where the package is
+
+from diffexp_jax.limits import Setting, settings_of
+from diffexp_jax.settings.config import type_of
+from diffexp_jax.settings.settings import Settings, sections_of
+
+WIDTH, INDENT = 120, "    "
+HEAD = '''"""Every setting of a run, with its default, meaning and unit; the other configs start from `default()`.
+
+Plain ml_collections: nothing in configs/ imports the package. Arguments choose structure (`arguments.py`); single
+numbers are overridden by flags, e.g. `--config.optim.lr=3e-4`.
+
+Written by tools/settings/write_base.py from the package, where each setting has its default, meaning and range in one
+place (diffexp_jax/settings/, diffexp_jax/algorithms/): new ones are entered there.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def default() -> ml_collections.ConfigDict:
+'''
+
+
+def listing() -> str:
+    """All of configs/base.py."""
+    lines = ["config = ml_collections.ConfigDict()", *section_lines(Settings(), "config", {}), "return config"]
+    return HEAD + "".join(f"{INDENT}{line}".rstrip() + "\n" for line in lines)
+
+
+def section_lines(section: Any, prefix: str, explained: dict[str, str]) -> Iterator[str]:
+    """The lines of a section's settings, and of its sections, in the order of its fields.
+
+    Args:
+      explained: key of the setting that each longer explanation stands at already: several methods share some.
+    """
+    settings, parts = dict(settings_of(section)), dict(sections_of(section))
+    names = [name for part in dataclasses.fields(section) for name in _names(section, part.name)]
+    after_section = False
+    for name in (name for name in names if name in settings or name in parts):
+        key = f"{prefix}.{name}"
+        if name in parts:
+            yield from ("", *comment(inspect.getdoc(type(parts[name]))), f"{key} = ml_collections.ConfigDict()")
+            yield from section_lines(parts[name], key, explained)
+        else:
+            yield from [""] if after_section else []
+            yield from setting_lines(key, settings[name], explained)
+        after_section = name in parts
+
+
+def _names(section: Any, field: str) -> list[str]:
+    return list(section.methods) if field == "methods" else [field]
+
+
+def setting_lines(key: str, known: Setting, explained: dict[str, str]) -> Iterator[str]:
+    """Of one setting: what is to be known of it, and its default and meaning in a line."""
+    meaning, before = known.meaning, explained.get(known.about)
+    if before:
+        meaning += f", see {before}"
+    elif known.about:
+        explained[known.about] = key.removeprefix("config.")
+        yield from comment(known.about)
+    line = f"{key} = {written(known)}"
+    if len(INDENT + line) + len("  # " + meaning) <= WIDTH:
+        yield f"{line}  # {meaning}"
+    else:
+        yield from (*comment(meaning[0].upper() + meaning[1:]), line)
+
+
+def comment(text: str) -> Iterator[str]:
+    """A text as comments, paragraph by paragraph."""
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        for line in textwrap.wrap(" ".join(paragraph.split()), WIDTH - len(INDENT + "# "), break_on_hyphens=False):
+            yield f"# {line}"
+
+
+def written(known: Setting) -> str:
+    """A default as Python has it."""
+    if known.default is None:
+        return f"placeholder({type_of(known.type).__name__})"
+    if isinstance(known.default, float) and 0 < abs(known.default) < 1:
+        digits, _, exponent = f"{known.default:e}".partition("e")
+        return min(repr(known.default), f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}", key=len)
+    return f'"{known.default}"' if isinstance(known.default, str) else repr(known.default).replace("'", '"')
+
+
+if __name__ == "__main__":
+    (ROOT / "configs" / "base.py").write_text(listing())
