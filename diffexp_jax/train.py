@@ -188,8 +188,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     if _CONFIG.value is None or (_WORKDIR.value is None and not _DRY_RUN.value):
         raise InputError("wants --config configs/NAME.py:... and --workdir DIR (or --dry_run)")
-    config, hosts = _CONFIG.value, parallel.HostSettings(**_CONFIG.value.hosts)
-    with parallel.joined(hosts._replace(number=1) if _DRY_RUN.value else hosts):
+    config, alone = _CONFIG.value, {"number": 1} if _DRY_RUN.value else {}
+    with parallel.joined(parallel.HostSettings(**dict(_CONFIG.value.hosts) | alone)):
         backend.set_cpu_devices(cpu_devices(config))
         dry_run(config) if _DRY_RUN.value else run(config, paths.local("--workdir", _WORKDIR.value))
 

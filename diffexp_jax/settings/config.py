@@ -49,15 +49,12 @@ def parsed(config: ConfigDict | Mapping[str, Any], names: Mapping[str, str] = {}
       InputError: a value that is not accepted, a key that is missing, or one that no setting has.
     """
     content = config.to_dict() if isinstance(config, ConfigDict) else config
-    settings = _filled(Settings(), content, "")
-    for key, known, value in by_key(settings):
-        known.check(key, value, names.get(key))
-    return settings
+    return _filled(Settings(), content, "", names)
 
 
-def _filled(section: Any, content: Mapping[str, Any], prefix: str) -> Any:
-    """A section with what a config says of it; `prefix` is of its keys."""
-    own, parts = [name for name, _ in settings_of(section)], dict(sections_of(section))
+def _filled(section: Any, content: Mapping[str, Any], prefix: str, names: Mapping[str, str]) -> Any:
+    """A section with what a config says of it, each value checked; `prefix` is of its keys."""
+    own, parts = dict(settings_of(section)), dict(sections_of(section))
     whose = "config" if not prefix else prefix.removesuffix(".")
     for name in content:
         one_of(f"{whose}: the key", name, [*own, *parts])
@@ -66,7 +63,9 @@ def _filled(section: Any, content: Mapping[str, Any], prefix: str) -> Any:
         if name not in content and not is_of_a_method:
             raise InputError(f"config: has no key {prefix}{name}; configs/base.py has them all")
     values = {name: _frozen(content[name]) for name in own if name in content}
-    filled = {name: _filled(part, content.get(name, {}), f"{prefix}{name}.") for name, part in parts.items()}
+    for name, value in values.items():
+        own[name].check(prefix + name, value, names.get(prefix + name))
+    filled = {name: _filled(part, content.get(name, {}), f"{prefix}{name}.", names) for name, part in parts.items()}
     methods = {name: part for name, part in filled.items() if isinstance(part, Method)}
     sections = {name: part for name, part in filled.items() if name not in methods}
     return dataclasses.replace(section, **values, **sections, **({"methods": methods} if methods else {}))
