@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from diffexp_jax import parallel
 from diffexp_jax.errors import InputError
-from diffexp_jax.rewards import Reward, load_reward, reward_name
+from diffexp_jax.rewards import Reward, load_reward, parsed_spec
 from diffexp_jax.rewards.host import joined, start_by_size
 
 _LARGE = 2**32  # bytes of a batch that is not filled up with copies
@@ -118,7 +118,7 @@ class Scorers:
         Raises:
           InputError: two have the same name; or as `load_reward`.
         """
-        names = [reward_name(spec) for spec in specs]
+        names = [parsed_spec(spec).name for spec in specs]
         if len(set(names)) < len(names):
             raise InputError(f"rewards {', '.join(specs)}: two have the same name")
         rewards = {name: load_reward(spec, **options) for name, spec in zip(names, specs, strict=True)}
