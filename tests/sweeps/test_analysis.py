@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from diffexp_jax import command
 from diffexp_jax.errors import InputError
 from diffexp_jax.report import save_grid
+from diffexp_jax.sweeps.runs import Names, Seed
 from tests.conftest import ROOT
 
 SET, OTHER = "train", "unseen"
@@ -169,9 +171,9 @@ def test_one_bin_is_no_curve(scripts, shares, n_bins):
     def evaluated(values):
         return {SET: {"prompts": ["a", "b"], "per_prompt": {"emoji_judge": values}}}
 
-    run = SimpleNamespace(final={"plain": evaluated([0.5, 1.0])})
+    run = Seed(ConfigDict(), [], {"plain": evaluated([0.5, 1.0])})
     base = {"many": evaluated(shares), "many_per_prompt": 4}
-    found = scripts.results.by_base_share(SimpleNamespace(held_out="emoji_judge", reward="x"), [(run, run)], base)
+    found = scripts.results.by_base_share(Names("x", "emoji_judge", SET, ()), [(run, run)], base)
     assert {name: len(content["bins"]) for name, content in found.items()} == ({} if n_bins is None else {SET: n_bins})
 
 
