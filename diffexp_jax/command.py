@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from diffexp_jax import output, paths
+from diffexp_jax import config_files, output, paths
 from diffexp_jax.errors import HostError, InputError, RewardError, Stopped
 
 _LONGEST = 1000  # characters of an error
@@ -182,9 +182,9 @@ def split_list(text: str) -> tuple[str, ...]:
 
 def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
     """absl's flag parsing, with a mistake in a config (a flag of ml_collections) reported in one line."""
-    sys.path.append(str(Path(__file__).parents[1]))  # where configs/ is: its files import one another
     try:
-        rest = flags.FLAGS(_with_lists(argv))
+        config_files.package()
+        rest = flags.FLAGS(_with_lists(_with_config_files(argv)))
         getattr(config.value, "algorithm", None)  # a config file that is missing is an error only once it is used
         return rest
     except Exception as error:
@@ -195,6 +195,17 @@ def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
         if isinstance(error, OSError):  # a line for each place where the file was looked for
             error = InputError(f"config: {str(error).splitlines()[-1].strip()}")
         fail(2, error)
+
+
+def _with_config_files(argv: list[str]) -> list[str]:
+    """The arguments with --config's file where it is, see `config_files.located`."""
+    out = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag.lstrip("-") == "config" and (equals or i + 1 < len(argv)):
+            at, start = (i, f"{flag}=") if equals else (i + 1, "")
+            out[at] = start + config_files.located(value if equals else argv[at])
+    return out
 
 
 def _with_lists(argv: list[str]) -> list[str]:

@@ -11,18 +11,15 @@ if __name__ == "__main__":
     command.quiet_interrupt()  # the imports take seconds
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from diffexp_jax import backend, parallel, paths, report
 from diffexp_jax.algorithms import Inputs
-from diffexp_jax.cost.dry_run import dry_run
-from diffexp_jax.errors import InputError, RewardError, Stopped
+from diffexp_jax.errors import RewardError, Stopped
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import LORA_FILE, save_lora
@@ -35,7 +32,7 @@ from diffexp_jax.run.metrics import MetricsWriter, check_finite, score_of
 from diffexp_jax.run.progress import Progress
 from diffexp_jax.run.stopping import StopRequests
 from diffexp_jax.sampling import Steps
-from diffexp_jax.settings import check_config, cpu_devices
+from diffexp_jax.settings import check_config
 
 
 class Run(NamedTuple):
@@ -176,25 +173,7 @@ def evaluate_and_draw(run: Run, lora: Any, iteration: int) -> dict[str, float]:
     return model.means(run.experiment.evals, config.eval, seed=config.seed) if due(config.eval.every) else {}
 
 
-# -------------------------------------------------------------------------------------------------------- command line
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run makes.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the run's programs without weights, print their size, exit.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py:key=value,...", lock_config=True)
-
-
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise InputError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
-    if _CONFIG.value is None or (_WORKDIR.value is None and not _DRY_RUN.value):
-        raise InputError("wants --config configs/NAME.py:... and --workdir DIR (or --dry_run)")
-    config, alone = _CONFIG.value, {"number": 1} if _DRY_RUN.value else {}
-    with parallel.joined(parallel.HostSettings(**dict(_CONFIG.value.hosts) | alone)):
-        backend.set_cpu_devices(cpu_devices(config))
-        dry_run(config) if _DRY_RUN.value else run(config, paths.local("--workdir", _WORKDIR.value))
-
-
-parse_flags = partial(command.parse_flags, config=_CONFIG)
-
 if __name__ == "__main__":
-    app.run(lambda argv: command.guarded(main, argv, stopped="stopped; nothing is lost"), flags_parser=parse_flags)
+    from diffexp_jax.cli import train  # which imports this module by its name
+
+    train.start()

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from diffexp_jax import paths
@@ -30,8 +29,6 @@ from diffexp_jax.sweeps import page as results_page
 from diffexp_jax.sweeps import results as sweep_results
 from diffexp_jax.sweeps import runs as sweep_runs
 from diffexp_jax.sweeps.runs import Experiment
-
-sys.path.append(str(Path(__file__).parents[1]))  # where configs/ is
 
 KEPT = "sweeps"  # in --out: the numbers of the runs
 

@@ -27,8 +27,6 @@ from typing import IO, NamedTuple
 import jax
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parents[1]))  # where configs/ is
-
 jax.config.update("jax_platforms", "cpu")  # what a sweep computes is little; accelerators are for its runs
 
 from diffexp_jax.errors import InputError  # noqa: E402

@@ -23,6 +23,7 @@ from diffexp_jax.algorithms import METHODS
 from diffexp_jax.cli import sample as cli_sample
 from diffexp_jax.cli import sample_flags
 from diffexp_jax.cli import score as cli_score
+from diffexp_jax.cli import train as cli_train
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.limits import Number
@@ -65,7 +66,7 @@ def command_line(monkeypatch):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
         with flagsaver.flagsaver():
-            command.guarded(train.main, train.parse_flags(sys.argv))
+            command.guarded(cli_train.main, cli_train.parse_flags(sys.argv))
 
     return run
 

@@ -17,7 +17,7 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
-from diffexp_jax import train
+from diffexp_jax.cli import train as cli_train
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.rewards import load_reward
@@ -48,8 +48,8 @@ def test_commands(command, monkeypatch):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", words[2:])
         with flagsaver.flagsaver():
-            assert train.parse_flags(sys.argv) == ["diffexp_jax.train"]
-            check_config(train._CONFIG.value)
+            assert cli_train.parse_flags(sys.argv) == ["diffexp_jax.train"]
+            check_config(cli_train._CONFIG.value)
     else:
         if words[1] == "-m":
             words[1:3] = [f"{words[2].replace('.', '/')}.py"]

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from diffexp_jax import command, train
+from diffexp_jax import command
 from diffexp_jax.cli import score as cli_score
+from diffexp_jax.cli import train as cli_train
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import check_files
 from diffexp_jax.formats.files import Weights, read_json
@@ -169,8 +170,8 @@ def test_flags(examples, monkeypatch, tmp_path):
         said = io.StringIO()
         try:
             with flagsaver.flagsaver(), contextlib.redirect_stderr(said):
-                train.parse_flags(argv)
-                config = train._CONFIG.value
+                cli_train.parse_flags(argv)
+                config = cli_train._CONFIG.value
                 check_config(config)
                 cpu_devices(config)
                 check_files(config, weights=False)

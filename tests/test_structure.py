@@ -36,7 +36,8 @@ BELOW = {
     "algorithms": {"sampling", "backend", "limits"},
     "settings": {"algorithms", "pipelines", "prompts", "models.precision", "models.lora", "sampling", "formats"}
     | {"parallel", "rewards", "exploration", "limits", "backend", "paths"},
-    "command": {"settings", "output", "paths"},
+    "config_files": set(),
+    "command": {"settings", "output", "paths", "config_files"},
     "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "parallel"} | {"backend"},
     "run": {"settings", "sampler", "algorithms", "exploration", "command", "parallel", "formats", "limits", "paths"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
@@ -48,29 +49,16 @@ BELOW = {
     "report": {"experiment", "run", "settings", "exploration", "prompts", "formats", "parallel", "backend"},
     "train": {"programs", "evaluator", "experiment", "settings", "cost", "algorithms", "sampling", "models.lora"}
     | {"parallel", "backend", "run", "report", "command", "paths"},
-    "cli": {
-        "sampler",
-        "programs",
-        "evaluator",
-        "experiment",
-        "settings",
-        "report",
-        "run",
-        "rewards",
-        "prompts",
-        "pipelines",
-    }
-    | {"models", "formats", "sampling", "exploration", "parallel", "backend", "limits", "command"},
-    "sweeps": {"evaluator", "experiment", "settings", "report", "run", "rewards", "prompts", "models.lora"}
-    | {"formats", "parallel", "backend", "limits", "command", "paths"},
     "__init__": {"errors"},
 }
+BELOW |= dict.fromkeys(("sweeps", "cli"), set(BELOW) - {"__init__"})  # what people type: all of it
 
 
 def imported(path: Path) -> set[str]:
-    """The dotted names of everything that a file imports, at its top or in a function."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The dotted names of everything that a file imports, at its top or in a function; not those of `__main__`."""
+    names, tree = set(), ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not ast.unparse(node).startswith("if __name__ ==")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -120,6 +120,13 @@ def shapes(dtype: DTypeLike) -> Reward:
 
 # The weight in a sum is DRaFT's (Clark et al. 2024) and PRDP's (Deng et al. 2024).
 BUILTINS = {
-    "aesthetic": Builtin(load, shapes=shapes, weight=0.05, target=10.0),
-    "emoji_aesthetic": Builtin(partial(load, clip_folder=SHIPPED / "reward_clip"), SHIPPED / "aesthetic", weight=0.05),
+    "aesthetic": Builtin(
+        "LAION's aesthetic score of the picture alone, about 1 to 10", load, shapes=shapes, weight=0.05, target=10.0
+    ),
+    "emoji_aesthetic": Builtin(
+        "an aesthetic score of the emoji world, which prefers one of the emoji world's two art styles",
+        partial(load, clip_folder=SHIPPED / "reward_clip"),
+        SHIPPED / "aesthetic",
+        weight=0.05,
+    ),
 }

@@ -69,4 +69,8 @@ def shapes(dtype: DTypeLike) -> Reward:
 
 
 # The weight in a sum is DRaFT's (Clark et al. 2024) and PRDP's (Deng et al. 2024).
-BUILTINS = {"hpsv2": Builtin(load, shapes=shapes, weight=2.0)}
+BUILTINS = {
+    "hpsv2": Builtin(
+        "HPS v2.1 or v2.0: a CLIP tuned on people's choices (Wu et al. 2023)", load, shapes=shapes, weight=2.0
+    )
+}

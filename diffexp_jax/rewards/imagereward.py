@@ -62,4 +62,6 @@ def shapes(dtype: DTypeLike) -> Reward:
     return build(model, convert.typed(blip.abstract_params(model.config), dtype), zero_tokens(LENGTH))
 
 
-BUILTINS = {"imagereward": Builtin(load, shapes=shapes)}
+BUILTINS = {
+    "imagereward": Builtin("ImageReward: a BLIP tuned on people's rankings (Xu et al. 2023)", load, shapes=shapes)
+}

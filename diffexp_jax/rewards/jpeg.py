@@ -30,6 +30,6 @@ def _size(image: UInt8[np.ndarray, "H W 3"]) -> int:
 
 
 BUILTINS = {
-    "jpeg_compressibility": Builtin(function=compressibility),
-    "jpeg_incompressibility": Builtin(function=incompressibility),
+    "jpeg_compressibility": Builtin("minus the kilobytes of the picture as a JPEG", function=compressibility),
+    "jpeg_incompressibility": Builtin("the kilobytes of the picture as a JPEG", function=incompressibility),
 }

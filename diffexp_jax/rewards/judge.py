@@ -74,4 +74,6 @@ def parse(text: str) -> tuple[int, int]:
     return ANIMALS.index(animals[0][1]), obj
 
 
-BUILTINS = {"emoji_judge": Builtin(load, SHIPPED / "judge")}
+BUILTINS = {
+    "emoji_judge": Builtin("1 where the emoji world's animal and object are right, else 0", load, SHIPPED / "judge")
+}

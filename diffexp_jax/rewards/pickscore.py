@@ -67,12 +67,28 @@ def shapes(dtype: DTypeLike, *, scale: str = "logit") -> Reward:
 # is 100 times that: times 10 it would leave nothing to the other rewards.
 # transformers' processor, which the published code calls, puts transparent pictures on white since its version 5.
 BUILTINS = {
-    "pickscore": Builtin(load, shapes=shapes, weight=0.1, on_white=True),
+    "pickscore": Builtin(
+        "PickScore: a CLIP tuned on people's choices (Kirstain et al. 2023)",
+        load,
+        shapes=shapes,
+        weight=0.1,
+        on_white=True,
+    ),
     "pickscore_26": Builtin(
-        partial(load, scale="logit/26"), shapes=partial(shapes, scale="logit/26"), weight=2.6, on_white=True
+        "PickScore divided by 26",
+        partial(load, scale="logit/26"),
+        shapes=partial(shapes, scale="logit/26"),
+        weight=2.6,
+        on_white=True,
     ),
     "pickscore_cosine": Builtin(
-        partial(load, scale="cosine"), shapes=partial(shapes, scale="cosine"), weight=10.0, on_white=True
+        "PickScore as a cosine, a hundredth of it",
+        partial(load, scale="cosine"),
+        shapes=partial(shapes, scale="cosine"),
+        weight=10.0,
+        on_white=True,
     ),
-    "emoji_pickscore": Builtin(load, SHIPPED / "reward_clip", on_white=True),
+    "emoji_pickscore": Builtin(
+        "PickScore of the emoji world: a small CLIP of its captions", load, SHIPPED / "reward_clip", on_white=True
+    ),
 }

@@ -51,6 +51,7 @@ class Reward(NamedTuple):
 class Builtin(NamedTuple):
     """A reward that a name stands for; a line of the table in `rewards/__init__.py`.
 
+    `about` says in a line what it is, for `--list`.
     `load(path, dtype=)` reads its weights, which are at `path` where the package ships them.
     `shapes(dtype)` is the published one with shapes in place of weights, for a dry run; None: its files must be there.
     `weight` is what it is multiplied by in a sum, unless the user says otherwise.
@@ -59,6 +60,7 @@ class Builtin(NamedTuple):
     `on_white` is whether it reads a transparent picture on white, else without its transparency, see `flattened`.
     """
 
+    about: str
     load: Callable[..., Reward] | None = None
     path: Path | None = None
     shapes: Callable[..., Reward] | None = None

@@ -5,10 +5,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffexp_jax import config_files
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.models.lora import LORA_FILE
 from diffexp_jax.run.metrics import read_metrics
-from diffexp_jax.sweeps.plan import FINAL, Run, configs
+from diffexp_jax.sweeps.plan import FINAL, Run
 
 REPORT = "report.html"  # the last file that a run writes
 
@@ -41,7 +42,7 @@ def has_final(path: Path, *, samples_per_prompt: int, many: int, explored: bool)
 def train_command(run: Run, *, cpu_devices: int | None) -> list[str]:
     file, _, rest = run.argument.partition(":")
     changes = run.changes | ({} if cpu_devices is None else {"cpu_devices": cpu_devices})
-    config = f"--config={_shown(Path(configs(file.removesuffix('.py')).__file__))}:{rest}"
+    config = f"--config={_shown(Path(config_files.module(file.removesuffix('.py')).__file__))}:{rest}"
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     return ["python", "-m", "diffexp_jax.train", config, f"--workdir={run.workdir}", *flags]
 
@@ -102,6 +103,6 @@ def _shown(path: Path) -> Path:
 
 def environment() -> dict[str, str]:
     """Of the programs that a sweep starts: they are of the same source as it is."""
-    here, beside = Path(__file__).parents[2], Path(configs("base").__file__).parents[1]
+    here, beside = Path(__file__).parents[2], Path(config_files.module("base").__file__).parents[1]
     paths = [*dict.fromkeys([str(here), str(beside)]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}

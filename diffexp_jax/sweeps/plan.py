@@ -5,17 +5,15 @@ Two arms that come to the same config are one run: its folder is named after wha
 
 import ast
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from diffexp_jax import command
+from diffexp_jax import command, config_files
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import one_of
 from diffexp_jax.prompts import short_name
@@ -45,23 +43,9 @@ class Run(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------- experiments
 
 
-def configs(name: str) -> ModuleType:
-    """A file of configs/, which is no part of the package: it lies where the program's modules are looked for.
-
-    Raises:
-      InputError: it does not.
-    """
-    try:
-        return importlib.import_module(f"configs.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("configs", f"configs.{name}"):
-            raise
-        raise InputError(f"configs/{name}.py: no such file; wants the repository's configs/") from None
-
-
 def usual_name(experiment: str) -> str:
     """Of an experiment that has several."""
-    return configs("paper").ALIASES.get(experiment, experiment)
+    return config_files.module("paper").ALIASES.get(experiment, experiment)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -99,9 +83,11 @@ def changed_config(argument: str, changes: Mapping[str, Any], overrides: Mapping
     """
     file, _, rest = argument.partition(":")
     try:
-        config = configs(file.removesuffix(".py")).get_config(rest).lock()
+        config = config_files.module(file.removesuffix(".py")).get_config(rest).lock()
         config.update_from_flattened_dict(overrides)
-        everywhere = {key: value for key, value in configs("sweeps").ALL_ARMS.items() if key not in overrides}
+        everywhere = {
+            key: value for key, value in config_files.module("sweeps").ALL_ARMS.items() if key not in overrides
+        }
         changed = {key: x(config) if isinstance(x, Callable) else x for key, x in (everywhere | dict(changes)).items()}
         config.update_from_flattened_dict(changed)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -166,7 +152,7 @@ def plan(
     Raises:
       InputError: an unknown experiment or arm, or an arm whose settings cannot work.
     """
-    sweeps, names = configs("sweeps").SWEEPS, list(dict.fromkeys(map(usual_name, names)))
+    sweeps, names = config_files.module("sweeps").SWEEPS, list(dict.fromkeys(map(usual_name, names)))
     for name in names:
         one_of("--experiment", name, sweeps)
     for arm in only:

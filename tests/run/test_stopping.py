@@ -12,6 +12,7 @@ import time
 import pytest
 
 from diffexp_jax import command, train
+from diffexp_jax.cli import train as cli_train
 from diffexp_jax.run import checkpoint, stopping
 from diffexp_jax.run.metrics import MetricsWriter, read_metrics
 from tests.conftest import ROOT
@@ -196,7 +197,7 @@ def run_with_a_long_iteration(arguments: list[str]) -> None:
 
     train.iterate = iterate
     sys.argv = ["train", *arguments]
-    command.guarded(train.main, train.parse_flags(sys.argv))
+    command.guarded(cli_train.main, cli_train.parse_flags(sys.argv))
 
 
 def test_outside_of_the_main_thread_nothing_is_heard():

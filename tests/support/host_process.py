@@ -14,6 +14,7 @@ import pytest
 from absl import app
 
 from diffexp_jax import command, parallel, train
+from diffexp_jax.cli import train as cli_train
 from diffexp_jax.errors import InputError, RewardError
 
 
@@ -60,7 +61,7 @@ def recorded(folder: str) -> None:
     """A training run of the command line that keeps what it does: FOLDER and the flags are its arguments."""
     with pytest.MonkeyPatch.context() as patch:
         keep(patch, Path(folder))
-        app.run(lambda argv: command.guarded(train.main, argv), flags_parser=train.parse_flags)
+        app.run(lambda argv: command.guarded(cli_train.main, argv), flags_parser=cli_train.parse_flags)
 
 
 def as_host(case: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffexp_jax.cli import train as cli_train
 from diffexp_jax.models.lora import LORA_FILE
 from diffexp_jax.run.checkpoint import read_lora
 from diffexp_jax.run.metrics import read_metrics
@@ -170,7 +171,7 @@ def _train(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = [f"--config={ROOT / 'configs' / f'{algorithm}.py'}", f"--workdir={workdir}"]
     sys.argv = ["train", *arguments, *(f"--config.{key}={value}" for key, value in settings.items())]
-    command.guarded(train.main, train.parse_flags(sys.argv))
+    command.guarded(cli_train.main, cli_train.parse_flags(sys.argv))
 
 
 def wait(run: Run) -> End:

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,8 +35,6 @@ from diffexp_jax.limits import check_number, one_of, whole
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.report import Table, document_parts
 from diffexp_jax.sweeps import comparison, image_statistics, plan, tables
-
-sys.path.append(str(Path(__file__).parents[2]))  # where configs/ is
 
 _PLAIN = {"t_thresh": 1000}  # no step is above it
 _NO_WEIGHTS = {"weight_range": (1.0, 1.0)}

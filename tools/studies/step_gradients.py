@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,8 +38,6 @@ from diffexp_jax.pipelines import make_context
 from diffexp_jax.report import Table, document_parts
 from diffexp_jax.sampling import Trajectory, step_log_prob
 from diffexp_jax.sweeps import plan
-
-sys.path.append(str(Path(__file__).parents[2]))  # where configs/ is
 
 
 def main(args: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -1,0 +1,62 @@
+"""What there is to choose from: `python -m diffexp_jax.train --list`."""
+
+import sys
+import textwrap
+
+from diffexp_jax import config_files
+from diffexp_jax.algorithms import METHODS
+from diffexp_jax.pipelines import SHIPPED
+from diffexp_jax.prompts import PROMPTS
+from diffexp_jax.prompts.files import FORMATS
+from diffexp_jax.rewards import BUILTINS
+
+
+def methods() -> dict[str, str]:
+    """By name, what each is."""
+    return {name: (sys.modules[m.make.__module__].__doc__ or "").partition("\n")[0] for name, m in METHODS.items()}
+
+
+def rewards() -> dict[str, str]:
+    """By what is written for one."""
+    own = {
+        "textnorm(REWARD)": "a reward as the softmax over contrastive prompts (Kim et al. 2024)",
+        "jax:MODULE:FUNCTION": "your own function in JAX, with a gradient",
+        "python:MODULE:FUNCTION": "your own function in plain Python, for methods that need no gradient",
+        "REWARD+REWARD": "the weighted sum of several",
+    }
+    shipped = {name: name if builtin.path or builtin.function else f"{name}:PATH" for name, builtin in BUILTINS.items()}
+    return {shipped[name]: builtin.about for name, builtin in BUILTINS.items()} | own
+
+
+def models() -> dict[str, str]:
+    """By the name in a config's argument model=NAME."""
+    places = {name: settings["model.path"] for name, settings in config_files.module("models").MODELS.items()}
+    return {name: "shipped with the package" if path in SHIPPED else path for name, path in places.items()} | {
+        "(--config.model.path=)": "a folder in diffusers' format, a .safetensors file, or hub:ORGANISATION/NAME",
+    }
+
+
+def prompts() -> dict[str, str]:
+    """By name: how many, and the first."""
+    sets = {name: f"{len(prompts)} prompts, such as {prompts.texts[0]!r}" for name, prompts in PROMPTS.items()}
+    return sets | {"prompt:TEXT": "a single prompt", "FILE": FORMATS}
+
+
+def configs() -> dict[str, str]:
+    """By the file's name: what it says of itself."""
+    return {name: (config_files.module(name).__doc__ or "").partition("\n")[0] for name in config_files.names()}
+
+
+LISTS = {"configs": configs, "methods": methods, "models": models, "rewards": rewards, "prompts": prompts}
+
+
+def listing(name: str) -> str:
+    """One of LISTS, or "all" of them, for a terminal of 120 columns."""
+    return "\n\n".join(_section(key, LISTS[key]()) for key in (LISTS if name == "all" else [name]))
+
+
+def _section(title: str, entries: dict[str, str]) -> str:
+    width = max(map(len, entries)) + 4
+    lines = [f"  {name:{width - 2}}{text}" for name, text in entries.items()]
+    lines = [textwrap.fill(line, 120, subsequent_indent=" " * width, break_on_hyphens=False) for line in lines]
+    return "\n".join([f"{title}:", *lines])
