@@ -193,8 +193,13 @@ def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
         if isinstance(error, KeyError | AttributeError):
             error = InputError(f"config: {_unknown_key(argv, error)}")
         if isinstance(error, OSError):  # a line for each place where the file was looked for
-            error = InputError(f"config: {str(error).splitlines()[-1].strip()}")
+            error = InputError(f"config: {_unread_file(str(error).splitlines()[-1].strip())}")
         fail(2, error)
+
+
+def _unread_file(reason: str) -> str:
+    missing = re.search("No such file or directory: '(.*)'", reason)
+    return f"{missing[1]}: no such file; accepted: a path, {', '.join(config_files.names())}" if missing else reason
 
 
 def _with_config_files(argv: list[str]) -> list[str]:

@@ -71,6 +71,38 @@ def command_line(monkeypatch):
     return run
 
 
+@pytest.mark.parametrize("name", ["ddpo", "ddpo.py", "configs/ddpo.py"])
+@pytest.mark.parametrize("form", ["--config={}", "-config={}", "--config {}"])
+def test_config_files_are_found_from_any_folder(monkeypatch, tmp_path, name, form):
+    monkeypatch.chdir(tmp_path)
+    with flagsaver.flagsaver():
+        cli_train.parse_flags(["train", *form.format(f"{name}:model=emoji_hard").split()])
+        assert cli_train._CONFIG.value.algorithm == "ddpo" and cli_train._CONFIG.value.model.path == "emoji_hard"
+
+
+def test_a_config_file_of_the_users_own(monkeypatch, tmp_path):
+    """It builds on the shipped ones by their usual name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    lines = [
+        "from configs import ddpo",
+        "def get_config(text=None):",
+        "    c = ddpo.get_config(text)",
+        "    c.seed = 7",
+    ]
+    (tmp_path / "configs" / "mine.py").write_text("\n".join([*lines, "    return c"]))
+    with flagsaver.flagsaver():
+        cli_train.parse_flags(["train", "--config=configs/mine.py:model=emoji"])
+        assert cli_train._CONFIG.value.seed == 7 and cli_train._CONFIG.value.algorithm == "ddpo"
+
+
+@pytest.mark.parametrize("arguments", [["--list"], ["--list", "--workdir=x"], ["--list=all"]])
+def test_list(command_line, capsys, arguments):
+    command_line(*arguments)
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("alignprop", "emoji_pickscore", "animals_unseen", "sdxl"))
+
+
 @pytest.mark.parametrize(
     "arguments, parts",
     [
@@ -91,7 +123,9 @@ def command_line(monkeypatch):
         ([CONFIG, "--config.sampling.steps=many"], ["--config.sampling.steps=many"]),
         ([CONFIG, "--config.exploration.enabled=maybe"], ["--config.exploration.enabled=maybe"]),
         (["--config=no/such.py"], ["no/such.py"]),
+        (["--config=nosuch:model=emoji"], ["config: nosuch: no such file; accepted: a path, alignprop, ddpo, "]),
         (["--config=no/such.py", "--config.seed=1"], ["no/such.py"]),
+        (["--list=papers"], ["--list='papers'", "accepted: all, configs, methods, "]),
         ([CONFIG, "--wrokdir=x"], ["wrokdir"]),
         ([CONFIG, "runs/x"], ["unexpected argument 'runs/x'"]),
         ([CONFIG], ["--workdir DIR", "--dry_run"]),
