@@ -64,4 +64,6 @@ def located(config: str) -> str:
 
 
 def _files() -> list[Path]:
-    return sorted(file for folder in package().__path__ for file in Path(folder).glob("*.py"))
+    """Of each name the one that Python would take."""
+    files = {file.stem: file for folder in reversed(list(package().__path__)) for file in Path(folder).glob("*.py")}
+    return sorted(files.values())

@@ -90,7 +90,7 @@ def test_every_room_exists_and_knows_only_rooms_below():
 
 
 TOP = {".ci", ".gitignore", "LICENSE", "README.md", "configs", "diffexp_jax", "docs", "pyproject.toml"}
-TOP |= {"requirements.txt", "requirements-test.txt", "scripts", "tests", "tools"}
+TOP |= {"examples", "requirements.txt", "requirements-test.txt", "scripts", "setup.py", "tests", "tools"}
 
 
 def test_what_lies_at_the_top_level():
