@@ -42,7 +42,7 @@ class Evaluator:
     sampler: Sampler
     params: Any  # the pipeline's for sampling
     lora: Any  # None: the model as it is
-    generate: Callable[..., Any]  # `make_generate`'s, bytes; where `strict`, also whether each picture is finite
+    generate: Callable[..., Any]  # `make_generate`'s, of bytes; where `strict`, also whether each picture is finite
     batch: int  # images at once, over all devices
     scorers: Scorers
     chunks: int = 1  # forward passes that a device's share of a batch is split into
@@ -205,7 +205,7 @@ class Evaluator:
         if latents is None:
             latents = initial_latents(parallel.sample_keys(key, n), shape)
         check_latents(latents, (n, *shape))
-        steps = parallel.replicate(self.sampler.steps(explore=schedule))
+        steps = self.sampler.steps(explore=schedule)
         size, parts = min(self.batch, -(-n // unit) * unit), []
         for start in range(0, n, size):
             index = np.arange(start, start + size).clip(max=n - 1)  # the last batch is filled up: one compile
@@ -261,7 +261,7 @@ class Evaluator:
             np.repeat(np.arange(len(task.texts)), samples_per_prompt),
             parallel.stream(seed, f"eval/{task.name}"),
         )
-        steps = parallel.replicate(self.sampler.steps(explore=schedule))
+        steps = self.sampler.steps(explore=schedule)
         for start in range(0, len(rows), self.batch):
             index = np.arange(start, start + self.batch).clip(max=len(rows) - 1)
             own, n = rows[start : start + self.batch], min(self.batch, len(rows) - start)
@@ -289,8 +289,9 @@ class Evaluator:
         """A batch of images, of these rows of the task."""
         context = make_context(jax.tree.map(lambda x: x[rows], task.cond), self.sampler.uncond)
         context, keys, x_T = parallel.shard((context, keys, x_T), len(rows))
-        generate = self.generate_floats if floats else self.generate
-        images = parallel.unshard(generate(self.params, self.lora, context, keys, steps, x_T))
+        generate = (self.generate_floats if floats else self.generate)(np.asarray(steps.w_t))
+        images = generate(self.params, self.lora, context, keys, parallel.replicate(steps), x_T)
+        images = parallel.unshard(images)
         if self.strict or floats:
             images, finite = images
             check_pictures(finite)

@@ -135,14 +135,11 @@ class Experiment(NamedTuple):
     @property
     def policy(self) -> Policy:
         """What methods know of the model and the trained reward."""
-        pipeline, scale = self.sampler.pipeline, self.lora_scale
-
-        def denoise(frozen, lora, both_halves=True):
-            return pipeline.denoiser(frozen["model"], lora, lora_scale=scale, both_halves=both_halves)
-
+        pipeline = self.sampler.pipeline
+        w_t = self.sampler.guidance_scales(explore=self.sampler.exploration.enabled)
+        network = pipeline.network(w_t, lora_scale=self.lora_scale)
         return Policy(
-            denoise=denoise,
-            unguided=partial(denoise, both_halves=False) if self.sampler.has_unguided_steps else None,
+            network=network.reading(lambda frozen: frozen["model"]),
             decode=lambda frozen, x_0: pipeline.decode(frozen["model"], x_0),
             score=lambda frozen, *args: self.trained.score(frozen["reward"], *args),
             latent_shape=pipeline.latent_shape,

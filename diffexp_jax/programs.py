@@ -20,17 +20,17 @@ from diffexp_jax.pipelines import Conditioning, Pipeline
 from diffexp_jax.rewards import Reward
 from diffexp_jax.rewards.host import joined
 from diffexp_jax.rewards.scoring import add_scores
-from diffexp_jax.sampling import initial_latents, rollout
+from diffexp_jax.sampling import Scales, initial_latents, rollout
 
 
 class Programs(NamedTuple):
-    """One iteration, and the images between iterations; all but `algorithm` are mapped over the devices."""
+    """One iteration, and the images between iterations; all programs are mapped over the devices."""
 
     algorithm: Algorithm
     explore: Callable[..., Conditioning]
     sample: Callable | None  # None where the algorithm samples inside its update
     update: Callable
-    generate: Callable
+    generate: Callable[[Scales], Callable]  # see `make_generate`
     sample_chunk: Callable | None = None  # what `sample` calls for each chunk, where the host scores
 
 
@@ -120,21 +120,29 @@ def check_pictures(finite: Bool[np.ndarray, " N"]) -> None:
 
 def make_generate(
     pipeline: Pipeline, *, n_chunks: int, lora_scale: float, form: Callable[[Float[Array, "B H W 3"]], Any] = as_bytes
-) -> Callable[..., Any]:
-    """A program (params, lora, context, keys, steps, x_T) -> images [D,B,H,W,3] as bytes, or in another `form`.
+) -> Callable[[Scales], Callable[..., Any]]:
+    """A function of steps' guidance scales that gives the program to sample by these steps.
 
-    x_T None: the keys' own.
+    The program is of (params, lora, context, keys, steps, x_T), and gives images [D,B,H,W,3] as bytes, or in another
+    `form`; x_T None: the keys' own. Steps that want the same evaluations of the network share one.
     """
+    programs = {}
 
-    def one(params, lora, steps, chunk):
+    def of(w_t):
+        wanted = frozenset(pipeline.evaluations(w_t).tolist())
+        if wanted not in programs:
+            network = pipeline.network(w_t, lora_scale=lora_scale)
+            programs[wanted] = parallel.pmap(partial(generate, network))
+        return programs[wanted]
+
+    def one(network, params, lora, steps, chunk):
         context, keys, x_T = chunk
         x_T = initial_latents(keys, pipeline.latent_shape) if x_T is None else x_T
-        denoise = pipeline.denoiser(params, lora, lora_scale=lora_scale)
-        x_0, _ = rollout(pipeline.process, denoise, x_T, context, steps, keys)
+        x_0, _ = rollout(pipeline.process, partial(network, params, lora), x_T, context, steps, keys)
         return form(pipeline.decode(params, x_0))
 
-    def generate(params, lora, context, keys, steps, x_T=None):
+    def generate(network, params, lora, context, keys, steps, x_T=None):
         chunks = chunked((context, keys, x_T), n_chunks)
-        return unchunked(jax.lax.map(lambda chunk: one(params, lora, steps, chunk), chunks))
+        return unchunked(jax.lax.map(lambda chunk: one(network, params, lora, steps, chunk), chunks))
 
-    return parallel.pmap(generate)
+    return of

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from diffexp_jax import backend, parallel
@@ -15,7 +16,7 @@ from diffexp_jax.exploration import guidance_schedule, sample_phrase_weights
 from diffexp_jax.models.precision import is_full_float32
 from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, zero_conditioning
 from diffexp_jax.prompts import PromptSet, one_prompt
-from diffexp_jax.sampling import Steps, is_unguided
+from diffexp_jax.sampling import Steps
 
 
 class Exploration(NamedTuple):
@@ -76,8 +77,8 @@ class Sampler(NamedTuple):
         return process.make_steps(t, w_t, eta=self.eta)
 
     def evaluations(self, *, explore: bool) -> int:
-        """UNet evaluations of a sample: both halves of the guidance, or the one that counts (`by_guidance`)."""
-        return 2 * self.n_steps - int(is_unguided(np.asarray(self.steps(explore=explore).w_t)).sum())
+        """UNet evaluations of a sample: at each step both halves of the guidance, or the one that counts."""
+        return int(self.pipeline.evaluations(np.asarray(self.steps(explore=explore).w_t)).sum())
 
     def count_evaluations(self) -> Callable[[int], int]:
         """A function (iterations) -> UNet evaluations of a sample in each of the first ones of fine-tuning."""
@@ -90,10 +91,9 @@ class Sampler(NamedTuple):
 
         return count
 
-    @property
-    def has_unguided_steps(self) -> bool:
-        """Whether fine-tuning has steps that take one half of the guidance."""
-        return any(self.evaluations(explore=on) < 2 * self.n_steps for on in {False, self.exploration.enabled})
+    def guidance_scales(self, *, explore: bool) -> Float[np.ndarray, "N"]:
+        """Every w_t of the plain steps, and of those that explore where `explore`: see `Pipeline.network`."""
+        return np.concatenate([np.asarray(self.steps(explore=on).w_t) for on in {False, explore}])
 
     def encode(self, prompts: PromptSet) -> Conditioning:
         """The prompts' conditioning, a row each; zeros where there are no weights. Warns of prompts that are cut.

@@ -37,6 +37,7 @@ from diffexp_jax.emoji.tokenizer import write_tokenizer  # noqa: E402
 from diffexp_jax.formats import convert  # noqa: E402
 from diffexp_jax.models import clip  # noqa: E402
 from diffexp_jax.pipelines import families, stable_diffusion  # noqa: E402
+from diffexp_jax.sampling import Network  # noqa: E402
 
 
 def pytest_configure(config):
@@ -276,10 +277,15 @@ def script(monkeypatch):
     return run
 
 
-def policy_of(model, score) -> Policy:
-    """The model with a reward score(frozen, images) -> [B]."""
+def network_of(make) -> Network:
+    """The network of a function (frozen, lora) -> denoise(x_t, step, context)."""
+    return Network(lambda frozen, lora, *args: make(frozen, lora)(*args))
+
+
+def policy_of(model, score, w_t=(2.0,)) -> Policy:
+    """The model, for steps of these guidance scales, with a reward score(frozen, images) -> [B]."""
     return Policy(
-        denoise=lambda frozen, lora: model.denoiser(frozen["model"], lora),
+        network=model.network(w_t).reading(lambda frozen: frozen["model"]),
         decode=lambda frozen, x_0: model.decode(frozen["model"], x_0),
         score=lambda frozen, images, tokens: (score(frozen, images), {}),
         latent_shape=model.latent_shape,

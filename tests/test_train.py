@@ -78,12 +78,13 @@ def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
         np.save(workdir.parent / f"grid-{iteration:06d}.npy", images)
         original(workdir_, iteration, images, captions)
 
-    def make_programs(*args, original=train.make_programs):
-        programs, iterations = original(*args), itertools.count(1)
+    def make_programs(experiment, original=train.make_programs):
+        programs, iterations = original(experiment), itertools.count(1)
+        generate = programs.generate(experiment.sampler.guidance_scales(explore=True))
 
         def update(state, frozen, inputs):
             batch = inputs.batch
-            images = programs.generate(frozen["model"], state.lora, batch.context, batch.key, inputs.steps)
+            images = generate(frozen["model"], state.lora, batch.context, batch.key, inputs.steps)
             np.save(workdir.parent / f"images-{next(iterations):06d}.npy", parallel.unshard(images))
             return programs.update(state, frozen, inputs)
 

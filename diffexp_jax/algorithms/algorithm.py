@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, Num
 
 from diffexp_jax.algorithms.state import TrainState
-from diffexp_jax.sampling import Context, Denoise, MakeDenoise, Process, Steps, by_guidance, by_step
+from diffexp_jax.sampling import Context, Network, Process, Steps
 
 AXIS = "data"  # the name of the device axis that the functions below run under
 
@@ -19,22 +19,12 @@ AXIS = "data"  # the name of the device axis that the functions below run under
 class Policy(NamedTuple):
     """The model and the reward, as pure functions; `frozen` holds every array that is not trained."""
 
-    denoise: MakeDenoise
+    network: Network
     decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
     # (frozen, images, tokens) -> rewards and their parts, less what the host adds to the samples (`Reward.start`)
     score: Callable[..., tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]]
     latent_shape: tuple[int, int, int]
     process: Process
-    unguided: MakeDenoise | None = None  # see `sampling.by_guidance`
-
-    def at(self, step: Steps, work: Callable[["Policy"], Any]) -> Any:
-        """work(this), whose `denoise` is the cheapest for the step; see `sampling.by_guidance`."""
-        alone = self.unguided and self._replace(denoise=self.unguided, unguided=None)
-        return by_guidance(step, work, self, alone)
-
-    def denoiser(self, frozen: Any, lora: Any) -> Denoise:
-        """The cheapest at each step, for where there is no gradient."""
-        return by_step(self.denoise, self.unguided, frozen, lora)
 
 
 class Batch(NamedTuple):

@@ -56,10 +56,10 @@ def alignprop(
       truncation: "uniform", "per_step", "none" or "fixed" (the last `truncation_k` steps), see `live_steps`.
       input_gradient, remat: see `sampling.differentiable`.
     """
-    chain = partial(differentiable, remat=remat, unguided=policy.unguided, input_gradient=input_gradient)
+    chain = partial(differentiable, policy.network, remat=remat, input_gradient=input_gradient)
 
     def loss(lora, frozen, chunk, steps, live):
-        denoise = chain(policy.denoise, frozen, lora)
+        denoise = chain(frozen, lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)

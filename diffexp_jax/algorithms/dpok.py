@@ -23,7 +23,7 @@ from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, s
 from diffexp_jax.algorithms.policy_settings import PolicyMethod
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
-from diffexp_jax.sampling import Trajectory
+from diffexp_jax.sampling import Network, Trajectory
 
 # Of the value function, as published:
 WIDTH = 256  # of its layers
@@ -189,8 +189,8 @@ def less_expected(
 # ----------------------------------------------------------------------------------------------------------- algorithm
 
 
-def untuned(policy: Policy, frozen: Any, step: Transition, context: Any) -> Float[Array, "B h w c"]:
-    return policy.denoise(frozen, None)(step.x_t, step.step, context)
+def untuned(network: Network, frozen: Any, step: Transition, context: Any) -> Float[Array, "B h w c"]:
+    return network(frozen, None, step.x_t, step.step, context)
 
 
 def dpok(

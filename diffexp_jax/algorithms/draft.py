@@ -1,6 +1,7 @@
 """DRaFT-K and DRaFT-LV: the reward's gradient through the last sampling steps (Clark et al. 2024)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -57,14 +58,15 @@ def draft(
         return jnp.arange(n_steps) >= n_steps - k
 
     def loss(lora, frozen, chunk, steps, live):
-        denoise = policy.denoise(frozen, lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
-        live_denoise = differentiable(policy.denoise, frozen, lora, remat=remat, unguided=policy.unguided)
-        x_0, _ = rollout(policy.process, live_denoise, x_T, chunk.context, steps, chunk.key, live=live)
+        denoise = differentiable(policy.network, frozen, lora, remat=remat)
+        x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
 
+        once = partial(policy.network.guided, frozen, lora)  # without a condition, which would keep both branches' work
+
         def again(total, draw):
-            further = last_step_again(policy, denoise, x_0, chunk, steps, draw)
+            further = last_step_again(policy, once, x_0, chunk, steps, draw)
             return total + rewarded(policy, frozen, further, chunk.tokens)[0].mean(), None
 
         total, _ = jax.lax.scan(jax.checkpoint(again), rewards.mean(), jnp.arange(lv_samples))

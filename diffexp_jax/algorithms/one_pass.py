@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from diffexp_jax.algorithms.algorithm import AXIS, Policy, Samples, chunked, rewarded, unchunked
-from diffexp_jax.sampling import Context, Steps, initial_latents, step_noise
+from diffexp_jax.sampling import Context, Network, Steps, initial_latents, step_noise
 
 
 def step_and_gradient(
     policy: Policy,
+    network: Network,
     frozen: Any,
     lora: Any,
     x_t: Float[Array, "h w c"],
@@ -40,7 +41,7 @@ def step_and_gradient(
 
     def mean_and_std(lora):
         x = x_t[None]
-        out = policy.denoise(frozen, lora)(x, step, jax.tree.map(lambda leaf: leaf[None], context))
+        out = network(frozen, lora, x, step, jax.tree.map(lambda leaf: leaf[None], context))
         mean, std = policy.process.transition(x, out, step)
         return mean[0], std
 
@@ -70,11 +71,11 @@ def sample_with_gradients(
             noise = step_noise(chunk.key, i, policy.latent_shape)
             is_trained = i < n_trained if n_trained < n_steps else None
 
-            def each(policy):
-                one = partial(step_and_gradient, policy, frozen, state.lora, step=step, is_trained=is_trained)
+            def each(network):
+                one = partial(step_and_gradient, policy, network, frozen, state.lora, step=step, is_trained=is_trained)
                 return jax.vmap(one)(x_t, noise, chunk.context)
 
-            x_tm1, gradients = policy.at(step, each)
+            x_tm1, gradients = policy.network.at(step, each)
             return (x_tm1, jax.tree.map(jnp.add, total, gradients)), None
 
         nothing = jax.tree.map(lambda x: jnp.zeros((len(x_T), *x.shape)), state.lora)

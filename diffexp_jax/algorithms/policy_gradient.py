@@ -5,6 +5,7 @@ step's log-prob, summed up step by step and chunk by chunk: what is held at a ti
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from diffexp_jax.algorithms.algorithm import (
     unchunked,
 )
 from diffexp_jax.algorithms.state import TrainState
-from diffexp_jax.sampling import Context, Steps, Trajectory, initial_latents, rollout, transition_log_prob
+from diffexp_jax.sampling import Context, Network, Steps, Trajectory, initial_latents, rollout, transition_log_prob
 
 
 class Transition(NamedTuple):
@@ -55,7 +56,7 @@ class PolicyGradient(NamedTuple):
     policy: Policy
     optimizer: optax.GradientTransformation
     loss: Callable[..., Float[Array, ""]]
-    reference: Callable[[Policy, Any, Transition, Context], Float[Array, "B h w c"]] | None = None
+    reference: Callable[[Network, Any, Transition, Context], Float[Array, "B h w c"]] | None = None
 
 
 def sample(
@@ -68,7 +69,7 @@ def sample(
     """
 
     def one(chunk):
-        denoise = policy.denoiser(frozen, state.lora)
+        denoise = partial(policy.network, frozen, state.lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, trajectory = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, keep_trajectory=True)
         return Samples(trajectory.first(n_trained), *rewarded(policy, frozen, x_0, chunk.tokens))
@@ -86,14 +87,19 @@ class Visit(NamedTuple):
 
 
 def step_gradient(
-    method: PolicyGradient, lora: Any, frozen: Any, transition: Transition, context: Context, visit: Visit | None
+    method: PolicyGradient,
+    network: Network,
+    lora: Any,
+    frozen: Any,
+    transition: Transition,
+    context: Context,
+    visit: Visit | None,
 ) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "B"]]:
     """((loss, its gradient in `lora`), log-prob) of one step; zeros for a gradient, not made, where it only records."""
-    policy = method.policy
 
     def evaluate(lora):
-        out = policy.denoise(frozen, lora)(transition.x_t, transition.step, context)
-        log_prob = transition_log_prob(policy.process, out, transition.x_t, transition.x_tm1, transition.step)
+        out = network(frozen, lora, transition.x_t, transition.step, context)
+        log_prob = transition_log_prob(method.policy.process, out, transition.x_t, transition.x_tm1, transition.step)
         return log_prob, out if method.reference else None
 
     (log_prob, out), pull_back = jax.vjp(evaluate, lora)
@@ -101,7 +107,7 @@ def step_gradient(
         transition = transition._replace(old_log_prob=log_prob)
     elif visit is not None:
         transition = transition._replace(old_log_prob=jnp.where(visit.is_own, log_prob, transition.old_log_prob))
-    reference = method.reference(policy, frozen, transition, context) if method.reference else None
+    reference = method.reference(network, frozen, transition, context) if method.reference else None
 
     def loss(log_prob, out):
         return method.loss(log_prob, (out, reference) if method.reference else None, transition)
@@ -127,10 +133,10 @@ def minibatch_gradient(
             i, weight, old_log_prob, step = xs
             transition = Transition(kept.x_t(i), kept.x_tm1[i], weight, old_log_prob, step)
 
-            def gradient(policy):
-                return step_gradient(method._replace(policy=policy), lora, frozen, transition, kept.context, visit)
+            def gradient(network):
+                return step_gradient(method, network, lora, frozen, transition, kept.context, visit)
 
-            return method.policy.at(step, gradient)
+            return method.policy.network.at(step, gradient)
 
         xs = jnp.arange(len(kept.x_tm1)), chunk.weight, chunk.old_log_prob, kept.steps
         return mean_over(one, xs)

@@ -11,6 +11,7 @@ run that --lora names; where there is none, as diffusers samples: 50 steps, guid
 import argparse
 import csv
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.files import comma_phrases
 from diffexp_jax.run import checkpoint
 from diffexp_jax.sampler import Sampler
-from diffexp_jax.sampling import Context, Steps, initial_latents, rollout
+from diffexp_jax.sampling import Context, Scales, Steps, initial_latents, rollout
 
 MOST_ROWS = 12  # of a grid that compares
 MOST_IMAGES = 64  # of one that does not
@@ -63,7 +64,8 @@ def main(args: argparse.Namespace) -> None:
     variants = make_variants(args, sampler, prompts, rows, lora)
     keys = parallel.sample_keys(parallel.stream(config.seed, "sample"), n)
     x_T = initial_latents(keys, pipeline.latent_shape) if noise is None else check_latents(args, noise, n, pipeline)
-    images = sample_all(make_sample(pipeline), pipeline.sampling_params, variants, x_T, keys, batch=args.batch)
+    w_t = np.concatenate([np.asarray(variant.steps.w_t) for variant in variants])
+    images = sample_all(make_sample(pipeline, w_t), pipeline.sampling_params, variants, x_T, keys, batch=args.batch)
     write(args, variants, [prompts.texts[i] for i in rows], images)
 
 
@@ -138,13 +140,16 @@ def make_variants(
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def make_sample(pipeline: Pipeline) -> Callable[..., jax.Array]:
-    """A compiled program (params, lora, x_T, context, steps, keys) -> images in [0,1], NaN where not finite."""
+def make_sample(pipeline: Pipeline, w_t: Scales) -> Callable[..., jax.Array]:
+    """A compiled program (params, lora, x_T, context, steps, keys) -> images in [0,1], NaN where not finite.
+
+    `w_t` has every guidance scale of the steps that it will be called with.
+    """
+    network = pipeline.network(w_t)
 
     @jax.jit
     def sample(params, lora, x_T, context, steps, keys):
-        denoise = pipeline.denoiser(params, lora)
-        x_0, _ = rollout(pipeline.process, denoise, x_T, context, steps, keys)
+        x_0, _ = rollout(pipeline.process, partial(network, params, lora), x_T, context, steps, keys)
         images = pipeline.decode(params, x_0)
         return jnp.where(jnp.isfinite(images), images.clip(0.0, 1.0), jnp.nan)  # infinity would become white
 

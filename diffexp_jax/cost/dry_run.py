@@ -89,7 +89,8 @@ def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]
     yield Program("update", programs.update, (state, frozen, Inputs(batch, steps, key, samples)))
     if config.eval.every or (config.log.images and config.log.images_every):
         args = (frozen["model"], on_devices(lora), batch.context, batch.key, steps)
-        yield Program("evaluate", programs.generate, args)
+        generate = programs.generate(experiment.sampler.guidance_scales(explore=False))
+        yield Program("evaluate", generate, args)
 
 
 def on_devices(tree: Any) -> Any:

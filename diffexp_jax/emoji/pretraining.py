@@ -20,7 +20,8 @@ from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
 from diffexp_jax.pipelines import stable_diffusion
-from diffexp_jax.sampling.ddim import add_noise, min_snr_weight, noise_schedule
+from diffexp_jax.sampling import load_process
+from diffexp_jax.sampling.ddim import min_snr_weight
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -217,7 +218,7 @@ def diffusion_stage(
     text_config = TEXT | {"vocab_size": len(tokenizer)} | special
     unet, text = UNet(UNetConfig.from_dict(UNET)), TextTransformer(CLIPTextConfig.from_dict(text_config))
     ids, _ = token_ids(tokenizer, [*scenes.captions(), ""])
-    schedule = noise_schedule(SCHEDULER)
+    process = load_process(SCHEDULER)
 
     def init(key):
         if from_shipped or hard:
@@ -230,17 +231,17 @@ def diffusion_stage(
         return {"unet": unet_params, "text_encoder": text_params}
 
     def loss(params, data, key):
-        latents, captions, ids, alpha_bar = data
+        latents, captions, ids = data
         pick_key, t_key, noise_key, drop_key = jax.random.split(key, 4)
-        row = jax.random.randint(pick_key, (batch,), 0, len(latents))
-        x_0 = latents[row].astype(jnp.float32)
-        caption = jnp.where(jax.random.bernoulli(drop_key, drop_caption, (batch,)), len(ids) - 1, captions[row])
+        i = jax.random.randint(pick_key, (batch,), 0, len(latents))
+        x_0 = latents[i].astype(jnp.float32)
+        caption = jnp.where(jax.random.bernoulli(drop_key, drop_caption, (batch,)), len(ids) - 1, captions[i])
         context = text.apply({"params": params["text_encoder"]}, ids[caption]).last_hidden_state
-        t = jax.random.randint(t_key, (batch,), 0, len(alpha_bar))
+        row = process.training_row(jax.random.randint(t_key, (batch,), 0, process.n_train))
         eps = jax.random.normal(noise_key, x_0.shape)
-        out = unet.apply({"params": params["unet"]}, add_noise(x_0, eps, alpha_bar[t]), t, context)
-        error = jnp.square(out - eps).mean((1, 2, 3))
-        return (min_snr_weight(alpha_bar[t]) * error).mean(), {"mse": error.mean()}
+        out = unet.apply({"params": params["unet"]}, process.add_noise(x_0, eps, row), row.t, context)
+        error = jnp.square(out - process.target(x_0, eps, row)).mean((1, 2, 3))
+        return (min_snr_weight(row.alpha_bar_t) * error).mean(), {"mse": error.mean()}
 
     def export(params, out):
         folder = out / "model"
@@ -250,7 +251,7 @@ def diffusion_stage(
 
     missing = scenes.MISSING_HARD if hard else scenes.MISSING
     encoded = _encoded_scenes(vae, load_part(out, "vae", vae), n_scenes, missing=missing)
-    data = (*encoded, ids, schedule.alpha_bar.astype(np.float32))
+    data = (*encoded, ids)
     kind = ("diffusion_hard", 4000, 5e-4) if hard else ("diffusion", 6000, 1.5e-3)
     return Stage(*kind, init, loss, export, data)
 

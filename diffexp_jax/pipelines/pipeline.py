@@ -12,7 +12,7 @@ from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.models.lora import scaled
 from diffexp_jax.prompts import PromptSet
 from diffexp_jax.prompts.units import unit_ids, units_of_text
-from diffexp_jax.sampling import Context, Denoise, Process, guided, unguided
+from diffexp_jax.sampling import CLASSIFIER_FREE, Context, Guidance, Network, Process, Scales
 
 SHOWN = 4096  # prompts whose encoding takes long enough for a progress bar
 AT_ONCE = 16  # prompts that are encoded together: few enough to fill up for "", which a run encodes alone
@@ -25,7 +25,8 @@ class Pipeline(NamedTuple):
     """A model as pure functions of (params, ...); `params` is an argument of them, never closed over.
 
     `encode(params, token ids of each tokenizer)` gives prompts' conditioning, on the host kept as numpy.
-    `denoise(params, lora or None, x_t, t, conditioning)` gives the network's output, float32.
+    `denoise(params, lora or None, x_t, step, conditioning)` gives the network's output, float32; `step` is a row of the
+    process' steps, of which it reads t, and w_t where that is an input of the network.
     `decode(params, x_0)` gives images in [0,1], not clipped.
     `reweight(cond, null, weights [L])` is Eq. 8 on a prompt's conditioning; its positions are those of `units`.
     `unconditional(conditioning of "")` is what guidance leads away from: the same, or zeros if trained so (SDXL).
@@ -44,6 +45,7 @@ class Pipeline(NamedTuple):
     decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
     process: Process  # how the network's outputs turn noise into a latent
     latent_shape: tuple[int, int, int]  # (h, w, c)
+    guidance: Guidance = CLASSIFIER_FREE  # how the network takes its guidance scale
 
     @property
     def base(self) -> Any:
@@ -65,13 +67,22 @@ class Pipeline(NamedTuple):
         """A prompt cut where its units begin and end, each with its number, 0 for none; `units` is its row."""
         return units_of_text([self.tokenizers[i] for i in self.weighted], text, units)
 
-    def denoiser(self, params: Any, lora: Any, *, lora_scale: float = 1.0, both_halves: bool = True) -> Denoise:
-        """The network under classifier-free guidance; `lora_scale` is alpha / rank.
+    def network(self, w_t: Scales | None = None, *, lora_scale: float = 1.0) -> Network:
+        """The model under guidance; its frozen arrays are `params`.
 
-        Not of `both_halves`: for steps whose guidance is 1 or 0.
+        Args:
+          w_t: every guidance scale that it is for; None: any. A program holds what these need, and no more.
+          lora_scale: alpha / rank.
         """
-        lora, wrap = scaled(lora, lora_scale), guided if both_halves else unguided
-        return wrap(lambda x_t, t, conditioning: self.denoise(params, lora, x_t, t, conditioning))
+
+        def evaluate(params, lora, *args):
+            return self.denoise(params, scaled(lora, lora_scale), *args)
+
+        return self.guidance.network(evaluate, w_t)
+
+    def evaluations(self, w_t: Scales) -> Int[np.ndarray, "T"]:
+        """How often the network is evaluated for a sample at steps of these guidance scales."""
+        return self.guidance.evaluations(w_t)
 
 
 def encode_prompts(

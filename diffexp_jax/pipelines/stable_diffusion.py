@@ -120,9 +120,9 @@ def build(
             embedding, (outputs[-1].pooled.astype(jnp.float32), jnp.broadcast_to(sizes, (len(embedding), 6)))
         )
 
-    def denoise(params, lora, x_t, t, text):
+    def denoise(params, lora, x_t, step, text):
         variables = {"params": params["unet"]} | ({"lora": lora} if lora is not None else {})
-        return unet.apply(variables, x_t, t, text.embedding, text.added)
+        return unet.apply(variables, x_t, step.t, text.embedding, text.added)
 
     def decode(params, latents):
         return in_slices(lambda z: vae.apply({"params": params["vae"]}, z, method="decode"), latents, vae_slice)

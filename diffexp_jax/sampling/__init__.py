@@ -21,24 +21,23 @@ from diffexp_jax.sampling.chain import (
     step_noise,
     transition_log_prob,
 )
-from diffexp_jax.sampling.gradient import LiveDenoise, differentiable, truncated
+from diffexp_jax.sampling.gradient import LiveDenoise, differentiable
 from diffexp_jax.sampling.guidance import (
+    CLASSIFIER_FREE,
+    EMBEDDED,
     Context,
     Denoise,
-    MakeDenoise,
+    Guidance,
+    Network,
+    Scales,
     Steps,
-    by_guidance,
-    by_step,
     classifier_free_guidance,
-    guided,
-    is_unguided,
-    unguided,
 )
 from diffexp_jax.sampling.process import Process, gaussian_log_prob, sample_noise
 
 __all__ = ["PROCESSES", "Process", "gaussian_log_prob", "load_process", "sample_noise"]
-__all__ += ["Context", "Denoise", "MakeDenoise", "Steps", "by_guidance", "by_step", "classifier_free_guidance"]
-__all__ += ["guided", "is_unguided", "unguided", "LiveDenoise", "differentiable", "truncated"]
+__all__ += ["CLASSIFIER_FREE", "EMBEDDED", "Context", "Denoise", "Guidance", "Network", "Scales", "Steps"]
+__all__ += ["classifier_free_guidance", "LiveDenoise", "differentiable"]
 __all__ += [
     "Trajectory",
     "check_latents",

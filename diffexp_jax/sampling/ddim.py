@@ -95,7 +95,10 @@ def ddim(config: Mapping[str, Any]) -> Process:
         timesteps=partial(timesteps, schedule),
         make_steps=partial(make_steps, schedule),
         transition=partial(ddim_step, prediction_type=schedule.prediction_type),
-        add_noise=lambda x_0, eps, step: add_noise(x_0, eps, jnp.broadcast_to(step.alpha_bar_t, len(x_0))),
+        add_noise=lambda x_0, eps, row: add_noise(x_0, eps, jnp.broadcast_to(row.alpha_bar_t, len(x_0))),
+        target=partial(target, prediction_type=schedule.prediction_type),
+        training_row=partial(training_row, schedule),
+        n_train=len(schedule.alpha_bar),
     )
 
 
@@ -177,6 +180,30 @@ def add_noise(
     """The forward process of DiffExp Eq. 1: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps."""
     a = alpha_bar_t[:, None, None, None]
     return jnp.sqrt(a) * x_0 + jnp.sqrt(1.0 - a) * eps
+
+
+class TrainingRow(NamedTuple):
+    """A timestep to train at; see `process.Process`."""
+
+    t: Int[Array, "*B"]
+    alpha_bar_t: Float[Array, "*B"]
+    w_t: Float[Array, "*B"]
+
+
+def training_row(schedule: NoiseSchedule, t: Int[Array, "*B"]) -> TrainingRow:
+    """t counts 0..n_train - 1."""
+    t = jnp.asarray(t, jnp.int32)
+    return TrainingRow(t, jnp.asarray(schedule.alpha_bar, jnp.float32)[t], jnp.ones(t.shape))
+
+
+def target(
+    x_0: Float[Array, "B h w c"], eps: Float[Array, "B h w c"], row: TrainingRow, prediction_type: str = "epsilon"
+) -> Float[Array, "B h w c"]:
+    """eps itself, or v = sqrt(a) eps - sqrt(1-a) x_0 (Salimans & Ho 2022): the inverse of `predictions`."""
+    if prediction_type == "v_prediction":
+        a = jnp.reshape(row.alpha_bar_t, (-1, 1, 1, 1))
+        return jnp.sqrt(a) * eps - jnp.sqrt(1.0 - a) * x_0
+    return eps
 
 
 def predictions(

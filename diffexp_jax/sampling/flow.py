@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from diffexp_jax.formats.config_keys import Keys, checked
 from diffexp_jax.limits import Number, whole
@@ -57,7 +57,10 @@ def flow_matching(config: Mapping[str, Any]) -> Process:
         timesteps=partial(timesteps, n_train=n_train, shift=shift),
         make_steps=partial(make_steps, n_train=n_train),
         transition=transition,
-        add_noise=lambda x_0, eps, step: (1.0 - step.level) * x_0 + step.level * eps,
+        add_noise=add_noise,
+        target=lambda x_0, eps, row: eps - x_0,
+        training_row=partial(training_row, n_train=n_train),
+        n_train=n_train,
     )
 
 
@@ -89,6 +92,28 @@ def make_steps(t: Float[np.ndarray, "T"], w_t: Float[Array, "T"], *, eta: float,
     g = eta * np.sqrt(level / (1.0 - below_1))
     columns = (t, level, change, np.square(g) / (2.0 * level), g * np.sqrt(-change), w_t)
     return Steps(*(jnp.asarray(column, jnp.float32) for column in columns))
+
+
+class TrainingRow(NamedTuple):
+    """A noise level to train at; see `process.Process`."""
+
+    t: Float[Array, "*B"]
+    level: Float[Array, "*B"]
+    w_t: Float[Array, "*B"]
+
+
+def training_row(t: Num[Array, "*B"], *, n_train: int) -> TrainingRow:
+    """t is n_train times the noise level, in (0, n_train]; it is not shifted (`shifted`)."""
+    t = jnp.asarray(t, jnp.float32)
+    return TrainingRow(t, t / n_train, jnp.ones(t.shape))
+
+
+def add_noise(
+    x_0: Float[Array, "B h w c"], eps: Float[Array, "B h w c"], row: Steps | TrainingRow
+) -> Float[Array, "B h w c"]:
+    """x_s = (1 - s) x_0 + s eps."""
+    level = jnp.reshape(row.level, (-1, 1, 1, 1))
+    return (1.0 - level) * x_0 + level * eps
 
 
 def transition(

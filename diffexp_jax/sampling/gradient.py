@@ -8,50 +8,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffexp_jax.sampling.guidance import Context, Denoise, MakeDenoise, Steps, by_guidance, by_step
+from diffexp_jax.sampling.guidance import Context, Denoise, Guided, Network, Steps
 
 # As Denoise, with a further argument: where it is False, the output carries no gradient
 LiveDenoise = Callable[[Float[Array, "B h w c"], Steps, Context, Bool[Array, ""]], Float[Array, "B h w c"]]
 
 
 def differentiable(
-    denoise: MakeDenoise,
-    frozen: Any,
-    lora: Any,
-    *,
-    remat: bool,
-    unguided: MakeDenoise | None = None,
-    input_gradient: bool = True,
+    network: Network, frozen: Any, lora: Any, *, remat: bool, input_gradient: bool = True
 ) -> LiveDenoise:
     """The network for a chain whose gradient in `lora` is wanted, for `rollout` with live steps.
 
     Args:
-      denoise: the guided network.
       frozen: arrays that have no gradient.
       remat: the backward pass of a live step computes its activations again, so that one latent per step is all that
         a chain keeps; False keeps every activation of every step.
-      unguided: see `by_guidance`.
       input_gradient: False: the network's output has no gradient in its input x_t, as in DRTune (Wu et al. 2024). A
         step's gradient then reaches the reward by the steps' linear part alone, not through the later steps' networks.
     """
     if not input_gradient:
-        denoise, unguided = input_detached(denoise), unguided and input_detached(unguided)
-    if remat:
-        return recomputed(denoise, frozen, lora, unguided)
-    return truncated(by_step(denoise, unguided, frozen, lora))
+        network = network.map(input_detached)
+    return recomputed(network, frozen, lora) if remat else truncated(partial(network, frozen, lora))
 
 
-def input_detached(make: MakeDenoise) -> MakeDenoise:
+def input_detached(guided: Guided) -> Guided:
     """Stops the gradient at the network's input x_t."""
-
-    def detached(frozen, lora):
-        denoise = make(frozen, lora)
-        return lambda x_t, step, context: denoise(jax.lax.stop_gradient(x_t), step, context)
-
-    return detached
+    return lambda frozen, lora, x_t, *args: guided(frozen, lora, jax.lax.stop_gradient(x_t), *args)
 
 
-def recomputed(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoise | None) -> LiveDenoise:
+def recomputed(network: Network, frozen: Any, lora: Any) -> LiveDenoise:
     """See `differentiable`. The backward pass of a step that is not live runs no network at all.
 
     The condition is in the backward pass alone: so a program holds the network once to sample and once for the
@@ -61,7 +46,7 @@ def recomputed(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoi
     @jax.custom_vjp
     def evaluate(frozen, lora, x_t, step, context, live):
         del live
-        return by_step(denoise, unguided, frozen, lora)(x_t, step, context)
+        return network(frozen, lora, x_t, step, context)
 
     def forward(*args):
         return evaluate(*args), args
@@ -69,12 +54,12 @@ def recomputed(denoise: MakeDenoise, frozen: Any, lora: Any, unguided: MakeDenoi
     def backward(args, gradient):
         frozen, lora, x_t, step, context, live = args
 
-        def run(make):
-            _, pull_back = jax.vjp(lambda lora, x_t: make(frozen, lora)(x_t, step, context), lora, x_t)
+        def run(network):
+            _, pull_back = jax.vjp(lambda lora, x_t: network(frozen, lora, x_t, step, context), lora, x_t)
             return pull_back(gradient)
 
         nothing = jax.tree.map(jnp.zeros_like, (lora, x_t))
-        gradients = jax.lax.cond(live, lambda: by_guidance(step, run, denoise, unguided), lambda: nothing)
+        gradients = jax.lax.cond(live, lambda: network.at(step, run), lambda: nothing)
         return None, *gradients, None, None, None
 
     evaluate.defvjp(forward, backward)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from diffexp_jax.errors import InputError
 
@@ -21,6 +21,9 @@ class Process(NamedTuple):
     `transition(x_t, out, row)` gives the mean [B h w c] and the std [] of p(x_{t-1} | x_t), from the network's guided
     output and one row of the steps. What the network predicts is known here and nowhere else.
     `add_noise(x_0, eps, row)` gives x_t at the row's noise level, by the forward process.
+    `target(x_0, eps, row)` gives what the network is trained to predict there [B h w c], from that x_t.
+    `training_row(t)` is such a row for any timesteps, [] or one for each sample [B]: not of a run's steps, without
+    guidance (w_t is 1). `n_train` is how many timesteps a model is trained at: t may be 1, 2, ... n_train - 1.
     """
 
     timesteps: Callable[[int], Int[np.ndarray, "T"]]
@@ -29,6 +32,9 @@ class Process(NamedTuple):
         [Float[Array, "B h w c"], Float[Array, "B h w c"], Any], tuple[Float[Array, "B h w c"], Float[Array, ""]]
     ]
     add_noise: Callable[[Float[Array, "B h w c"], Float[Array, "B h w c"], Any], Float[Array, "B h w c"]]
+    target: Callable[[Float[Array, "B h w c"], Float[Array, "B h w c"], Any], Float[Array, "B h w c"]]
+    training_row: Callable[[Num[Array, "*B"]], Any]
+    n_train: int
 
 
 def check_n_steps(n_steps: int, n_train: int) -> None:

@@ -11,7 +11,7 @@ from diffexp_jax.algorithms import Batch, Inputs, Policy
 from diffexp_jax.algorithms.alignprop import alignprop, live_steps
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
-from diffexp_jax.sampling import Context, initial_latents, load_process
+from diffexp_jax.sampling import Context, Network, initial_latents, load_process
 from tests.conftest import nonzero_lora, policy_of
 
 # ----------------------------------------------------------------------------------------------------------- truncation
@@ -246,7 +246,7 @@ def test_loss_literal(target, loss):
     """coefficient x mean |target - r|, or x mean(-r) without a target; r = 0.3 whatever the picture."""
     process = load_process({"beta_schedule": "scaled_linear"})
     policy = Policy(
-        denoise=lambda frozen, lora: lambda x_t, step, context: lora * x_t,
+        network=Network(lambda frozen, lora, x_t, step, context: lora * x_t),
         decode=lambda frozen, x_0: x_0,
         score=lambda frozen, images, tokens: (0.3 + 0.0 * images.mean((1, 2, 3)), {}),
         latent_shape=(2, 2, 3),

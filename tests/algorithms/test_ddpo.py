@@ -16,7 +16,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_explore, make_programs
 from diffexp_jax.sampling import Context, load_process, step_log_prob
-from tests.conftest import nonzero_lora, policy_of
+from tests.conftest import network_of, nonzero_lora, policy_of
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 
@@ -63,7 +63,7 @@ def linear(frozen, lora):
 
 
 LINEAR = Policy(
-    denoise=linear,
+    network=network_of(linear),
     decode=lambda frozen, x_0: jax.nn.sigmoid(x_0),
     score=lambda frozen, images, tokens: (images.mean((1, 2, 3)), {"part": tokens.astype(jnp.float32)}),
     latent_shape=SHAPE,

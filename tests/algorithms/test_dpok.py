@@ -16,7 +16,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.sampling import Context, load_process, step_log_prob
 from diffexp_jax.settings import batch_split, check_config
-from tests.conftest import SCHEDULER
+from tests.conftest import SCHEDULER, network_of
 
 PROCESS = load_process(SCHEDULER)
 T, N, SHAPE = 4, 6, (2, 2, 3)
@@ -70,7 +70,7 @@ def linear(frozen, lora):
 
 
 POLICY = Policy(
-    denoise=linear,
+    network=network_of(linear),
     decode=lambda frozen, x_0: jax.nn.sigmoid(x_0),
     score=lambda frozen, images, tokens: (10.0 * images.mean((1, 2, 3)), {}),
     latent_shape=SHAPE,

@@ -15,7 +15,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.sampling import Context, initial_latents, load_process, step_noise
 from diffexp_jax.sampling.flow import SCHEDULER as FLOW
-from tests.conftest import nonzero_lora, policy_of
+from tests.conftest import network_of, nonzero_lora, policy_of
 
 SHAPE, N, T = (2, 2, 3), 8, 4
 DDIM = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
@@ -30,7 +30,7 @@ def linear(frozen, lora):
 
 def policy(process):
     return Policy(
-        denoise=linear,
+        network=network_of(linear),
         decode=lambda frozen, x_0: jax.nn.sigmoid(x_0),
         score=lambda frozen, images, tokens: (jnp.square(images).mean((1, 2, 3)), {}),
         latent_shape=SHAPE,

@@ -88,7 +88,7 @@ def test_flops_against_xla():
     x, context = zeros(1, 32, 32, model.latent_shape[-1]), zeros(1, 32, 64)
 
     def unet(params, x, context):
-        return model.denoise(params, None, x, jnp.int32(5), TextEmbedding(context))
+        return model.denoise(params, None, x, model.process.training_row(5), TextEmbedding(context))
 
     ours = flops.of(unet, model.params, x, context)
     theirs = jax.jit(unet).lower(model.params, x, context).cost_analysis()["flops"]

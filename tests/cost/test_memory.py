@@ -1,5 +1,7 @@
 """What saves memory changes no result: rematerialisation, decoding in slices, microbatches; bfloat16 a little."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,8 @@ from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
 from diffexp_jax.pipelines import Pipeline, make_context
-from diffexp_jax.sampling import Context, differentiable, initial_latents, load_process, rollout
-from tests.conftest import UNET, nonzero_lora, random_weights
+from diffexp_jax.sampling import CLASSIFIER_FREE, Context, differentiable, initial_latents, load_process, rollout
+from tests.conftest import UNET, network_of, nonzero_lora, random_weights
 
 PROCESS = load_process({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
 STEPS = PROCESS.make_steps(PROCESS.timesteps(3), np.full(3, 2.0, np.float32), eta=1.0)
@@ -63,7 +65,7 @@ def test_rematerialisation_of_steps():
 
             return denoise
 
-        denoise = differentiable(network, None, weights, remat=remat)
+        denoise = differentiable(network_of(network), None, weights, remat=remat)
         x_0, _ = rollout(PROCESS, denoise, x, context, STEPS, keys, live=jnp.array([False, True, True]))
         return jnp.square(x_0).sum()
 
@@ -148,7 +150,7 @@ def brightness(frozen, images, tokens):
     return images.mean((1, 2, 3)), {}
 
 
-POLICY = Policy(linear, lambda frozen, x_0: jax.nn.sigmoid(x_0), brightness, (2, 2, 3), PROCESS)
+POLICY = Policy(network_of(linear), lambda frozen, x_0: jax.nn.sigmoid(x_0), brightness, (2, 2, 3), PROCESS)
 DDPO = dict(n_prompts=5, n_updates=1, inner_epochs=1, clip=1e-4, advantage_clip=5.0, stats_buffer=4, stats_min_count=2)
 
 
@@ -174,10 +176,13 @@ def sample_by_evaluation(n_chunks, batch, steps):
     model = Pipeline(*[None] * len(Pipeline._fields))._replace(
         latent_shape=(2, 2, 3),
         process=PROCESS,
-        denoise=lambda params, lora, x, t, cond: jnp.tanh(lora["a"] * x + cond.mean((1, 2), keepdims=True)[..., None]),
+        guidance=CLASSIFIER_FREE,
+        denoise=lambda params, lora, x, step, cond: jnp.tanh(
+            lora["a"] * x + cond.mean((1, 2), keepdims=True)[..., None]
+        ),
         decode=lambda params, x_0: jax.nn.sigmoid(x_0),
     )
-    generate = programs.make_generate(model, n_chunks=n_chunks, lora_scale=1.0)
+    generate = programs.make_generate(model, n_chunks=n_chunks, lora_scale=1.0)(STEPS.w_t)
     lora = parallel.replicate({"a": jnp.float32(0.7)})
     return generate({}, lora, batch.context, batch.key, steps) / np.float32(255)
 
@@ -224,7 +229,7 @@ def test_images_in_bfloat16(make_config):
 
         @jax.jit
         def sample(params, context, steps, model=model, lora=lora, keys=keys):
-            denoise = model.denoiser(params, lora)
+            denoise = partial(model.network((2.0,)), params, lora)
             x_0, _ = rollout(model.process, denoise, initial_latents(keys, model.latent_shape), context, steps, keys)
             return model.decode(params, x_0).clip(0.0, 1.0)
 

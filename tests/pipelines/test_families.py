@@ -138,7 +138,7 @@ def sampler(model):
 
     @jax.jit
     def sample(params, collection, x_T, context, steps, keys):
-        denoise = model.denoiser(params, collection)
+        denoise = functools.partial(model.network(), params, collection)  # at any guidance
         x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
         return model.decode(params, x_0).clip(0.0, 1.0)
 
@@ -205,7 +205,7 @@ def test_unet_is_diffusers(both):
     cond = embeddings(ours)[0]
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
     t = np.array([981, 21], np.int32)
-    out = jax.jit(ours.denoise)(ours.params, None, x, t, cond)
+    out = jax.jit(ours.denoise)(ours.params, None, x, ours.process.training_row(t), cond)
     added = dict(zip(("text_embeds", "time_ids"), map(torch.tensor, cond.added or ()), strict=bool(cond.added)))
     with torch.no_grad():
         args = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(t), torch.tensor(cond.embedding)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from diffexp_jax import sampling
-from diffexp_jax.sampling import Context, ddim, differentiable, guided, load_process, step_log_prob
+from diffexp_jax.sampling import Context, ddim, differentiable, load_process, step_log_prob
+from diffexp_jax.sampling.guidance import two_halves
+from tests.conftest import network_of
 
 compiled_rollout = jax.jit(sampling.rollout, static_argnums=(0, 1), static_argnames="keep_trajectory")
 step_noise = jax.jit(sampling.step_noise, static_argnums=2)
@@ -56,9 +58,7 @@ def tanh(x_t, step, context):
     return jnp.tanh(x_t + context.cond.mean((1, 2))[:, None, None, None]) * 0.7 + 0.1 * x_t
 
 
-TANH_LIVE = differentiable(
-    lambda frozen, lora: tanh, None, None, remat=True
-)  # made once: the compiled chain knows it again
+TANH_LIVE = differentiable(network_of(lambda *_: tanh), None, None, remat=True)  # made once: jit knows it again
 
 # ---- the chain
 
@@ -200,7 +200,8 @@ THETA = jnp.array([0.8, 0.5, -0.3])
 def loss(theta, x_T, live, denoise=network, eta=0.0, **options):
     """What AlignProp differentiates; see `differentiable` for the options."""
     steps, options = make_steps(N, eta), {"remat": True} | options
-    chosen = denoise(theta) if live is None else differentiable(lambda _, theta: denoise(theta), None, theta, **options)
+    live_network = network_of(lambda _, theta: denoise(theta))
+    chosen = denoise(theta) if live is None else differentiable(live_network, None, theta, **options)
     x_0, _ = sampling.rollout(PROCESS, chosen, x_T, context(3), steps, KEYS, live=live)
     return jnp.sum(jnp.square(x_0 - 1.0))
 
@@ -314,6 +315,9 @@ def unet(x, t, cond):
     return out + sum(more[:, :1, None, None] for more in added)
 
 
+GUIDED = partial(two_halves(lambda frozen, lora, x_t, step, cond: unet(x_t, step.t, cond)), None, None)
+
+
 @pytest.mark.parametrize("w", [0.0, 1.0, 7.5])
 @pytest.mark.parametrize("with_added", [False, True])
 def test_guided_literal(w, with_added):
@@ -322,7 +326,7 @@ def test_guided_literal(w, with_added):
     if with_added:
         ctx = Context((ctx.cond, normal(3, 3, 5), normal(4, 3, 6)), (ctx.uncond, normal(5, 3, 5), normal(6, 3, 6)))
     step = row(make_steps(4, w=w), 1)
-    out = guided(unet)(x, step, ctx)
+    out = GUIDED(x, step, ctx)
     halves = [unet(x, 501, ctx.cond), unet(x, 501, ctx.uncond)]
     assert int(step.t) == 501
     np.testing.assert_allclose(out, w * halves[0] + (1 - w) * halves[1], rtol=1e-5, atol=1e-5)
@@ -334,7 +338,7 @@ def test_guidance_of_each_step_is_its_own():
     """A schedule of 1, then 0: the chain is conditional first, unconditional after, and never a blend."""
     ctx, x_T = context(3), normal(0, 3, *SHAPE)
     steps = make_steps(4, w=jnp.array([1.0, 1.0, 0.0, 0.0]))
-    x_0, _ = rollout(guided(unet), x_T, ctx, steps, KEYS)
+    x_0, _ = rollout(GUIDED, x_T, ctx, steps, KEYS)
     x = x_T
     for i, embedding in enumerate((ctx.cond, ctx.cond, ctx.uncond, ctx.uncond)):
         x, _ = ddim.ddim_step(x, unet(x, steps.t[i], embedding), row(steps, i))
@@ -343,6 +347,6 @@ def test_guidance_of_each_step_is_its_own():
 
 def test_both_halves_of_the_guidance_carry_gradient():
     ctx, step = context(3), row(make_steps(4, w=7.5), 1)
-    grads = jax.grad(lambda c: guided(unet)(normal(0, 3, *SHAPE), step, c).sum())(ctx)
+    grads = jax.grad(lambda c: GUIDED(normal(0, 3, *SHAPE), step, c).sum())(ctx)
     np.testing.assert_allclose(grads.uncond, grads.cond * (1 - 7.5) / 7.5, rtol=1e-4)
     assert np.abs(grads.cond).min() > 1e-3

@@ -28,7 +28,8 @@ def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
         def update(state, frozen, inputs):
             note_memory(folder / f"memory-{jax.process_index()}.json", frozen)
             batch = inputs.batch
-            images = programs.generate(frozen["model"], state.lora, batch.context, batch.key, inputs.steps)
+            generate = programs.generate(experiment.sampler.guidance_scales(explore=True))
+            images = generate(frozen["model"], state.lora, batch.context, batch.key, inputs.steps)
             found = {"prompts": batch.prompt_id, "noise": jax.vmap(jax.random.key_data)(batch.key), "images": images}
             found |= {"conditioning": batch.context.cond.embedding}
             if inputs.samples:

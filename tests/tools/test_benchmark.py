@@ -1,5 +1,6 @@
 """The benchmark: its torch peer does the same work, and its table says what was measured."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_the_peer_takes_the_same_steps(trainer):
     process = model.process
     t = process.timesteps(3)
     steps = process.make_steps(t, np.full(3, 5.0, np.float32), eta=1.0)
-    denoise = model.denoiser(model.sampling_params, None)
+    denoise = functools.partial(model.network(steps.w_t), model.sampling_params, None)
     rng = np.random.default_rng(0)
     context = Context(TextEmbedding(trainer.cond.numpy()), TextEmbedding(trainer.uncond.numpy()))
     both = torch.cat([trainer.cond, trainer.uncond])

@@ -124,11 +124,12 @@ def our_work(model: str, folder: str, case: str, size: Size) -> tuple[Callable[[
         lora = init_lora(jax.random.key(0), experiment.sampler.pipeline.base, rank=experiment.config.lora.rank)
     else:
         frozen, lora = parallel.share(experiment.frozen), experiment.initial_lora()
-    steps = parallel.replicate(experiment.sampler.steps(explore=CASES[case][2]))
+    steps = experiment.sampler.steps(explore=CASES[case][2])
+    generate, steps = programs.generate(np.asarray(steps.w_t)), parallel.replicate(steps)
     batch = experiment.draw_batch(0, None)
     if case.startswith("sampling"):
         args = frozen["model"], parallel.replicate(lora), batch.context, batch.key, steps
-        return lambda repetition: programs.generate(*args), n * flops.of(programs.generate, *args)
+        return lambda repetition: generate(*args), n * flops.of(generate, *args)
     state = [parallel.replicate(jax.device_get(programs.algorithm.init(lora)))]
 
     def iterate(repetition):

@@ -168,11 +168,12 @@ class Run(NamedTuple):
 
 def make_float_images(experiment: Experiment) -> Callable[..., jax.Array]:
     """`Programs.generate` without rounding to bytes."""
-    pipeline, scale = experiment.sampler.pipeline, experiment.lora_scale
+    sampler, pipeline = experiment.sampler, experiment.sampler.pipeline
+    network = pipeline.network(sampler.guidance_scales(explore=False), lora_scale=experiment.lora_scale)
 
     def generate(params, lora, context, keys, steps):
-        x_T, denoise = initial_latents(keys, pipeline.latent_shape), pipeline.denoiser(params, lora, lora_scale=scale)
-        x_0, _ = rollout(pipeline.process, denoise, x_T, context, steps, keys)
+        x_T = initial_latents(keys, pipeline.latent_shape)
+        x_0, _ = rollout(pipeline.process, functools.partial(network, params, lora), x_T, context, steps, keys)
         return pipeline.decode(params, x_0).clip(0.0, 1.0)
 
     return parallel.pmap(generate)

@@ -1,5 +1,7 @@
 """Small random models of SD 1.5's and SDXL's kind, and what they sample: scripts/check_machine.py has their results."""
 
+from functools import partial
+
 import jax
 import numpy as np
 from machine_checks import draw
@@ -55,11 +57,13 @@ def tiny_results(name: str, dtype: str, n_steps: int = 2) -> dict[str, np.ndarra
     model, n_encoders = tiny_model(name, dtype)
     ids = np.random.RandomState(1).randint(0, TEXT["vocab_size"], (n_encoders, 2, 77)).astype(np.int32)
     t = model.process.timesteps(n_steps)
-    steps = model.process.make_steps(t, np.full(n_steps, 5.0, np.float32), eta=0.0)
+    w_t = np.full(n_steps, 5.0, np.float32)
+    steps = model.process.make_steps(t, w_t, eta=0.0)
 
     @jax.jit
     def sample(params, x_T, context, steps, keys):
-        x_0, _ = rollout(model.process, model.denoiser(params, None), x_T, context, steps, keys)
+        denoise = partial(model.network(w_t), params, None)
+        x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
         return {f"{name}/latents": x_0[:, ::2, ::2], f"{name}/images": model.decode(params, x_0)[:, ::16, ::16]}
 
     rows = jax.device_get(jax.jit(model.encode)(model.params, tuple(ids)))

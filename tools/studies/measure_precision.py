@@ -97,7 +97,8 @@ def sampled(args: argparse.Namespace):
     """A batch of chains sampled by the untuned float32 model, as DDPO samples; (trajectory, prompts' context)."""
     model = load_pipeline("emoji")
     t = model.process.timesteps(args.steps)
-    steps = model.process.make_steps(t, np.full(len(t), args.guidance, np.float32), eta=1.0)
+    w_t = np.full(len(t), args.guidance, np.float32)
+    steps = model.process.make_steps(t, w_t, eta=1.0)
     texts = load_prompts("animal_activities").texts
     rows = np.asarray(jax.random.randint(parallel.stream(args.seed, "prompts"), (args.samples,), 0, len(texts)))
     cond, _ = encode_prompts(model, [texts[row] for row in rows])
@@ -108,7 +109,7 @@ def sampled(args: argparse.Namespace):
     @jax.jit
     def sample(params, context, keys):
         x_T = initial_latents(keys, model.latent_shape)
-        denoise = model.denoiser(params, None)
+        denoise = functools.partial(model.network(w_t), params, None)
         return rollout(model.process, denoise, x_T, context, steps, keys, keep_trajectory=True)[1]
 
     return model, sample(params, context, keys)
@@ -121,7 +122,8 @@ def make_programs(precision: str):
     params = jax.device_put({model.trainable: model.base})
 
     def log_prob(params, lora, x_t, x_tm1, step, context):
-        return step_log_prob(model.process, model.denoiser(params, lora), x_t, x_tm1, step, context)
+        denoise = functools.partial(model.network().guided, params, lora)
+        return step_log_prob(model.process, denoise, x_t, x_tm1, step, context)
 
     def gradient(params, lora, x_t, x_tm1, step, context, old, adv, clip):
         def loss(lora):

@@ -127,9 +127,8 @@ def make_gradient(policy: Policy) -> Any:
             i, x_tm1, step = xs
 
             def log_prob(lora):
-                return step_log_prob(
-                    policy.process, policy.denoise(frozen, lora), chain.x_t(i), x_tm1, step, chain.context
-                )
+                denoise = partial(policy.network.guided, frozen, lora)  # plain steps
+                return step_log_prob(policy.process, denoise, chain.x_t(i), x_tm1, step, chain.context)
 
             (found,) = jax.vjp(log_prob, lora)[1](weight)
             return jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(found)])
