@@ -51,7 +51,7 @@ BELOW = {
     | {"parallel", "backend", "run", "report", "command", "paths"},
     "__init__": {"errors"},
 }
-BELOW |= dict.fromkeys(("sweeps", "cli"), set(BELOW) - {"__init__"})  # what people type: all of it
+BELOW |= dict.fromkeys(("api", "sweeps", "cli"), set(BELOW) - {"__init__"})  # what people type: all of it
 
 
 def imported(path: Path) -> set[str]:
@@ -134,6 +134,7 @@ def test_where_libraries_are_used():
         "run",
         "sweeps",
         "cli",
+        "api",
     }
     assert of("orbax") == {"run"}
     for library in ("torch", "random", "diffusers"):

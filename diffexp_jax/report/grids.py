@@ -30,10 +30,13 @@ class Grid(NamedTuple):
     captions: tuple[str, ...]
 
 
-def save_grid(
-    path: Path, images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], *, columns: int | None = None
-) -> None:
-    """Writes images as a captioned PNG grid, row by row; its folder may be new. Captions of any length are cut."""
+def draw_grid(
+    images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], *, columns: int | None = None
+) -> Image.Image:
+    """Images with their captions as one picture, row by row; None: as many columns as rows. Long captions are cut.
+
+    Its `info` says where each image is, for a PNG that `read_grid` reads.
+    """
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = max(1, -(-_CELL // images.shape[1]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
@@ -47,11 +50,17 @@ def save_grid(
         sheet.paste(pixels, (x, y))
         text = _wrapped(draw, caption, font, width)
         draw.multiline_text((x, y + height + 1), text, fill="black", font=font, spacing=1)
+    sheet.info[_KEY] = json.dumps({"columns": columns, "scale": scale, "size": [height, width], "captions": captions})
+    return sheet
+
+
+def save_grid(
+    path: Path, images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], *, columns: int | None = None
+) -> None:
+    """Writes images as a captioned PNG grid, row by row; its folder may be new. Captions of any length are cut."""
+    sheet, about = draw_grid(images, captions, columns=columns), PngInfo()
+    about.add_itxt(_KEY, sheet.info[_KEY])
     path.parent.mkdir(exist_ok=True)
-    about = PngInfo()
-    about.add_itxt(
-        _KEY, json.dumps({"columns": columns, "scale": scale, "size": [height, width], "captions": captions})
-    )
     with replaced(path) as partial:
         sheet.save(partial, format="png", pnginfo=about)
 

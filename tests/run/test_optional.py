@@ -99,7 +99,7 @@ def test_a_full_disk_while_a_picture_is_written(tmp_path):
     """Nothing is left of it; the line says so, and the one that ends the run says how to go on."""
     code = (
         "import resource, sys, numpy as np; from pathlib import Path\n"
-        "from diffexp_jax import command, metrics, report\n"
+        "from diffexp_jax import command, report; from diffexp_jax.run import metrics\n"
         "def main(folder):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (10, -1))\n"
         "    for n in range(2):\n"
