@@ -110,7 +110,7 @@ class Evaluator:
             iteration, tuned = read_lora(Path(lora), str(checkpoint))
         sampler = Sampler.build(config)
         if lora is not None and checkpoint is None:
-            tuned, scale = load_lora(lora, sampler.pipeline.base)
+            tuned, scale = load_lora(lora, sampler.pipeline.base, prefix=sampler.pipeline.lora_prefix)
         unit = jax.device_count() * chunks
         batch, options = max(batch // unit, 1) * unit, {"n_chunks": chunks, "lora_scale": 1.0}
         return cls(

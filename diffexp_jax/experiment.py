@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from diffexp_jax import parallel, paths
 from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Method, Policy, Setup
 from diffexp_jax.algorithms.optimizer import make_optimizer
 from diffexp_jax.errors import InputError
-from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
+from diffexp_jax.models.lora import init_lora, initial_lora, save_lora, target_layers
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
@@ -109,16 +110,25 @@ class Experiment(NamedTuple):
     def lora_scale(self) -> float:
         return self.config.lora.alpha / self.config.lora.rank
 
+    @property
+    def lora_layers(self) -> tuple[str, ...]:
+        """The last parts of the names of the layers that are trained."""
+        return target_layers(self.config.lora.targets, self.sampler.pipeline.lora_targets)
+
     def initial_lora(self) -> Any:
         """Where fine-tuning starts."""
-        key, base, lora = parallel.stream(self.config.seed, "lora"), self.sampler.pipeline.base, self.config.lora
-        options = {"rank": lora.rank, "alpha": lora.alpha, "targets": target_layers(lora.targets)}
-        return initial_lora(key, base, path=lora.path, **options)
+        key, pipeline, lora = parallel.stream(self.config.seed, "lora"), self.sampler.pipeline, self.config.lora
+        options = {"rank": lora.rank, "alpha": lora.alpha, "targets": self.lora_layers, "prefix": pipeline.lora_prefix}
+        return initial_lora(key, pipeline.base, path=lora.path, **options)
+
+    def save_lora(self, path: Path, lora: Any) -> None:
+        """Writes what was trained for diffusers' `load_lora_weights`."""
+        save_lora(path, lora, alpha=self.config.lora.alpha, prefix=self.sampler.pipeline.lora_prefix)
 
     def lora_shapes(self) -> Any:
         """The shapes of what is trained."""
-        base, rank, targets = self.sampler.pipeline.base, self.config.lora.rank, target_layers(self.config.lora.targets)
-        return jax.eval_shape(lambda: init_lora(jax.random.key(0), base, rank=rank, targets=targets))
+        base, options = self.sampler.pipeline.base, {"rank": self.config.lora.rank, "targets": self.lora_layers}
+        return jax.eval_shape(lambda: init_lora(jax.random.key(0), base, **options))
 
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model, the reward and the prompts, which do not depend on the names of their files."""

@@ -322,7 +322,7 @@ def test_a_real_script_says_one_line(tmp_path):
         ("ddpo", "ddpo.stats_min_count", 5, "ddpo.stats_min_count=5: wants 1..4"),
         ("ddpo", "eval.every", -1, "eval.every=-1: wants 0..10000000"),
         ("ddpo", "lora.rank", 0, "lora.rank=0: wants 1..1024"),
-        ("ddpo", "lora.targets", ("text_encoder",), "lora.targets='text_encoder': only the UNet is trained"),
+        ("ddpo", "lora.targets", ("text_encoder",), "lora.targets='text_encoder': the text encoders are not trained"),
         ("ddpo", "lora.targets", ("to_x",), "lora.targets='to_x': accepted: attention, feed_forward,"),
         ("ddpo", "prompts", "no/such.txt", "no/such.txt: cannot read the prompt file: No such file or directory"),
         ("ddpo", "prompts", "plants", "unknown prompt set 'plants'; accepted: animals,"),

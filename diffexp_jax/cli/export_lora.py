@@ -15,6 +15,7 @@ from diffexp_jax import command, settings
 from diffexp_jax.errors import InputError
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.report import card
+from diffexp_jax.report.run import lora_prefix
 from diffexp_jax.rewards import parsed_spec
 from diffexp_jax.run import checkpoint
 
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
                 card.write(
                     args.workdir, folder, iteration=iteration, reward=reward, lora_file=file.name, repository=repository
                 )
-            save_lora(file, lora, alpha=config.lora.alpha)
+            save_lora(file, lora, alpha=config.lora.alpha, prefix=lora_prefix(args.workdir))
         except OSError as error:
             raise InputError(f"--out {file}: cannot be written ({error.strerror or error})") from None
         if args.out:

@@ -74,7 +74,7 @@ def chosen_lora(args: argparse.Namespace, config: ConfigDict, pipeline: Pipeline
     if not args.lora:
         return None
     if args.checkpoint is None:
-        lora, scale = load_lora(args.lora, pipeline.base)
+        lora, scale = load_lora(args.lora, pipeline.base, prefix=pipeline.lora_prefix)
     else:
         _, lora = checkpoint.read_lora(Path(args.lora), args.checkpoint)
         scale = config.lora.alpha / config.lora.rank

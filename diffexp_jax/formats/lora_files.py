@@ -64,8 +64,11 @@ def find(path: Path) -> Path:
     raise InputError(f"{path}: not a readable LoRA file, and no folder with {wanted}{below}")
 
 
-def read(path: Path) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
-    """The tensors of a LoRA file, read when asked for, and peft's settings for the UNet: {} where there are none.
+def read(path: Path, prefix: str = lora_names.UNET) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a LoRA file, read when asked for, and peft's settings for the network: {} where there are none.
+
+    Args:
+      prefix: before the names of the network's layers, as diffusers writes them.
 
     Raises:
       InputError: the file is not readable, or the settings ask for more than plain LoRA.
@@ -75,7 +78,7 @@ def read(path: Path) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
     except InputError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: not a readable LoRA file: {reason}") from None
-    settings, where = _settings(path, tensors)
+    settings, where = _settings(path, tensors, prefix)
     for key, value in settings.items():
         accepted = _ACCEPTED.get(key, (None, False))
         if key in (*_READ, *_WITHOUT_EFFECT) or value in (None, False, [], {}):
@@ -85,7 +88,7 @@ def read(path: Path) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
     return tensors, settings
 
 
-def _settings(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], str]:
+def _settings(path: Path, tensors: Mapping[str, np.ndarray], prefix: str) -> tuple[dict[str, Any], str]:
     """peft's settings and where they stand: in the header, or, for files that peft wrote itself, in the json beside."""
     header = getattr(tensors, "metadata", {}).get(METADATA)
     if header is not None:
@@ -95,11 +98,10 @@ def _settings(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, 
             content = None
         if not isinstance(content, dict):
             raise InputError(f"{path}: not a readable LoRA file: {METADATA} in its header is no json object")
-        of_unet = {
-            key.removeprefix(lora_names.PREFIX): x for key, x in content.items() if key.startswith(lora_names.PREFIX)
-        }
-        return of_unet or {key: x for key, x in content.items() if "." not in key}, f"{path}: its header's {METADATA}"
-    parsed = [lora_names.parse(name) for name in tensors]
+        of_network = {key.removeprefix(prefix): x for key, x in content.items() if key.startswith(prefix)}
+        plain = {key: x for key, x in content.items() if "." not in key}
+        return of_network or plain, f"{path}: its header's {METADATA}"
+    parsed = [lora_names.parse(name, prefix) for name in tensors]
     if path.stem != _PEFT_STEM and not any(tensor.peft for tensor in parsed):
         return {}, ""
     beside = path.with_name(SETTINGS_FILE)
@@ -165,18 +167,19 @@ def number(path: Path, name: str, value: Any) -> float:
 
 
 def matrices(
-    path: Path, tensors: Mapping[str, np.ndarray], known: Mapping[str, str]
+    path: Path, tensors: Mapping[str, np.ndarray], known: Mapping[str, str], prefix: str = lora_names.UNET
 ) -> tuple[dict[str, dict[str, str]], int]:
     """{layer: {"A", "B", "alpha": the tensor's name}} by our names of layers, and how many text encoder tensors.
 
-    `known` is `lora_names.spellings` of the network's layers.
+    `known` is `lora_names.spellings` of the network's layers, `prefix` what diffusers writes before them.
 
     Raises:
       InputError: tensors of other layers or kinds, several LoRAs in one file, or none.
     """
     found, text, unknown, twice, adapters = {}, 0, [], [], set()
+    network = lora_names.network_of(prefix)
     for name in tensors:
-        tensor = lora_names.parse(name)
+        tensor = lora_names.parse(name, prefix)
         if tensor.text:
             text += 1
         elif tensor.layer not in known:
@@ -194,18 +197,20 @@ def matrices(
     if twice:
         raise InputError(f"{path}: two tensors for the same of a layer: {twice[0]}")
     if unknown:
-        kinds = dict.fromkeys(kind for name in sorted(unknown) if (kind := lora_names.kind_of(name)))
+        kinds = dict.fromkeys(kind for name in sorted(unknown) if (kind := lora_names.kind_of(name, prefix)))
         what = (
             f"{' and '.join(kinds)}, which is not supported"
             if kinds
             else "a LoRA of another model, or of a kind that is not supported"
         )
         raise InputError(
-            f"{path}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this model's UNet "
+            f"{path}: {len(unknown)} of {len(tensors)} tensors belong to no layer of this model's {network} "
             f"({_listed(unknown)}): {what}"
         )
     if not found:
-        raise InputError(f"{path}: holds no LoRA of a UNet" + (f", only {text} text encoder tensors" if text else ""))
+        raise InputError(
+            f"{path}: holds no LoRA of a {network}" + (f", only {text} text encoder tensors" if text else "")
+        )
     return found, text
 
 

@@ -1,15 +1,15 @@
 """The names that LoRA files give to layers and tensors: peft's and diffusers', diffusers' old ones, and kohya's."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from diffexp_jax.formats.original_names import unet_names
 
-PREFIX = "unet."  # before a layer's name, in the files that diffusers writes
+UNET = "unet."  # before the names of a UNet's layers, in the files that diffusers writes; "transformer." is the other
 _PEFT = "base_model.model."  # in those that peft itself writes
-# Of the model around the UNet, of data-parallel training, of torch.compile, of the original code; and kohya's
-_WRAPPERS = (PREFIX, _PEFT, "module.", "_orig_mod.", "model.", "diffusion_model.", "lora_unet_")
+# Of data-parallel training, of torch.compile, of the original code; and kohya's
+_WRAPPERS = (_PEFT, "module.", "_orig_mod.", "model.", "diffusion_model.", "lora_unet_")
 _MATRIX = re.compile(r"(.+)\.lora_(A|B)(?:\.([^.]+))?\.weight")  # peft, diffusers; with or without the adapter's name
 _ENDINGS = {
     ".lora.down.weight": "A",  # diffusers 0.2x
@@ -33,24 +33,33 @@ _OTHERS = {
     r"lora_embedding": "a LoRA of an embedding",
     r"custom_diffusion": "Custom Diffusion",
     r"^bundle_emb|emb_params|string_to_param": "a textual inversion",
-    r"^(transformer|lora_transformer)|(double|single)_?(transformer_)?blocks|joint_blocks": "a LoRA of a transformer "
-    "model (SD 3, FLUX)",
+}
+# What layers of other networks are called, and of which
+_NETWORKS = {
+    UNET: (
+        r"^unet\.|(down|up)_blocks|mid_block|(in|out)put_blocks|middle_block",
+        "a LoRA of a UNet (Stable Diffusion)",
+    ),
+    "transformer.": (
+        r"^(transformer|lora_transformer)|(double|single)_?(transformer_)?blocks|joint_blocks",
+        "a LoRA of a transformer model (SD 3, FLUX)",
+    ),
 }
 
 
 class Tensor(NamedTuple):
     """What a tensor's name says."""
 
-    layer: str | None  # as the file spells it, without what stands before the UNet's names
+    layer: str | None  # as the file spells it, without what stands before the network's names
     kind: str | None  # "A", "B", "alpha"; None: unknown
     text: bool = False  # of a text encoder
     peft: bool = False  # named as only peft does, which writes alpha elsewhere
     adapter: str | None = None  # peft's name for this LoRA, where the tensor's name has it
 
 
-def parse(name: str) -> Tensor:
-    """Splits a tensor's name."""
-    bare = _unwrapped(name)
+def parse(name: str, prefix: str = UNET) -> Tensor:
+    """Splits a tensor's name, in a file of a network of this prefix."""
+    bare = _unwrapped(name, (prefix, f"lora_{prefix.removesuffix('.')}_", *_WRAPPERS))
     if bare.startswith(_TEXT):
         return Tensor(None, None, text=True)
     if match := _MATRIX.fullmatch(bare):
@@ -62,21 +71,28 @@ def parse(name: str) -> Tensor:
     return Tensor(None, None)
 
 
-def _unwrapped(name: str) -> str:
-    while wrapper := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None):
+def _unwrapped(name: str, wrappers: Sequence[str]) -> str:
+    while wrapper := next((wrapper for wrapper in wrappers if name.startswith(wrapper)), None):
         name = name.removeprefix(wrapper)
     return name
 
 
-def kind_of(name: str) -> str | None:
-    """What a file with such a tensor is, where it is none of the kinds that `parse` knows."""
-    return next((kind for pattern, kind in _OTHERS.items() if re.search(pattern, name)), None)
+def network_of(prefix: str) -> str:
+    """What errors call the network whose layers have this prefix."""
+    return "UNet" if prefix == UNET else prefix.removesuffix(".")
+
+
+def kind_of(name: str, prefix: str = UNET) -> str | None:
+    """What a file with such a tensor is, where it is none of the kinds that `parse` knows of this network."""
+    networks = [pair for network, pair in _NETWORKS.items() if network != prefix]
+    return next((kind for pattern, kind in (*_OTHERS.items(), *networks) if re.search(pattern, name)), None)
 
 
 def spellings(layers: Iterable[str]) -> dict[str, str]:
-    """Every known spelling of the UNet's layers -> our name, e.g. of "down_blocks.1.attentions.0.proj_in".
+    """Every known spelling of a network's layers -> our name, e.g. of "down_blocks.1.attentions.0.proj_in".
 
     kohya writes "_" for "."; for SDXL it counts blocks as the original code does: "input_blocks_4_1_proj_in".
+    Layers of another network than a UNet have no such names.
     """
     layers = list(layers)
     original, out = unet_names(layers), {}

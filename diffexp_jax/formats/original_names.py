@@ -25,7 +25,7 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_BLOCK = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnet|attention|downsampler|upsampler)s\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"(?:(mid)_block|(down|up)_blocks\.(\d+))\.(resnet|attention|downsampler|upsampler)s\.(\d+)\.(.+)")
 
 
 def unet_names(layers: Iterable[str]) -> dict[str, str]:
@@ -34,7 +34,8 @@ def unet_names(layers: Iterable[str]) -> dict[str, str]:
     "down_blocks.1.attentions.0.proj_in" -> "input_blocks.4.1.proj_in" in a UNet of two residual blocks a level.
     """
     layers = list(layers)
-    blocks = {layer: match.groups() for layer in layers if (match := _BLOCK.fullmatch(layer))}
+    matches = {layer: match.groups() for layer in layers if (match := _BLOCK.fullmatch(layer))}
+    blocks = {layer: (mid or outer, *rest) for layer, (mid, outer, *rest) in matches.items()}
     counted = [
         int(n) for where, level, kind, n, _ in blocks.values() if (where, level, kind) == ("down", "0", "resnet")
     ]

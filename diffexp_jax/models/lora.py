@@ -23,36 +23,32 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats import lora_files, lora_names
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.lora_files import LORA_FILE, METADATA
+from diffexp_jax.formats.lora_names import UNET
 
-__all__ = ["GROUPS", "LORA_FILE", "TARGETS", "init_lora", "initial_lora", "load_lora", "save_lora", "scaled"]
-__all__ += ["check_targets", "target_layers"]
+__all__ = ["LORA_FILE", "TARGETS", "init_lora", "initial_lora", "load_lora", "save_lora", "scaled", "target_layers"]
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention
-# What lora.targets may name: the last parts of the layers' names
-GROUPS = {
-    "attention": TARGETS,
-    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
-    "projections": ("proj_in", "proj_out"),  # around the transformer blocks: linear, or 1x1 convolutions
-    "convolutions": ("conv1", "conv2", "conv_shortcut", "conv"),  # of residual blocks; between levels
-}
 
 
-def target_layers(targets: Sequence[str]) -> tuple[str, ...]:
-    """The layers' names that the words of lora.targets stand for."""
-    return tuple(dict.fromkeys(layer for word in targets for layer in GROUPS.get(word, (word,))))
+def target_layers(targets: Any, groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The last parts of layers' names that the words of lora.targets stand for.
 
+    Args:
+      targets: one or several of the groups' names and of their layers' names.
+      groups: the pipeline's `lora_targets`.
 
-def check_targets(targets: Any) -> None:
-    """Raises InputError where lora.targets is not one or several of the groups and of their layers' names."""
+    Raises:
+      InputError: it is something else.
+    """
     words = [targets] if isinstance(targets, str) or not isinstance(targets, Sequence) else targets
-    layers = [layer for group in GROUPS.values() for layer in group]
-    accepted = [*GROUPS, *layers]
-    unknown = [word for word in words if word not in accepted]
+    layers = [layer for group in groups.values() for layer in group]
+    unknown = [word for word in words if word not in [*groups, *layers]]
     if any(isinstance(word, str) and word.startswith("text") for word in unknown):
-        raise InputError(f"lora.targets={unknown[0]!r}: only the UNet is trained, the text encoders are not")
+        raise InputError(f"lora.targets={unknown[0]!r}: the text encoders are not trained")
     if unknown or not words:
-        wrong = repr(unknown[0])[:60] if unknown else "()"
-        raise InputError(f"lora.targets={wrong}: accepted: {', '.join(GROUPS)}, or single layers: {', '.join(layers)}")
+        wrong, single = repr(unknown[0])[:60] if unknown else "()", ", ".join(dict.fromkeys(layers))
+        raise InputError(f"lora.targets={wrong}: accepted: {', '.join(groups)}, or single layers: {single}")
+    return tuple(dict.fromkeys(layer for word in words for layer in groups.get(word, (word,))))
 
 
 def init_lora(
@@ -61,7 +57,7 @@ def init_lora(
     """A normal with standard deviation 1/rank, B = 0 (so the model is unchanged at first), float32, for every target.
 
     As diffusers' LoRALinearLayer and peft's init_lora_weights="gaussian" start. `targets` are the last parts of the
-    layers' names.
+    layers' names, whole ones: "attn.to_q" is not the end of "attn2.to_q".
     """
     flat = traverse_util.flatten_dict(params)
     lora, suffixes = {}, tuple(f".{layer}" for layer in targets)
@@ -89,6 +85,7 @@ def initial_lora(
     alpha: float,
     targets: Sequence[str] = TARGETS,
     path: str | Path | None = None,
+    prefix: str = UNET,
 ) -> dict[str, Any]:
     """Where fine-tuning starts: `init_lora`, or a collection that under alpha / rank does what the file at `path` does.
 
@@ -101,7 +98,7 @@ def initial_lora(
     fresh = init_lora(key, params, rank=rank, targets=targets)
     if path is None:
         return fresh
-    loaded, scale = load_lora(path, params)
+    loaded, scale = load_lora(path, params, prefix=prefix)
     factor, flat = scale * rank / alpha, traverse_util.flatten_dict(fresh)
     pairs = traverse_util.flatten_dict(loaded)
     for i, layer in enumerate(sorted({name[:-1] for name in pairs})):
@@ -123,21 +120,22 @@ def scaled(lora: Mapping[str, Any] | None, scale: float) -> Mapping[str, Any] | 
     return jax.tree_util.tree_map_with_path(lambda path, x: x * scale if path[-1].key == "B" else x, lora)
 
 
-def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float) -> None:
+def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float, prefix: str = UNET) -> None:
     """Writes a file for diffusers' `load_lora_weights`.
 
-    The tensors are unet.<module>.lora_A.weight [rank, in] and .lora_B.weight [out, rank]; alpha stands in
-    the header, in the keys of peft's LoraConfig, where diffusers writes and reads it.
+    The tensors are PREFIX<module>.lora_A.weight [rank, in] and .lora_B.weight [out, rank], where the prefix is "unet."
+    or what diffusers calls another network (`Pipeline.lora_prefix`). alpha stands in the header, in the keys of peft's
+    LoraConfig, where diffusers writes and reads it.
     """
     tensors, modules = {}, []
     for (*path_to, leaf), value in sorted(traverse_util.flatten_dict(lora).items()):
         modules.append(".".join(path_to))
         value = np.asarray(value, np.float32)
         axes = (1, 0) if value.ndim == 2 else (3, 2, 0, 1)  # torch keeps outputs first
-        tensors[f"{lora_names.PREFIX}{modules[-1]}.lora_{leaf}.weight"] = np.ascontiguousarray(value.transpose(axes))
+        tensors[f"{prefix}{modules[-1]}.lora_{leaf}.weight"] = np.ascontiguousarray(value.transpose(axes))
     rank = next(len(value) for name, value in tensors.items() if ".lora_A." in name)
     adapter = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(set(modules))}
-    adapter = {f"{lora_names.PREFIX}{key}": value for key, value in adapter.items()}
+    adapter = {f"{prefix}{key}": value for key, value in adapter.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as partial:  # not by save_file: that makes files that nobody but their owner can read
@@ -152,15 +150,16 @@ def _sorted_header(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """Reads a LoRA file, safetensors or pickled, or a folder that holds one (see `lora_files.find`), for a UNet.
+def load_lora(path: str | Path, params: Mapping[str, Any], *, prefix: str = UNET) -> tuple[dict[str, Any], float]:
+    """Reads a LoRA file, safetensors or pickled, or a folder that holds one (see `lora_files.find`), for a network.
 
     Known are the names of peft, of diffusers since 0.11 and of kohya's scripts, for all linear layers and convolutions,
     with a rank and an alpha per layer. peft's own files want adapter_config.json beside them. Tensors for the text
     encoders are left out, with a warning.
 
     Args:
-      params: the UNet's, or their shapes.
+      params: the network's, or their shapes.
+      prefix: what diffusers writes before the names of its layers, `Pipeline.lora_prefix`.
 
     Returns:
       The collection and its scale, alpha / rank. Where layers have different scales, each is multiplied into its
@@ -170,15 +169,15 @@ def load_lora(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, An
       InputError: not a LoRA file, one of another kind than plain LoRA, or its tensors do not fit the network.
     """
     path = lora_files.find(paths.local("LoRA", path))
-    tensors, settings = lora_files.read(path)
+    tensors, settings = lora_files.read(path, prefix)
     layers = {
         ".".join(names[:-1]): (names[:-1], kernel.shape)
         for names, kernel in traverse_util.flatten_dict(params).items()
         if names[-1] == "kernel"
     }
-    found, text = lora_files.matrices(path, tensors, lora_names.spellings(layers))
+    found, text = lora_files.matrices(path, tensors, lora_names.spellings(layers), prefix)
     if text:
-        logging.warning("%s: %d tensors for the text encoders are left out: only the UNet takes LoRA here", path, text)
+        logging.warning("%s: %d tensors for the text encoders are left out: they take no LoRA here", path, text)
     flat, scales = {}, {}
     for layer, parts in found.items():
         if not {"A", "B"} <= parts.keys():

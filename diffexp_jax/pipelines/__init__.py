@@ -5,7 +5,7 @@ To add a kind: write `name.py` whose `load(folder, ...)` and `shapes(...)` make 
 the files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from diffexp_jax import paths
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files
 from diffexp_jax.formats.config_keys import shown
+from diffexp_jax.models.lora import target_layers
 from diffexp_jax.pipelines import families, single_file, sizes, stable_diffusion
 from diffexp_jax.pipelines.pipeline import (
     Conditioning,
@@ -32,6 +33,7 @@ __all__ = [
     "Conditioning",
     "Kind",
     "Pipeline",
+    "check_lora_targets",
     "encode_empty",
     "encode_prompts",
     "load_pipeline",
@@ -49,11 +51,14 @@ class Kind(NamedTuple):
     load: Callable[..., Pipeline]  # (folder, dtype=, variant=, **options)
     read_jsons: Callable[[Path], tuple[Any, Any]]  # of a folder: model_index.json, configs of the parts
     shapes: Callable[..., Pipeline]  # (model_index.json, configs of the parts, where, dtype=, **options)
+    lora_targets: Mapping[str, tuple[str, ...]]  # its pipelines'
 
 
 # By `_class_name` of model_index.json.
 PIPELINES: dict[str, Kind] = {
-    name: Kind(family.parts, stable_diffusion.load, families.read_jsons, stable_diffusion.shapes)
+    name: Kind(
+        family.parts, stable_diffusion.load, families.read_jsons, stable_diffusion.shapes, stable_diffusion.LORA_TARGETS
+    )
     for name, family in families.FAMILIES.items()
 }
 
@@ -109,6 +114,14 @@ def _kind(folder: Path) -> Kind:
     if not isinstance(name, str) or name not in PIPELINES:
         raise InputError(f"{index}: _class_name={shown(name)} is not supported; accepted: {', '.join(PIPELINES)}")
     return PIPELINES[name]
+
+
+def check_lora_targets(targets: Any) -> None:
+    """Raises InputError where lora.targets names what no kind of model has; what this one has is known later."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for kind in PIPELINES.values():
+        groups |= {word: (*groups.get(word, ()), *layers) for word, layers in kind.lora_targets.items()}
+    target_layers(targets, groups)
 
 
 def all_parts() -> tuple[str, ...]:

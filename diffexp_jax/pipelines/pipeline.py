@@ -1,6 +1,6 @@
 """What a text-to-image model is to the rest of the package: one value, whatever family it is of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,8 @@ class Pipeline(NamedTuple):
     decode: Callable[[Any, Float[Array, "B h w c"]], Float[Array, "B H W 3"]]
     process: Process  # how the network's outputs turn noise into a latent
     latent_shape: tuple[int, int, int]  # (h, w, c)
+    lora_targets: Mapping[str, tuple[str, ...]]  # what lora.targets may name -> the last parts of layers' names
+    lora_prefix: str  # before the names of layers in LoRA files, as diffusers writes them: "unet.", "transformer."
     guidance: Guidance = CLASSIFIER_FREE  # how the network takes its guidance scale
 
     @property

@@ -15,15 +15,25 @@ from jaxtyping import Array, Float
 from diffexp_jax.errors import InputError
 from diffexp_jax.exploration import reweight_prompt
 from diffexp_jax.formats import convert, files
+from diffexp_jax.formats.lora_names import UNET
 from diffexp_jax.formats.tokenizers import load_tokenizer
 from diffexp_jax.models.clip import LEGACY_EOS, CLIPTextConfig
 from diffexp_jax.models.clip_files import canonical_text_names
+from diffexp_jax.models.lora import TARGETS
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.models.unet import UNet
 from diffexp_jax.models.vae import AutoencoderKL, in_slices
 from diffexp_jax.pipelines.families import ModelConfig, model_config, read_jsons
 from diffexp_jax.pipelines.pipeline import Pipeline
 from diffexp_jax.sampling import load_process
+
+# The last parts of the names of a UNet's layers
+LORA_TARGETS = {
+    "attention": TARGETS,
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    "projections": ("proj_in", "proj_out"),  # around the transformer blocks: linear, or 1x1 convolutions
+    "convolutions": ("conv1", "conv2", "conv_shortcut", "conv"),  # of residual blocks; between levels
+}
 
 
 class TextEmbedding(NamedTuple):
@@ -141,6 +151,8 @@ def build(
         decode=in_precision(decode, config.dtype("vae", dtype), matmul_precision),
         process=load_process(config.scheduler, scheduler, old_configs=family.old_configs),
         latent_shape=(side, side, config.unet.in_channels),
+        lora_targets=LORA_TARGETS,
+        lora_prefix=UNET,
     )
 
 

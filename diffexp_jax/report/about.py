@@ -22,6 +22,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         "devices": devices(),
         "schedule": schedule(experiment),
         "prompt": prompt(experiment),
+        "lora_prefix": experiment.sampler.pipeline.lora_prefix,
     }
 
 

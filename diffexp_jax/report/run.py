@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import UInt8
 
 from diffexp_jax.formats.files import read_json
+from diffexp_jax.formats.lora_names import UNET
 from diffexp_jax.report.curves import curves_of_one, save_curves
 from diffexp_jax.report.exploring import exploration_parts
 from diffexp_jax.report.grids import save_grid
@@ -46,6 +47,15 @@ def read_run(workdir: Path) -> RunFiles:
     about = read_json(workdir / ABOUT) if (workdir / ABOUT).exists() else {}
     frames = read_frames(workdir / "images")
     return RunFiles(workdir, flatten_dict(config.to_dict(), sep="."), read_metrics(workdir), about, frames)
+
+
+def lora_prefix(workdir: Path) -> str:
+    """The prefix of a run's LoRA files, `Pipeline.lora_prefix`: a UNet's where an older version said nothing of it.
+
+    Raises:
+      InputError: its about.json is damaged.
+    """
+    return (read_json(workdir / ABOUT) if (workdir / ABOUT).exists() else {}).get("lora_prefix", UNET)
 
 
 def save_images(workdir: Path, iteration: int, images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str]) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 from diffexp_jax import paths
 from diffexp_jax.limits import Number, check_text, positive, setting, settings_of, whole
-from diffexp_jax.models.lora import check_targets
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
+from diffexp_jax.pipelines import check_lora_targets
 from diffexp_jax.prompts.units import UNITS
 from diffexp_jax.sampling.ddim import PREDICTION_TYPES, SPACINGS
 
@@ -180,7 +180,7 @@ class LoRA:
     targets: tuple[str, ...] = setting(
         ("attention",),
         "which layers take LoRA",
-        lambda name, value: check_targets(value),
+        lambda name, value: check_lora_targets(value),
         about="""
         Of the UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
         "convolutions" (of residual blocks and between levels), or single layers of these by name: "to_k".

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert, lora_files, lora_names, original_names
 from diffexp_jax.models import lora
+from diffexp_jax.pipelines.stable_diffusion import LORA_TARGETS
 from tests.models.test_lora import CONFIG, CONTEXT, T, X, random_lora, unet
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -285,7 +286,8 @@ def test_a_lora_of_the_text_encoder_alone(shapes, tmp_path):
 
 def test_kohyas_convolutions(shapes, tmp_path):
     """LoCon: 3x3 convolutions, by both ways to count the blocks, with an alpha each."""
-    wide = random_lora(shapes, targets=lora.target_layers(("convolutions", "projections", "conv_in")))
+    targets = lora.target_layers(("convolutions", "projections"), LORA_TARGETS)
+    wide = random_lora(shapes, targets=(*targets, "conv_in"))
     original = original_names.unet_names(changes(wide, 1.0))
     assert original["down_blocks.0.downsamplers.0.conv"] == "input_blocks.2.0.op"
     assert original["up_blocks.0.upsamplers.0.conv"] == "output_blocks.1.1.conv"
@@ -313,3 +315,49 @@ def test_parse():
     assert lora_names.parse(f"unet.base_model.model.{layer}.lora_A.weight") == (layer, "A", False, True, None)
     assert lora_names.parse(f"{layer}.lora_B.default.weight") == (layer, "B", False, True, "default")
     assert lora_names.parse(f"unet.{layer}.lora_B.weight") == (layer, "B", False, False, None)
+
+
+TRANSFORMER = {"transformer_blocks": {"0": {"attn": {"to_q": {"kernel": np.zeros((6, 6), np.float32)}}}}}
+
+
+def test_files_of_another_network_than_a_unet(shapes, tmp_path):
+    """As diffusers writes those of SD 3 and FLUX, as peft does, and by kohya's names; a UNet takes none, nor they its."""
+    path, layer = tmp_path / lora.LORA_FILE, "transformer_blocks.0.attn.to_q"
+    made = traverse_util.flatten_dict(random_lora(TRANSFORMER, rank=2))
+    lora.save_lora(path, traverse_util.unflatten_dict(made), alpha=4.0, prefix="transformer.")
+    tensors = load_file(path)
+    assert tensors.keys() == {f"transformer.{layer}.lora_{kind}.weight" for kind in "AB"}
+    for before in ("transformer.", "base_model.model.", "diffusion_model.", "lora_transformer_"):
+        name = layer if before.endswith(".") else layer.replace(".", "_")
+        other = {
+            f"{before}{name}.lora_{kind}.weight": tensors[f"transformer.{layer}.lora_{kind}.weight"] for kind in "AB"
+        }
+        header = {"r": 2, "lora_alpha": 4.0} if before == "base_model.model." else {}
+        header = header or {"transformer.r": 2, "transformer.lora_alpha": 4.0}
+        save_file(other, path, {lora.METADATA: json.dumps(header)})
+        loaded, scale = lora.load_lora(path, TRANSFORMER, prefix="transformer.")
+        assert scale == 2.0
+        for key, value in traverse_util.flatten_dict(loaded).items():
+            np.testing.assert_array_equal(value, made[key])
+    with pytest.raises(InputError, match="no layer of this model's UNet .*: a LoRA of a transformer model"):
+        lora.load_lora(path, shapes)
+    lora.save_lora(path, random_lora(shapes), alpha=4.0)
+    with pytest.raises(InputError, match=r"no layer of this model's transformer .*: a LoRA of a UNet \(Stable Diff"):
+        lora.load_lora(path, TRANSFORMER, prefix="transformer.")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.1.proj_mlp", "proj_out"],
+        ["down_blocks.resnets.0.conv1", "up_blocks.attentions.1.proj_in", "mid_block.3.resnets.0.conv1"],
+        ["down_blocks.0.attentions.0.proj_in", "up_blocks.0.upsamplers.0.conv"],
+        ["layers.0"],
+        [],
+    ],
+)
+def test_the_layers_of_any_network_have_spellings(layers):
+    found = lora_names.spellings(layers)
+    assert set(found.values()) == set(layers)
+    for layer in layers:
+        assert found[layer] == found[layer.replace(".", "_")] == layer

@@ -1,6 +1,7 @@
 """LoRA: the collection, its files, and diffusers reading ours and we theirs."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models import lora
 from diffexp_jax.models.unet import UNet, UNetConfig
+from diffexp_jax.pipelines.stable_diffusion import LORA_TARGETS
 
 CONFIG = dict(
     block_out_channels=(8, 16),
@@ -535,7 +537,7 @@ def test_starting_from_a_file_does_what_the_file_does(params, wide_lora, tmp_pat
 
 def test_every_target_goes_to_diffusers_and_back(params, tmp_path):
     """Feed-forward layers, projections and 3x3 convolutions of each stride, by the file that a run writes."""
-    collection = random_lora(params, rank=2, targets=lora.target_layers(tuple(lora.GROUPS)))
+    collection = random_lora(params, rank=2, targets=lora.target_layers(tuple(LORA_TARGETS), LORA_TARGETS))
     lora.save_lora(tmp_path / lora.LORA_FILE, collection, alpha=3.0)
     loaded, scale = lora.load_lora(tmp_path, params)
     assert_equal_trees(loaded, collection)
@@ -558,20 +560,31 @@ def test_every_target_goes_to_diffusers_and_back(params, tmp_path):
 
 
 def test_targets_of_the_config():
-    assert lora.target_layers(("attention",)) == lora.TARGETS
-    assert lora.target_layers(("to_k", "projections", "to_k")) == ("to_k", "proj_in", "proj_out")
-    for accepted in (("attention",), ("to_k", "feed_forward"), ["conv1"], "projections"):
-        lora.check_targets(accepted)
+    layers = partial(lora.target_layers, groups=LORA_TARGETS)
+    assert layers(("attention",)) == lora.TARGETS and layers("projections") == ("proj_in", "proj_out")
+    assert layers(("to_k", "projections", "to_k")) == ("to_k", "proj_in", "proj_out")
+    assert layers(["conv1"]) == ("conv1",)
     for wrong in (("to_x",), (), None, (3,), ((),), ("attention", ["to_q"]), 4.0):
         with pytest.raises(InputError, match="^lora.targets=.*: accepted: attention, feed_forward, projections, conv"):
-            lora.check_targets(wrong)
-    with pytest.raises(InputError, match="^lora.targets='text_encoder': only the UNet is trained"):
-        lora.check_targets(("attention", "text_encoder"))
+            layers(wrong)
+    with pytest.raises(InputError, match="^lora.targets='text_encoder': the text encoders are not trained"):
+        layers(("attention", "text_encoder"))
+
+
+def test_a_target_is_the_end_of_a_name_in_whole_parts():
+    """As Flow-GRPO's targets of SD 3.5, which leave its second attention out."""
+    kernel = {"kernel": np.zeros((4, 4), np.float32)}
+    params = {"blocks": {i: {name: {"to_q": kernel, "add_q": kernel} for name in ("attn", "attn2")} for i in "01"}}
+    collection = lora.init_lora(jax.random.key(0), params, rank=2, targets=("attn.to_q",))
+    found = {path[:-1] for path in traverse_util.flatten_dict(collection)}
+    assert found == {("blocks", i, "attn", "to_q") for i in "01"}
 
 
 def test_the_same_draws_whatever_else_is_a_target(params):
     alone, beside = (
-        traverse_util.flatten_dict(lora.init_lora(jax.random.key(0), params, rank=2, targets=lora.target_layers(words)))
+        traverse_util.flatten_dict(
+            lora.init_lora(jax.random.key(0), params, rank=2, targets=lora.target_layers(words, LORA_TARGETS))
+        )
         for words in (("attention",), ("attention", "feed_forward", "convolutions"))
     )
     assert len(alone) < len(beside)
