@@ -321,7 +321,7 @@ TRANSFORMER = {"transformer_blocks": {"0": {"attn": {"to_q": {"kernel": np.zeros
 
 
 def test_files_of_another_network_than_a_unet(shapes, tmp_path):
-    """As diffusers writes those of SD 3 and FLUX, as peft does, and by kohya's names; a UNet takes none, nor they its."""
+    """As diffusers writes those of SD 3 and FLUX, as peft does, and by kohya's names; a UNet takes none of them."""
     path, layer = tmp_path / lora.LORA_FILE, "transformer_blocks.0.attn.to_q"
     made = traverse_util.flatten_dict(random_lora(TRANSFORMER, rank=2))
     lora.save_lora(path, traverse_util.unflatten_dict(made), alpha=4.0, prefix="transformer.")
