@@ -5,10 +5,12 @@ import textwrap
 
 from diffexp_jax import config_files
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.limits import Number, Setting
 from diffexp_jax.pipelines import SHIPPED
 from diffexp_jax.prompts import PROMPTS
 from diffexp_jax.prompts.files import FORMATS
 from diffexp_jax.rewards import BUILTINS
+from diffexp_jax.settings import Settings, by_key
 
 
 def methods() -> dict[str, str]:
@@ -47,12 +49,24 @@ def configs() -> dict[str, str]:
     return {name: (config_files.module(name).__doc__ or "").partition("\n")[0] for name in config_files.names()}
 
 
+def settings() -> dict[str, str]:
+    """By dotted key: what each means, its default and the numbers that it may be."""
+
+    def described(known: Setting) -> str:
+        accepted = f"; {known.accepted}" if isinstance(known.accepted, Number) else ""
+        return f"{known.meaning} [{known.default!r}{accepted}]"
+
+    return {key: described(known) for key, known, _ in by_key(Settings())}
+
+
 LISTS = {"configs": configs, "methods": methods, "models": models, "rewards": rewards, "prompts": prompts}
+LISTS |= {"settings": settings}
 
 
 def listing(name: str) -> str:
-    """One of LISTS, or "all" of them, for a terminal of 120 columns."""
-    return "\n\n".join(_section(key, LISTS[key]()) for key in (LISTS if name == "all" else [name]))
+    """One of LISTS, or "all" but the settings, which are many; for a terminal of 120 columns."""
+    names = [key for key in LISTS if key != "settings"] if name == "all" else [name]
+    return "\n\n".join(_section(key, LISTS[key]()) for key in names)
 
 
 def _section(title: str, entries: dict[str, str]) -> str:

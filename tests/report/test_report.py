@@ -228,7 +228,8 @@ def test_a_row_that_does_not_fit_on_the_disk(tmp_path):
     writer.write(0, {"loss": 0.5})
     before = (tmp_path / "metrics.jsonl").read_bytes()
     code = (
-        "import resource, sys; from pathlib import Path; from diffexp_jax import command; from diffexp_jax.run import metrics\n"
+        "import resource, sys; from pathlib import Path\n"
+        "from diffexp_jax import command; from diffexp_jax.run import metrics\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 5}, -1))\n"
         "command.guarded(metrics.MetricsWriter(Path(sys.argv[1])).write, 1, {'loss': 0.25})"
     )
