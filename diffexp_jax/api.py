@@ -17,6 +17,7 @@ from diffexp_jax.errors import InputError, Stopped
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.models.lora import save_lora
 from diffexp_jax.report.grids import draw_grid
+from diffexp_jax.report.run import lora_prefix
 from diffexp_jax.run.checkpoint import NEWEST, read_lora
 from diffexp_jax.run.metrics import read_metrics
 
@@ -113,4 +114,4 @@ def export_lora(workdir: str | Path, out: str | Path, *, checkpoint: str | int =
     """
     chosen, _ = settings.read_config(Path(workdir) / "config.json")
     _, lora = read_lora(Path(workdir), str(checkpoint))
-    save_lora(Path(out), lora, alpha=chosen.lora.alpha)
+    save_lora(Path(out), lora, alpha=chosen.lora.alpha, prefix=lora_prefix(Path(workdir)))

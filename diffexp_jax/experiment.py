@@ -79,6 +79,7 @@ class Experiment(NamedTuple):
             evals = load_prompt_sets(_evaluated(config, config.eval.prompts))
         reward, trained, rewards = load_rewards(config, weights=weights)
         sampler = Sampler.build(config, weights=weights)
+        target_layers(config.lora.targets, sampler.pipeline.lora_targets)
         task = make_task(sampler, {reward: trained}, train)
         experiment = cls(
             sampler=sampler,

@@ -47,10 +47,10 @@ def reweight_prompt(
 ) -> Float[Array, "L D"]:
     """DiffExp Eq. 8: c~_i = null_i + w_i (c_i - null_i), null the text embedding of "".
 
-    Positions of weight 1 keep their c_i bit for bit.
+    Positions of weight 1 keep their c_i bit for bit. Computed in float32, and given in cond's type.
     """
-    w = weights[:, None]
-    return jnp.where(w == 1.0, cond, null + w * (cond - null))
+    w, c, n = weights[:, None], cond.astype(jnp.float32), null.astype(jnp.float32)
+    return jnp.where(w == 1.0, cond, (n + w * (c - n)).astype(cond.dtype))
 
 
 def exploring_iterations(n_iterations: int, *, fraction: float) -> int:

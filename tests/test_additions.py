@@ -1,4 +1,4 @@
-"""What docs/adding.md says: a method, a reward, a process or a prompt set needs its own file and a line in a table.
+"""What docs/adding.md says: a method, a reward, a process, prompts or a kind of model: its own file and a line in a table.
 
 Here the file is a module of the test's own, and the line is entered from outside: nothing else is touched.
 """
@@ -12,18 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from diffexp_jax import sampling, train
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.errors import InputError
+from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import Experiment
+from diffexp_jax.formats import convert
+from diffexp_jax.models.lora import LORA_FILE, init_lora, save_lora
+from diffexp_jax.pipelines import PIPELINES, load_pipeline
+from diffexp_jax.programs import make_explore
 from diffexp_jax.prompts import PROMPTS
 from diffexp_jax.rewards import BUILTINS, load_reward
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.run.workdir import plan
 from diffexp_jax.settings import read_config
-from tests.conftest import ROOT, SCHEDULER
+from tests.conftest import ROOT, SCHEDULER, random_weights, write_part
 
 PLAIN = {"eval.every": 0, "log.images": 0, "iterations": 2}
 
@@ -126,3 +133,80 @@ def test_a_prompt_set(monkeypatch, make_config):
     experiment = Experiment.build(make_config("ddpo", PLAIN | {"prompts": "colours"}))
     assert experiment.train.texts == ("a red car", "a blue car", "a red house", "a blue house")
     assert int(experiment.units.max()) == 3 and jnp.isfinite(experiment.train.cond.embedding).all()
+
+
+WIDTH = 16
+
+
+def write_two_lengths(kind, folder, vocabulary_size):
+    """A folder of docs/adding.md's kind of model with random weights."""
+    for name in ("tokenizer", "tokenizer_2"):
+        write_tokenizer(folder / name)
+    index = {"_class_name": "TwoLengthsPipeline"}
+    parts = {"transformer": {"width": WIDTH, "vocab_size": vocabulary_size}, "scheduler": SCHEDULER}
+    params = random_weights(kind.shapes(index, parts, "here").params, seed=0)
+    for part, tree in params.items():
+        write_part(folder / part, parts.get(part, {}), convert.to_torch(tree), stem="model")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def two_lengths(monkeypatch, tmp_path, tiny_model):
+    kind = example("two_lengths").KIND
+    monkeypatch.setitem(PIPELINES, "TwoLengthsPipeline", kind)
+    size = len(json.loads((tiny_model / "tokenizer" / "vocab.json").read_text()))
+    return write_two_lengths(kind, tmp_path / "two_lengths", size)
+
+
+def test_a_kind_of_model(two_lengths, make_config, script, tmp_path):
+    """Two tokenizers of different lengths: an update of DDPO with both kinds of exploration, and what reads its run."""
+    text = "a dog washing the dishes near a red car"
+    changes = {
+        "model.path": str(two_lengths),
+        "iterations": 1,
+        "exploration.enabled": True,
+        "prompts": f"prompt:{text}",
+    }
+    config = make_config("ddpo", PLAIN | changes | {"exploration.weight_range": (3.0, 3.0)})
+    experiment = Experiment.build(config)
+    cond, (units,) = experiment.train.cond, experiment.units
+    assert cond.shape == (1, 8 + 24, WIDTH) and cond.dtype == jnp.bfloat16
+    assert units[:8].tolist() == [0, 1, 2, 3, 4, 5, 6, 0] and units[8:].max() == 9  # the first reads six tokens
+
+    batch, plain = (experiment.draw_batch(0, explore) for explore in (make_explore(experiment), None))
+    weighted, before = batch.context.cond[0], plain.context.cond[0]
+    assert weighted.dtype == before.dtype
+    empty = np.asarray(experiment.sampler.empty, np.float32)
+    for one, other in zip(np.asarray(weighted, np.float32), np.asarray(before, np.float32), strict=True):
+        changed = (one != other).any(-1)
+        (unit,) = set(units[changed])
+        np.testing.assert_array_equal(changed, units == unit)  # in both encoders' vectors
+        np.testing.assert_allclose(one[changed], (empty + 3 * (other - empty))[changed], rtol=0.01)
+
+    train.run(config, tmp_path / "run")
+    assert np.isfinite(read_metrics(tmp_path / "run")[-1]["loss"])
+    trained = load_file(tmp_path / "run" / LORA_FILE)
+    layers = [f"transformer.attn.{name}" for name in ("to_k", "to_q", "to_v")]
+    assert sorted(trained) == [f"{layer}.lora_{kind}.weight" for layer in layers for kind in "AB"]
+    assert all(np.abs(trained[f"{layer}.lora_B.weight"]).max() > 0 for layer in layers)
+    script("export_lora", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'x.safetensors'}")
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "run" / LORA_FILE).read_bytes()
+    model = Evaluator.of_run(tmp_path / "run")
+    assert (model.images(["a dog"]) != model.untuned().images(["a dog"])).any()
+
+
+def test_a_kind_of_model_has_its_own_lora(two_lengths, make_config, tiny_model, tmp_path):
+    """Targets, shapes for a dry run; and no LoRA of a UNet fits."""
+    config = make_config("ddpo", PLAIN | {"model.path": str(two_lengths), "lora.targets": ("projections",)})
+    shapes = Experiment.build(config, weights=False)
+    assert list(shapes.lora_shapes()) == ["proj_out"] and shapes.units.shape == (5, 8 + 24)
+    with pytest.raises(InputError, match="lora.targets='feed_forward': accepted: attention, projections, or single "):
+        Experiment.build(make_config("ddpo", {"model.path": str(two_lengths), "lora.targets": ("feed_forward",)}))
+    unet = load_pipeline(tiny_model)
+    save_lora(tmp_path / "x.safetensors", init_lora(jax.random.key(0), unet.base, rank=2), alpha=2.0)
+    config = make_config("ddpo", PLAIN | {"model.path": str(two_lengths), "lora.path": str(tmp_path / "x.safetensors")})
+    with pytest.raises(InputError, match="no layer of this model's transformer .*: a LoRA of a UNet"):
+        Experiment.build(config).initial_lora()

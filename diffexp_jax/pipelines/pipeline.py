@@ -24,7 +24,8 @@ Conditioning = Any
 class Pipeline(NamedTuple):
     """A model as pure functions of (params, ...); `params` is an argument of them, never closed over.
 
-    `encode(params, token ids of each tokenizer)` gives prompts' conditioning, on the host kept as numpy.
+    `encode(params, token ids of each tokenizer)` gives prompts' conditioning, on the host kept as numpy. Its types are
+    the pipeline's choice: what is exact enough for the network.
     `denoise(params, lora or None, x_t, step, conditioning)` gives the network's output, float32; `step` is a row of the
     process' steps, of which it reads t, and w_t where that is an input of the network.
     `decode(params, x_0)` gives images in [0,1], not clipped.
