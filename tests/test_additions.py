@@ -1,4 +1,4 @@
-"""What docs/adding.md says: a method, a reward, a process, prompts or a kind of model: its own file and a line in a table.
+"""What docs/adding.md says: a method, a reward, a process, prompts or a kind of model needs a file and a line in a table.
 
 Here the file is a module of the test's own, and the line is entered from outside: nothing else is touched.
 """
@@ -30,7 +30,8 @@ from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.run.workdir import plan
 from diffexp_jax.settings import read_config
-from tests.conftest import ROOT, SCHEDULER, random_weights, write_part
+from tests.support import ROOT
+from tests.support.tiny import SCHEDULER, random_weights, write_part
 
 PLAIN = {"eval.every": 0, "log.images": 0, "iterations": 2}
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import diffexp_jax as dx
 from diffexp_jax.report.grids import read_grid, save_grid
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 TINY = {"iterations": 1, "batch.samples": 2, "batch.samples_per_forward": 2, "sampling.steps": 2, "log.images_every": 0}
 TINY |= {"eval.every": 0, "reward": "jpeg_incompressibility", "prompts": "animals_unseen", "compilation_cache": ""}

@@ -22,7 +22,7 @@ from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.rewards import load_reward
 from diffexp_jax.settings import check_config
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -12,7 +12,7 @@ from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, whole
 from diffexp_jax.settings import Settings, by_key
-from tests.conftest import as_flags
+from tests.support.tiny import as_flags
 
 DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")
 TABLE = {key: known.accepted for key, known, _ in by_key(Settings()) if isinstance(known.accepted, Number)}

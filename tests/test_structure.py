@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from configs import alignprop, base, ddpo
+from configs import alignprop, ddpo
 from diffexp_jax.settings import Settings, by_key
-from tests.conftest import ROOT
+from tests.support import ROOT
+from tests.support.settings import KEYS, leaves
 
 PACKAGE = ROOT / "diffexp_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -158,16 +159,6 @@ def test_configs_import_nothing_of_the_package():
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
-
-
-def leaves(config, prefix="") -> set[str]:
-    names = set()
-    for key, value in config.items():
-        names |= leaves(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}"}
-    return names
-
-
-KEYS = leaves(base.default())
 
 
 def test_every_setting_is_described_and_used():

@@ -31,13 +31,13 @@ from diffexp_jax.pipelines.stable_diffusion import load
 from diffexp_jax.programs import Programs
 from diffexp_jax.run import checkpoint, progress
 from diffexp_jax.run.metrics import read_metrics, score_of
-from tests.conftest import ROOT, CompileCounter, as_flags
+from tests.support import ROOT
+from tests.support.runs import LORA, PLAIN, assert_same_run, contents, program, rows_of
+from tests.support.tiny import CompileCounter
 
 ALGORITHMS = ("alignprop", "ddpo")
 # by both only among the slow tests: ddpo has more state, and the same loop
 ONE = pytest.mark.parametrize("finished", ["ddpo", pytest.param("alignprop", marks=pytest.mark.slow)], indirect=True)
-LORA = "pytorch_lora_weights.safetensors"
-PLAIN = {"eval.every": 0, "log.images": 0}  # nothing but the training itself
 
 
 class Run(NamedTuple):
@@ -100,20 +100,6 @@ def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
 
     patch.setattr(report, "save_images", save_images)
     patch.setattr(train, "make_programs", make_programs)
-
-
-def rows_of(workdir: Path) -> list[dict]:
-    """The metrics without the clock's."""
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(workdir)]
-
-
-def assert_same_run(workdir: Path, expected: Path) -> None:
-    """The same LoRA and the same metrics, bit for bit."""
-    ours, theirs = load_file(workdir / LORA), load_file(expected / LORA)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name])
-    assert rows_of(workdir) == rows_of(expected)
 
 
 # ---------------------------------------------------------------------------------------------------- what a run leaves
@@ -207,11 +193,6 @@ def test_exploration_off_is_plain_bit_for_bit(finished, make_config, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
-def program(algorithm: str, workdir: Path, settings: dict) -> list[str]:
-    config = f"--config=configs/{algorithm}.py"
-    return [sys.executable, "-m", "diffexp_jax.train", config, f"--workdir={workdir}", *as_flags(settings)]
-
-
 @ONE
 def test_a_killed_run_continues_bit_for_bit(finished, tiny_settings, tmp_path):
     """Killed by SIGKILL at a random moment, and started again by the same command."""
@@ -296,10 +277,6 @@ def test_checkpoints_that_do_not_fit_are_not_started_over(tmp_path, caplog):
 
 
 # ------------------------------------------------------------------------------------------------------------------ NaN
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow  # a run for each reward; the next one takes the same way

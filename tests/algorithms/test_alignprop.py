@@ -12,7 +12,7 @@ from diffexp_jax.algorithms.alignprop import alignprop, live_steps
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.sampling import Context, Network, initial_latents, load_process
-from tests.conftest import nonzero_lora, policy_of
+from tests.support.tiny import nonzero_lora, policy_of
 
 # ----------------------------------------------------------------------------------------------------------- truncation
 

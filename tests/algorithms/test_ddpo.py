@@ -16,7 +16,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_explore, make_programs
 from diffexp_jax.sampling import Context, load_process, step_log_prob
-from tests.conftest import network_of, nonzero_lora, policy_of
+from tests.support.tiny import network_of, nonzero_lora, policy_of
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 

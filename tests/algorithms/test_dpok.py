@@ -16,7 +16,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.sampling import Context, load_process, step_log_prob
 from diffexp_jax.settings import batch_split, check_config
-from tests.conftest import SCHEDULER, network_of
+from tests.support.tiny import SCHEDULER, network_of
 
 PROCESS = load_process(SCHEDULER)
 T, N, SHAPE = 4, 6, (2, 2, 3)

@@ -9,13 +9,13 @@ import pytest
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy
 from diffexp_jax.algorithms.alignprop import alignprop
-from diffexp_jax.algorithms.draft import check, draft, last_step_again
+from diffexp_jax.algorithms.draft import DRaFT, draft, last_step_again
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.sampling import Context, initial_latents, load_process, step_noise
 from diffexp_jax.sampling.flow import SCHEDULER as FLOW
-from tests.conftest import network_of, nonzero_lora, policy_of
+from tests.support.tiny import network_of, nonzero_lora, policy_of
 
 SHAPE, N, T = (2, 2, 3), 8, 4
 DDIM = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
@@ -146,8 +146,8 @@ def test_lv_is_the_papers_where_the_chain_ends_without_noise(ends_without_noise,
 )
 def test_settings(settings, said):
     with pytest.raises(InputError, match=said):
-        check(settings, 50)
-    check({"k": 50, "lv_samples": 0}, 50)
+        DRaFT(**settings).check(50)
+    DRaFT(k=50, lv_samples=0).check(50)
     assert METHODS["draft"].needs.reward_gradient and not METHODS["draft"].needs.step_noise
 
 

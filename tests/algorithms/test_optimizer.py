@@ -14,7 +14,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.run import checkpoint
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.settings import check_config
-from tests.test_train import LORA, PLAIN, assert_same_run
+from tests.support.runs import LORA, PLAIN, assert_same_run
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 TINY = ["iterations=1", "batch.samples=4", "batch.samples_per_forward=2", "sampling.steps=2", "log.images=4"]
 TINY += ["eval.every=0", "cpu_devices=2"]

@@ -21,7 +21,7 @@ from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
 from diffexp_jax.pipelines import Pipeline, make_context
 from diffexp_jax.sampling import CLASSIFIER_FREE, Context, differentiable, initial_latents, load_process, rollout
-from tests.conftest import UNET, network_of, nonzero_lora, random_weights
+from tests.support.tiny import UNET, network_of, nonzero_lora, random_weights
 
 PROCESS = load_process({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
 STEPS = PROCESS.make_steps(PROCESS.timesteps(3), np.full(3, 2.0, np.float32), eta=1.0)

@@ -9,7 +9,7 @@ import pytest
 
 from diffexp_jax.emoji.pretraining import ASSETS
 from diffexp_jax.emoji.reward_stages import judge_accuracy
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 def test_assets_are_small():

@@ -16,7 +16,7 @@ from diffexp_jax.emoji import pretraining, reward_stages
 from diffexp_jax.emoji.pretraining import Stage
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.run.fingerprint import fingerprint
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 _SCRIPT = ROOT / "tools/emoji/pretrain_emoji.py"
 

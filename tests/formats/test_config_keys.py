@@ -17,7 +17,7 @@ from diffexp_jax.models.vae import VAEConfig
 from diffexp_jax.pipelines import families, stable_diffusion
 from diffexp_jax.rewards import processor
 from diffexp_jax.sampling import ddim, flow, load_process
-from tests.conftest import SCHEDULER, TOWER, UNET, VAE, VISION
+from tests.support.tiny import SCHEDULER, TOWER, UNET, VAE, VISION
 
 TABLES = {
     "UNet2DConditionModel": unet_config.KEYS,

@@ -13,7 +13,8 @@ import pytest
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models import layers, unet
-from tests.conftest import ROOT, UNET, random_weights, write_part
+from tests.support import ROOT
+from tests.support.tiny import UNET, random_weights, write_part
 
 
 class Net(nn.Module):

@@ -14,7 +14,7 @@ from diffexp_jax.formats import tokenizers
 from diffexp_jax.formats.json_text import parse_json
 from diffexp_jax.formats.pickles import open_checkpoint
 from diffexp_jax.formats.tokenizers import OPEN_CLIP_VOCABULARY, check_size, load_tokenizer
-from tests.test_fuzz import CHANGES, EXAMPLES, KINDS, PIECES, PLACES, VALUES, changed, fuzz
+from tests.support.fuzz import CHANGES, EXAMPLES, KINDS, PIECES, PLACES, VALUES, changed, fuzz
 
 pytest.importorskip("transformers")
 

@@ -18,7 +18,7 @@ from diffexp_jax.prompts import load_prompts
 from diffexp_jax.report import grids
 from diffexp_jax.run import lease_files
 from diffexp_jax.run.metrics import read_metrics
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 # What Python's reader fails in with other errors than ValueError, or reads and something fails in later
 HOSTILE = {

@@ -12,7 +12,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert, lora_files, lora_names, original_names
 from diffexp_jax.models import lora
 from diffexp_jax.pipelines.stable_diffusion import LORA_TARGETS
-from tests.models.test_lora import CONFIG, CONTEXT, T, X, random_lora, unet
+from tests.support.lora_unet import CONFIG, CONTEXT, T, X, random_lora, unet
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 

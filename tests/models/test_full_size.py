@@ -10,8 +10,7 @@ import pytest
 
 from diffexp_jax.formats import convert, files
 from diffexp_jax.models import clip, clip_files, unet
-from tests.models.test_unet import SD15
-from tests.pipelines.test_families import PUBLISHED
+from tests.support.published import PUBLISHED, SD15
 
 pytestmark = pytest.mark.slow
 

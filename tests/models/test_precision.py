@@ -16,7 +16,8 @@ from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_p
 from diffexp_jax.pipelines import families, load_pipeline, sizes
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.sampler import full_float32
-from tests.conftest import ROOT, nonzero_lora
+from tests.support import ROOT
+from tests.support.tiny import nonzero_lora
 
 RNG = np.random.default_rng(0)
 W, X = RNG.standard_normal((8, 8)).astype(np.float32), RNG.standard_normal((3, 8)).astype(np.float32)

@@ -10,17 +10,7 @@ from safetensors.numpy import load_file
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models.unet import UNet, UNetConfig
-
-CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
-
-
-def blocks(*kinds):
-    """diffusers' block types of the levels, from fine to coarse."""
-    return {
-        "down_block_types": tuple(kind.format("Down") for kind in kinds),
-        "up_block_types": tuple(kind.format("Up") for kind in reversed(kinds)),
-    }
-
+from tests.support.published import CROSS, PLAIN, SD15, SDXL, blocks
 
 # name: (config, height and width of the latents)
 TINY = {
@@ -182,33 +172,6 @@ def test_bfloat16_gives_float32_near_the_float32_result(tiny):
     out, want = jax.jit(low.apply)(params, *args), apply(params, *args)
     assert out.dtype == jnp.float32
     assert 0 < np.abs(out - want).max() < 0.05 * np.abs(want).max()
-
-
-SD15 = dict(
-    act_fn="silu",
-    attention_head_dim=8,
-    block_out_channels=[320, 640, 1280, 1280],
-    cross_attention_dim=768,
-    **blocks(CROSS, CROSS, CROSS, PLAIN),
-    in_channels=4,
-    layers_per_block=2,
-    norm_num_groups=32,
-    out_channels=4,
-    sample_size=64,
-)
-SDXL = dict(
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    attention_head_dim=[5, 10, 20],
-    block_out_channels=[320, 640, 1280],
-    cross_attention_dim=2048,
-    **blocks(PLAIN, CROSS, CROSS),
-    num_attention_heads=None,
-    projection_class_embeddings_input_dim=2816,
-    sample_size=128,
-    transformer_layers_per_block=[1, 2, 10],
-    use_linear_projection=True,
-)
 
 
 @pytest.mark.parametrize(

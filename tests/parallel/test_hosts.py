@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,30 +18,9 @@ from diffexp_jax import parallel, train
 from diffexp_jax.errors import HostError, InputError
 from diffexp_jax.parallel import hosts as hosts_module
 from diffexp_jax.run.checkpoint import read_lora
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.host_process import keep
-from tests.test_train import LORA, program, rows_of
-
-PROCESS = str(ROOT / "tests" / "support" / "host_process.py")
-
-
-class Ended(NamedTuple):
-    """What became of a process."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> str:
-        """Its last line on stderr."""
-        return self.err.strip().splitlines()[-1] if self.err.strip() else ""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from tests.support.runs import LORA, PROCESS, ended, free_port, program, rows_of
 
 
 def start(line: list[str], *, hosts: int, devices: int = 1, environment=()) -> list[subprocess.Popen]:
@@ -53,16 +30,6 @@ def start(line: list[str], *, hosts: int, devices: int = 1, environment=()) -> l
     shared["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(line, cwd=ROOT, env=shared | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(hosts)]
-
-
-def ended(processes: list[subprocess.Popen], *, seconds: float = 300) -> list[Ended]:
-    """Waits for all of them; one that does not end fails the test."""
-    try:
-        outputs = [process.communicate(timeout=seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [Ended(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------- the same on any layout

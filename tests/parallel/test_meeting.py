@@ -9,7 +9,7 @@ import pytest
 
 from diffexp_jax.errors import HostError, InputError
 from diffexp_jax.parallel import meeting
-from tests.parallel.test_hosts import free_port
+from tests.support.runs import free_port
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from flax import traverse_util
 from diffexp_jax import exploration, parallel, train
 from diffexp_jax import sampler as sampler_module
 from diffexp_jax.cost import dry_run
-from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.errors import InputError
 from diffexp_jax.models import lora
 from diffexp_jax.pipelines import Pipeline, encode_prompts, families, load_pipeline, make_context, stable_diffusion
@@ -24,88 +23,8 @@ from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import rollout
 from diffexp_jax.settings import default_config
-from tests.models.test_unet import SD15 as SD15_UNET
-from tests.models.test_unet import SDXL as SDXL_UNET
-
-PROMPTS = ["a dog riding a bike", "an ant"]
-SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
-SD15 |= {"set_alpha_to_one": False, "steps_offset": 1}
-ATTENTION = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
-ATTENTION |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-FAMILIES = {
-    "sd15": (
-        "StableDiffusionPipeline",
-        dict(attention_head_dim=2, cross_attention_dim=16, **ATTENTION),
-        [dict(hidden_size=16, hidden_act="quick_gelu")],
-        dict(SD15),
-    ),
-    "sd2": (
-        "StableDiffusionPipeline",
-        dict(attention_head_dim=[1, 2], cross_attention_dim=24, use_linear_projection=True, **ATTENTION),
-        [dict(hidden_size=24, hidden_act="gelu", projection_dim=10)],
-        dict(SD15, prediction_type="v_prediction"),
-    ),
-    "sdxl": (
-        "StableDiffusionXLPipeline",
-        dict(
-            attention_head_dim=[1, 2],
-            cross_attention_dim=40,
-            transformer_layers_per_block=[1, 2],
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=6,
-            projection_class_embeddings_input_dim=6 * 6 + 12,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        ),
-        [dict(hidden_size=16, hidden_act="quick_gelu"), dict(hidden_size=24, hidden_act="gelu", projection_dim=12)],
-        dict(SD15),
-    ),
-}
-
-
-def tokenizers(folder, n):
-    """As published: the second tokenizer differs by its padding."""
-    from transformers import CLIPTokenizer
-
-    write_tokenizer(folder)
-    return [CLIPTokenizer.from_pretrained(folder, **({"pad_token": "!"} if i else {})) for i in range(n)]
-
-
-def pipeline(name, folder):
-    """diffusers' pipeline of random weights."""
-    import diffusers
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(0)
-    kind, unet, text, scheduler = FAMILIES[name]
-    tokens = tokenizers(folder, len(text))
-    sizes = dict(intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=32)
-    sizes |= dict(vocab_size=len(tokens[0]), eos_token_id=tokens[0].eos_token_id, initializer_range=0.3)
-    texts = [CLIPTextConfig(**sizes, **more) for more in text]
-    parts = {
-        "unet": diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **unet
-        ),
-        "vae": diffusers.AutoencoderKL(
-            block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-            down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5,
-        ),
-        "text_encoder": CLIPTextModel(texts[0]),
-        "tokenizer": tokens[0],
-        "scheduler": diffusers.DDIMScheduler(**scheduler),
-    }  # fmt: skip
-    with torch.no_grad():
-        for parameter in [*parts["unet"].parameters(), *parts["vae"].parameters()]:
-            parameter += 0.05 * torch.randn_like(parameter)
-    if len(texts) > 1:
-        return diffusers.StableDiffusionXLPipeline(
-            **parts, text_encoder_2=CLIPTextModelWithProjection(texts[1]), tokenizer_2=tokens[1], add_watermarker=False
-        )
-    return diffusers.StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+from tests.support.pipelines import FAMILIES, PROMPTS, pipeline
+from tests.support.published import PUBLISHED
 
 
 class Both(NamedTuple):
@@ -319,21 +238,6 @@ def test_prompt_weighting_acts_on_both_encoders(both):
 
 # ---- full size, from the published configs
 
-TEXT_L = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, vocab_size=49408)
-TEXT_L |= dict(hidden_act="quick_gelu", max_position_embeddings=77, projection_dim=768, eos_token_id=2)
-TEXT_G = dict(hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, vocab_size=49408)
-TEXT_G |= dict(hidden_act="gelu", max_position_embeddings=77, projection_dim=1280, eos_token_id=2)
-VAE = dict(block_out_channels=[128, 256, 512, 512], latent_channels=4, layers_per_block=2, norm_num_groups=32)
-PUBLISHED = {
-    "StableDiffusionPipeline": dict(unet=SD15_UNET, vae=VAE, text_encoder=TEXT_L, scheduler={}),
-    "StableDiffusionXLPipeline": dict(
-        unet=SDXL_UNET,
-        vae=VAE | dict(scaling_factor=0.13025, force_upcast=True),
-        text_encoder=TEXT_L,
-        text_encoder_2=TEXT_G,
-        scheduler={},
-    ),
-}
 COUNTS = {
     "StableDiffusionPipeline": dict(unet=859_520_964, vae=83_653_863, text_encoder=123_060_480),
     "StableDiffusionXLPipeline": dict(

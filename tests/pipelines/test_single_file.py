@@ -18,7 +18,7 @@ from diffexp_jax.formats import convert
 from diffexp_jax.formats.original_names import unet_names, vae_name
 from diffexp_jax.formats.tokenizers import load_tokenizer, token_ids
 from diffexp_jax.pipelines import families, load_pipeline, single_file, sizes, stable_diffusion
-from tests.pipelines.test_families import PROMPTS, pipeline
+from tests.support.pipelines import PROMPTS, pipeline
 
 REPOSITORIES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",

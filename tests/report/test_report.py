@@ -19,19 +19,8 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.programs import as_bytes
 from diffexp_jax.report.grids import read_grid
 from diffexp_jax.run.metrics import MetricsWriter, grid_path, read_metrics
-from tests.conftest import ROOT
-
-ROWS = [
-    {"iteration": 0, "eval/animals/emoji_judge": 0.25, "eval/animals/pickscore": 20.0},
-    {"iteration": 1, "reward/mean": 0.5, "loss": -0.5, "grad_norm": 1.0, "approx_kl": 0.0, "ratio/clip_fraction": 0.1},
-    {"iteration": 2, "reward/mean": 0.7, "loss": -0.7, "grad_norm": 2.0, "eval/animals/emoji_judge": 0.5}
-    | {"eval/animals/pickscore": 20.5, "eval/new/pickscore": 1.0},
-]
-
-
-def write_rows(folder, rows):
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
+from tests.support import ROOT
+from tests.support.sample_runs import ROWS, write_rows
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 

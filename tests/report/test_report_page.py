@@ -22,7 +22,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.report import beside, exploring, grids, page, run
 from diffexp_jax.report import pictures as report_pictures
 from diffexp_jax.report.page import Facts, Folded, Legend, Picture, Row, Section, Stack, Table, drawing
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.sample_runs import ABOUT, CAPTIONS, ITERATIONS, pictures, rows, write_run
 
 NASTY = "<script>alert('1')</script> & \"quoted\""

@@ -14,13 +14,13 @@ from PIL import Image
 from diffexp_jax.cli import score
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.pictures import read_picture
-from diffexp_jax.programs import batches_by_shape, make_scorer
 from diffexp_jax.rewards import BUILTINS, load_reward, spec
 from diffexp_jax.rewards.ensemble import ensemble
 from diffexp_jax.rewards.preprocess import as_floats
 from diffexp_jax.rewards.reward import of_pixels
+from diffexp_jax.rewards.scoring import batches_by_shape, make_scorer
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 def constant(offset):

@@ -16,7 +16,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.run import checkpoint, lease, orbax_errors
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.run.checksums import read_contents
-from tests.test_command_line import run_program
+from tests.support.runs import run_program
 
 
 def state(n: int, size: int = 64) -> TrainState:

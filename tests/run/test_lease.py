@@ -17,7 +17,7 @@ import pytest
 
 from diffexp_jax.errors import InputError
 from diffexp_jax.run import lease, lease_files
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 THEIRS = {"host": "elsewhere", "boot": "another", "pid": 7, "id": "theirs"}
 

@@ -18,9 +18,9 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.report import run as report_of_a_run
 from diffexp_jax.run import optional
 from diffexp_jax.run.metrics import MetricsWriter, read_metrics
-from tests.conftest import ROOT
-from tests.report.test_report import ROWS, write_rows
-from tests.test_train import PLAIN
+from tests.support import ROOT
+from tests.support.runs import PLAIN
+from tests.support.sample_runs import ROWS, write_rows
 
 NAMES = ("cost$_$of", "$a_b$ and $", "_hidden", r"\$x$^$", "caf\xe9 \u4e2d", "a\nb", "%s {x}")
 

@@ -15,8 +15,8 @@ from diffexp_jax import command, train
 from diffexp_jax.cli import train as cli_train
 from diffexp_jax.run import checkpoint, stopping
 from diffexp_jax.run.metrics import MetricsWriter, read_metrics
-from tests.conftest import ROOT
-from tests.test_train import PLAIN, assert_same_run, program
+from tests.support import ROOT
+from tests.support.runs import PLAIN, assert_same_run, program
 
 LATE = {"stop_grace": 600.0, "checkpoint.every": 100} | PLAIN  # nothing is saved but when a run is stopped
 

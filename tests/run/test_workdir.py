@@ -22,7 +22,7 @@ from diffexp_jax import backend
 from diffexp_jax.errors import InputError
 from diffexp_jax.run import lease, workdir
 from diffexp_jax.run.fingerprint import fingerprint
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 IDENTITY = {"model": "1", "reward": "pickscore 2", "prompts": "3 4"}
 

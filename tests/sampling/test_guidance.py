@@ -16,7 +16,7 @@ from diffexp_jax.pipelines import Pipeline, encode_empty
 from diffexp_jax.programs import make_generate, make_programs
 from diffexp_jax.sampling import CLASSIFIER_FREE, EMBEDDED, Context, Network, load_process
 from diffexp_jax.sampling.guidance import two_halves
-from tests.conftest import TRAIN_PROMPTS
+from tests.support.tiny import TRAIN_PROMPTS
 
 N, SHAPE = 8, (2, 2, 3)
 W_T, BOTH = np.array([0.0, 1.0, 5.0, 5.0], np.float32), np.full(4, 5.0, np.float32)

@@ -10,7 +10,7 @@ import pytest
 from diffexp_jax import sampling
 from diffexp_jax.sampling import Context, ddim, differentiable, load_process, step_log_prob
 from diffexp_jax.sampling.guidance import two_halves
-from tests.conftest import network_of
+from tests.support.tiny import network_of
 
 compiled_rollout = jax.jit(sampling.rollout, static_argnums=(0, 1), static_argnames="keep_trajectory")
 step_noise = jax.jit(sampling.step_noise, static_argnums=2)

@@ -14,7 +14,7 @@ import pytest
 from diffexp_jax import backend
 from diffexp_jax.errors import InputError
 from diffexp_jax.models import attention
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, as_flags
-from tests.parallel.test_hosts import PROCESS, ended, free_port
-from tests.test_train import LORA, rows_of
+from tests.support import ROOT
+from tests.support.runs import LORA, PROCESS, ended, free_port, rows_of
+from tests.support.tiny import as_flags
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.*") if path.suffix in (".sh", ".sbatch"))
 

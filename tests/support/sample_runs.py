@@ -52,3 +52,15 @@ def write_run(folder, changes=(), *, metrics=None, iterations=ITERATIONS, base=0
     for i in iterations:
         save_grid(folder / "images" / f"{i:06d}.png", pictures(base if i == 0 else i), CAPTIONS)
     return folder
+
+
+ROWS = [
+    {"iteration": 0, "eval/animals/emoji_judge": 0.25, "eval/animals/pickscore": 20.0},
+    {"iteration": 1, "reward/mean": 0.5, "loss": -0.5, "grad_norm": 1.0, "approx_kl": 0.0, "ratio/clip_fraction": 0.1},
+    {"iteration": 2, "reward/mean": 0.7, "loss": -0.7, "grad_norm": 2.0, "eval/animals/emoji_judge": 0.5}
+    | {"eval/animals/pickscore": 20.5, "eval/new/pickscore": 1.0},
+]
+
+
+def write_rows(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

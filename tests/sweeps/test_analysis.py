@@ -14,7 +14,7 @@ from diffexp_jax import command
 from diffexp_jax.errors import InputError
 from diffexp_jax.report import save_grid
 from diffexp_jax.sweeps.runs import Names, Seed
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 SET, OTHER = "train", "unseen"
 QUERIES = [0, 16, 32]  # of the evaluations: iterations 0, 2 and 4 of 8 images

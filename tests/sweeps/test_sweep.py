@@ -26,8 +26,9 @@ from diffexp_jax.run import stopping
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.settings import default_config
 from diffexp_jax.sweeps import commands
-from tests.conftest import ROOT, as_flags
-from tests.test_train import assert_same_run
+from tests.support import ROOT
+from tests.support.runs import assert_same_run
+from tests.support.tiny import as_flags
 
 HERE = ROOT / "scripts"
 

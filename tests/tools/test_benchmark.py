@@ -15,7 +15,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.sampling import Context
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

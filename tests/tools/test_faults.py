@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from diffexp_jax.errors import InputError
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 DOCUMENT, FILE = ROOT / "docs" / "reliability.md", ROOT / "docs" / "data" / "reliability.json"
 

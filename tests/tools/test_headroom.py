@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffexp_jax.errors import InputError
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 @pytest.fixture

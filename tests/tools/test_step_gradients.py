@@ -12,7 +12,7 @@ from diffexp_jax import parallel
 from diffexp_jax.algorithms import Inputs
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.programs import make_programs
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from configs import base
 from diffexp_jax.settings import default_config
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 
 @pytest.fixture
