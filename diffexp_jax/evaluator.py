@@ -134,10 +134,10 @@ class Evaluator:
           frozen: the experiment's, on the devices.
         """
         split, trained = experiment.split, experiment.trained
-        params = {name: frozen["reward"] for name, reward in experiment.rewards.items() if reward is trained}
+        params = {name: frozen.reward for name, reward in experiment.rewards.items() if reward is trained}
         return cls(
             sampler=experiment.sampler,
-            params=frozen["model"],
+            params=frozen.model,
             lora=None,
             generate=programs.generate,
             batch=split.samples,

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from diffexp_jax import parallel, paths
 from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Method, Policy, Setup
 from diffexp_jax.algorithms.optimizer import make_optimizer
 from diffexp_jax.errors import InputError
-from diffexp_jax.models.lora import init_lora, initial_lora, save_lora, target_layers
+from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
@@ -42,10 +41,18 @@ class Task(NamedTuple):
         return Task(name, tuple(self.texts[i] for i in rows), jax.tree.map(lambda x: x[rows], self.cond), {})
 
 
+class Frozen(NamedTuple):
+    """The arrays (or shapes) that training reads and leaves alone."""
+
+    model: dict[str, Any]  # the pipeline's by part, those that sampling reads
+    reward: Any  # the trained one's parameters
+
+
 class Experiment(NamedTuple):
     """Everything that a run works with; arrays are on the host, a row per prompt, or shapes where so built."""
 
-    sampler: Sampler
+    sampler: Sampler  # without text encoders, as all prompts are encoded
+    model: str  # the fingerprint of its weights, text encoders included
     reward: str  # the name of the trained one
     trained: Reward  # as training uses it, in reward_dtype
     rewards: Mapping[str, Reward]  # as evaluation reports them, in eval.reward_dtype: it, and those only reported
@@ -81,15 +88,17 @@ class Experiment(NamedTuple):
         sampler = Sampler.build(config, weights=weights)
         target_layers(config.lora.targets, sampler.pipeline.lora_targets)
         task = make_task(sampler, {reward: trained}, train)
+        evals, pipeline = [make_task(sampler, rewards, prompts) for prompts in evals], sampler.pipeline
         experiment = cls(
-            sampler=sampler,
+            sampler=sampler._replace(pipeline=pipeline.without_text_encoders()) if weights else sampler,
+            model=fingerprint(pipeline.params) if weights else "",
             reward=reward,
             trained=trained,
             rewards=rewards,
             train=task,
-            evals=[make_task(sampler, rewards, prompts) for prompts in evals],
+            evals=evals,
             ids=np.array(train.ids, np.int32),
-            units=sampler.pipeline.units(train, config.exploration.unit),
+            units=pipeline.units(train, config.exploration.unit),
             method=method,
             split=batch_split(config),
             group=config.batch.group,
@@ -103,9 +112,8 @@ class Experiment(NamedTuple):
     # ------------------------------------------------------------------------------------------------------- arrays
 
     @property
-    def frozen(self) -> Any:
-        """The arrays (or shapes) that training reads and leaves alone."""
-        return {"model": self.sampler.pipeline.sampling_params, "reward": self.trained.params}
+    def frozen(self) -> Frozen:
+        return Frozen(self.sampler.pipeline.sampling_params, self.trained.params)
 
     @property
     def lora_scale(self) -> float:
@@ -122,10 +130,6 @@ class Experiment(NamedTuple):
         options = {"rank": lora.rank, "alpha": lora.alpha, "targets": self.lora_layers, "prefix": pipeline.lora_prefix}
         return initial_lora(key, pipeline.base, path=lora.path, **options)
 
-    def save_lora(self, path: Path, lora: Any) -> None:
-        """Writes what was trained for diffusers' `load_lora_weights`."""
-        save_lora(path, lora, alpha=self.config.lora.alpha, prefix=self.sampler.pipeline.lora_prefix)
-
     def lora_shapes(self) -> Any:
         """The shapes of what is trained."""
         base, options = self.sampler.pipeline.base, {"rank": self.config.lora.rank, "targets": self.lora_layers}
@@ -133,10 +137,9 @@ class Experiment(NamedTuple):
 
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model, the reward and the prompts, which do not depend on the names of their files."""
-        pipeline, trained = self.sampler.pipeline, self.trained
-        texts, tokens = self.train.texts, self.train.tokens[self.reward]
+        trained, texts, tokens = self.trained, self.train.texts, self.train.tokens[self.reward]
         return {
-            "model": fingerprint(pipeline.params),
+            "model": self.model,
             "reward": f"{parsed_spec(self.config.reward).without_locations} {fingerprint(trained.params, tokens)}",
             "prompts": f"{len(texts)} {fingerprint(texts, self.units)}",
         }
@@ -150,9 +153,9 @@ class Experiment(NamedTuple):
         w_t = self.sampler.guidance_scales(explore=self.sampler.exploration.enabled)
         network = pipeline.network(w_t, lora_scale=self.lora_scale)
         return Policy(
-            network=network.reading(lambda frozen: frozen["model"]),
-            decode=lambda frozen, x_0: pipeline.decode(frozen["model"], x_0),
-            score=lambda frozen, *args: self.trained.score(frozen["reward"], *args),
+            network=network.reading(lambda frozen: frozen.model),
+            decode=lambda frozen, x_0: pipeline.decode(frozen.model, x_0),
+            score=lambda frozen, *args: self.trained.score(frozen.reward, *args),
             latent_shape=pipeline.latent_shape,
             process=pipeline.process,
         )

@@ -22,7 +22,7 @@ from diffexp_jax.algorithms import Inputs
 from diffexp_jax.errors import RewardError, Stopped
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.models.lora import LORA_FILE
+from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.programs import Programs, make_programs
 from diffexp_jax.report.about import describe
 from diffexp_jax.run import workdir as workdirs
@@ -73,7 +73,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
         # ----------------------------------------------------------------------------------------------------- report
         if parallel.is_first():
-            experiment.save_lora(workdir / LORA_FILE, parallel.first(state.tuned))
+            prefix = experiment.sampler.pipeline.lora_prefix
+            save_lora(workdir / LORA_FILE, parallel.first(state.tuned), alpha=config.lora.alpha, prefix=prefix)
             print(report.finish(workdir))
 
 

@@ -1,4 +1,4 @@
-"""What docs/adding.md says: a method, a reward, a process, prompts or a kind of model needs a file and a line in a table.
+"""What docs/adding.md says: a method, a reward, a process, prompts, a kind of model is a file and a line in a table.
 
 Here the file is a module of the test's own, and the line is entered from outside: nothing else is touched.
 """

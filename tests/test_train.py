@@ -84,7 +84,7 @@ def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
 
         def update(state, frozen, inputs):
             batch = inputs.batch
-            images = generate(frozen["model"], state.lora, batch.context, batch.key, inputs.steps)
+            images = generate(frozen.model, state.lora, batch.context, batch.key, inputs.steps)
             np.save(workdir.parent / f"images-{next(iterations):06d}.npy", parallel.unshard(images))
             return programs.update(state, frozen, inputs)
 

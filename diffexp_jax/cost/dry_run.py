@@ -88,7 +88,7 @@ def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]
         samples = jax.eval_shape(programs.sample, state, frozen, batch, steps)
     yield Program("update", programs.update, (state, frozen, Inputs(batch, steps, key, samples)))
     if config.eval.every or (config.log.images and config.log.images_every):
-        args = (frozen["model"], on_devices(lora), batch.context, batch.key, steps)
+        args = (frozen.model, on_devices(lora), batch.context, batch.key, steps)
         generate = programs.generate(experiment.sampler.guidance_scales(explore=False))
         yield Program("evaluate", generate, args)
 

@@ -70,6 +70,10 @@ class Pipeline(NamedTuple):
         """A prompt cut where its units begin and end, each with its number, 0 for none; `units` is its row."""
         return units_of_text([self.tokenizers[i] for i in self.weighted], text, units)
 
+    def without_text_encoders(self) -> "Pipeline":
+        """The pipeline once all of a run's prompts are encoded: the host's memory holds no text encoder any more."""
+        return self._replace(params=self.sampling_params)
+
     def network(self, w_t: Scales | None = None, *, lora_scale: float = 1.0) -> Network:
         """The model under guidance; its frozen arrays are `params`.
 
@@ -94,7 +98,12 @@ def encode_prompts(
     """The conditioning of many prompts (host arrays), and the prompts that were cut, by the tokens that are read.
 
     They are encoded `chunk` at once, the last ones filled up: a run's prompt sets share one compiled program.
+
+    Raises:
+      ValueError: the pipeline is one without its text encoders.
     """
+    if gone := [part for part in pipeline.text_parts if part not in pipeline.params]:
+        raise ValueError(f"{', '.join(gone)}: dropped when all of the run's prompts were encoded")
     ids, cuts = zip(*(token_ids(tokenizer, texts) for tokenizer in pipeline.tokenizers), strict=True)
     encode = jax.jit(pipeline.encode)
     params = jax.device_put({part: pipeline.params[part] for part in pipeline.text_parts})

@@ -85,7 +85,7 @@ class Tiny:
             input_gradient=input_gradient,
         )
         self.update = parallel.pmap(self.algorithm.update)
-        self.model_arrays = parallel.replicate(self.experiment.frozen)["model"]
+        self.model_arrays = parallel.replicate(self.experiment.frozen).model
         lora = init_lora(jax.random.key(0), self.model.params["unet"], rank=2)
         self.lora = nonzero_lora(lora, size=0.3)
         self.state = parallel.replicate(self.algorithm.init(self.lora))

@@ -401,7 +401,7 @@ class Tiny:
         self.policy = policy_of(self.model, lambda frozen, images: frozen["sign"] * images.mean((1, 2, 3)))
         self.algorithm = ddpo(self.policy, optax.adam(5e-3), **SETTINGS | {"n_chunks": 2, "n_updates": 1})
         self.sample, self.update = parallel.pmap(self.algorithm.sample), parallel.pmap(self.algorithm.update)
-        self.frozen = {"model": parallel.replicate(self.experiment.frozen["model"])}
+        self.frozen = {"model": parallel.replicate(self.experiment.frozen.model)}
         lora = init_lora(jax.random.key(0), self.model.params["unet"], rank=2)
         self.state = parallel.replicate(self.algorithm.init(nonzero_lora(lora)))
         steps = self.experiment.sampler.steps
@@ -460,7 +460,7 @@ def test_ratio_is_1_in_bfloat16(make_config):
     """
     config = make_config("ddpo", {"eval.every": 0, "batch.samples": 8, "model.dtype": "bfloat16"})
     experiment = Experiment.build(config)
-    frozen = {"model": parallel.replicate(experiment.frozen["model"])}
+    frozen = {"model": parallel.replicate(experiment.frozen.model)}
     lora = nonzero_lora(init_lora(jax.random.key(0), experiment.sampler.pipeline.base, rank=2))
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(frozen))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(lora))

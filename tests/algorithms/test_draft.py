@@ -157,7 +157,7 @@ def test_learns_brightness(make_config, lv_samples):
     """On a real, tiny model, on samples never trained on."""
     config = make_config("draft", {"eval.every": 0, "batch.samples": 16})
     experiment = Experiment.build(config)
-    frozen = {"model": parallel.replicate(experiment.frozen["model"])}
+    frozen = {"model": parallel.replicate(experiment.frozen.model)}
     tiny = policy_of(experiment.sampler.pipeline, lambda frozen, images: images.mean((1, 2, 3)))
     algorithm = draft(tiny, optax.adam(5e-3), n_chunks=2, k=1, lv_samples=lv_samples)
     lora = nonzero_lora(init_lora(jax.random.key(0), experiment.sampler.pipeline.base, rank=2))

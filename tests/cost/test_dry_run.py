@@ -177,7 +177,10 @@ def test_shapes_are_those_of_a_run(make_config, dtype):
 
     def arrays(experiment):
         rewards = {"": experiment.trained} | experiment.rewards
-        frozen = {"model": experiment.sampler.pipeline.params, "rewards": {n: r.params for n, r in rewards.items()}}
+        frozen = {
+            "model": experiment.sampler.pipeline.sampling_params,
+            "rewards": {n: r.params for n, r in rewards.items()},
+        }
         batch = experiment.draw_batch(0, None)
         sampler = experiment.sampler
         return frozen, batch, experiment.units, sampler.empty, sampler.uncond, experiment.train.tokens

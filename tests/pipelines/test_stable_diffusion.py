@@ -1,7 +1,9 @@
 """Loading pipeline folders: the layouts that people have, and what is wrong with broken ones."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from diffexp_jax import sampler
 from diffexp_jax.errors import InputError
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.formats import files, tokenizers
-from diffexp_jax.pipelines import all_parts, load_pipeline, stable_diffusion
+from diffexp_jax.pipelines import all_parts, encode_prompts, load_pipeline, stable_diffusion
 from diffexp_jax.rewards import load_reward
+from diffexp_jax.run.fingerprint import fingerprint
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -331,3 +336,27 @@ def test_token_ids_names_what_was_cut(tiny_model):
     assert ids.shape == (3, length) and cut == [long]
     np.testing.assert_array_equal(ids[0], ids[1])
     assert list(ids[2, :2]) == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+def test_a_run_drops_its_text_encoder(make_config, monkeypatch):
+    """Once all prompts are encoded nothing holds it, on the host or the devices; identity.json covers it still."""
+    held = []
+
+    def load(*args, **kwargs):
+        pipeline = load_pipeline(*args, **kwargs)
+        held.extend(weakref.ref(x) for x in jax.tree.leaves(pipeline.params["text_encoder"]))
+        return pipeline
+
+    config = make_config("ddpo", {"sampling.negative_prompt": "a dog"})
+    whole = load_pipeline(config.model.path)
+    table = whole.params["text_encoder"]["embeddings.token_embedding"]["embedding"].shape
+    live = sum(x.shape == table for x in jax.live_arrays())
+    monkeypatch.setattr(sampler, "load_pipeline", load)
+    experiment = Experiment.build(config)
+    gc.collect()
+    assert held and not any(ref() is not None for ref in held)
+    assert sum(x.shape == table for x in jax.live_arrays()) <= live
+    assert experiment.identity()["model"] == fingerprint(whole.params)
+    assert experiment.frozen.model.keys() == experiment.sampler.pipeline.params.keys() == {"unet", "vae"}
+    with pytest.raises(ValueError, match="^text_encoder: dropped when all of the run's prompts were encoded"):
+        encode_prompts(experiment.sampler.pipeline, ["a dog"])

@@ -78,7 +78,7 @@ def test_samples_of_a_sum_with_plain_python(make_config):
     batch = mixed.batch(3)
     prompts, args = [texts[i] for i in batch.prompt_id[0]], (batch.context, batch.key, mixed.steps)
     generate = mixed.programs.generate(parallel.first(mixed.steps).w_t)
-    images = parallel.first(generate(mixed.frozen["model"], mixed.state.lora, *args))
+    images = parallel.first(generate(mixed.frozen.model, mixed.state.lora, *args))
     np.testing.assert_allclose(
         samples.parts["bright_and_long"], sample_rewards.bright_and_long(images, prompts), atol=1e-3
     )

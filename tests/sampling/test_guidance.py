@@ -12,7 +12,7 @@ from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy, Setup
 from diffexp_jax.cost import dry_run, flops
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.pipelines import Pipeline, encode_empty
+from diffexp_jax.pipelines import Pipeline, encode_empty, load_pipeline
 from diffexp_jax.programs import make_generate, make_programs
 from diffexp_jax.sampling import CLASSIFIER_FREE, EMBEDDED, Context, Network, load_process
 from diffexp_jax.sampling.guidance import two_halves
@@ -182,7 +182,7 @@ def test_a_runs_evaluation_knows_its_guidance(make_config):
     for scale in (2.0, 1.0):
         experiment = Experiment.build(make_config("ddpo", {"sampling.guidance": scale, "exploration.w_low": 5.0}))
         pipeline, batch = experiment.sampler.pipeline, experiment.draw_batch(0, None)
-        params, lora = dry_run.on_devices((experiment.frozen["model"], experiment.lora_shapes()))
+        params, lora = dry_run.on_devices((experiment.frozen.model, experiment.lora_shapes()))
         steps = parallel.replicate(experiment.sampler.steps(explore=False))
         generate = make_programs(experiment).generate(steps.w_t[0])
         latents = np.zeros((*batch.key.shape, *pipeline.latent_shape), np.float32)
@@ -218,13 +218,14 @@ def test_which_runs_leave_halves_out(make_config, changes, skips):
 def test_training_leads_away_from_the_negative_prompt(make_config):
     """Every image's unconditional half is that prompt's, as an evaluation's; Eq. 8 still weighs towards ""."""
     text = TRAIN_PROMPTS[1]
-    experiment = Experiment.build(make_config("ddpo", {"sampling.negative_prompt": text}))
+    config = make_config("ddpo", {"sampling.negative_prompt": text})
+    experiment = Experiment.build(config)
     row = experiment.train.texts.index(text)
     negative, empty = experiment.train.cond.embedding[row], experiment.sampler.empty.embedding
     uncond = np.asarray(experiment.draw_batch(0, None).context.uncond.embedding)
     np.testing.assert_array_equal(uncond, np.broadcast_to(negative, uncond.shape))
     np.testing.assert_array_equal(experiment.sampler.uncond.embedding, negative)
-    np.testing.assert_array_equal(empty, encode_empty(experiment.sampler.pipeline).embedding)
+    np.testing.assert_array_equal(empty, encode_empty(load_pipeline(config.model.path)).embedding)
     assert np.abs(negative - empty).max() > 0.1
 
 

@@ -29,7 +29,7 @@ def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
             note_memory(folder / f"memory-{jax.process_index()}.json", frozen)
             batch = inputs.batch
             generate = programs.generate(experiment.sampler.guidance_scales(explore=True))
-            images = generate(frozen["model"], state.lora, batch.context, batch.key, inputs.steps)
+            images = generate(frozen.model, state.lora, batch.context, batch.key, inputs.steps)
             found = {"prompts": batch.prompt_id, "noise": jax.vmap(jax.random.key_data)(batch.key), "images": images}
             found |= {"conditioning": batch.context.cond.embedding}
             if inputs.samples:
@@ -53,7 +53,7 @@ def note_memory(path: Path, frozen: Any) -> None:
             live[str(device)] += x.nbytes // len(x.sharding.device_set)
     copies, unet = (
         sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.local_device_count()
-        for tree in (frozen, frozen["model"]["unet"])
+        for tree in (frozen, frozen.model["unet"])
     )
     path.write_text(json.dumps({"frozen": copies, "unet": unet, "live": live}))
 

@@ -128,7 +128,7 @@ def our_work(model: str, folder: str, case: str, size: Size) -> tuple[Callable[[
     generate, steps = programs.generate(np.asarray(steps.w_t)), parallel.replicate(steps)
     batch = experiment.draw_batch(0, None)
     if case.startswith("sampling"):
-        args = frozen["model"], parallel.replicate(lora), batch.context, batch.key, steps
+        args = frozen.model, parallel.replicate(lora), batch.context, batch.key, steps
         return lambda repetition: generate(*args), n * flops.of(generate, *args)
     state = [parallel.replicate(jax.device_get(programs.algorithm.init(lora)))]
 

@@ -157,7 +157,7 @@ class Run(NamedTuple):
 
     def images(self, state: Any, batch: Batch) -> np.ndarray:
         """Of the batch's prompts and noise, [SAMPLES,H,W,3] in [0,1]."""
-        images = self.generate(self.frozen["model"], state.lora, batch.context, batch.key, self.steps)
+        images = self.generate(self.frozen.model, state.lora, batch.context, batch.key, self.steps)
         return parallel.unshard(images)[:SAMPLES]
 
     def brightness(self, state: Any, n_batches: int) -> np.ndarray:
