@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from diffexp_jax import parallel, settings
 from diffexp_jax.errors import InputError
-from diffexp_jax.experiment import Experiment, Task, make_task
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.formats.lora_files import LORA_FILE
 from diffexp_jax.models.lora import load_lora, scaled
 from diffexp_jax.pipelines import make_context
@@ -28,7 +28,9 @@ from diffexp_jax.rewards.scoring import Scorers, means_of
 from diffexp_jax.run.checkpoint import NEWEST, read_lora
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import check_latents, initial_latents
+from diffexp_jax.task import Task
 
+Checkpoint = str | int | None
 Prompts = str | Sequence[str] | PromptSet | Task  # a str as the config's `prompts` names a set, else prompts themselves
 
 
@@ -55,12 +57,7 @@ class Evaluator:
 
     @classmethod
     def of_run(
-        cls,
-        workdir: str | Path,
-        checkpoint: str | int | None = None,
-        *,
-        config: ConfigDict | None = None,
-        **options: Any,
+        cls, workdir: str | Path, checkpoint: Checkpoint = None, *, config: ConfigDict | None = None, **options: Any
     ) -> "Evaluator":
         """The model that a run has fine-tuned, sampled as the run does; where the run keeps it, the LoRA's average.
 
@@ -68,15 +65,27 @@ class Evaluator:
           checkpoint: "newest", "best", or the number of an iteration. None: what the run ended with, of a run that goes
             on the newest.
           config: the run's settings where they are to be others than those of its config.json.
-          options: see `of_config`.
+          options: of `of_config`; and, by the names of `settings.SAMPLED`, settings to sample by that are to be others.
 
         Raises:
           InputError: there is no run, or no such checkpoint; or as `of_config`.
         """
         workdir = Path(workdir)
-        config = settings.read_config(workdir / "config.json")[0] if config is None else config
+        said = {name: options.pop(name) for name in settings.SAMPLED & options.keys()}
+        config = settings.sampling_config(workdir, said) if config is None else config
         checkpoint = NEWEST if checkpoint is None and not (workdir / LORA_FILE).is_file() else checkpoint
         return cls.of_config(config, lora=workdir, checkpoint=checkpoint, **options)
+
+    @classmethod
+    def of_model(cls, model: str | Path = "emoji", **options: Any) -> "Evaluator":
+        """A model without a run, sampled as diffusers does: 50 steps, guidance 7.5, eta 0.
+
+        Args:
+          model: what --model of scripts/sample.py may be.
+          options: see `of_run`, e.g. steps=20, guidance=5.0, lora="FILE"; so are the errors.
+        """
+        said = {name: options.pop(name) for name in settings.SAMPLED & options.keys()}
+        return cls.of_config(settings.sampling_config(None, said | {"model": str(model)}), **options)
 
     @classmethod
     def of_config(
@@ -84,7 +93,7 @@ class Evaluator:
         config: ConfigDict,
         *,
         lora: str | Path | None = None,
-        checkpoint: str | int | None = None,
+        checkpoint: Checkpoint = None,
         lora_scale: float = 1.0,
         rewards: Mapping[str, Reward] | None = None,
         batch: int = 16,
@@ -94,7 +103,7 @@ class Evaluator:
         """The model that settings name, with a LoRA or without.
 
         Args:
-          config: checked by `settings.check_values`.
+          config: as `settings.parsed` checks it.
           lora: a file, a folder that holds one, or the folder of a run.
           checkpoint: of the run whose folder `lora` is, see `of_run`; None: the file that it holds.
           lora_scale: factor of the LoRA, besides its alpha / rank: 0 is the model before fine-tuning.
@@ -164,17 +173,14 @@ class Evaluator:
         """Prompts as the model and the rewards read them."""
         if isinstance(prompts, Task):
             return prompts
-        return make_task(self.sampler, self.scorers.rewards, as_prompt_set(prompts))
+        return Task.of(self.sampler, self.scorers.rewards, as_prompt_set(prompts))
 
-    def weighted(
-        self, prompts: str | Sequence[str] | PromptSet, *, samples_per_prompt: int = 1, seed: int = 0
-    ) -> tuple[Task, list[str]]:
+    def weighted(self, prompts: Prompts, *, samples_per_prompt: int = 1, seed: int = 0) -> tuple[Task, list[str]]:
         """Prompts under random weights (Eq. 8), a row for each image; and what was weighted, in words."""
-        prompts = as_prompt_set(prompts)
-        task, rows = self.task(prompts), np.repeat(np.arange(len(prompts)), samples_per_prompt)
-        cond, tokens = jax.tree.map(lambda x: x[rows], (task.cond, task.tokens))
-        cond, words = self.sampler.reweighted(prompts, rows, cond, seed=seed)
-        return Task(task.name, tuple(task.texts[row] for row in rows), cond, tokens), words
+        task = self.task(prompts)
+        rows, images = np.repeat(np.arange(len(task.texts)), samples_per_prompt), task.repeated(samples_per_prompt)
+        cond, words = self.sampler.reweighted(task.prompts, rows, images.cond, seed=seed)
+        return images._replace(cond=cond), words
 
     def images(
         self,
@@ -202,15 +208,15 @@ class Evaluator:
         rows, shape = np.repeat(np.arange(len(task.texts)), samples_per_prompt), self.sampler.pipeline.latent_shape
         n, unit, key = len(rows), jax.device_count() * self.chunks, parallel.stream(seed, "sample")
         self.sampler.check_memory(n)
-        if latents is None:
-            latents = initial_latents(parallel.sample_keys(key, n), shape)
-        check_latents(latents, (n, *shape))
+        if latents is not None:
+            check_latents(latents, (n, *shape))
         steps = self.sampler.steps(explore=schedule)
         size, parts = min(self.batch, -(-n // unit) * unit), []
         for start in range(0, n, size):
             index = np.arange(start, start + size).clip(max=n - 1)  # the last batch is filled up: one compile
-            keys, x_T = parallel.keys_of(key, index), np.asarray(latents)[index]
-            parts.append(self._sample(task, rows[index], keys, steps, x_T, floats=floats)[: n - start])
+            keys = parallel.keys_of(key, index)
+            x_T = initial_latents(keys, shape) if latents is None else np.asarray(latents)[index]
+            parts.append(self._sample(task.rows(rows[index]), keys, steps, x_T, floats=floats)[: n - start])
             advance(len(parts[-1]))
         return np.concatenate(parts)
 
@@ -264,9 +270,9 @@ class Evaluator:
         steps = self.sampler.steps(explore=schedule)
         for start in range(0, len(rows), self.batch):
             index = np.arange(start, start + self.batch).clip(max=len(rows) - 1)
-            own, n = rows[start : start + self.batch], min(self.batch, len(rows) - start)
-            images = self._sample(task, rows[index], parallel.keys_of(key, index), steps)[:n]
-            found.append(self.scorers.score(images, jax.tree.map(lambda x, own=own: x[own], task.tokens)))
+            part, n = task.rows(rows[index]), min(self.batch, len(rows) - start)
+            images = self._sample(part, parallel.keys_of(key, index), steps)[:n]
+            found.append(self.scorers.score(images, jax.tree.map(lambda x, n=n: x[:n], part.tokens)))
             found[-1] |= {name: np.array(measure(images)) for name, measure in (measures or {}).items()}
             kept.append(images[keep[(start <= keep) & (keep < start + n)] - start])
             del images
@@ -274,8 +280,7 @@ class Evaluator:
         return np.concatenate(kept), {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
     def means(self, tasks: Sequence[Task], numbers: ConfigDict, *, seed: int) -> dict[str, float]:
-        """The mean of every reward and part over each prompt set, as eval/SET/REWARD, of so many images as config.eval
-        says."""
+        """The mean of every reward and part over each prompt set, as eval/SET/REWARD; `numbers` are config.eval."""
         means = {}
         for task in tasks:
             per_prompt, per_set = numbers.samples_per_prompt, numbers.samples_per_set
@@ -283,15 +288,12 @@ class Evaluator:
             means |= means_of(f"eval/{task.name}", self.evaluate(task, seed=seed, samples_per_prompt=n)[1])
         return means
 
-    def _sample(
-        self, task: Task, rows: np.ndarray, keys: jax.Array, steps: Any, x_T: Any = None, *, floats: bool = False
-    ) -> np.ndarray:
-        """A batch of images, of these rows of the task."""
-        context = make_context(jax.tree.map(lambda x: x[rows], task.cond), self.sampler.uncond)
-        context, keys, x_T = parallel.shard((context, keys, x_T), len(rows))
+    def _sample(self, task: Task, keys: jax.Array, steps: Any, x_T: Any = None, *, floats: bool = False) -> np.ndarray:
+        """A batch of images, one of each row."""
+        context = make_context(task.cond, self.sampler.uncond)
+        context, keys, x_T = parallel.shard((context, keys, x_T), len(task.prompts))
         generate = (self.generate_floats if floats else self.generate)(np.asarray(steps.w_t))
-        images = generate(self.params, self.lora, context, keys, parallel.replicate(steps), x_T)
-        images = parallel.unshard(images)
+        images = parallel.unshard(generate(self.params, self.lora, context, keys, parallel.replicate(steps), x_T))
         if self.strict or floats:
             images, finite = images
             check_pictures(finite)

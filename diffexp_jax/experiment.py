@@ -20,25 +20,12 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
-from diffexp_jax.prompts import PromptSet, load_prompt_sets, load_prompts
+from diffexp_jax.prompts import load_prompt_sets, load_prompts
 from diffexp_jax.rewards import Reward, check_reward, load_reward, parsed_spec
 from diffexp_jax.run.fingerprint import fingerprint
 from diffexp_jax.sampler import Sampler, full_float32
 from diffexp_jax.settings import batch_split, check_config, chosen_method, optimizer_updates
-
-
-class Task(NamedTuple):
-    """A prompt set ready to sample: arrays on the host, a row per prompt."""
-
-    name: str
-    texts: tuple[str, ...]
-    cond: Conditioning
-    tokens: Mapping[str, Any]  # by the names of the rewards that are to score it
-
-    def spread(self, name: str, n: int) -> "Task":
-        """n evenly spaced prompts, of a few several each; not to be scored."""
-        rows = np.linspace(0, len(self.texts) - 1, n).round().astype(int)
-        return Task(name, tuple(self.texts[i] for i in rows), jax.tree.map(lambda x: x[rows], self.cond), {})
+from diffexp_jax.task import Task
 
 
 class Frozen(NamedTuple):
@@ -87,8 +74,8 @@ class Experiment(NamedTuple):
         reward, trained, rewards = load_rewards(config, weights=weights)
         sampler = Sampler.build(config, weights=weights)
         target_layers(config.lora.targets, sampler.pipeline.lora_targets)
-        task = make_task(sampler, {reward: trained}, train)
-        evals, pipeline = [make_task(sampler, rewards, prompts) for prompts in evals], sampler.pipeline
+        task = Task.of(sampler, {reward: trained}, train)
+        evals, pipeline = [Task.of(sampler, rewards, prompts) for prompts in evals], sampler.pipeline
         experiment = cls(
             sampler=sampler._replace(pipeline=pipeline.without_text_encoders()) if weights else sampler,
             model=fingerprint(pipeline.params) if weights else "",
@@ -228,13 +215,6 @@ class Experiment(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
-
-
-def make_task(sampler: Sampler, rewards: Mapping[str, Reward], prompts: PromptSet) -> Task:
-    """A prompt set, encoded by the model and the rewards."""
-    cond = sampler.encode(prompts)
-    tokens = {name: reward.tokenize(prompts.texts) for name, reward in rewards.items()}
-    return Task(prompts.name, prompts.texts, cond, tokens)
 
 
 def check_files(config: ConfigDict, *, weights: bool) -> None:

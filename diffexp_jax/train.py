@@ -167,7 +167,7 @@ def evaluate_and_draw(run: Run, lora: Any, iteration: int) -> dict[str, float]:
         return every and (iteration == config.iterations or iteration % every == 0)
 
     if (n := config.log.images) and due(config.log.images_every):
-        shown = run.experiment.train.spread("grid", n)
+        shown = run.experiment.train.grid(n)
         images, _ = model.evaluate(shown, seed=config.seed, keep=range(n))
         if parallel.is_first():
             report.save_images(run.workdir, iteration, images, shown.texts)

@@ -41,11 +41,12 @@ BELOW = {
     "command": {"settings", "output", "paths", "config_files"},
     "sampler": {"pipelines", "prompts", "exploration", "models.precision", "sampling", "parallel"} | {"backend"},
     "run": {"settings", "sampler", "algorithms", "exploration", "command", "parallel", "formats", "limits", "paths"},
+    "task": {"sampler", "pipelines", "rewards", "prompts"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
-    | {"run.fingerprint", "paths"},
+    | {"run.fingerprint", "task", "paths"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
     "evaluator": {"programs", "experiment", "sampler", "settings", "rewards", "prompts", "pipelines", "models.lora"}
-    | {"sampling", "formats.lora_files", "run.checkpoint", "parallel"},
+    | {"task", "sampling", "formats.lora_files", "run.checkpoint", "parallel"},
     "cost": {"programs", "experiment", "sampler", "algorithms", "models", "parallel", "backend"},
     "report": {"experiment", "run", "settings", "exploration", "prompts", "formats", "parallel", "backend"},
     "train": {"programs", "evaluator", "experiment", "settings", "cost", "algorithms", "sampling", "models.lora"}

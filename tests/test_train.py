@@ -460,5 +460,5 @@ def test_determinism_is_asked_for_before_a_device_is_used(make_config, tmp_path,
 def test_a_grid_of_a_single_prompt(make_config):
     """As many pictures as asked for: of one prompt on several seeds."""
     config = make_config("ddpo", {"prompts": "a dog riding a bike", "log.images": 3, "eval.every": 0})
-    shown = Experiment.build(config).train.spread("grid", 3)
+    shown = Experiment.build(config).train.grid(3)
     assert shown.texts == ("a dog riding a bike",) * 3 and shown.cond.embedding.shape[0] == 3 and not shown.tokens

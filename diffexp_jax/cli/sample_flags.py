@@ -1,7 +1,6 @@
 """The flags of cli/sample.py, and the settings that they come to."""
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,33 +8,10 @@ from ml_collections import ConfigDict
 
 from diffexp_jax import command, settings
 from diffexp_jax.errors import InputError
-from diffexp_jax.formats.json_text import parse_json
-from diffexp_jax.limits import LORA_SCALE, check_number, whole
+from diffexp_jax.limits import LORA_SCALE, SEED, check_number, whole
 from diffexp_jax.models.precision import DTYPES
 from diffexp_jax.prompts.units import UNITS
 from diffexp_jax.settings.training import SCOPES
-
-# What a flag sets of a run's settings
-KEYS = {
-    "model": "model.path",
-    "revision": "model.revision",
-    "variant": "model.variant",
-    "tokenizer": "model.tokenizer",
-    "dtype": "model.dtype",
-    "image_size": "model.image_size",
-    "steps": "sampling.steps",
-    "guidance": "sampling.guidance",
-    "eta": "sampling.eta",
-    "negative_prompt": "sampling.negative_prompt",
-    "w_low": "exploration.w_low",
-    "t_thresh": "exploration.t_thresh",
-    "weight_range": "exploration.weight_range",
-    "unit": "exploration.unit",
-    "scope": "exploration.scope",
-    "seed": "seed",
-}
-# Where there is no run: the defaults of diffusers' pipelines
-WITHOUT_RUN = {"model.dtype": "float32", "sampling.steps": 50, "sampling.guidance": 7.5, "sampling.eta": 0.0}
 
 
 def arguments(about: str, words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -91,45 +67,19 @@ def settings_of(args: argparse.Namespace) -> ConfigDict:
     Raises:
       InputError: a flag that cannot work.
     """
-    run = Path(args.lora, "config.json") if args.lora else None
-    if run is not None and run.is_file():
-        config, _ = settings.read_config(run)
-        config.seed = 0  # of the pictures, not of the run
-    else:
-        config = settings.default_config()
-        config.update_from_flattened_dict(WITHOUT_RUN)
-    given = {KEYS[flag]: value for flag, value in vars(args).items() if flag in KEYS and value is not None}
-    config.update_from_flattened_dict({k: tuple(x) if isinstance(x, list) else x for k, x in given.items()})
-    set_scheduler(config, vars(args).get("scheduler") or [])
-    settings.check_values(config, {key: f"--{flag} " for flag, key in KEYS.items() if key in given})
+    run = Path(args.lora) if args.lora and Path(args.lora, "config.json").is_file() else None
+    config = settings.sampling_config(run, vars(args), written="--{} ")
+    if args.seed is not None:
+        check_number("--seed ", args.seed, SEED)
     check_number("--batch ", args.batch, whole(1, 2**20))
     check_number("--num_images ", args.num_images, whole(1, 2**20))
     if args.lora_scale is not None:
         check_number("--lora_scale ", args.lora_scale, LORA_SCALE)
         if not args.lora:
             raise InputError(f"--lora_scale {args.lora_scale:g}: wants a LoRA, by --lora")
-    if args.checkpoint and (run is None or not run.is_file()):
+    if args.checkpoint and run is None:
         raise InputError(f"--checkpoint {args.checkpoint}: wants the workdir of a run, by --lora")
     if args.lora and not Path(args.lora).exists():
         raise InputError(f"--lora {args.lora}: no such file or folder")
     command.check_writable(Path(args.out), "--out")
     return config
-
-
-def set_scheduler(config: ConfigDict, given: Sequence[str]) -> None:
-    """Enters what --scheduler says, KEY=VALUE each.
-
-    Raises:
-      InputError: no such key, or a value of another type.
-    """
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or key not in config.model.scheduler:
-            accepted = ", ".join(config.model.scheduler)
-            raise InputError(f"--scheduler {text}: wants KEY=VALUE; accepted: {accepted}")
-        with contextlib.suppress(ValueError):
-            value = parse_json(value.lower())  # a number, true, false; else a word
-        try:
-            config.model.scheduler[key] = value
-        except TypeError:
-            raise InputError(f"--scheduler {text}: the value is of another type; configs/base.py says which") from None

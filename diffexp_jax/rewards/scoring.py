@@ -136,8 +136,10 @@ class Scorers:
           tokens: of the images' prompts, by the names of the rewards that are to score them.
         """
         scores = {}
-        for name, its in tokens.items():
-            found = self.score_each[name](images, its)
+        for name, scorer in self.score_each.items():  # in the order in which they were named
+            if name not in tokens:
+                continue
+            found = scorer(images, tokens[name])
             scores |= {f"{name}/{part}" if part else name: x for part, x in found.items()}
         return scores
 

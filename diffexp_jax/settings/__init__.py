@@ -14,9 +14,10 @@ from diffexp_jax.settings.checks import checked, cpu_devices
 from diffexp_jax.settings.config import default_config, parsed, read_config
 from diffexp_jax.settings.running import samples_of_each
 from diffexp_jax.settings.settings import Settings, by_key
+from diffexp_jax.settings.to_sample import SAMPLED, sampling_config
 
 __all__ = ["Settings", "by_key", "checked", "cpu_devices", "default_config", "parsed", "read_config"]
-__all__ += ["samples_of_each"]
+__all__ += ["SAMPLED", "samples_of_each", "sampling_config"]
 
 
 def check_config(config: ConfigDict) -> None:

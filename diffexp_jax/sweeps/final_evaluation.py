@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from diffexp_jax import backend, paths, settings
 from diffexp_jax.evaluator import Evaluator
-from diffexp_jax.experiment import Task, check_files, load_rewards
+from diffexp_jax.experiment import check_files, load_rewards
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import SEED, check_number, whole
 from diffexp_jax.prompts import load_prompt_sets
@@ -33,6 +33,7 @@ from diffexp_jax.rewards import check_trusted
 from diffexp_jax.rewards.scoring import summary
 from diffexp_jax.run import checkpoint
 from diffexp_jax.sweeps import image_statistics
+from diffexp_jax.task import Task
 
 SIGNS = {
     "luminance": image_statistics.luminance,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import base
-from diffexp_jax import backend, sampler
+from diffexp_jax import backend, sampler, settings
 from diffexp_jax.cli import sample as cli_sample
 from diffexp_jax.cli import sample_flags
 from diffexp_jax.cli import score as cli_score
@@ -148,7 +148,7 @@ def test_sample_explores_images_or_prompts(tiny_model, scope, draws):
 
 def sample_settings(**flags):
     """What scripts/sample.py samples by, with these flags and no others."""
-    usual = dict.fromkeys(sample_flags.KEYS) | {
+    usual = dict.fromkeys([*settings.SAMPLED, "seed"]) | {
         "lora": None,
         "checkpoint": None,
         "lora_scale": None,
