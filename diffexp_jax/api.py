@@ -71,12 +71,10 @@ def load(
     Raises:
       InputError: a setting that is not accepted, or a file that is missing or does not fit.
     """
-    chosen = settings.default_config()
     given = {"model.path": str(model), "model.dtype": dtype, "sampling.steps": steps, "sampling.guidance": guidance}
     given |= {"sampling.eta": eta, "sampling.negative_prompt": negative_prompt}
-    chosen.update_from_flattened_dict(given | dict(changes))
-    settings.check_values(chosen)
-    return Evaluator.of_config(chosen, lora=lora, lora_scale=lora_scale, batch=batch)
+    chosen = settings.changed(settings.Settings(), given | dict(changes))
+    return Evaluator.of_settings(chosen, lora=lora, lora_scale=lora_scale, batch=batch)
 
 
 def fine_tune(config: ConfigDict, workdir: str | Path) -> Evaluator:

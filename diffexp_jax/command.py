@@ -237,14 +237,9 @@ def _is_literal(text: str) -> bool:
 
 def _unknown_key(argv: list[str], error: Exception) -> str:
     """The error message about a setting that does not exist."""
-    from flax.traverse_util import flatten_dict  # seconds to import, as what is below: only where they are needed
+    from diffexp_jax.settings import Settings, flat  # seconds to import: only where they are needed
 
-    from diffexp_jax.settings import default_config
-
-    try:
-        known = flatten_dict(default_config().to_dict(), sep=".").keys()
-    except InputError:
-        return str(error)
+    known = flat(Settings()).keys()
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and match[1] not in known:

@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
-from ml_collections import ConfigDict
 
-from diffexp_jax import parallel, settings
+from diffexp_jax import parallel
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.formats.lora_files import LORA_FILE
@@ -28,6 +27,8 @@ from diffexp_jax.rewards.scoring import Scorers, means_of
 from diffexp_jax.run.checkpoint import NEWEST, read_lora
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import check_latents, initial_latents
+from diffexp_jax.settings import SAMPLED, Settings, sampling_settings
+from diffexp_jax.settings.running import Eval
 from diffexp_jax.task import Task
 
 Checkpoint = str | int | None
@@ -57,24 +58,24 @@ class Evaluator:
 
     @classmethod
     def of_run(
-        cls, workdir: str | Path, checkpoint: Checkpoint = None, *, config: ConfigDict | None = None, **options: Any
+        cls, workdir: str | Path, checkpoint: Checkpoint = None, *, settings: Settings | None = None, **options: Any
     ) -> "Evaluator":
         """The model that a run has fine-tuned, sampled as the run does; where the run keeps it, the LoRA's average.
 
         Args:
           checkpoint: "newest", "best", or the number of an iteration. None: what the run ended with, of a run that goes
             on the newest.
-          config: the run's settings where they are to be others than those of its config.json.
-          options: of `of_config`; and, by the names of `settings.SAMPLED`, settings to sample by that are to be others.
+          settings: where they are to be others than those of its config.json.
+          options: of `of_settings`; and, by the names of `settings.SAMPLED`, what is to be sampled by otherwise.
 
         Raises:
-          InputError: there is no run, or no such checkpoint; or as `of_config`.
+          InputError: there is no run, or no such checkpoint; or as `of_settings`.
         """
         workdir = Path(workdir)
-        said = {name: options.pop(name) for name in settings.SAMPLED & options.keys()}
-        config = settings.sampling_config(workdir, said) if config is None else config
+        said = {name: options.pop(name) for name in SAMPLED & options.keys()}
+        settings = sampling_settings(workdir, said) if settings is None else settings
         checkpoint = NEWEST if checkpoint is None and not (workdir / LORA_FILE).is_file() else checkpoint
-        return cls.of_config(config, lora=workdir, checkpoint=checkpoint, **options)
+        return cls.of_settings(settings, lora=workdir, checkpoint=checkpoint, **options)
 
     @classmethod
     def of_model(cls, model: str | Path = "emoji", **options: Any) -> "Evaluator":
@@ -84,13 +85,13 @@ class Evaluator:
           model: what --model of scripts/sample.py may be.
           options: see `of_run`, e.g. steps=20, guidance=5.0, lora="FILE"; so are the errors.
         """
-        said = {name: options.pop(name) for name in settings.SAMPLED & options.keys()}
-        return cls.of_config(settings.sampling_config(None, said | {"model": str(model)}), **options)
+        said = {name: options.pop(name) for name in SAMPLED & options.keys()}
+        return cls.of_settings(sampling_settings(None, said | {"model": str(model)}), **options)
 
     @classmethod
-    def of_config(
+    def of_settings(
         cls,
-        config: ConfigDict,
+        settings: Settings,
         *,
         lora: str | Path | None = None,
         checkpoint: Checkpoint = None,
@@ -103,7 +104,6 @@ class Evaluator:
         """The model that settings name, with a LoRA or without.
 
         Args:
-          config: as `settings.parsed` checks it.
           lora: a file, a folder that holds one, or the folder of a run.
           checkpoint: of the run whose folder `lora` is, see `of_run`; None: the file that it holds.
           lora_scale: factor of the LoRA, besides its alpha / rank: 0 is the model before fine-tuning.
@@ -114,10 +114,10 @@ class Evaluator:
         Raises:
           InputError: a file is missing or does not fit, or there is no such checkpoint.
         """
-        iteration, tuned, scale = None, None, config.lora.alpha / config.lora.rank
+        iteration, tuned, scale = None, None, settings.lora.alpha / settings.lora.rank
         if checkpoint is not None:
             iteration, tuned = read_lora(Path(lora), str(checkpoint))
-        sampler = Sampler.build(config)
+        sampler = Sampler.build(settings)
         if lora is not None and checkpoint is None:
             tuned, scale = load_lora(lora, sampler.pipeline.base, prefix=sampler.pipeline.lora_prefix)
         unit = jax.device_count() * chunks
@@ -279,12 +279,11 @@ class Evaluator:
             advance(n)
         return np.concatenate(kept), {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
-    def means(self, tasks: Sequence[Task], numbers: ConfigDict, *, seed: int) -> dict[str, float]:
-        """The mean of every reward and part over each prompt set, as eval/SET/REWARD; `numbers` are config.eval."""
+    def means(self, tasks: Sequence[Task], numbers: Eval, *, seed: int) -> dict[str, float]:
+        """The mean of every reward and part over each prompt set, as eval/SET/REWARD; `numbers` are `Settings.eval`."""
         means = {}
         for task in tasks:
-            per_prompt, per_set = numbers.samples_per_prompt, numbers.samples_per_set
-            n = settings.samples_of_each(len(task.texts), per_prompt=per_prompt, per_set=per_set)
+            n = numbers.samples_of_each(len(task.texts))
             means |= means_of(f"eval/{task.name}", self.evaluate(task, seed=seed, samples_per_prompt=n)[1])
         return means
 

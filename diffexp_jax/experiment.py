@@ -11,20 +11,19 @@ import jax
 import numpy as np
 import optax
 from jaxtyping import Int
-from ml_collections import ConfigDict
 
 from diffexp_jax import parallel, paths
-from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Method, Policy, Setup
+from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Policy, Setup
 from diffexp_jax.algorithms.optimizer import make_optimizer
 from diffexp_jax.errors import InputError
 from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import load_prompt_sets, load_prompts
-from diffexp_jax.rewards import Reward, check_reward, load_reward, parsed_spec
+from diffexp_jax.rewards import Reward, Spec, check_reward, load_reward
 from diffexp_jax.run.fingerprint import fingerprint
-from diffexp_jax.sampler import Sampler, full_float32
-from diffexp_jax.settings import batch_split, check_config, chosen_method, optimizer_updates
+from diffexp_jax.sampler import Sampler
+from diffexp_jax.settings import Settings
 from diffexp_jax.task import Task
 
 
@@ -47,33 +46,28 @@ class Experiment(NamedTuple):
     evals: list[Task]
     ids: Int[np.ndarray, "P"]  # of the training prompts, see `PromptSet.ids`
     units: Int[np.ndarray, "P L"]  # of the training prompts, see `Pipeline.units`
-    method: Method
-    split: Split
-    group: int  # samples of each prompt drawn
+    settings: Settings
     optimizer: optax.GradientTransformation
-    config: ConfigDict  # numbers that only one function reads
 
     @classmethod
-    def build(cls, config: ConfigDict, *, weights: bool = True) -> "Experiment":
-        """Checks the settings, then loads what they name; prompts are encoded once, here.
+    def build(cls, settings: Settings, *, weights: bool = True) -> "Experiment":
+        """Loads what the settings name; prompts are encoded once, here.
 
         Args:
-          config: of configs/.
+          settings: `checked`.
           weights: False gives shapes in place of weights, and zeros for conditioning and tokens: for a dry run. It
             needs no files of published models, and has no evaluation sets.
 
         Raises:
           InputError: a setting that cannot work, or a file that is missing or does not fit.
         """
-        check_config(config)
-        method = chosen_method(config)
-        check_files(config, weights=weights)
-        train, evals = load_prompts(config.prompts), []
-        if weights:
-            evals = load_prompt_sets(_evaluated(config, config.eval.prompts))
-        reward, trained, rewards = load_rewards(config, weights=weights)
-        sampler = Sampler.build(config, weights=weights)
-        target_layers(config.lora.targets, sampler.pipeline.lora_targets)
+        check_files(settings, weights=weights)
+        train, evals = load_prompts(settings.prompts), []
+        if weights and settings.eval.every:
+            evals = load_prompt_sets(settings.eval.prompts)
+        reward, trained, rewards = load_rewards(settings, weights=weights)
+        sampler = Sampler.build(settings, weights=weights)
+        target_layers(settings.lora.targets, sampler.pipeline.lora_targets)
         task = Task.of(sampler, {reward: trained}, train)
         evals, pipeline = [Task.of(sampler, rewards, prompts) for prompts in evals], sampler.pipeline
         experiment = cls(
@@ -85,16 +79,18 @@ class Experiment(NamedTuple):
             train=task,
             evals=evals,
             ids=np.array(train.ids, np.int32),
-            units=pipeline.units(train, config.exploration.unit),
-            method=method,
-            split=batch_split(config),
-            group=config.batch.group,
-            optimizer=make_optimizer(config.optim, optimizer_updates(config)),
-            config=config,
+            units=pipeline.units(train, settings.exploration.unit),
+            settings=settings,
+            optimizer=make_optimizer(settings.optim, settings.optimizer_updates),
         )
-        if method.needs.step_noise:
+        if settings.method.needs.step_noise:
             check_noise(experiment)
         return experiment
+
+    @property
+    def split(self) -> Split:
+        """How an iteration's samples are shared out."""
+        return self.settings.split
 
     # ------------------------------------------------------------------------------------------------------- arrays
 
@@ -104,22 +100,22 @@ class Experiment(NamedTuple):
 
     @property
     def lora_scale(self) -> float:
-        return self.config.lora.alpha / self.config.lora.rank
+        return self.settings.lora.alpha / self.settings.lora.rank
 
     @property
     def lora_layers(self) -> tuple[str, ...]:
         """The last parts of the names of the layers that are trained."""
-        return target_layers(self.config.lora.targets, self.sampler.pipeline.lora_targets)
+        return target_layers(self.settings.lora.targets, self.sampler.pipeline.lora_targets)
 
     def initial_lora(self) -> Any:
         """Where fine-tuning starts."""
-        key, pipeline, lora = parallel.stream(self.config.seed, "lora"), self.sampler.pipeline, self.config.lora
+        key, pipeline, lora = parallel.stream(self.settings.seed, "lora"), self.sampler.pipeline, self.settings.lora
         options = {"rank": lora.rank, "alpha": lora.alpha, "targets": self.lora_layers, "prefix": pipeline.lora_prefix}
         return initial_lora(key, pipeline.base, path=lora.path, **options)
 
     def lora_shapes(self) -> Any:
         """The shapes of what is trained."""
-        base, options = self.sampler.pipeline.base, {"rank": self.config.lora.rank, "targets": self.lora_layers}
+        base, options = self.sampler.pipeline.base, {"rank": self.settings.lora.rank, "targets": self.lora_layers}
         return jax.eval_shape(lambda: init_lora(jax.random.key(0), base, **options))
 
     def identity(self) -> dict[str, str]:
@@ -127,7 +123,7 @@ class Experiment(NamedTuple):
         trained, texts, tokens = self.trained, self.train.texts, self.train.tokens[self.reward]
         return {
             "model": self.model,
-            "reward": f"{parsed_spec(self.config.reward).without_locations} {fingerprint(trained.params, tokens)}",
+            "reward": f"{self.settings.trained_reward.without_locations} {fingerprint(trained.params, tokens)}",
             "prompts": f"{len(texts)} {fingerprint(texts, self.units)}",
         }
 
@@ -156,23 +152,23 @@ class Experiment(NamedTuple):
             n_chunks=n_chunks or self.split.chunks,
             n_prompts=len(self.train.texts),
             n_steps=self.sampler.n_steps,
-            remat=self.config.model.remat != "none",
+            remat=self.settings.model.remat != "none",
             lora_size=sum(leaf.size for leaf in jax.tree.leaves(self.lora_shapes())),
-            full_float32=full_float32(self.config),
+            full_float32=self.settings.full_float32,
             reward_target=self.trained.target,
-            stream=partial(parallel.stream, self.config.seed),
+            stream=partial(parallel.stream, self.settings.seed),
         )
-        algorithm = self.method.make(setup)
+        algorithm = self.settings.method.make(setup)
         return algorithm._replace(init=jax.jit(algorithm.init))  # one program, not one for each shape of a state
 
     def batch_in_words(self) -> str:
         """How an iteration's samples come about."""
-        split, hosts = self.split, parallel.number_of_hosts()
+        split, group, hosts = self.split, self.settings.batch.group, parallel.number_of_hosts()
         devices = f"{split.devices} devices" + (f" of {hosts} hosts" if hosts > 1 else "")
         return (
             f"{split.samples} samples = {devices} x {split.chunks} chunks x {split.per_forward} samples per forward "
             f"pass ({split.chunks // split.updates} chunks to each of {split.updates} updates), "
-            f"{split.samples // self.group} prompts x {self.group}"
+            f"{split.samples // group} prompts x {group}"
         )
 
     def explores(self, it: int) -> bool:
@@ -182,14 +178,14 @@ class Experiment(NamedTuple):
     def draw_batch(self, it: int, explore: Callable[..., Conditioning] | None) -> Batch:
         """Random prompts of iteration `it` with all that the method needs of them, split among the devices.
 
-        Prompts are drawn for `group` samples that follow each other in the global index.
+        Prompts are drawn for `batch.group` samples that follow each other in the global index.
 
         Args:
           explore: reweights their conditioning (`programs.make_explore`); None leaves it as it is.
         """
-        n, seed = self.split.samples, self.config.seed
-        drawn = jax.random.randint(parallel.stream(seed, "prompts", it), (n // self.group,), 0, len(self.train.texts))
-        rows = np.repeat(np.asarray(drawn), self.group)
+        n, group, seed = self.split.samples, self.settings.batch.group, self.settings.seed
+        drawn = jax.random.randint(parallel.stream(seed, "prompts", it), (n // group,), 0, len(self.train.texts))
+        rows = np.repeat(np.asarray(drawn), group)
         ids = self.ids[rows]
         noise = parallel.sample_keys(parallel.stream(seed, "noise", it), n)
         cond, tokens = jax.tree.map(lambda x: x[rows], (self.train.cond, self.train.tokens[self.reward]))
@@ -217,53 +213,49 @@ class Experiment(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def check_files(config: ConfigDict, *, weights: bool) -> None:
+def check_files(settings: Settings, *, weights: bool) -> None:
     """Checks, before anything is loaded, that the files of rewards and of the LoRA to start from are there.
 
     Raises:
       InputError: one is not, or a reward is unknown.
     """
-    for reward in (config.reward, *_evaluated(config, config.eval.rewards)):
-        check_reward(reward, shapes_only=not weights)
-    if config.lora.path is not None and not paths.local("lora.path=", config.lora.path).exists():
-        raise InputError(f"lora.path={config.lora.path}: no such file or folder")
+    for spec in settings.reported_rewards:
+        check_reward(spec, shapes_only=not weights)
+    path = settings.lora.path
+    if path is not None and not paths.local("lora.path=", path).exists():
+        raise InputError(f"lora.path={path}: no such file or folder")
 
 
-def load_rewards(config: ConfigDict, *, weights: bool = True) -> tuple[str, Reward, dict[str, Reward]]:
+def load_rewards(settings: Settings, *, weights: bool = True) -> tuple[str, Reward, dict[str, Reward]]:
     """The trained reward's name, that reward, and what evaluation reports by name.
 
     Where both have the same type, the trained one is also the one that is reported, and loaded once.
     """
-    specs = list(dict.fromkeys([config.reward, *_evaluated(config, config.eval.rewards)]))
-    norm, host = config.textnorm, config.host_reward
+    specs, usual, reported = settings.reported_rewards, settings.reward_dtype, settings.eval.reward_dtype
+    norm, host = settings.textnorm, settings.host_reward
     options = {"shapes_only": not weights, "temperature": norm.temperature, "contrast": norm.contrast}
     options |= {"timeout": host.timeout, "workers": host.workers}
-    names = [parsed_spec(spec).name for spec in specs]
-    if len(set(names)) < len(names):
-        raise InputError(f"reward and eval.rewards: two of {', '.join(specs)} have the same name")
+    if len({spec.name for spec in specs}) < len(specs):
+        texts = ", ".join(spec.text for spec in specs)
+        raise InputError(f"reward and eval.rewards: two of {texts} have the same name")
 
-    def load(spec, dtype):
-        part_weights = tuple(config.reward_weights) if spec == config.reward else ()
+    def load(spec: Spec, dtype: str) -> Reward:
+        part_weights = settings.reward_weights if spec == settings.trained_reward else ()
         reward = load_reward(spec, weights=part_weights, dtype=dtype, **options)
         return reward if weights else reward._replace(params=_shapes_of(reward.params))
 
-    trained = load(config.reward, config.reward_dtype)
-    if METHODS[config.algorithm].needs.reward_gradient and trained.start:
+    trained = load(settings.trained_reward, usual)
+    if settings.method.needs.reward_gradient and trained.start:
         others = ", ".join(name for name, method in METHODS.items() if not method.needs.reward_gradient)
         raise InputError(
-            f"reward={config.reward!r}: {config.algorithm} needs the reward's gradient, and plain Python has none; "
+            f"reward={settings.reward!r}: {settings.algorithm} needs the reward's gradient, and plain Python has none; "
             f"wants algorithm {others}, or a function of JAX: jax:MODULE:FUNCTION"
         )
-    once = config.reward_dtype == config.eval.reward_dtype or not config.eval.every
+    once = usual == reported or not settings.eval.every
     rewards = {
-        name: trained if once and spec == config.reward else load(spec, config.eval.reward_dtype)
-        for name, spec in zip(names, specs, strict=True)
+        spec.name: trained if once and spec == settings.trained_reward else load(spec, reported) for spec in specs
     }
-    return names[0], trained, rewards
-
-
-def _evaluated(config: ConfigDict, values: Any) -> tuple:
-    return tuple(values) if config.eval.every else ()
+    return settings.trained_reward.name, trained, rewards
 
 
 def _shapes_of(tree: Any) -> Any:
@@ -273,8 +265,9 @@ def _shapes_of(tree: Any) -> Any:
 def check_noise(experiment: Experiment) -> None:
     """Raises InputError where a step adds no noise, hence has no log-probability, and the method needs it."""
     if not np.all(np.asarray(experiment.sampler.steps(explore=False).sigma_t) > 0):
+        method = experiment.settings.method.name
         raise InputError(
-            f"scheduler_config.json: a step adds no noise, and {experiment.method.name} needs some at every step; "
+            f"scheduler_config.json: a step adds no noise, and {method} needs some at every step; "
             "wants --config.model.scheduler.timestep_spacing=leading --config.model.scheduler.steps_offset=1 "
             "--config.model.scheduler.set_alpha_to_one=False"
         )

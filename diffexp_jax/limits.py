@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -102,6 +104,32 @@ class Setting(NamedTuple):
     accepted: Accepted
     about: str  # what else is to be known; "": nothing
 
+    @property
+    def kind(self) -> type:
+        """The type of a value that is not None: str of `str | None`, tuple of `tuple[str, ...]`."""
+        return typing.get_origin(self._annotation) or self._annotation
+
+    @property
+    def _annotation(self) -> Any:
+        (annotation,) = set(typing.get_args(self.type) if isinstance(self.type, types.UnionType) else [self.type]) - {
+            types.NoneType
+        }
+        return annotation
+
+    def fits(self, value: Any) -> bool:
+        """Whether the value is of its type: a list does for a tuple, a whole number for any, True for none of these."""
+        if value is None:
+            return self.default is None
+        if self.kind is tuple:
+            of = typing.get_args(self._annotation)[0]
+            return isinstance(value, tuple | list) and all(_is(item, of) for item in value)
+        return _is(value, self.kind)
+
+    @property
+    def wanted(self) -> str:
+        """What `fits`, in words."""
+        return "another type" if self.default is None else f"a {self.kind.__name__}, as {self.default!r}"
+
     def check(self, key: str, value: Any, name: str | None = None) -> None:
         """Raises InputError where the value is not accepted; `name` is what the user sets it by, if not by "KEY="."""
         name = f"{key}=" if name is None else name
@@ -111,6 +139,14 @@ class Setting(NamedTuple):
             one_of(key, value, self.accepted)
         elif self.accepted is not None:
             self.accepted(name, value)
+        elif not self.fits(value):
+            raise InputError(f"{name}{value!r:.100}: wants {self.wanted}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def setting(default: Any, meaning: str, accepted: Accepted = None, *, about: str = "") -> Any:

@@ -1,35 +1,22 @@
 """A model with the settings that it is sampled by: what training, evaluation and scripts/sample.py have in common."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Float
-from ml_collections import ConfigDict
 
 from diffexp_jax import backend, parallel
 from diffexp_jax.errors import InputError
 from diffexp_jax.exploration import guidance_schedule, sample_phrase_weights
-from diffexp_jax.models.precision import is_full_float32
 from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, zero_conditioning
 from diffexp_jax.prompts import PromptSet, one_prompt
 from diffexp_jax.sampling import Steps
-
-
-class Exploration(NamedTuple):
-    """The numbers of DiffExp, see `exploration.py`; the fields are the config's keys."""
-
-    enabled: bool
-    w_low: float
-    t_thresh: float
-    weight_range: tuple[float, float]
-    unit: str
-    scope: str
-    fraction: float
-    iterations: int | None
+from diffexp_jax.settings import Settings
+from diffexp_jax.settings.training import Exploration
 
 
 class Sampler(NamedTuple):
@@ -41,23 +28,21 @@ class Sampler(NamedTuple):
     n_steps: int
     guidance: float
     eta: float
-    exploration: Exploration
+    exploration: Exploration  # its `iterations` is a number
 
     @classmethod
-    def build(cls, config: ConfigDict, *, weights: bool = True) -> "Sampler":
+    def build(cls, settings: Settings, *, weights: bool = True) -> "Sampler":
         """Loads the model that the settings name.
 
         Args:
-          config: checked by `settings.check_values`.
           weights: False gives shapes in place of weights, and zeros for conditioning.
 
         Raises:
           InputError: a file of the model is missing or does not fit.
         """
-        pipeline = load_pipeline(config.model.path, weights=weights, **pipeline_options(config))
+        pipeline = load_pipeline(settings.model.path, weights=weights, **pipeline_options(settings))
         empty = encode_empty(pipeline) if weights else jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
-        s, e = config.sampling, config.exploration
-        exploration = Exploration(**e.to_dict())
+        s, exploration = settings.sampling, replace(settings.exploration, iterations=settings.exploring_iterations)
         sampler = cls(pipeline, empty, pipeline.unconditional(empty), s.steps, s.guidance, s.eta, exploration)
         return sampler.negated(s.negative_prompt) if s.negative_prompt else sampler
 
@@ -156,36 +141,10 @@ class Sampler(NamedTuple):
             )
 
 
-def model_dtype(config: ConfigDict) -> np.dtype:
-    """What model.dtype comes to on this machine."""
-    auto = "float32" if backend.platform() == "cpu" else "bfloat16"
-    return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
-
-
-def full_float32(config: ConfigDict) -> bool:
-    """Whether the model computes in float32 throughout, matrix products too."""
-    return is_full_float32(config.model.matmul_precision, model_dtype(config))
-
-
-def pipeline_options(config: ConfigDict) -> dict[str, Any]:
+def pipeline_options(settings: Settings) -> dict[str, Any]:
     """The settings that `load_pipeline` takes."""
-    m = config.model
+    m = settings.model
     options = {"image_size": m.image_size, "remat_blocks": m.remat == "block", "vae_slice": m.vae_slice}
     options |= {"revision": m.revision, "variant": m.variant, "tokenizer": m.tokenizer}
-    options |= {"scheduler": scheduler_overrides(config)}
-    return {"dtype": model_dtype(config), "matmul_precision": m.matmul_precision} | options
-
-
-def scheduler_overrides(config: ConfigDict) -> dict[str, Any]:
-    """What is to be otherwise than the model's scheduler_config.json says."""
-    s = config.model.scheduler
-    values = {
-        "timestep_spacing": s.timestep_spacing,
-        "steps_offset": s.steps_offset,
-        "set_alpha_to_one": s.set_alpha_to_one,
-        "prediction_type": s.prediction_type,
-        "rescale_betas_zero_snr": s.rescale_betas_zero_snr,
-        "clip_sample": s.clip_sample,
-        "shift": s.shift,
-    }
-    return {key: value for key, value in values.items() if value is not None}
+    options |= {"scheduler": m.scheduler.overrides}
+    return {"dtype": settings.dtype, "matmul_precision": m.matmul_precision} | options

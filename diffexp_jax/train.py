@@ -32,13 +32,13 @@ from diffexp_jax.run.metrics import MetricsWriter, check_finite, score_of
 from diffexp_jax.run.progress import Progress
 from diffexp_jax.run.stopping import StopRequests
 from diffexp_jax.sampling import Steps
-from diffexp_jax.settings import check_config
+from diffexp_jax.settings import Settings, as_dict, check, parsed
 
 
 class Run(NamedTuple):
     """What stays the same from the first iteration to the last; arrays are on the devices."""
 
-    config: ConfigDict
+    settings: Settings
     workdir: Path
     experiment: Experiment
     programs: Programs
@@ -50,41 +50,42 @@ class Run(NamedTuple):
     lease: Lease | None  # of the workdir; the first host's
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict | Settings, workdir: Path) -> None:
     """Trains from `config`, or continues what `workdir` holds; everything it makes is in `workdir`."""
     # ------------------------------------------------------------------------------------------------------- settings
-    if config.deterministic:
+    settings = parallel.together(lambda: parsed(config))
+    if settings.deterministic:
         backend.ask_for_determinism()
-    parallel.together(lambda: check_config(config))
-    config, changes = parallel.from_first(lambda: workdirs.plan(workdir, config))
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(paths.local("compilation_cache=", config.compilation_cache)))
+    parallel.together(lambda: check(settings))
+    settings, changes = parallel.from_first(lambda: workdirs.plan(workdir, settings))
+    if cache := settings.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(paths.local("compilation_cache=", cache)))
 
     # --------------------------------------------------------------------- model, rewards, prompts, compiled programs
-    experiment = parallel.together(lambda: Experiment.build(config))
+    experiment = parallel.together(lambda: Experiment.build(settings))
     lora, identity = experiment.initial_lora(), experiment.identity()
     parallel.check_same("model, reward or prompts", str(identity))
-    with parallel.on_first(lambda: workdirs.claim(workdir, config, identity, describe(experiment))) as lease:
+    with parallel.on_first(lambda: workdirs.claim(workdir, settings, identity, describe(experiment))) as lease:
         programs, frozen = make_programs(experiment), parallel.share(experiment.frozen)
         plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
         evaluator, count = Evaluator.of_experiment(experiment, programs, frozen), experiment.sampler.count_evaluations()
-        this = Run(config, workdir, experiment, programs, evaluator, frozen, plain, explored, count, lease)
+        this = Run(settings, workdir, experiment, programs, evaluator, frozen, plain, explored, count, lease)
         state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
         if parallel.is_first():
             prefix = experiment.sampler.pipeline.lora_prefix
-            save_lora(workdir / LORA_FILE, parallel.first(state.tuned), alpha=config.lora.alpha, prefix=prefix)
+            save_lora(workdir / LORA_FILE, parallel.first(state.tuned), alpha=settings.lora.alpha, prefix=prefix)
             print(report.finish(workdir))
 
 
 def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
     """Trains from `state`, or from the newest checkpoint; the last state, on the devices."""
-    config, log, best = run.config, run.config.log, run.config.checkpoint.best
-    wandb = config.to_dict() if log.wandb else None
+    settings, log, best = run.settings, run.settings.log, run.settings.checkpoint.best
+    wandb = as_dict(settings) if log.wandb else None
     with (
-        StopRequests(grace=config.stop_grace) as stop,
-        Checkpoints(run.workdir, keep=config.checkpoint.keep) as checkpoints,
+        StopRequests(grace=settings.stop_grace) as stop,
+        Checkpoints(run.workdir, keep=settings.checkpoint.keep) as checkpoints,
         MetricsWriter(run.workdir, tensorboard=log.tensorboard, wandb=wandb) as writer,
     ):
         stop.last_resort = checkpoints.save_held
@@ -106,7 +107,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
     Raises:
       Stopped: a signal has asked for it; RewardError: a reward on the host failed. What was trained is saved.
     """
-    every, end, held = run.config.checkpoint.every, run.config.iterations, parallel.first(state)
+    every, end, held = run.settings.checkpoint.every, run.settings.iterations, parallel.first(state)
     print(f"an iteration: {run.experiment.batch_in_words()}")
     bar = Progress(start, end)
     for it in bar:
@@ -127,7 +128,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
             failed = error  # the row is without its evaluation
         workdirs.check(run.lease)
         writer.write(it + 1, values)
-        number, score = parallel.agree(stop.number()), score_of(values, run.config.checkpoint.best)
+        number, score = parallel.agree(stop.number()), score_of(values, run.settings.checkpoint.best)
         if due or number or failed or checkpoints.is_best(score):
             checkpoints.save(it + 1, held, rows=writer.recent, score=score)
         checkpoints.check()
@@ -151,7 +152,7 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
     sample = run.programs.sample
     samples = jax.block_until_ready(sample(state, run.frozen, batch, steps)) if sample else None
     sampled = time.perf_counter()
-    key = parallel.replicate(parallel.stream(run.config.seed, "update", it))
+    key = parallel.replicate(parallel.stream(run.settings.seed, "update", it))
     state, metrics = run.programs.update(state, run.frozen, Inputs(batch, steps, key, samples))
     values: dict[str, Any] = {name: float(value) for name, value in parallel.first(metrics).items()}
     parallel.together(lambda: check_finite(it + 1, values, run.workdir))
@@ -161,17 +162,17 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
 
 def evaluate_and_draw(run: Run, lora: Any, iteration: int) -> dict[str, float]:
     """What is due after this many iterations: saves the image grid, and gives the means of evaluation."""
-    config, model = run.config, run.evaluator.with_lora(lora)
+    settings, model = run.settings, run.evaluator.with_lora(lora)
 
     def due(every):
-        return every and (iteration == config.iterations or iteration % every == 0)
+        return every and (iteration == settings.iterations or iteration % every == 0)
 
-    if (n := config.log.images) and due(config.log.images_every):
+    if (n := settings.log.images) and due(settings.log.images_every):
         shown = run.experiment.train.grid(n)
-        images, _ = model.evaluate(shown, seed=config.seed, keep=range(n))
+        images, _ = model.evaluate(shown, seed=settings.seed, keep=range(n))
         if parallel.is_first():
             report.save_images(run.workdir, iteration, images, shown.texts)
-    return model.means(run.experiment.evals, config.eval, seed=config.seed) if due(config.eval.every) else {}
+    return model.means(run.experiment.evals, settings.eval, seed=settings.seed) if due(settings.eval.every) else {}
 
 
 if __name__ == "__main__":

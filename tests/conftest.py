@@ -33,6 +33,7 @@ from diffexp_jax.models.lora import init_lora  # noqa: E402
 from diffexp_jax.pipelines import load_pipeline  # noqa: E402
 from diffexp_jax.run import checkpoint  # noqa: E402
 from diffexp_jax.run import workdir as workdirs  # noqa: E402
+from diffexp_jax.settings import parsed  # noqa: E402
 from tests.support import tiny  # noqa: E402
 
 TRACED: dict[str, dict] = {}
@@ -178,8 +179,8 @@ def lora(tiny_model):
 def workdir(make_config, lora, tmp_path) -> Path:
     """What a run that was stopped after its seventh iteration left."""
     folder = tmp_path / "run"
-    config, _ = workdirs.plan(folder, make_config("alignprop", {"lora.alpha": 8.0}))
-    with workdirs.claim(folder, config, {}), checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+    planned, _ = workdirs.plan(folder, parsed(make_config("alignprop", {"lora.alpha": 8.0})))
+    with workdirs.claim(folder, planned, {}), checkpoint.Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(7, {"lora": lora, "iteration": np.array(7)})
     return folder
 

@@ -29,7 +29,7 @@ from diffexp_jax.rewards import BUILTINS, load_reward
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.run.workdir import plan
-from diffexp_jax.settings import read_config
+from diffexp_jax.settings import checked, parsed, read_config
 from tests.support import ROOT
 from tests.support.tiny import SCHEDULER, random_weights, write_part
 
@@ -62,13 +62,13 @@ def check_what_reads_its_run(script, method, config, workdir):
     assert [row["iteration"] for row in read_metrics(workdir)] == [0, 1, 2, 3]
     del longer["grouped"]
     with pytest.raises(InputError, match=r"grouped.clip \(0.5 there, 0.0001 here\)"):
-        plan(workdir, longer)
+        plan(workdir, parsed(longer))
     path = workdir / "config.json"
     content = json.loads(path.read_text())
     del content["grouped"]  # as a run wrote that left the method's settings at their defaults
     path.write_text(json.dumps(content))
-    assert read_config(path)[0].grouped.to_dict() == {"clip": 1e-4}
-    assert plan(workdir, longer).config.grouped.to_dict() == {"clip": 1e-4}
+    assert read_config(path)[0].method == method()
+    assert plan(workdir, parsed(longer)).settings.method == method()
 
 
 @pytest.mark.usefixtures("programs_once")
@@ -79,16 +79,16 @@ def test_a_method(monkeypatch, make_config, script, tmp_path):
     config = make_config("ddpo", PLAIN).unlock()
     config.algorithm = "grouped"
     with pytest.raises(InputError, match="batch.group=1: grouped compares samples of a prompt; wants at least 2"):
-        Experiment.build(config)
+        Experiment.build(checked(config))
     config.batch.group = 4
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(checked(config))
     ids = experiment.draw_batch(0, None).prompt_id[0]
     np.testing.assert_array_equal(ids[:4], ids[0])
     np.testing.assert_array_equal(ids[4:], ids[4])
-    assert experiment.method == method(clip=1e-4)
+    assert experiment.settings.method == method(clip=1e-4)
 
     config["grouped"] = {"clip": 0.5}
-    assert Experiment.build(config).method == method(clip=0.5)
+    assert Experiment.build(checked(config)).settings.method == method(clip=0.5)
     train.run(config.lock(), tmp_path / "run")
     rows = read_metrics(tmp_path / "run")
     assert [row["iteration"] for row in rows] == [0, 1, 2] and rows[-1]["seen"] == 16 and rows[-1]["grad_norm"] > 0
@@ -100,7 +100,7 @@ def test_a_method(monkeypatch, make_config, script, tmp_path):
     config = config.copy_and_resolve_references()
     config["grouped"] = {"clipp": 0.5}
     with pytest.raises(InputError, match="grouped: the key='clipp'"):
-        Experiment.build(config)
+        Experiment.build(checked(config))
 
 
 def test_a_reward(monkeypatch, tiny_clip):
@@ -122,7 +122,7 @@ def test_a_process(monkeypatch, make_config, tiny_model, tmp_path):
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(SCHEDULER | {"_class_name": "HalfNoiseScheduler"}))
     config = make_config("ddpo", PLAIN | {"model.path": str(folder), "iterations": 1})
-    experiment, usual = Experiment.build(config), Experiment.build(make_config("ddpo", PLAIN))
+    experiment, usual = Experiment.build(checked(config)), Experiment.build(checked(make_config("ddpo", PLAIN)))
     half, whole = (x.sampler.steps(explore=False).sigma_t for x in (experiment, usual))
     np.testing.assert_allclose(half, whole / 2)
     train.run(config, tmp_path / "run")
@@ -131,7 +131,7 @@ def test_a_process(monkeypatch, make_config, tiny_model, tmp_path):
 
 def test_a_prompt_set(monkeypatch, make_config):
     monkeypatch.setitem(PROMPTS, "colours", example("colours").COLOURS)
-    experiment = Experiment.build(make_config("ddpo", PLAIN | {"prompts": "colours"}))
+    experiment = Experiment.build(checked(make_config("ddpo", PLAIN | {"prompts": "colours"})))
     assert experiment.train.texts == ("a red car", "a blue car", "a red house", "a blue house")
     assert int(experiment.units.max()) == 3 and jnp.isfinite(experiment.train.cond.embedding).all()
 
@@ -172,7 +172,7 @@ def test_a_kind_of_model(two_lengths, make_config, script, tmp_path):
         "prompts": f"prompt:{text}",
     }
     config = make_config("ddpo", PLAIN | changes | {"exploration.weight_range": (3.0, 3.0)})
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(checked(config))
     cond, (units,) = experiment.train.cond, experiment.units
     assert cond.shape == (1, 8 + 24, WIDTH) and cond.dtype == jnp.bfloat16
     assert units[:8].tolist() == [0, 1, 2, 3, 4, 5, 6, 0] and units[8:].max() == 9  # the first reads six tokens
@@ -202,12 +202,14 @@ def test_a_kind_of_model(two_lengths, make_config, script, tmp_path):
 def test_a_kind_of_model_has_its_own_lora(two_lengths, make_config, tiny_model, tmp_path):
     """Targets, shapes for a dry run; and no LoRA of a UNet fits."""
     config = make_config("ddpo", PLAIN | {"model.path": str(two_lengths), "lora.targets": ("projections",)})
-    shapes = Experiment.build(config, weights=False)
+    shapes = Experiment.build(checked(config), weights=False)
     assert list(shapes.lora_shapes()) == ["proj_out"] and shapes.units.shape == (5, 8 + 24)
     with pytest.raises(InputError, match="lora.targets='feed_forward': accepted: attention, projections, or single "):
-        Experiment.build(make_config("ddpo", {"model.path": str(two_lengths), "lora.targets": ("feed_forward",)}))
+        Experiment.build(
+            checked(make_config("ddpo", {"model.path": str(two_lengths), "lora.targets": ("feed_forward",)}))
+        )
     unet = load_pipeline(tiny_model)
     save_lora(tmp_path / "x.safetensors", init_lora(jax.random.key(0), unet.base, rank=2), alpha=2.0)
     config = make_config("ddpo", PLAIN | {"model.path": str(two_lengths), "lora.path": str(tmp_path / "x.safetensors")})
     with pytest.raises(InputError, match="no layer of this model's transformer .*: a LoRA of a UNet"):
-        Experiment.build(config).initial_lora()
+        Experiment.build(checked(config)).initial_lora()

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffexp_jax import backend, command, experiment, sampler, train
 from diffexp_jax.experiment import Experiment
+from diffexp_jax.settings import checked
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_bad_prompt_files(fails, make_config, tmp_path, content, said):
 def test_a_prompt_that_is_too_long_is_cut_and_named(make_config, tmp_path, caplog):
     long = "a dog " + "washing the dishes " * 20
     (tmp_path / "p.txt").write_text(f"a cat\n{long}\n")
-    loaded = Experiment.build(make_config("alignprop", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0}))
+    loaded = Experiment.build(checked(make_config("alignprop", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0})))
     assert f"prompt cut to 32 tokens: {long.strip()!r:.100}\n" in caplog.text
     assert caplog.text.count("prompt cut") == 1
     cond = loaded.train.cond.embedding
@@ -114,7 +115,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_named(make_config, tmp_path, caplo
 
 def test_a_prompt_that_is_there_twice_is_drawn_twice_as_often_under_one_id(make_config, tmp_path):
     (tmp_path / "p.txt").write_text("a cat\na dog\na dog\na dog\n")
-    loaded = Experiment.build(make_config("ddpo", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0}))
+    loaded = Experiment.build(checked(make_config("ddpo", {"prompts": str(tmp_path / "p.txt"), "eval.every": 0})))
     ids = np.concatenate([np.ravel(loaded.draw_batch(it, None).prompt_id) for it in range(30)])
     assert loaded.train.texts == ("a cat", "a dog", "a dog", "a dog") and set(ids.tolist()) == {0, 1}
     assert 0.6 < (ids == 1).mean() < 0.9 and ids.dtype == np.int32

@@ -15,7 +15,7 @@ from diffexp_jax.algorithms import METHODS
 from diffexp_jax.cli import train as cli_train
 from diffexp_jax.limits import Number
 from diffexp_jax.prompts import load_prompts
-from diffexp_jax.settings import Settings, by_key
+from diffexp_jax.settings import Settings, by_key, parsed
 from tests.support import ROOT
 from tests.support.runs import run_program
 
@@ -164,8 +164,8 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, command_line, script,
         "ddpo", {"reward": "pickscore:~/clip", "model.path": "~/model", "lora.path": "~/l.safetensors"}
     )
     (tmp_path / "l.safetensors").write_text("")
-    experiment.check_files(config, weights=True)
-    assert settings.cpu_devices(config) == 1
+    experiment.check_files(parsed(config), weights=True)
+    assert settings.cpu_devices(parsed(config)) == 1
     assert not (tmp_path / "~").exists()
 
 

@@ -21,7 +21,7 @@ from diffexp_jax.cli import train as cli_train
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.rewards import load_reward
-from diffexp_jax.settings import check_config
+from diffexp_jax.settings import checked
 from tests.support import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,7 +49,7 @@ def test_commands(command, monkeypatch):
         monkeypatch.setattr(sys, "argv", words[2:])
         with flagsaver.flagsaver():
             assert cli_train.parse_flags(sys.argv) == ["diffexp_jax.train"]
-            check_config(cli_train._CONFIG.value)
+            checked(cli_train._CONFIG.value)
     else:
         if words[1] == "-m":
             words[1:3] = [f"{words[2].replace('.', '/')}.py"]

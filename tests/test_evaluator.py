@@ -19,14 +19,15 @@ from diffexp_jax.rewards import load_reward, scoring
 from diffexp_jax.rewards.scoring import Scorers
 from diffexp_jax.run import workdir as workdirs
 from diffexp_jax.run.checkpoint import Checkpoints
-from diffexp_jax.sampler import Exploration, Sampler
+from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import initial_latents, load_process
-from diffexp_jax.settings import default_config
+from diffexp_jax.settings import parsed
+from diffexp_jax.settings.training import Exploration
 from diffexp_jax.task import Task
 from tests.support.tiny import CompileCounter, nonzero_lora
 
 PIPELINE = Pipeline(*[None] * len(Pipeline._fields))._replace(process=load_process({}))
-NUMBERS = Exploration(False, 1.0, 900, (1.0, 1.0), "word", "sample", 0.5, None)
+NUMBERS = Exploration(enabled=False, weight_range=(1.0, 1.0), iterations=0)
 SAMPLER = Sampler(PIPELINE, None, None, n_steps=2, guidance=1.0, eta=0.0, exploration=NUMBERS)
 PROMPTS, EACH, BATCH = 7, 5, 8  # 35 images: four batches and a part of one
 
@@ -94,9 +95,8 @@ def test_the_same_as_all_at_once(evaluate):
 @pytest.fixture(scope="module")
 def built(tiny_model):
     """The tiny model, two steps without noise of their own."""
-    config, numbers = default_config(), {"sampling.steps": 2, "sampling.guidance": 3.0, "sampling.eta": 0.0}
-    config.update_from_flattened_dict({"model.path": str(tiny_model)} | numbers)
-    return Sampler.build(config)
+    numbers = {"sampling.steps": 2, "sampling.guidance": 3.0, "sampling.eta": 0.0}
+    return Sampler.build(changed(Settings(), {"model.path": str(tiny_model)} | numbers))
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,8 @@ def loras(built):
 def workdir(make_config, loras, built, tmp_path, monkeypatch):
     """A run with two checkpoints, the older one the best, the newer one with an average; and what it ended with."""
     folder = tmp_path / "run"
-    config, _ = workdirs.plan(folder, make_config("alignprop", {"lora.alpha": 8.0}))
-    with workdirs.claim(folder, config, {}), Checkpoints(folder, keep=2) as checkpoints:
+    planned, _ = workdirs.plan(folder, parsed(make_config("alignprop", {"lora.alpha": 8.0})))
+    with workdirs.claim(folder, planned, {}), Checkpoints(folder, keep=2) as checkpoints:
         checkpoints.save(3, {"lora": loras[3], "iteration": np.array(3)}, score=2.0)
         averaged = {"lora": loras[3], "opt_state": {"average": loras[5]}, "iteration": np.array(5)}
         checkpoints.save(5, averaged, score=1.0)
@@ -157,7 +157,7 @@ def test_of_no_run(workdir, tmp_path):
 def test_settings_to_sample_by(workdir, tiny_model, monkeypatch):
     """A run's own, or as diffusers samples; others by name."""
     seen = []
-    monkeypatch.setattr(Evaluator, "of_config", lambda config, **options: seen.append((config, options)))
+    monkeypatch.setattr(Evaluator, "of_settings", lambda settings, **options: seen.append((settings, options)))
     Evaluator.of_run(workdir, steps=7, weight_range=[1.0, 2.0], batch=3)
     Evaluator.of_model(tiny_model, guidance=2, scheduler=["timestep_spacing=trailing"], lora="l.safetensors")
     (of_run, options), (of_model, others) = seen

@@ -1,5 +1,7 @@
 """DiffExp's two equations with literal numbers, and the random draw of what is weighted."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from diffexp_jax import parallel
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.exploration import exploring_iterations, guidance_schedule, reweight_prompt, sample_phrase_weights
+from diffexp_jax.settings import checked
 
 T = jnp.array([981, 901, 900, 881, 1])
 
@@ -139,9 +142,9 @@ def test_exploring_iterations(fraction, expected):
 def scopes(make_config):
     """{scope: {iteration: (prompt ids, Eq. 8's weights of 16 images)}} of the five training prompts."""
     config = make_config("ddpo", {"eval.every": 0, "batch.samples": 16}).unlock()
-    experiment, drawn = Experiment.build(config), {}
+    experiment, drawn = Experiment.build(checked(config)), {}
     for scope in ("image", "prompt"):
-        e = experiment.sampler.exploration._replace(scope=scope)
+        e = replace(experiment.sampler.exploration, scope=scope)
         this = experiment._replace(sampler=experiment.sampler._replace(exploration=e))
         seen = []
 

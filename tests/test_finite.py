@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from configs import base
 from diffexp_jax import rewards
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
@@ -19,7 +20,7 @@ from diffexp_jax.programs import check_pictures
 from diffexp_jax.rewards import load_reward
 from diffexp_jax.rewards.scoring import check_scores, means_of
 from diffexp_jax.sampler import Sampler
-from diffexp_jax.settings import default_config
+from diffexp_jax.settings import parsed
 
 DTYPES = [np.float32, np.float16, jnp.bfloat16]
 
@@ -97,12 +98,12 @@ def test_a_score_that_is_not_finite(monkeypatch, script, tmp_path, capsys):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_pictures_that_are_not_finite(tiny_model, value, monkeypatch):
     """Of sample.py, which wants numbers, and of evaluate.py: as bytes they would be black or white."""
-    config = default_config()
+    config = base.default()
     config.update_from_flattened_dict({"model.path": str(tiny_model), "sampling.steps": 1})
-    built = Sampler.build(config)
+    built = Sampler.build(parsed(config))
     built.pipeline.params["vae"]["decoder"]["conv_out"]["bias"][0] = value
     monkeypatch.setattr(Sampler, "build", lambda config: built)
-    model = Evaluator.of_config(config, batch=1)
+    model = Evaluator.of_settings(parsed(config), batch=1)
     for sample in (partial(model.images, floats=True), model.images, model.evaluate):
         with pytest.raises(InputError, match="^1 of 1 pictures are not finite: the model, its VAE or the LoRA"):
             sample(["a dog"])

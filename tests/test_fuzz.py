@@ -33,7 +33,7 @@ from diffexp_jax.prompts.files import read_named_prompts
 from diffexp_jax.rewards import processor
 from diffexp_jax.rewards.host import host_reward
 from diffexp_jax.sampling import ddim, flow
-from diffexp_jax.settings import check_config, cpu_devices, default_config, read_config
+from diffexp_jax.settings import Settings, as_dict, checked, cpu_devices, parsed, read_config
 from tests.support import ROOT
 from tests.support.fuzz import CHANGES, EXAMPLES, PATIENCE, VALUES, changed, fuzz
 from tests.support.runs import run_program
@@ -46,7 +46,7 @@ from tests.support.tiny import INDEX, SCHEDULER, TOWER, UNET, VAE, VISION, as_fl
 @EXAMPLES
 def test_config_json(examples, tmp_path):
     """Keys with any values, keys that there are not, and broken text."""
-    good = default_config().to_dict()
+    good = as_dict(Settings())
     good["algorithm"] = "ddpo"
 
     def write(example):
@@ -61,9 +61,9 @@ def test_config_json(examples, tmp_path):
                 section[leaf] = value
         text = json.dumps(content)
         (tmp_path / "config.json").write_bytes(changed(text.encode(), changes))
-        config, _ = read_config(tmp_path / "config.json")
-        check_config(config)
-        cpu_devices(config)
+        settings, _ = read_config(tmp_path / "config.json")
+        checked(settings)
+        cpu_devices(parsed(settings))
 
     keys = st.sampled_from(sorted(KEYS)) | st.text(max_size=8)
     fuzz(st.tuples(st.dictionaries(keys, VALUES, max_size=3), CHANGES | st.just([])), write, examples)
@@ -94,10 +94,10 @@ def test_flags(examples, monkeypatch, tmp_path):
             with flagsaver.flagsaver(), contextlib.redirect_stderr(said):
                 cli_train.parse_flags(argv)
                 config = cli_train._CONFIG.value
-                check_config(config)
-                cpu_devices(config)
-                check_files(config, weights=False)
-                load_prompts(config.prompts)
+                settings = checked(config)
+                cpu_devices(parsed(settings))
+                check_files(settings, weights=False)
+                load_prompts(settings.prompts)
         except SystemExit as stop:
             assert stop.code == 2 and len(said.getvalue().strip().splitlines()) == 1, said.getvalue()
 
@@ -338,7 +338,7 @@ def broken_input(kind: str, changes: list, folder: Path, clip: Path, lora: bytes
     if kind == "flag":
         return {"exploration.weight_range": changed(b"(1.0, 1.5)", changes).decode(errors="ignore").replace("\0", "")}
     (folder / "run" / "checkpoints" / "0").mkdir(parents=True)
-    content = json.dumps(default_config().to_dict()).encode()
+    content = json.dumps(as_dict(Settings())).encode()
     (folder / "run" / "config.json").write_bytes(changed(content, changes))
     return {}
 

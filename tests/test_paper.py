@@ -6,7 +6,7 @@ from flax.traverse_util import flatten_dict
 from configs import alignprop, base, ddpo, paper
 from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.prompts import PROMPTS
-from diffexp_jax.settings import check_config, samples_of_each
+from diffexp_jax.settings import checked, parsed
 
 NAMES = """
 fig1 fig4_ddpo_aesthetic fig4_ddpo_pickscore fig4_alignprop_aesthetic fig4_alignprop_pickscore
@@ -36,8 +36,8 @@ def test_the_papers_figures():
 def test_the_papers_configs(name, model):
     """Every one can run, explores, and its baseline differs in nothing else."""
     config, plain = paper.get_config(name + model), paper.get_config(f"{name},explore=false{model}")
-    check_config(config)
-    check_config(plain)
+    checked(config)
+    checked(plain)
     assert flatten_dict(config.to_dict()).keys() == flatten_dict(base.default().to_dict()).keys()
     images = 32 if model and config.algorithm == "alignprop" else 64
     assert config.batch.samples == images and config.exploration.fraction == 0.75
@@ -153,8 +153,8 @@ def test_figure_3_is_one_command():
 def test_aesthetic_curves_are_of_many_images(name):
     """16 of each of the six unseen animals, 3 of the 45; the miniature has seeds instead."""
     config = paper.get_config(name)
-    numbers = dict(per_prompt=config.eval.samples_per_prompt, per_set=config.eval.samples_per_set)
-    assert [samples_of_each(len(PROMPTS[x]), **numbers) for x in config.eval.prompts] == [3, 16]
+    evaluation = parsed(config).eval
+    assert [evaluation.samples_of_each(len(PROMPTS[x])) for x in evaluation.prompts] == [3, 16]
     assert paper.get_config(f"{name},model=emoji").eval.samples_per_set == 1
 
 

@@ -11,7 +11,7 @@ from diffexp_jax import backend, command, settings
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, whole
-from diffexp_jax.settings import Settings, by_key
+from diffexp_jax.settings import Settings, by_key, parsed
 from tests.support.tiny import as_flags
 
 DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")
@@ -51,7 +51,7 @@ def test_a_target_that_makes_no_sense(value):
     config = config_with("alignprop.truncation_k", 1)
     config.alignprop.reward_target = value
     with pytest.raises(InputError, match="alignprop.reward_target="):
-        settings.check_config(config)
+        settings.checked(config)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_devices_of_a_cpu(monkeypatch, cores, changes, devices):
     monkeypatch.setattr(settings.checks.os, "sched_getaffinity", lambda pid: range(cores))
     config = config_with("seed", 0)
     config.update_from_flattened_dict(changes)
-    assert settings.cpu_devices(config) == devices
+    assert settings.cpu_devices(parsed(config)) == devices
 
 
 def test_devices_of_a_cpu_for_a_large_model(monkeypatch, tmp_path):
@@ -81,15 +81,15 @@ def test_devices_of_a_cpu_for_a_large_model(monkeypatch, tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "model.safetensors").write_bytes(bytes(1000))
     config = config_with("model.path", str(tmp_path))
-    assert settings.cpu_devices(config) == 2
+    assert settings.cpu_devices(parsed(config)) == 2
 
 
 def test_what_seeds_mean():
     """2^32 would be 0 again, and a longer one no number for jax."""
-    settings.check_config(config_with("seed", 2**32 - 1))
+    settings.checked(config_with("seed", 2**32 - 1))
     for seed in (2**32, 10**40):
         with pytest.raises(InputError, match="seed=.*wants 0..4294967295"):
-            settings.check_config(config_with("seed", seed))
+            settings.checked(config_with("seed", seed))
 
 
 def test_ranges_literal():
@@ -117,7 +117,7 @@ def test_a_config_without_a_key():
     config.algorithm = "ddpo"
     del config.optim["eps"]
     with pytest.raises(InputError, match=r"config: has no key optim.eps; configs/base.py has them all"):
-        settings.check_config(config)
+        settings.checked(config)
 
 
 # --------------------------------------------------------------------------------------------------------- config.json
@@ -141,7 +141,7 @@ def test_a_config_comes_back_as_it_was(stored):
     config, new = settings.read_config(stored(lambda c: c))
     expected = base.default()
     expected.algorithm = "ddpo"
-    assert config.to_dict() == expected.to_dict() and new == []
+    assert settings.flat(config) == flatten_dict(expected.to_dict(), sep=".") and new == []
 
 
 def without(*keys):
@@ -200,7 +200,7 @@ def test_configs_that_no_run_wrote(stored, change, said):
 @pytest.mark.parametrize("text", ["  ", "\ud800", "a\udcff"], ids=["blank", "half a pair", "no UTF-8"])
 def test_negative_prompts_that_are_no_text(text):
     with pytest.raises(InputError, match="^sampling.negative_prompt='.*': wants words .of valid UTF-8., or nothing$"):
-        settings.check_config(config_with("sampling.negative_prompt", text))
+        settings.checked(config_with("sampling.negative_prompt", text))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from diffexp_jax.pipelines.stable_diffusion import load
 from diffexp_jax.programs import Programs
 from diffexp_jax.run import checkpoint, progress
 from diffexp_jax.run.metrics import read_metrics, score_of
+from diffexp_jax.settings import checked
 from tests.support import ROOT
 from tests.support.runs import LORA, PLAIN, assert_same_run, contents, program, rows_of
 from tests.support.tiny import CompileCounter
@@ -426,7 +427,7 @@ def test_the_learning_rate_over_a_run(make_config, schedule, rates):
 def test_what_counts_as_an_update(make_config, algorithm, changes, n):
     """Of the schedule of a run of two iterations: each pass over the samples anew; the rate is 0 after the last."""
     config = make_config(algorithm, changes | {"iterations": 2, "optim.schedule": "linear", "optim.weight_decay": 0.0})
-    optimizer, x, steps = Experiment.build(config).optimizer, jnp.zeros(2), []
+    optimizer, x, steps = Experiment.build(checked(config)).optimizer, jnp.zeros(2), []
     state = optimizer.init(x)
     for _ in range(n + 1):
         change, state = optimizer.update(jnp.array([0.3, -0.1]), state, x)
@@ -460,5 +461,5 @@ def test_determinism_is_asked_for_before_a_device_is_used(make_config, tmp_path,
 def test_a_grid_of_a_single_prompt(make_config):
     """As many pictures as asked for: of one prompt on several seeds."""
     config = make_config("ddpo", {"prompts": "a dog riding a bike", "log.images": 3, "eval.every": 0})
-    shown = Experiment.build(config).train.grid(3)
+    shown = Experiment.build(checked(config)).train.grid(3)
     assert shown.texts == ("a dog riding a bike",) * 3 and shown.cond.embedding.shape[0] == 3 and not shown.tokens

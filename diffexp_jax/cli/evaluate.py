@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffexp_jax import backend, command, report, settings
+from diffexp_jax import backend, command, report
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import check_files, load_rewards
@@ -23,6 +22,7 @@ from diffexp_jax.prompts import load_prompt_sets
 from diffexp_jax.rewards import check_trusted
 from diffexp_jax.rewards.scoring import check_scores, summary
 from diffexp_jax.run import checkpoint
+from diffexp_jax.settings import Settings, as_dict, changed, cpu_devices, read_config
 
 
 def main(args: argparse.Namespace) -> None:
@@ -31,18 +31,18 @@ def main(args: argparse.Namespace) -> None:
     check_number("--seed ", args.seed, SEED)
     check_number("--lora_scale ", args.lora_scale, LORA_SCALE)
     command.check_writable(args.out.parent, "--out")
-    config = run_settings(args)
-    backend.set_cpu_devices(settings.cpu_devices(config))
-    if config.deterministic:
+    settings = run_settings(args)
+    backend.set_cpu_devices(cpu_devices(settings))
+    if settings.deterministic:
         backend.ask_for_determinism()
-    prompt_sets = load_prompt_sets(config.eval.prompts)
-    _, _, rewards = load_rewards(config)
+    prompt_sets = load_prompt_sets(settings.eval.prompts)
+    _, _, rewards = load_rewards(settings)
     options = {"lora_scale": args.lora_scale, "rewards": rewards, "batch": args.batch}
-    tuned = Evaluator.of_run(args.workdir, args.checkpoint, config=config, **options)
+    tuned = Evaluator.of_run(args.workdir, args.checkpoint, settings=settings, **options)
     models = {"base": tuned.untuned(), "tuned": tuned}
     results: dict[str, Any] = {"iteration": tuned.iteration, "samples_per_prompt": args.samples_per_prompt}
     results["lora_scale"] = args.lora_scale
-    results["sampling"] = config.sampling.to_dict()
+    results["sampling"] = as_dict(settings.sampling)
     n_images = 2 * args.samples_per_prompt * sum(map(len, prompt_sets))
     with tqdm(total=n_images, desc="evaluating", unit="image") as bar:
         for prompts in prompt_sets:
@@ -69,25 +69,22 @@ def main(args: argparse.Namespace) -> None:
     print(f"written: {args.out} and image grids beside it")
 
 
-def run_settings(args: argparse.Namespace) -> ConfigDict:
+def run_settings(args: argparse.Namespace) -> Settings:
     """The run's settings, with what the flags say of evaluation.
 
     Raises:
       InputError: no run, or one whose settings cannot be used.
     """
     path = args.workdir / "config.json"
-    config, _ = settings.read_config(path)
-    config.eval.every = 1
-    from_file = [config.reward, *(() if args.rewards else config.eval.rewards)]
+    settings, _ = read_config(path)
+    from_file = [settings.reward, *(() if args.rewards else settings.eval.rewards)]
     check_trusted(from_file, path, trusted=args.trust_code)
-    if args.prompts:
-        config.eval.prompts = command.split_list(args.prompts)
-    if args.rewards:
-        config.eval.rewards = command.split_list(args.rewards)
-    config.reward_dtype = config.eval.reward_dtype  # nothing is trained
-    settings.check_values(config)
-    check_files(config, weights=True)
-    return config
+    changes: dict[str, Any] = {"eval.every": 1, "reward_dtype": settings.eval.reward_dtype}  # nothing is trained
+    changes |= {"eval.prompts": command.split_list(args.prompts)} if args.prompts else {}
+    changes |= {"eval.rewards": command.split_list(args.rewards)} if args.rewards else {}
+    settings = changed(settings, changes)
+    check_files(settings, weights=True)
+    return settings
 
 
 def shown_images(args: argparse.Namespace, texts: tuple[str, ...]) -> tuple[list[str], np.ndarray]:

@@ -11,17 +11,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diffexp_jax import command, settings
+from diffexp_jax import command
 from diffexp_jax.errors import InputError
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.report import card
 from diffexp_jax.report.run import lora_prefix
-from diffexp_jax.rewards import parsed_spec
 from diffexp_jax.run import checkpoint
+from diffexp_jax.settings import read_config
 
 
 def main(args: argparse.Namespace) -> None:
-    config, _ = settings.read_config(args.workdir / "config.json")
+    settings, _ = read_config(args.workdir / "config.json")
     repository, with_card = args.push_to_hub or "", args.card or args.push_to_hub
     if repository and not card.is_hub_id(repository):
         raise InputError(f"--push_to_hub {repository}: wants ORGANISATION/NAME")
@@ -38,11 +38,11 @@ def main(args: argparse.Namespace) -> None:
         file = folder / LORA_FILE if with_card else args.out
         try:
             if with_card:
-                reward = parsed_spec(config.reward).without_locations
+                reward = settings.trained_reward.without_locations
                 card.write(
                     args.workdir, folder, iteration=iteration, reward=reward, lora_file=file.name, repository=repository
                 )
-            save_lora(file, lora, alpha=config.lora.alpha, prefix=lora_prefix(args.workdir))
+            save_lora(file, lora, alpha=settings.lora.alpha, prefix=lora_prefix(args.workdir))
         except OSError as error:
             raise InputError(f"--out {file}: cannot be written ({error.strerror or error})") from None
         if args.out:

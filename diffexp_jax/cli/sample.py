@@ -44,14 +44,14 @@ class Variant(NamedTuple):
 
 
 def main(args: argparse.Namespace) -> None:
-    config = settings_of(args)
+    settings = settings_of(args)
     prompts = chosen_prompts(args)
     latents = read_latents(args.latents) if args.latents else None
     if latents is not None and args.num_images == 1 and len(prompts) == 1:
         args.num_images = len(latents)
     lora_scale = 1.0 if args.lora_scale is None else args.lora_scale
     options = {"lora": args.lora, "checkpoint": args.checkpoint, "lora_scale": lora_scale}
-    model = Evaluator.of_config(config, batch=args.batch, **options)
+    model = Evaluator.of_settings(settings, batch=args.batch, **options)
     n = len(prompts) * args.num_images
     model.sampler.check_memory(n)
     if latents is not None:

@@ -4,13 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from diffexp_jax import command, settings
+from diffexp_jax import command
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import LORA_SCALE, SEED, check_number, whole
 from diffexp_jax.models.precision import DTYPES
 from diffexp_jax.prompts.units import UNITS
+from diffexp_jax.settings import Settings, sampling_settings
 from diffexp_jax.settings.training import SCOPES
 
 
@@ -61,14 +60,14 @@ def arguments(about: str, words: Sequence[str] | None = None) -> argparse.Namesp
     return parser.parse_args(words)
 
 
-def settings_of(args: argparse.Namespace) -> ConfigDict:
+def settings_of(args: argparse.Namespace) -> Settings:
     """The settings to sample by: those of the run that --lora names, or the defaults, and what flags say instead.
 
     Raises:
       InputError: a flag that cannot work.
     """
     run = Path(args.lora) if args.lora and Path(args.lora, "config.json").is_file() else None
-    config = settings.sampling_config(run, vars(args), written="--{} ")
+    settings = sampling_settings(run, vars(args), written="--{} ")
     if args.seed is not None:
         check_number("--seed ", args.seed, SEED)
     check_number("--batch ", args.batch, whole(1, 2**20))
@@ -82,4 +81,4 @@ def settings_of(args: argparse.Namespace) -> ConfigDict:
     if args.lora and not Path(args.lora).exists():
         raise InputError(f"--lora {args.lora}: no such file or folder")
     command.check_writable(Path(args.out), "--out")
-    return config
+    return settings

@@ -8,7 +8,7 @@ from diffexp_jax.cli.listing import LISTS, listing
 from diffexp_jax.cost.dry_run import dry_run
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import one_of
-from diffexp_jax.settings import cpu_devices
+from diffexp_jax.settings import cpu_devices, parsed
 from diffexp_jax.train import run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run makes.")
@@ -27,8 +27,9 @@ def main(argv: list[str]) -> None:
         raise InputError("wants --config configs/NAME.py:... and --workdir DIR (or --dry_run, or --list)")
     config, alone = _CONFIG.value, {"number": 1} if _DRY_RUN.value else {}
     with parallel.joined(parallel.HostSettings(**dict(_CONFIG.value.hosts) | alone)):
-        backend.set_cpu_devices(cpu_devices(config))
-        dry_run(config) if _DRY_RUN.value else run(config, paths.local("--workdir", _WORKDIR.value))
+        settings = parsed(config)
+        backend.set_cpu_devices(cpu_devices(settings))
+        dry_run(settings) if _DRY_RUN.value else run(settings, paths.local("--workdir", _WORKDIR.value))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from diffexp_jax import backend, parallel
-from diffexp_jax.algorithms import METHODS, Inputs
+from diffexp_jax.algorithms import Inputs, Method
 from diffexp_jax.cost import flops
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.programs import make_programs
-from diffexp_jax.sampler import full_float32, model_dtype
+from diffexp_jax.settings import Settings, check
 
 GIB = 2**30
 # XLA:CPU's default schedule goes for speed and holds everything: as XLA schedules for accelerators, it is for memory.
@@ -39,24 +38,25 @@ class Cost(NamedTuple):
         return self.arguments + self.temporaries + self.outputs
 
 
-def dry_run(config: ConfigDict) -> None:
-    """Prints what `train.run` would need for `config`.
+def dry_run(settings: Settings) -> None:
+    """Prints what `train.run` would need for these settings.
 
     Raises:
       InputError: a setting that cannot work, or a model of unknown size.
     """
-    experiment = Experiment.build(config, weights=False)
-    print("\n".join(describe(config, experiment)), flush=True)
+    check(settings)
+    experiment = Experiment.build(settings, weights=False)
+    print("\n".join(describe(experiment)), flush=True)
     costs = []
     print(
         f"{'program':10}{'arguments':>12}{'temporaries':>12}{'outputs':>10}{'together':>10}   GiB a device", flush=True
     )
-    for cost in (cost_of(*program) for program in programs_of(config, experiment)):
+    for cost in (cost_of(*program) for program in programs_of(experiment)):
         columns = (cost.arguments, cost.temporaries, cost.outputs, cost.peak)
         numbers = "".join(f"{x / GIB:{width}.2f}" for x, width in zip(columns, (12, 12, 10, 10), strict=True))
         print(f"{cost.name:10}{numbers}   {cost.flops:.3g} FLOPs, compiled in {cost.seconds:.0f} s", flush=True)
         costs.append(cost)
-    print("\n".join(conclude(config, costs)))
+    print("\n".join(conclude(settings.method, costs)))
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
@@ -71,7 +71,7 @@ class Program(NamedTuple):
     calls: int = 1  # an iteration; where the host scores, it samples chunk by chunk
 
 
-def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]:
+def programs_of(experiment: Experiment) -> Iterable[Program]:
     """The programs of a run: of an iteration, and of the images between them."""
     programs = make_programs(experiment)
     steps, key = parallel.replicate((experiment.sampler.steps(explore=False), jax.random.key(0)))
@@ -87,7 +87,8 @@ def programs_of(config: ConfigDict, experiment: Experiment) -> Iterable[Program]
         yield Program("sample", programs.sample, (state, frozen, batch, steps))
         samples = jax.eval_shape(programs.sample, state, frozen, batch, steps)
     yield Program("update", programs.update, (state, frozen, Inputs(batch, steps, key, samples)))
-    if config.eval.every or (config.log.images and config.log.images_every):
+    log = experiment.settings.log
+    if experiment.settings.eval.every or (log.images and log.images_every):
         args = (frozen.model, on_devices(lora), batch.context, batch.key, steps)
         generate = programs.generate(experiment.sampler.guidance_scales(explore=False))
         yield Program("evaluate", generate, args)
@@ -118,22 +119,23 @@ def cost_of(name: str, function: Any, args: tuple[Any, ...], calls: int = 1) -> 
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def describe(config: ConfigDict, experiment: Experiment) -> list[str]:
+def describe(experiment: Experiment) -> list[str]:
     """Lines that need no compilation."""
-    pipeline, method, split = experiment.sampler.pipeline, experiment.method, experiment.split
+    settings, pipeline, split = experiment.settings, experiment.sampler.pipeline, experiment.split
+    method, model = settings.method, settings.model
     height, width, channels = pipeline.latent_shape
     parts = {part: count(tree) for part, tree in pipeline.params.items()}
     parts |= {f"reward {name}": count(reward.params) for name, reward in experiment.rewards.items()}
     evaluated = split.samples * experiment.sampler.evaluations(explore=False)
     exploring = split.samples * experiment.sampler.evaluations(explore=experiment.sampler.exploration.enabled)
-    passes = method.passes(config.sampling.steps, full_float32(config))
+    passes = method.passes(settings.sampling.steps, settings.full_float32)
     return [
-        f"dry run of {method.name} on {config.model.path}: shapes and programs, no weights; nothing is written",
-        f"latents     {height} x {width} x {channels}, networks in {model_dtype(config)}, "
-        f"remat {config.model.remat}, VAE slices of {config.model.vae_slice}",
+        f"dry run of {method.name} on {model.path}: shapes and programs, no weights; nothing is written",
+        f"latents     {height} x {width} x {channels}, networks in {settings.dtype}, "
+        f"remat {model.remat}, VAE slices of {model.vae_slice}",
         *(f"parameters  {n:>15,}  {part}" for part, n in parts.items()),
-        f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {config.lora.rank}, and twice it in AdamW"
-        + (", once as its moving average" if config.optim.ema else ""),
+        f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {settings.lora.rank}, and twice it in AdamW"
+        + (", once as its moving average" if settings.optim.ema else ""),
         f"batch       {experiment.batch_in_words()}",
         f"iteration   {split.samples} reward queries, UNet evaluations: "
         + ", ".join(f"{round(share * evaluated):,} {why}" for why, share in passes.items())
@@ -146,14 +148,14 @@ def count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def conclude(config: ConfigDict, costs: list[Cost]) -> list[str]:
+def conclude(method: Method, costs: list[Cost]) -> list[str]:
     work = sum(cost.flops for cost in costs if cost.name != "evaluate") * jax.device_count()
     peak, platform = max(costs, key=lambda cost: cost.peak), backend.platform()
     size = f"{peak.peak / GIB:.2f} GiB a device"
     lines = [
         f"FLOPs an iteration (all devices): {work:.4g}: matrix products and convolutions of the traced programs, two a "
         "multiply-add, loops by their length, of branches the dearer one"
-        + (" (all steps live)" if METHODS[config.algorithm].needs.reward_gradient else ""),
+        + (" (all steps live)" if method.needs.reward_gradient else ""),
         f"largest: {size} in {peak.name}, by XLA's memory analysis for the backend {platform!r}",
     ]
     if platform == "cpu":

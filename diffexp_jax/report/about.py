@@ -60,7 +60,7 @@ def prompt(experiment: Experiment) -> dict[str, Any]:
     draws = []
     if units.any() and not low == high == 1.0:
         draw = jax.vmap(partial(exploration.sample_phrase_weights, weight_range=weight_range), in_axes=(0, None))
-        key = parallel.stream(experiment.config.seed, "about")
+        key = parallel.stream(experiment.settings.seed, "about")
         for weights in np.asarray(jax.jit(lambda: draw(jax.random.split(key, _DRAWS), units))()):
             chosen = int(np.abs(weights - 1.0).argmax())
             draws.append((int(units[chosen]), float(weights[chosen])))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import UInt8
 
 from diffexp_jax.formats.files import read_json
@@ -20,7 +19,7 @@ from diffexp_jax.report.pictures import Column, Frames, Gallery, label_of, read_
 from diffexp_jax.report.results import Result, as_text, before_and_after
 from diffexp_jax.run import optional
 from diffexp_jax.run.metrics import grid_path, read_metrics
-from diffexp_jax.settings import default_config, read_config
+from diffexp_jax.settings import Settings, flat, read_config
 
 REPORT = "report.html"
 ABOUT = "about.json"
@@ -43,10 +42,10 @@ def read_run(workdir: Path) -> RunFiles:
     Raises:
       InputError: it has no config.json, or a file there is damaged.
     """
-    config, _ = read_config(workdir / "config.json")
+    settings, _ = read_config(workdir / "config.json")
     about = read_json(workdir / ABOUT) if (workdir / ABOUT).exists() else {}
     frames = read_frames(workdir / "images")
-    return RunFiles(workdir, flatten_dict(config.to_dict(), sep="."), read_metrics(workdir), about, frames)
+    return RunFiles(workdir, flat(settings), read_metrics(workdir), about, frames)
 
 
 def lora_prefix(workdir: Path) -> str:
@@ -197,7 +196,7 @@ def curve_parts(rows: Sequence[dict[str, Any]]) -> list[str | Part]:
 
 def setting_parts(settings: Mapping[str, Any]) -> list[str | Part]:
     """What differs from the defaults, and all, folded."""
-    defaults = flatten_dict(default_config().to_dict(), sep=".")
+    defaults = flat(Settings())
     changed = [key for key in settings if written(settings[key]) != written(defaults.get(key))]
     rows = [(f"`{key}`", written(settings[key]), written(defaults.get(key))) for key in changed]
     every = [(f"`{key}`", written(value)) for key, value in settings.items()]

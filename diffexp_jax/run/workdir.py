@@ -1,24 +1,19 @@
 """The folder of a run: which runs may be in it or go on there, its config.json and identity.json, and its lock."""
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from diffexp_jax import command, paths
 from diffexp_jax.algorithms.optimizer import learning_rate
 from diffexp_jax.errors import InputError
-from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.formats.writing import clear_partials, replaced
 from diffexp_jax.run import lease
-from diffexp_jax.sampler import model_dtype
-from diffexp_jax.settings import chosen_method, optimizer_updates, read_config
+from diffexp_jax.settings import Settings, as_dict, flat, read_config
 
 # What a continued run may change: what it reports, and how its work is split, which moves nothing but last bits.
 _FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "cpu_devices", "stop_grace")
@@ -29,14 +24,14 @@ _IDENTIFIED |= {"prompts": "prompts", "model.tokenizer": "prompts", "reward": "r
 
 
 class Plan(NamedTuple):
-    """A run's settings once it is known what the workdir holds."""
+    """What a run goes by once it is known what the workdir holds."""
 
-    config: ConfigDict  # complete: nothing is left that another machine would choose otherwise
+    settings: Settings  # complete: nothing is left that another machine would choose otherwise
     notes: list[str]  # what a continued run does otherwise than it began, in words
 
 
-def plan(workdir: Path, config: ConfigDict) -> Plan:
-    """Checks, without writing anything, that a run of this config can be in the workdir, or go on there.
+def plan(workdir: Path, settings: Settings) -> Plan:
+    """Checks, without writing anything, that a run of these settings can be in the workdir, or go on there.
 
     What a run began with goes on: its type of numbers where `model.dtype` is "auto", and its last exploring iteration,
     whatever `iterations` is now.
@@ -45,12 +40,9 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
       InputError: not writable, in use, or it holds a run of another config (the message lists the keys that differ).
     """
     command.check_writable(paths.local("workdir", workdir), "workdir")
-    config = config.copy_and_resolve_references()
-    config.unlock()
-    config[config.algorithm] = dataclasses.asdict(chosen_method(config))
     path = workdir / "config.json"
     if not any((workdir / "checkpoints").glob("[0-9]*")):  # nothing of a run is there to lose
-        return Plan(_complete(config, config, config.model.dtype), [])
+        return Plan(_complete(settings, settings, settings.model.dtype), [])
     if not path.exists():
         raise InputError(
             f"workdir {workdir}: has checkpoints and no config.json, so of which run is not known; move them away, or "
@@ -59,9 +51,9 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
     with lease.hold(workdir, create=False):
         old, new_keys = read_config(path)
     identified = _IDENTIFIED if (workdir / "identity.json").is_file() else {}
-    _complete(old, old, "auto")
-    _complete(config, old, old.model.dtype)
-    before, now = (_flat(c.to_dict()) for c in (old, config))
+    old = _complete(old, old, "auto")
+    settings = _complete(settings, old, old.model.dtype)
+    before, now = _flat(old), _flat(settings)
     differing = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys())}
     differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1] and not key.startswith("hosts.")}
     wrong = {key: pair for key, pair in differing.items() if key not in identified and not _is_free(key)}
@@ -69,40 +61,39 @@ def plan(workdir: Path, config: ConfigDict) -> Plan:
         shown = ", ".join(f"{key} ({old} there, {new} here)" for key, (old, new) in list(wrong.items())[:6])
         raise InputError(f"workdir {workdir}: holds a run of another config: {shown}; take another --workdir")
     notes = [f"{key} is {new}, was {old}" for key, (old, new) in differing.items() if key not in identified]
-    if "iterations" in differing and "exploration.iterations" not in differing and config.exploration.enabled:
-        explored = config.exploration.iterations
+    if "iterations" in differing and "exploration.iterations" not in differing and settings.exploration.enabled:
+        explored = settings.exploration.iterations
         notes.append(f"exploration is for the first {explored} iterations, as planned first (exploration.iterations)")
-    if config.iterations != old.iterations and config.optim.schedule != "constant":
+    if settings.iterations != old.iterations and settings.optim.schedule != "constant":
         done = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit())
-        notes.append(_rate_note(config, old, done))
+        notes.append(_rate_note(settings, old, done))
     if new_keys:
         notes.append(f"the run began in an older version: {', '.join(new_keys)} had the defaults")
-    return Plan(config, notes)
+    return Plan(settings, notes)
 
 
-def _complete(config: ConfigDict, first: ConfigDict, dtype: str) -> ConfigDict:
+def _complete(settings: Settings, first: Settings, dtype: str) -> Settings:
     """Fills in what depends on the machine (where it is "auto") or on how many iterations were planned first."""
-    if config.model.dtype == "auto":
-        config.model.dtype = dtype
-        config.model.dtype = str(model_dtype(config))
-    if config.exploration.iterations is None:
-        e = first.exploration
-        planned = exploring_iterations(first.iterations, fraction=e.fraction)
-        config.exploration.iterations = planned if e.iterations is None else e.iterations
-    return config
+    if settings.model.dtype == "auto":
+        settings = replace(settings, model=replace(settings.model, dtype=dtype))
+        settings = replace(settings, model=replace(settings.model, dtype=str(settings.dtype)))
+    if settings.exploration.iterations is None:
+        exploration = replace(settings.exploration, iterations=first.exploring_iterations)
+        settings = replace(settings, exploration=exploration)
+    return settings
 
 
-def _rate_note(config: ConfigDict, old: ConfigDict, done: int) -> str:
+def _rate_note(settings: Settings, old: Settings, done: int) -> str:
     """What another number of iterations makes of the learning rate after so many of them: its schedule is stretched."""
 
-    def rate(planned: ConfigDict) -> str:
-        updates = optimizer_updates(planned)
+    def rate(planned: Settings) -> str:
+        updates = planned.optimizer_updates
         return f"{float(learning_rate(planned.optim, updates)(done * updates // planned.iterations)):.4g}"
 
-    now, before, schedule = config.iterations, old.iterations, config.optim.schedule
+    now, before, schedule = settings.iterations, old.iterations, settings.optim.schedule
     return (
         f"the learning rate falls to 0 over {now} iterations in place of {before} (optim.schedule={schedule}): "
-        f"after iteration {done} it is {rate(config)}, as planned first {rate(old)}"
+        f"after iteration {done} it is {rate(settings)}, as planned first {rate(old)}"
     )
 
 
@@ -110,9 +101,9 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, str]:
+def _flat(settings: Settings) -> dict[str, str]:
     """{dotted key: its value as json}."""
-    return {key: json.dumps(value) for key, value in flatten_dict(config, sep=".").items()}
+    return {key: json.dumps(value) for key, value in flat(settings).items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- claim
@@ -120,7 +111,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def claim(
-    workdir: Path, config: ConfigDict, identity: Mapping[str, str], about: Mapping[str, Any] | None = None
+    workdir: Path, settings: Settings, identity: Mapping[str, str], about: Mapping[str, Any] | None = None
 ) -> Iterator[lease.Lease]:
     """Makes the workdir this run's, for as long as the context lasts: its lock, config.json and identity.json.
 
@@ -136,9 +127,9 @@ def claim(
             workdir.mkdir(parents=True, exist_ok=True)
             held = stack.enter_context(lease.hold(workdir))
             if any((workdir / "checkpoints").glob("[0-9]*")):
-                _check_identity(workdir, config, identity)
+                _check_identity(workdir, settings, identity)
             _clear_partials(workdir)
-            _write_json(workdir / "config.json", config.to_dict())
+            _write_json(workdir / "config.json", as_dict(settings))
             _write_json(workdir / "identity.json", dict(identity))
             if about is not None:
                 _write_json(workdir / "about.json", about)
@@ -164,17 +155,17 @@ def check(held: lease.Lease | None) -> None:
         held.check()
 
 
-def _check_identity(workdir: Path, config: ConfigDict, identity: Mapping[str, str]) -> None:
+def _check_identity(workdir: Path, settings: Settings, identity: Mapping[str, str]) -> None:
     path = workdir / "identity.json"
     if not path.exists():  # of an older version: its settings were the same
         return
     stored = read_json(path)
-    flat = _flat(config.to_dict())
+    values = _flat(settings)
     for name, value in identity.items():
         if stored.get(name) != value:
             key = next(key for key, kind in _IDENTIFIED.items() if kind == name)
             raise InputError(
-                f"workdir {workdir}: holds a run of another {name}: {key}={flat[key]} is {value}, and it began with "
+                f"workdir {workdir}: holds a run of another {name}: {key}={values[key]} is {value}, and it began with "
                 f"{stored.get(name)}; take another --workdir"
             )
 

@@ -5,22 +5,19 @@ import os
 from ml_collections import ConfigDict
 
 from diffexp_jax import backend, paths
-from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import InputError
-from diffexp_jax.limits import one_of
 from diffexp_jax.parallel import number_of_hosts
 from diffexp_jax.pipelines import SHIPPED
 from diffexp_jax.settings.config import parsed
 from diffexp_jax.settings.settings import Settings
 
 
-def checked(config: ConfigDict) -> Settings:
+def checked(config: ConfigDict | Settings) -> Settings:
     """The settings of a run, which can work: before anything is loaded. It asks how many devices there are.
 
     Raises:
       InputError: the first setting that cannot.
     """
-    one_of("algorithm", config.algorithm, METHODS)
     settings = parsed(config)
     check(settings)
     return settings
@@ -45,7 +42,7 @@ def check(settings: Settings) -> None:
 MOST_CPU_DEVICES = 8
 
 
-def cpu_devices(config: ConfigDict) -> int:
+def cpu_devices(settings: Settings) -> int:
     """How many devices a run makes of this host's CPU: `cpu_devices`, else a device per core, to MOST_CPU_DEVICES.
 
     XLA keeps cores busier by a program on each than by several threads in one. The devices share the weights, but each
@@ -53,10 +50,8 @@ def cpu_devices(config: ConfigDict) -> int:
     fill a quarter of the memory, or where the batch does not divide; one for a model that is not on the disk yet.
 
     Raises:
-      InputError: a setting that is not accepted.
+      InputError: there is no such method, or nothing can be at the model's path.
     """
-    one_of("algorithm", config.algorithm, METHODS)
-    settings = parsed(config)
     if settings.cpu_devices is not None:
         return settings.cpu_devices
     path = paths.local("model.path=", settings.model.path)

@@ -35,6 +35,14 @@ class Eval:
         1, "images of every set, at least: of a few prompts it takes several each", whole(1, 2**20)
     )
 
+    def samples_of_each(self, n_prompts: int, per_prompt: int | None = None) -> int:
+        """Images of each of a set's prompts: at least `samples_per_set` of the whole set.
+
+        Args:
+          per_prompt: at least so many of each; None: `samples_per_prompt`.
+        """
+        return max(per_prompt or self.samples_per_prompt, -(-self.samples_per_set // n_prompts))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
@@ -65,8 +73,3 @@ class Checkpoint:
         the metric is, whatever `every` says. sample.py, evaluate.py and export_lora.py take it by --checkpoint best.
         """,
     )
-
-
-def samples_of_each(n_prompts: int, *, per_prompt: int, per_set: int) -> int:
-    """Images of each of an evaluation set's prompts: at least `per_prompt`, and at least `per_set` of the whole set."""
-    return max(per_prompt, -(-per_set // n_prompts))

@@ -14,7 +14,7 @@ from diffexp_jax import backend, paths
 from diffexp_jax.algorithms import METHODS, Method
 from diffexp_jax.errors import InputError
 from diffexp_jax.exploration import exploring_iterations
-from diffexp_jax.limits import SEED, Number, Setting, setting, settings_of, whole
+from diffexp_jax.limits import SEED, Number, Setting, one_of, setting, settings_of, whole
 from diffexp_jax.models.precision import DTYPES, is_full_float32
 from diffexp_jax.parallel import HostSettings, Split, split_batch
 from diffexp_jax.rewards import Spec, parsed_spec
@@ -106,7 +106,12 @@ class Settings:
 
     @property
     def method(self) -> Method:
-        """How the run fine-tunes, with the settings of that."""
+        """How the run fine-tunes, with the settings of that.
+
+        Raises:
+          InputError: there is no such method.
+        """
+        one_of("algorithm", self.algorithm, METHODS)
         return self.methods[self.algorithm]
 
     @property

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.json_text import parse_json
-from diffexp_jax.settings.config import default_config, parsed, read_config
+from diffexp_jax.limits import settings_of
+from diffexp_jax.settings.config import changed, read_config
+from diffexp_jax.settings.settings import Settings, by_key
+from diffexp_jax.settings.training import Scheduler
 
 # What a name sets of a run's settings
 KEYS = {
@@ -35,7 +36,7 @@ WITHOUT_RUN = {"model.dtype": "float32", "sampling.steps": 50, "sampling.guidanc
 _SAYS_WHICH = "configs/base.py says which"
 
 
-def sampling_config(run: Path | None, said: Mapping[str, Any], *, written: str = "{}=") -> ConfigDict:
+def sampling_settings(run: Path | None, said: Mapping[str, Any], *, written: str = "{}=") -> Settings:
     """A run's settings, or where there is none those of diffusers, with what is said instead: checked one by one.
 
     Args:
@@ -46,30 +47,25 @@ def sampling_config(run: Path | None, said: Mapping[str, Any], *, written: str =
     Raises:
       InputError: the run has no settings that can be read, or a value is not accepted.
     """
-    if run is None:
-        config = default_config()
-        config.update_from_flattened_dict(WITHOUT_RUN)
-    else:
-        config, _ = read_config(run / "config.json")
+    settings, changes = (Settings(), WITHOUT_RUN) if run is None else (read_config(run / "config.json")[0], {})
+    known = {key: setting for key, setting, _ in by_key(settings)}
     given = {name: value for name, value in said.items() if name in KEYS and value is not None}
     for name, value in given.items():
-        try:
-            config.update_from_flattened_dict({KEYS[name]: tuple(value) if isinstance(value, list) else value})
-        except TypeError:
-            raise InputError(f"{written.format(name)}{value!r}: the value is of another type; {_SAYS_WHICH}") from None
+        if not known[KEYS[name]].fits(value):
+            raise InputError(f"{written.format(name)}{value!r}: the value is of another type; {_SAYS_WHICH}")
+    changes = changes | {KEYS[name]: value for name, value in given.items()}
     for text in said.get("scheduler") or ():
-        _set_scheduler(config, text, written.format("scheduler"))
-    parsed(config, {KEYS[name]: written.format(name) for name in given})
-    return config
+        changes |= _of_scheduler(text, written.format("scheduler"))
+    return changed(settings, changes, {KEYS[name]: written.format(name) for name in given})
 
 
-def _set_scheduler(config: ConfigDict, text: str, name: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or key not in config.model.scheduler:
-        raise InputError(f"{name}{text}: wants KEY=VALUE; accepted: {', '.join(config.model.scheduler)}")
+def _of_scheduler(text: str, name: str) -> dict[str, Any]:
+    """{dotted key: value} of KEY=VALUE."""
+    known, (key, equals, value) = dict(settings_of(Scheduler)), text.partition("=")
+    if not equals or key not in known:
+        raise InputError(f"{name}{text}: wants KEY=VALUE; accepted: {', '.join(sorted(known))}")
     with contextlib.suppress(ValueError):
         value = parse_json(value.lower())  # a number, true, false; else a word
-    try:
-        config.model.scheduler[key] = value
-    except TypeError:
-        raise InputError(f"{name}{text}: the value is of another type; {_SAYS_WHICH}") from None
+    if known[key].accepted is None and not known[key].fits(value):  # what is accepted is said later
+        raise InputError(f"{name}{text}: the value is of another type; {_SAYS_WHICH}")
+    return {f"model.scheduler.{key}": value}

@@ -20,10 +20,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffexp_jax import backend, paths, settings
+from diffexp_jax import backend, paths
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import check_files, load_rewards
 from diffexp_jax.formats.files import write_whole
@@ -32,6 +31,7 @@ from diffexp_jax.prompts import load_prompt_sets
 from diffexp_jax.rewards import check_trusted
 from diffexp_jax.rewards.scoring import summary
 from diffexp_jax.run import checkpoint
+from diffexp_jax.settings import Settings, as_dict, changed, check, cpu_devices, read_config
 from diffexp_jax.sweeps import image_statistics
 from diffexp_jax.task import Task
 
@@ -49,31 +49,31 @@ def main(args: argparse.Namespace) -> None:
     check_number("--many ", args.many, whole(0, 2**20))
     check_number("--seed ", args.seed, SEED)
     command.check_writable(args.out.parent, "--out")
-    config = run_settings(args.workdir, trusted=args.trust_code)
-    backend.set_cpu_devices(settings.cpu_devices(config))
-    if config.deterministic:
+    settings = run_settings(args.workdir, trusted=args.trust_code)
+    backend.set_cpu_devices(cpu_devices(settings))
+    if settings.deterministic:
         backend.ask_for_determinism()
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(paths.local("compilation_cache=", config.compilation_cache)))
-    model = load_model(args, config)
+    if cache := settings.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(paths.local("compilation_cache=", cache)))
+    model = load_model(args, settings)
     results: dict[str, Any] = {"iteration": 0 if args.base else model.iteration}
     results |= {"samples_per_prompt": args.samples_per_prompt, "many_per_prompt": args.many, "seed": args.seed}
     results |= {"features": model.scorers.features and model.scorers.features[0]}
-    results |= {"sampling": config.sampling.to_dict(), "machine": backend.machine()}
+    results |= {"sampling": as_dict(settings.sampling), "machine": backend.machine()}
     ways = {"plain": (args.samples_per_prompt, False)}
     ways |= {"explored": (args.samples_per_prompt, True)} if args.explored else {}
     ways |= {"many": (args.many, False)} if args.many else {}
-    tasks = [model.task(prompts) for prompts in load_prompt_sets(config.eval.prompts)]
-    of_each = partial(settings.samples_of_each, per_set=config.eval.samples_per_set)
-    images = sum(len(t.texts) * of_each(len(t.texts), per_prompt=n) for n, _ in ways.values() for t in tasks)
+    tasks = [model.task(prompts) for prompts in load_prompt_sets(settings.eval.prompts)]
+    of_each = settings.eval.samples_of_each
+    images = sum(len(t.texts) * of_each(len(t.texts), n) for n, _ in ways.values() for t in tasks)
     with tqdm(total=images, desc="final evaluation", unit="image") as bar:
         for way, (n, explore) in ways.items():
             measure = partial(measured, model, schedule=explore, seed=args.seed, advance=bar.update)
-            results[way] = {task.name: measure(task, n=of_each(len(task.texts), per_prompt=n)) for task in tasks}
+            results[way] = {task.name: measure(task, n=of_each(len(task.texts), n)) for task in tasks}
     write_whole(args.out, json.dumps(results) + "\n")
 
 
-def run_settings(workdir: Path, *, trusted: bool) -> ConfigDict:
+def run_settings(workdir: Path, *, trusted: bool) -> Settings:
     """The run's settings; evaluation is on, and nothing is trained.
 
     Args:
@@ -83,22 +83,21 @@ def run_settings(workdir: Path, *, trusted: bool) -> ConfigDict:
       InputError: no run, or one whose settings cannot be used.
     """
     path = workdir / "config.json"
-    config, _ = settings.read_config(path)
-    check_trusted([config.reward, *config.eval.rewards], path, trusted=trusted)
-    if config.compilation_cache and not trusted:
-        config.compilation_cache = settings.default_config().compilation_cache
-    config.eval.every = config.eval.every or 1
-    config.reward_dtype = config.eval.reward_dtype
-    return config
+    settings, _ = read_config(path)
+    check_trusted([settings.reward, *settings.eval.rewards], path, trusted=trusted)
+    changes: dict[str, Any] = {"eval.every": settings.eval.every or 1, "reward_dtype": settings.eval.reward_dtype}
+    if settings.compilation_cache and not trusted:
+        changes["compilation_cache"] = Settings().compilation_cache
+    return changed(settings, changes)
 
 
-def load_model(args: argparse.Namespace, config: ConfigDict) -> Evaluator:
+def load_model(args: argparse.Namespace, settings: Settings) -> Evaluator:
     """The run's model. Its program is that of the run's own evaluations, so it is compiled already."""
-    settings.check_config(config)
-    check_files(config, weights=True)
-    split, (_, _, rewards) = settings.batch_split(config), load_rewards(config)
+    check(settings)
+    check_files(settings, weights=True)
+    split, (_, _, rewards) = settings.split, load_rewards(settings)
     options = {"rewards": rewards, "batch": split.samples, "chunks": split.chunks, "strict": False}
-    model = Evaluator.of_run(args.workdir, args.checkpoint, config=config, **options)
+    model = Evaluator.of_run(args.workdir, args.checkpoint, settings=settings, **options)
     return model.untuned() if args.base else model
 
 

@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from diffexp_jax import command, config_files
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import one_of
 from diffexp_jax.prompts import short_name
-from diffexp_jax.rewards import parsed_spec
-from diffexp_jax.settings import check_config, default_config
+from diffexp_jax.settings import Settings, checked, flat
 
 FINAL = "final.json"  # a run's final evaluation, in its folder
 
@@ -63,11 +61,10 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, command.split_list(value) if key in command.LISTS else value
 
 
-def resolve(argument: str, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[ConfigDict, dict]:
-    """`changed_config`, checked: that asks how many devices there are."""
+def resolve(argument: str, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[Settings, dict]:
+    """The settings of `changed_config`, checked: that asks how many devices there are; and what an arm changes."""
     config, changed = changed_config(argument, changes, overrides)
-    check_config(config)
-    return config, changed
+    return checked(config), changed
 
 
 def changed_config(argument: str, changes: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[ConfigDict, dict]:
@@ -101,12 +98,12 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def settings_that_matter(config: ConfigDict) -> dict[str, Any]:
+def settings_that_matter(settings: Settings) -> dict[str, Any]:
     """{dotted key: value} of what differs from configs/base.py, without what only says where and how it is computed.
 
     A key that a later version adds with a default does not turn a run into another one.
     """
-    usual, ours = (flatten_dict(c.to_dict(), sep=".") for c in (default_config(), config))
+    usual, ours = flat(Settings()), flat(settings)
     return {
         key: value
         for key, value in sorted(ours.items())
@@ -115,24 +112,24 @@ def settings_that_matter(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def run_name(config: ConfigDict) -> str:
+def run_name(settings: Settings) -> str:
     """Of the folder with an arm's seeds: what it is in words, and the digest of its settings."""
-    model = short_name(Path(config.model.path).name)
+    model = short_name(Path(settings.model.path).name)
     words = (
-        config.algorithm,
-        parsed_spec(config.reward).name,
+        settings.algorithm,
+        settings.trained_reward.name,
         model,
-        "diffexp" if config.exploration.enabled else "plain",
+        "diffexp" if settings.exploration.enabled else "plain",
     )
-    return "-".join((*words, digest(settings_that_matter(config))))
+    return "-".join((*words, digest(settings_that_matter(settings))))
 
 
-def base_file(config: ConfigDict, *, explored: bool) -> str:
+def base_file(settings: Settings, *, explored: bool) -> str:
     """Of the base model's evaluation; its folder is named after what decides how it is sampled and scored."""
     decisive = ("model", "sampling", "eval", "reward", *(("exploration",) if explored else ()))
-    matter = settings_that_matter(config) | {"eval.every": None, "exploration.enabled": explored}
+    matter = settings_that_matter(settings) | {"eval.every": None, "exploration.enabled": explored}
     chosen = {key: x for key, x in matter.items() if key.split(".")[0] in decisive}
-    return f"base/{short_name(Path(config.model.path).name)}-{digest(chosen)}/{FINAL}"
+    return f"base/{short_name(Path(settings.model.path).name)}-{digest(chosen)}/{FINAL}"
 
 
 def plan(
@@ -162,11 +159,11 @@ def plan(
         sweep, arms, base = sweeps[name], {}, None
         for arm, (argument, changes) in sweep["arms"].items():
             argument += f",model={model}" if model else ""
-            config, changed = resolve(argument, changes, overrides)
-            arms[arm] = f"runs/{run_name(config)}"
+            settings, changed = resolve(argument, changes, overrides)
+            arms[arm] = f"runs/{run_name(settings)}"
             is_baseline = arm == sweep["baseline"]
             if is_baseline:
-                base = base_file(config, explored=sweep["explored_evaluation"])
+                base = base_file(settings, explored=sweep["explored_evaluation"])
             if only and arm not in only:
                 continue
             run = folders.setdefault(
@@ -176,8 +173,8 @@ def plan(
                     f"{name} {arm}",
                     argument,
                     changed,
-                    config.iterations,
-                    config.eval.samples_per_prompt,
+                    settings.iterations,
+                    settings.eval.samples_per_prompt,
                     base=None,
                     explored=False,
                 ),

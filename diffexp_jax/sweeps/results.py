@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
+from diffexp_jax.settings import Settings, flat
 from diffexp_jax.sweeps import comparison
 from diffexp_jax.sweeps.comparison import Estimate
 from diffexp_jax.sweeps.runs import (
@@ -55,14 +54,16 @@ def analyse(experiment: Experiment) -> dict[str, Any]:
         "overrides": experiment.overrides,
         "baseline": experiment.baseline,
         **names._asdict(),
-        "settings": {key: value for key, value in flat(first.config).items() if key in SHOWN},
+        "settings": {key: value for key, value in flat(first.settings).items() if key in SHOWN},
         "machines": unique(final["machine"] for final in finals if "machine" in final),
         "samples_per_prompt": unique(final["samples_per_prompt"] for final in finals if final),
         "base": rounded(final_means(base)),
         "unfinished": {arm: unfinished(runs) for arm, runs in every.items() if unfinished(runs)},
         "arms": {
             arm: {
-                "differs": differing(first.config, next(iter(runs.values())).config) if runs is not baseline else {},
+                "differs": differing(first.settings, next(iter(runs.values())).settings)
+                if runs is not baseline
+                else {},
                 "seeds": {seed: stored(run) for seed, run in runs.items()},
                 "summary": summary(names, runs, baseline, base),
             }
@@ -73,7 +74,7 @@ def analyse(experiment: Experiment) -> dict[str, Any]:
 
 def unfinished(runs: Mapping[int, Seed]) -> dict[int, list[int]]:
     """{seed: iterations done and planned} of runs that are left out: they still run, were stopped, or failed."""
-    return {seed: [iterations_done(run), run.config.iterations] for seed, run in runs.items() if not is_finished(run)}
+    return {seed: [iterations_done(run), run.settings.iterations] for seed, run in runs.items() if not is_finished(run)}
 
 
 def stored(run: Seed) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def differences(ours: Sequence[Means], theirs: Sequence[Means]) -> list[dict[str
 
 def training_blocks(run: Seed) -> dict[str, list[float]]:
     """The curves of training, as means of the iterations from one evaluation to the next: one batch's is noise."""
-    n = min(run.config.eval.every, run.config.iterations)
+    n = min(run.settings.eval.every, run.settings.iterations)
     return {name: comparison.block_means(column, n) for name, column in curves(run)["training"].items()}
 
 
@@ -193,16 +194,11 @@ def rounded_estimate(x: Estimate) -> Estimate:
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
-def flat(config: ConfigDict) -> dict[str, Any]:
-    """{dotted key: value}."""
-    return flatten_dict(config.to_dict(), sep=".")
-
-
-def differing(first: ConfigDict, config: ConfigDict) -> dict[str, Any]:
+def differing(first: Settings, settings: Settings) -> dict[str, Any]:
     """What an arm sets otherwise than the baseline; of exploration, where only one has it, all of its numbers."""
-    before, now = flat(first), flat(config)
+    before, now = flat(first), flat(settings)
     told = {key: x for key, x in now.items() if not any(key == k or key.startswith(f"{k}.") for k in _UNTOLD)}
-    switched = config.exploration.enabled and not first.exploration.enabled
+    switched = settings.exploration.enabled and not first.exploration.enabled
     return {
         key: value
         for key, value in told.items()

@@ -5,15 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.prompts import load_prompts
 from diffexp_jax.report import evaluation_of
-from diffexp_jax.rewards import parsed_spec
 from diffexp_jax.run.metrics import read_metrics
-from diffexp_jax.settings import read_config
+from diffexp_jax.settings import Settings, read_config
 from diffexp_jax.sweeps.plan import usual_name
 
 DIGITS = 6  # significant ones of what is written
@@ -35,7 +32,7 @@ class Experiment(NamedTuple):
 class Seed(NamedTuple):
     """A run of an arm."""
 
-    config: ConfigDict
+    settings: Settings
     rows: list[dict[str, Any]]  # of metrics.jsonl
     final: dict[str, Any]  # final.json; {}: there is none
 
@@ -88,9 +85,9 @@ def read_runs(folder: Path) -> dict[int, Seed]:
     runs = {}
     for path in [folder, *folder.glob("seed*")]:
         if (path / "config.json").is_file():
-            config, _ = read_config(path / "config.json")
+            settings, _ = read_config(path / "config.json")
             final = read_json(path / "final.json", finite=False) if (path / "final.json").is_file() else {}
-            runs[config.seed] = Seed(config, read_metrics(path), final)
+            runs[settings.seed] = Seed(settings, read_metrics(path), final)
     return dict(sorted(runs.items()))
 
 
@@ -116,19 +113,19 @@ def iterations_done(run: Seed) -> int:
 
 
 def is_finished(run: Seed) -> bool:
-    return iterations_done(run) >= run.config.iterations
+    return iterations_done(run) >= run.settings.iterations
 
 
 def names_of(seed: Seed) -> Names:
     """Raises InputError where the run evaluated nothing."""
-    config, reward = seed.config, parsed_spec(seed.config.reward).name
+    settings, reward = seed.settings, seed.settings.trained_reward.name
     evaluated = [name for row in seed.rows for name in row if name.startswith("eval/")]
     sets = list(dict.fromkeys(prompts for prompts, _ in filter(None, map(evaluation_of, evaluated))))
     if not sets:
         raise InputError("a run without evaluations (eval.every=0): nothing to compare")
-    trained = load_prompts(config.prompts).name
+    trained = load_prompts(settings.prompts).name
     prompts = trained if trained in sets else sets[0]
-    others = [name for spec in config.eval.rewards if (name := parsed_spec(spec).name) != reward]
+    others = [spec.name for spec in settings.reported_rewards if spec.name != reward]
     return Names(reward, (others or [None])[0], prompts, tuple(name for name in sets if name != prompts))
 
 

@@ -12,6 +12,7 @@ from diffexp_jax.algorithms.alignprop import alignprop, live_steps
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.sampling import Context, Network, initial_latents, load_process
+from diffexp_jax.settings import checked
 from tests.support.tiny import nonzero_lora, policy_of
 
 # ----------------------------------------------------------------------------------------------------------- truncation
@@ -71,7 +72,7 @@ class Tiny:
     """The tiny pipeline with a weighted mean of the pixels as its reward, and its one compiled program."""
 
     def __init__(self, config, input_gradient=True):
-        self.config, self.experiment, self.traced = config, Experiment.build(config), 0
+        self.config, self.experiment, self.traced = config, Experiment.build(checked(config)), 0
         self.model, self.n = self.experiment.sampler.pipeline, config.batch.samples
         self.policy = policy_of(self.model, self.score)
         self.algorithm = alignprop(

@@ -16,6 +16,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_explore, make_programs
 from diffexp_jax.sampling import Context, load_process, step_log_prob
+from diffexp_jax.settings import checked
 from tests.support.tiny import network_of, nonzero_lora, policy_of
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -282,7 +283,7 @@ def test_one_pass_on_a_unet(make_config, reward):
     found = {}
     for gradient in ("onepass", "twopass"):
         changes = {"ddpo.updates": 1, "ddpo.gradient": gradient, "reward": reward, "optim.grad_clip": 1e6}
-        experiment = Experiment.build(make_config("ddpo", {"eval.every": 0} | changes))
+        experiment = Experiment.build(checked(make_config("ddpo", {"eval.every": 0} | changes)))
         programs, batch = make_programs(experiment), experiment.draw_batch(3, make_explore(experiment))
         frozen, steps, key = parallel.replicate(
             (experiment.frozen, experiment.sampler.steps(explore=True), jax.random.key(0))
@@ -396,7 +397,7 @@ class Tiny:
     """The tiny pipeline with brightness as its reward, and its compiled programs."""
 
     def __init__(self, config):
-        self.config, self.experiment = config, Experiment.build(config)
+        self.config, self.experiment = config, Experiment.build(checked(config))
         self.model, self.explore = self.experiment.sampler.pipeline, make_explore(self.experiment)
         self.policy = policy_of(self.model, lambda frozen, images: frozen["sign"] * images.mean((1, 2, 3)))
         self.algorithm = ddpo(self.policy, optax.adam(5e-3), **SETTINGS | {"n_chunks": 2, "n_updates": 1})
@@ -459,7 +460,7 @@ def test_ratio_is_1_in_bfloat16(make_config):
     With the sampling program's log-probs the same number is 0.016 (on this CPU), far outside of the clip.
     """
     config = make_config("ddpo", {"eval.every": 0, "batch.samples": 8, "model.dtype": "bfloat16"})
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(checked(config))
     frozen = {"model": parallel.replicate(experiment.frozen.model)}
     lora = nonzero_lora(init_lora(jax.random.key(0), experiment.sampler.pipeline.base, rank=2))
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(frozen))

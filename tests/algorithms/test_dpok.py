@@ -15,7 +15,7 @@ from diffexp_jax.algorithms import Batch, Inputs, Policy, Setup, dpok
 from diffexp_jax.errors import InputError
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.sampling import Context, load_process, step_log_prob
-from diffexp_jax.settings import batch_split, check_config
+from diffexp_jax.settings import checked, parsed
 from tests.support.tiny import SCHEDULER, network_of
 
 PROCESS = load_process(SCHEDULER)
@@ -245,7 +245,7 @@ def test_settings_that_can_learn_at_sds_size(devices, samples):
     assert [config.iterations * n for n in numbers] == pytest.approx([20_000, 10_000, 2_000], rel=0.07)
     assert (config.optim.lr, config.dpok.value_lr, config.dpok.value_batches) == (1e-5, 1e-4, 5)
     config.batch.samples = samples
-    split = batch_split(config, devices=devices)
+    split = parsed(config).split_among(devices)
     assert split.updates == 32 and split.chunks // split.updates * split.per_forward * devices == samples // 32
 
 
@@ -280,4 +280,4 @@ def test_bad_settings(key, bad):
     config.algorithm = "dpok"
     config.dpok[key] = bad
     with pytest.raises(InputError, match=f"dpok.{key}"):
-        check_config(config)
+        checked(config)

@@ -15,6 +15,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.sampling import Context, initial_latents, load_process, step_noise
 from diffexp_jax.sampling.flow import SCHEDULER as FLOW
+from diffexp_jax.settings import checked
 from tests.support.tiny import network_of, nonzero_lora, policy_of
 
 SHAPE, N, T = (2, 2, 3), 8, 4
@@ -156,7 +157,7 @@ def test_settings(settings, said):
 def test_learns_brightness(make_config, lv_samples):
     """On a real, tiny model, on samples never trained on."""
     config = make_config("draft", {"eval.every": 0, "batch.samples": 16})
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(checked(config))
     frozen = {"model": parallel.replicate(experiment.frozen.model)}
     tiny = policy_of(experiment.sampler.pipeline, lambda frozen, images: images.mean((1, 2, 3)))
     algorithm = draft(tiny, optax.adam(5e-3), n_chunks=2, k=1, lv_samples=lv_samples)

@@ -13,7 +13,7 @@ from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.errors import InputError
 from diffexp_jax.run import checkpoint
 from diffexp_jax.run.metrics import read_metrics
-from diffexp_jax.settings import check_config
+from diffexp_jax.settings import checked
 from tests.support.runs import LORA, PLAIN, assert_same_run
 
 
@@ -43,8 +43,8 @@ def test_no_warm_up_is_the_schedule_itself(make_config):
 def test_a_warm_up_without_an_end(make_config):
     changes = {"iterations": 3, "ddpo.updates": 2, "ddpo.inner_epochs": 1, "optim.warmup": 6}
     with pytest.raises(InputError, match="optim.warmup=6: wants fewer than the run's 6 optimizer updates"):
-        check_config(make_config("ddpo", changes))
-    check_config(make_config("ddpo", changes | {"optim.warmup": 5}))
+        checked(make_config("ddpo", changes))
+    checked(make_config("ddpo", changes | {"optim.warmup": 5}))
 
 
 def test_the_moving_average_literal(make_config):

@@ -52,9 +52,9 @@ def test_a_strangers_run_imports_no_code(fails, script, workdir, tmp_path, monke
     monkeypatch.chdir(workdir)
     module = f"evil_{name.rpartition('.')[2]}_{len(key)}"
     spec = spec.replace("MODULE", module)
-    config = settings.read_config(workdir / "config.json")[0]
-    config.update_from_flattened_dict({key: (spec,) if key == "eval.rewards" else spec, "eval.every": 1})
-    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    changes = {key: (spec,) if key == "eval.rewards" else spec, "eval.every": 1}
+    changed = settings.changed(settings.read_config(workdir / "config.json")[0], changes)
+    (workdir / "config.json").write_text(json.dumps(settings.as_dict(changed)))
     (workdir / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     arguments = ["--workdir=.", f"--out={tmp_path / 'e.json'}"]
     said = fails(2, script, name, *arguments)

@@ -1,13 +1,12 @@
 """What there is to choose from, as `--list` prints it."""
 
 import pytest
-from flax.traverse_util import flatten_dict
 
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.cli.listing import LISTS, listing
 from diffexp_jax.prompts import PROMPTS
 from diffexp_jax.rewards import BUILTINS
-from diffexp_jax.settings import default_config
+from diffexp_jax.settings import Settings, flat
 
 
 def test_everything_is_listed_and_described():
@@ -27,6 +26,6 @@ def test_one_list(name):
 def test_settings():
     """Those of configs/base.py, with what each means."""
     lines = listing("settings").splitlines()
-    keys = flatten_dict(default_config().to_dict(), sep=".").keys()
+    keys = flat(Settings()).keys()
     assert {line.split()[0] for line in lines[1:] if line[2] != " "} == keys
     assert "  optim.lr " in listing("settings") and "[0.0003; more than 0, at most 1]" in listing("settings")

@@ -163,7 +163,7 @@ def test_sample_with_another_scheduler(tiny_model):
     """--scheduler KEY=VALUE is the config's model.scheduler.KEY, which the model is loaded with."""
     said = ["timestep_spacing=trailing", "set_alpha_to_one=False", "steps_offset=0"]
     config = sample_settings(model=str(tiny_model), scheduler=said)
-    overrides = sampler.scheduler_overrides(config)
+    overrides = config.model.scheduler.overrides
     assert overrides == {"timestep_spacing": "trailing", "set_alpha_to_one": False, "steps_offset": 0}
     loaded = load_pipeline(config.model.path, weights=False, **sampler.pipeline_options(config))
     assert loaded.process.timesteps(4).tolist() == [999, 749, 499, 249]

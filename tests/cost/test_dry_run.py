@@ -13,6 +13,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.pipelines import load_pipeline, sizes
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.rewards import load_reward
+from diffexp_jax.settings import checked
 
 SD15, SD21, SDXL = sizes.PIPELINES
 
@@ -97,8 +98,8 @@ def test_flops_against_xla():
 
 def test_what_is_taken_out_of_the_loop(make_config):
     """XLA makes the prompts' keys and values once for all steps of sampling, as the count has it, and no queries so."""
-    experiment = Experiment.build(make_config("ddpo", {"eval.every": 0}), weights=False)
-    sampling, *_ = dry_run.programs_of(experiment.config, experiment)
+    experiment = Experiment.build(checked(make_config("ddpo", {"eval.every": 0})), weights=False)
+    sampling, *_ = dry_run.programs_of(experiment)
     depths = loops_around(jax.jit(sampling.function).lower(*sampling.args).compile().as_text(), "attn2/to_")
     assert depths["k"] == depths["v"] == depths["q"] - 1
 
@@ -173,7 +174,7 @@ def test_published_rewards(spec, count):
 def test_shapes_are_those_of_a_run(make_config, dtype):
     """Of every array that the programs take: so these are the programs that the run compiles."""
     config = make_config("ddpo", {"model.dtype": dtype})
-    real, abstract = Experiment.build(config), Experiment.build(config, weights=False)
+    real, abstract = Experiment.build(checked(config)), Experiment.build(checked(config), weights=False)
 
     def arrays(experiment):
         rewards = {"": experiment.trained} | experiment.rewards
@@ -210,15 +211,15 @@ def test_halves_that_exploration_leaves_out(make_config):
         (2.0, "log-probs"),
     ):
         config = make_config("ddpo", {"exploration.w_low": w_low, "ddpo.old_log_prob": "recomputed"})
-        assert dry_run.describe(config, Experiment.build(config, weights=False))[-1].endswith(said)
+        assert dry_run.describe(Experiment.build(checked(config), weights=False))[-1].endswith(said)
 
 
 def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0, "ddpo.old_log_prob": "recomputed"})
-    dry_run.dry_run(config)
+    dry_run.dry_run(checked(config))
     said = capsys.readouterr().out
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(checked(config))
     assert f"{dry_run.count(experiment.sampler.pipeline.base):,}  unet" in said
     assert "8 samples = 1 devices x 2 chunks x 4 samples per forward pass (1 chunks to each of 2 updates)" in said
     assert "8 reward queries, UNet evaluations: 64 to sample, 24 for the old log-probs" in said
@@ -235,7 +236,7 @@ def test_a_reward_in_plain_python(make_config):
     work = {}
     for reward in ("python:sample_rewards:bright_and_long", "jax:sample_rewards:bright_and_long_jax"):
         config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0, "reward": reward})
-        programs = list(dry_run.programs_of(config, Experiment.build(config, weights=False)))
+        programs = list(dry_run.programs_of(Experiment.build(checked(config), weights=False)))
         assert [program.name for program in programs] == ["sample", "update"]
         assert programs[0].calls == (2 if reward.startswith("python") else 1)
         work[reward] = sum(program.calls * flops.of(program.function, *program.args) for program in programs)

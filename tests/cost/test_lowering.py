@@ -24,6 +24,7 @@ from diffexp_jax.models import sizes as clip_sizes
 from diffexp_jax.pipelines import sizes
 from diffexp_jax.programs import make_explore
 from diffexp_jax.rewards import load_reward
+from diffexp_jax.settings import checked
 
 HALF = ("bfloat16", "float16")
 UNET = {"block_out_channels": [64, 64], "layers_per_block": 1, "in_channels": 4, "out_channels": 4, "sample_size": 64}
@@ -105,10 +106,10 @@ def lower(device, function, *args) -> str:
 
 def lower_all(device, config, *, without=()) -> dict[str, str]:
     """{name: text} of every program of the run, but for those named."""
-    experiment = Experiment.build(config, weights=False)
+    experiment = Experiment.build(checked(config), weights=False)
     texts = {
         name: lower(device, function, *args)
-        for name, function, args, _ in dry_run.programs_of(config, experiment)
+        for name, function, args, _ in dry_run.programs_of(experiment)
         if name not in without
     }
     texts["explore"] = lower(device, make_explore(experiment), *explored(config, experiment))
@@ -162,7 +163,7 @@ def test_programs_of_a_run(device, small_sizes, algorithm, family, dtype):
 def test_gradients_while_sampling(device, small_sizes):
     """DDPO in one pass: each sample's gradient by vmap, attention and its backward pass still fused."""
     config = make("ddpo", "sd15", "bfloat16", **{"ddpo.updates": 1})
-    sampling, *_ = dry_run.programs_of(config, Experiment.build(config, weights=False))
+    sampling, *_ = dry_run.programs_of(Experiment.build(checked(config), weights=False))
     assert sampling.name == "sample"
     assert ("__cudnn$fmhaSoftmaxBackward" in lower(device, sampling.function, *sampling.args)) == (device == "gpu")
 
@@ -219,11 +220,11 @@ def products(text: str) -> set[str]:
 def test_float32_networks_multiply_in_full(device, small_sizes):
     """By default; another setting is what the program asks for."""
     (_, function, args, _), *_ = dry_run.programs_of(
-        config := make("ddpo", "sd15", "float32"), Experiment.build(config, weights=False)
+        config := make("ddpo", "sd15", "float32"), Experiment.build(checked(config), weights=False)
     )
     full = lower(device, function, *args).count("precision = [HIGHEST, HIGHEST]")
     config = make("ddpo", "sd15", "float32", **{"model.matmul_precision": "tensorfloat32", "reward_dtype": "bfloat16"})
-    (_, function, args, _), *_ = dry_run.programs_of(config, Experiment.build(config, weights=False))
+    (_, function, args, _), *_ = dry_run.programs_of(Experiment.build(checked(config), weights=False))
     text = lower(device, function, *args)
     assert text.count("precision = [HIGH, HIGH]") > 20
     lora = text.count("precision = [HIGHEST, HIGHEST]")  # LoRA's own products are always in full

@@ -21,6 +21,7 @@ from diffexp_jax.models.unet import UNet, UNetConfig
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
 from diffexp_jax.pipelines import Pipeline, make_context
 from diffexp_jax.sampling import CLASSIFIER_FREE, Context, differentiable, initial_latents, load_process, rollout
+from diffexp_jax.settings import checked
 from tests.support.tiny import UNET, network_of, nonzero_lora, random_weights
 
 PROCESS = load_process({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
@@ -201,11 +202,11 @@ def test_microbatches_are_the_same_images(sample):
 def test_what_a_sampling_program_hands_on(make_config):
     """Every latent of the steps that are learnt from once, no images."""
     config = make_config("ddpo", {"eval.every": 0, "log.images_every": 0})
-    experiment = Experiment.build(config, weights=False)
-    sampling, *_ = dry_run.programs_of(config, experiment)
+    experiment = Experiment.build(checked(config), weights=False)
+    sampling, *_ = dry_run.programs_of(experiment)
     samples = jax.eval_shape(sampling.function, *sampling.args)
     latent, b = experiment.sampler.pipeline.latent_shape, config.batch.samples
-    t = experiment.method.trained_steps(config.sampling.steps)
+    t = experiment.settings.method.trained_steps(config.sampling.steps)
     assert t < config.sampling.steps
     assert samples.images is None
     of_latents = [x.size for x in jax.tree.leaves(samples) if x.shape[-3:] == latent]
@@ -221,7 +222,7 @@ def test_images_in_bfloat16(make_config):
     images = []
     for dtype in ("float32", "bfloat16"):
         config = make_config("alignprop", {"eval.every": 0, "model.dtype": dtype, "sampling.steps": 10})
-        experiment = Experiment.build(config)
+        experiment = Experiment.build(checked(config))
         model, keys = experiment.sampler.pipeline, parallel.sample_keys(jax.random.key(0), 4)
         lora = nonzero_lora(init_lora(jax.random.key(0), model.base, rank=2))
         steps = experiment.sampler.steps(explore=False)

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from diffexp_jax import backend, programs
-from diffexp_jax.algorithms.ddpo import DDPO
 from diffexp_jax.experiment import load_rewards
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
 from diffexp_jax.pipelines import families, load_pipeline, sizes
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
-from diffexp_jax.sampler import full_float32
+from diffexp_jax.settings import checked, parsed
 from tests.support import ROOT
 from tests.support.tiny import nonzero_lora
 
@@ -93,8 +92,8 @@ def test_what_the_settings_come_to(monkeypatch, platform, setting, dtype, precis
 )
 def test_what_ddpos_ratio_is_relative_to(monkeypatch, make_config, platform, changes, wanted):
     monkeypatch.setattr(backend, "platform", lambda: platform)
-    config = make_config("ddpo", changes)
-    assert DDPO(**config.ddpo).resolved_old_log_prob(full_float32(config)) == wanted
+    settings = parsed(make_config("ddpo", changes))
+    assert settings.method.resolved_old_log_prob(settings.full_float32) == wanted
 
 
 def test_default_precision_is_the_function_itself():
@@ -214,9 +213,9 @@ def test_learning_curves_of_the_documents():
 def test_evaluation_scores_in_float32_whatever_trains(make_config):
     """The trained reward in bfloat16 is loaded a second time for the report; in float32 it is loaded once."""
 
-    _, trained, rewards = load_rewards(make_config("ddpo", {"reward_dtype": "bfloat16"}))
+    _, trained, rewards = load_rewards(checked(make_config("ddpo", {"reward_dtype": "bfloat16"})))
     types = [{str(x.dtype) for x in jax.tree.leaves(r.params) if x.ndim} for r in (trained, rewards["pickscore"])]
     assert types == [{"bfloat16"}, {"float32"}]
-    _, trained, rewards = load_rewards(make_config("ddpo"))
+    _, trained, rewards = load_rewards(checked(make_config("ddpo")))
     assert rewards["pickscore"] is trained
     assert programs.make_scorer(trained, batch=2) is not None

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from configs import base
 from diffexp_jax import exploration, parallel, train
 from diffexp_jax import sampler as sampler_module
 from diffexp_jax.cost import dry_run
@@ -22,7 +23,7 @@ from diffexp_jax.pipelines import Pipeline, encode_prompts, families, load_pipel
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import rollout
-from diffexp_jax.settings import default_config
+from diffexp_jax.settings import parsed
 from tests.support.pipelines import FAMILIES, PROMPTS, pipeline
 from tests.support.published import PUBLISHED
 
@@ -164,11 +165,11 @@ def test_a_negative_prompt_is_diffusers(make, name, monkeypatch):
 
     both = make(name)
     monkeypatch.setattr(sampler_module, "load_pipeline", lambda *args, **kwargs: both.ours)
-    config, negative = default_config(), "a cat, blurry"
-    none = Sampler.build(config)
+    config, negative = base.default(), "a cat, blurry"
+    none = Sampler.build(parsed(config))
     jax.tree.map(np.testing.assert_array_equal, none.uncond, both.ours.unconditional(none.empty))
     config.sampling.negative_prompt = negative
-    ours = Sampler.build(config)
+    ours = Sampler.build(parsed(config))
     jax.tree.map(np.testing.assert_array_equal, ours.empty, none.empty)
     options = dict(device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative)
     found = both.theirs.encode_prompt(PROMPTS[0], **options)

@@ -19,6 +19,7 @@ from diffexp_jax.formats import files, tokenizers
 from diffexp_jax.pipelines import all_parts, encode_prompts, load_pipeline, stable_diffusion
 from diffexp_jax.rewards import load_reward
 from diffexp_jax.run.fingerprint import fingerprint
+from diffexp_jax.settings import checked
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -352,7 +353,7 @@ def test_a_run_drops_its_text_encoder(make_config, monkeypatch):
     table = whole.params["text_encoder"]["embeddings.token_embedding"]["embedding"].shape
     live = sum(x.shape == table for x in jax.live_arrays())
     monkeypatch.setattr(sampler, "load_pipeline", load)
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(checked(config))
     gc.collect()
     assert held and not any(ref() is not None for ref in held)
     assert sum(x.shape == table for x in jax.live_arrays()) <= live

@@ -20,6 +20,7 @@ from diffexp_jax.prompts import load_prompts
 from diffexp_jax.rewards import jpeg, load_reward, parsed_spec
 from diffexp_jax.rewards.reward import no_tokens
 from diffexp_jax.rewards.scoring import make_scorer
+from diffexp_jax.settings import checked
 
 IMAGES = np.random.default_rng(0).integers(256, size=(5, 16, 16, 3)).astype(np.uint8)
 TEXTS = ["a dog", "an ant", "a dog", "a cat riding a bike", "a bee"]
@@ -166,7 +167,7 @@ def test_what_a_prompts_file_says_beside_it(name, tmp_path, make_config):
     rows = np.array([3, 1, 0, 2])
     scores, _ = reward.start(IMAGES[:4], jax.tree.map(lambda x: x[rows], tokens))()
     np.testing.assert_array_equal(scores, [-1, 3, 2, -1])
-    experiment = Experiment.build(make_config("ddpo", {"reward": spec, "prompts": str(tmp_path / "p.jsonl")}))
+    experiment = Experiment.build(checked(make_config("ddpo", {"reward": spec, "prompts": str(tmp_path / "p.jsonl")})))
     scores, _ = experiment.trained.start(IMAGES[:4], experiment.train.tokens[experiment.reward])()
     np.testing.assert_array_equal(scores, [2, 3, -1, -1])
 

@@ -13,6 +13,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_explore, make_programs
 from diffexp_jax.run.metrics import read_metrics
+from diffexp_jax.settings import checked
 from tests.support.runs import PLAIN
 from tests.support.tiny import nonzero_lora
 
@@ -27,7 +28,7 @@ class Tiny:
     """Single iterations of a run."""
 
     def __init__(self, config):
-        self.config, self.experiment = config, Experiment.build(config)
+        self.config, self.experiment = config, Experiment.build(checked(config))
         self.programs = make_programs(self.experiment)
         self.frozen = parallel.replicate(self.experiment.frozen)
         lora = init_lora(jax.random.key(0), self.experiment.sampler.pipeline.base, rank=config.lora.rank)
@@ -92,7 +93,7 @@ def test_samples_of_a_sum_with_plain_python(make_config):
 def test_networks_beside_plain_python_are_reported_in_float32(make_config, tiny_clip):
     """Whatever they train in; the training prompts' tokens are those of the reward that trains."""
     reward = f"python:sample_rewards:bright_and_long+pickscore:{tiny_clip}"
-    experiment = Experiment.build(make_config("ddpo", {"reward": reward, "reward_dtype": "bfloat16"}))
+    experiment = Experiment.build(checked(make_config("ddpo", {"reward": reward, "reward_dtype": "bfloat16"})))
     reported = experiment.rewards[experiment.reward]
     types = [{str(x.dtype) for x in jax.tree.leaves(r.params) if x.ndim} for r in (experiment.trained, reported)]
     assert types == [{"bfloat16"}, {"float32"}]

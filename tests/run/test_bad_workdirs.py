@@ -4,6 +4,7 @@ import shutil
 
 from diffexp_jax import command, train
 from diffexp_jax.run import workdir as workdirs
+from diffexp_jax.settings import parsed
 from tests.support.runs import contents
 
 
@@ -28,7 +29,7 @@ def test_a_workdir_of_another_config(fails, make_config, workdir):
 
 def test_a_continued_run_may_change_what_does_not_matter(make_config, workdir):
     changes = {"lora.alpha": 8.0, "iterations": 9, "eval.every": 5, "log.images": 2, "checkpoint.every": 3}
-    _, notes = workdirs.plan(workdir, make_config("alignprop", changes))
+    _, notes = workdirs.plan(workdir, parsed(make_config("alignprop", changes)))
     assert "iterations is 9, was 4" in notes and "eval.every is 5, was 3" in notes
 
 
@@ -48,4 +49,4 @@ def test_checkpoints_without_a_config(fails, make_config, workdir):
 def test_a_workdir_without_a_checkpoint_is_free(make_config, workdir):
     """A run that failed before its first checkpoint leaves nothing that could be lost."""
     shutil.rmtree(workdir / "checkpoints")
-    assert workdirs.plan(workdir, make_config("ddpo")).notes == []
+    assert workdirs.plan(workdir, parsed(make_config("ddpo"))).notes == []

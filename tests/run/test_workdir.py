@@ -22,6 +22,7 @@ from diffexp_jax import backend
 from diffexp_jax.errors import InputError
 from diffexp_jax.run import lease, workdir
 from diffexp_jax.run.fingerprint import fingerprint
+from diffexp_jax.settings import parsed
 from tests.support import ROOT
 
 IDENTITY = {"model": "1", "reward": "pickscore 2", "prompts": "3 4"}
@@ -30,15 +31,15 @@ IDENTITY = {"model": "1", "reward": "pickscore 2", "prompts": "3 4"}
 def settings(**changes):
     config = alignprop.get_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return config.lock()
+    return parsed(config)
 
 
 def begin(folder, **changes):
     """What a run of these settings leaves that has saved its first checkpoint."""
     plan = workdir.plan(folder, settings(**changes))
-    with workdir.claim(folder, plan.config, IDENTITY):
+    with workdir.claim(folder, plan.settings, IDENTITY):
         (folder / "checkpoints" / "0").mkdir(parents=True)
-    return plan.config
+    return plan.settings
 
 
 def stored(folder) -> dict:
@@ -72,8 +73,8 @@ def test_what_auto_came_to_goes_on(tmp_path, monkeypatch):
     begin(tmp_path)
     assert stored(tmp_path)["model"]["dtype"] == "float32"
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
-    assert workdir.plan(tmp_path, settings()).config.model.dtype == "float32"
-    assert workdir.plan(tmp_path / "new", settings()).config.model.dtype == "bfloat16"
+    assert workdir.plan(tmp_path, settings()).settings.model.dtype == "float32"
+    assert workdir.plan(tmp_path / "new", settings()).settings.model.dtype == "bfloat16"
     with pytest.raises(InputError, match='model.dtype \\("float32" there, "bfloat16" here\\)'):
         workdir.plan(tmp_path, settings(model__dtype="bfloat16"))
 
@@ -104,11 +105,11 @@ def test_more_iterations_explore_no_more(tmp_path):
     ]
     with workdir.claim(tmp_path, config, IDENTITY):
         pass
-    assert workdir.plan(tmp_path, settings(iterations=400)).config.exploration.iterations == 75
+    assert workdir.plan(tmp_path, settings(iterations=400)).settings.exploration.iterations == 75
     config, notes = workdir.plan(tmp_path, settings(iterations=200, exploration__iterations=150))
     assert config.exploration.iterations == 150 and notes == ["exploration.iterations is 150, was 75"]
-    assert workdir.plan(tmp_path / "new", settings(iterations=10)).config.exploration.iterations == 8
-    other = workdir.plan(tmp_path / "new", settings(iterations=10, exploration__iterations=3)).config
+    assert workdir.plan(tmp_path / "new", settings(iterations=10)).settings.exploration.iterations == 8
+    other = workdir.plan(tmp_path / "new", settings(iterations=10, exploration__iterations=3)).settings
     assert other.exploration.iterations == 3
 
 
@@ -199,8 +200,9 @@ import sys, time
 from pathlib import Path
 from configs import alignprop
 from diffexp_jax.run import workdir
+from diffexp_jax.settings import parsed
 folder = Path(sys.argv[1])
-with workdir.claim(folder, workdir.plan(folder, alignprop.get_config()).config, {}):
+with workdir.claim(folder, workdir.plan(folder, parsed(alignprop.get_config())).settings, {}):
     print("held", flush=True)
     time.sleep(600)
 """

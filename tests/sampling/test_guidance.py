@@ -16,6 +16,7 @@ from diffexp_jax.pipelines import Pipeline, encode_empty, load_pipeline
 from diffexp_jax.programs import make_generate, make_programs
 from diffexp_jax.sampling import CLASSIFIER_FREE, EMBEDDED, Context, Network, load_process
 from diffexp_jax.sampling.guidance import two_halves
+from diffexp_jax.settings import checked
 from tests.support.tiny import TRAIN_PROMPTS
 
 N, SHAPE = 8, (2, 2, 3)
@@ -180,7 +181,9 @@ def test_a_runs_evaluation_knows_its_guidance(make_config):
     """FLOPs of the program that makes its images: at a scale of 1 half of the network's, although the run explores."""
     work = []
     for scale in (2.0, 1.0):
-        experiment = Experiment.build(make_config("ddpo", {"sampling.guidance": scale, "exploration.w_low": 5.0}))
+        experiment = Experiment.build(
+            checked(make_config("ddpo", {"sampling.guidance": scale, "exploration.w_low": 5.0}))
+        )
         pipeline, batch = experiment.sampler.pipeline, experiment.draw_batch(0, None)
         params, lora = dry_run.on_devices((experiment.frozen.model, experiment.lora_shapes()))
         steps = parallel.replicate(experiment.sampler.steps(explore=False))
@@ -205,7 +208,7 @@ def test_a_runs_evaluation_knows_its_guidance(make_config):
 def test_which_runs_leave_halves_out(make_config, changes, skips):
     """Four steps, two of them above the threshold; three of the four iterations explore."""
     config = make_config("ddpo", {"exploration.w_low": 1.0, "exploration.iterations": 3} | changes)
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(checked(config))
     assert (experiment.policy.network.one_half is not None) == (skips and "sampling.guidance" not in changes)
     count = experiment.sampler.count_evaluations()
     if "sampling.guidance" in changes:
@@ -219,7 +222,7 @@ def test_training_leads_away_from_the_negative_prompt(make_config):
     """Every image's unconditional half is that prompt's, as an evaluation's; Eq. 8 still weighs towards ""."""
     text = TRAIN_PROMPTS[1]
     config = make_config("ddpo", {"sampling.negative_prompt": text})
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(checked(config))
     row = experiment.train.texts.index(text)
     negative, empty = experiment.train.cond.embedding[row], experiment.sampler.empty.embedding
     uncond = np.asarray(experiment.draw_batch(0, None).context.uncond.embedding)
@@ -234,7 +237,7 @@ def test_a_run_that_never_needs_it_has_one_network(make_config):
     """The program of a run whose steps all take both halves is no larger for it."""
 
     def operations(changes):
-        experiment = Experiment.build(make_config("alignprop", changes))
+        experiment = Experiment.build(checked(make_config("alignprop", changes)))
         programs = make_programs(experiment)
         steps, key = parallel.replicate((experiment.sampler.steps(explore=False), jax.random.key(0)))
         frozen = parallel.share(experiment.frozen)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from diffexp_jax.report import save_grid
-from diffexp_jax.settings import default_config
+from diffexp_jax.settings import Settings, as_dict, changed
 
 ABOUT = {
     "versions": {"python": "3.11.7", "jax": "0.10.2"},
@@ -38,12 +38,10 @@ def write_run(folder, changes=(), *, metrics=None, iterations=ITERATIONS, base=0
 
     `base` is the seed of its first pictures.
     """
-    config = default_config()
-    config.update_from_flattened_dict(
-        {"algorithm": "ddpo", "iterations": 10, "exploration.iterations": 8} | dict(changes)
-    )
+    usual = {"algorithm": "ddpo", "iterations": 10, "exploration.iterations": 8}
+    settings = changed(Settings(), usual | dict(changes))
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "config.json").write_text(json.dumps(as_dict(settings)))
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in (rows() if metrics is None else metrics))
     )

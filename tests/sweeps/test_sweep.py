@@ -11,20 +11,23 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from configs import base
 from configs.paper import ALIASES, EXPERIMENTS
 from configs.sweeps import SWEEPS
 from diffexp_jax import command
-from diffexp_jax.algorithms import METHODS
+from diffexp_jax.algorithms import METHODS, Method
 from diffexp_jax.errors import InputError
+from diffexp_jax.limits import setting
 from diffexp_jax.models.lora import LORA_FILE
 from diffexp_jax.run import stopping
 from diffexp_jax.run.metrics import read_metrics
-from diffexp_jax.settings import default_config
+from diffexp_jax.settings import parsed
 from diffexp_jax.sweeps import commands
 from tests.support import ROOT
 from tests.support.runs import assert_same_run
@@ -161,11 +164,16 @@ def test_what_makes_another_run(scripts):
 
 def test_settings_of_a_method_from_elsewhere(scripts, monkeypatch):
     """What configs/base.py does not know is compared with the method's own defaults."""
-    method = METHODS["ddpo"]._replace(name="mine", defaults={"clip": 1e-4, "size": 2})
-    monkeypatch.setitem(METHODS, "mine", method)
-    config = default_config()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Method):
+        clip: float = setting(1e-4, "of the ratio")
+        size: int = setting(2, "of nothing")
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    config = base.default()
     config.algorithm, config.mine = "mine", {"clip": 0.5}
-    assert scripts.plan.settings_that_matter(config) == {"algorithm": "mine", "mine.clip": 0.5}
+    assert scripts.plan.settings_that_matter(parsed(config)) == {"algorithm": "mine", "mine.clip": 0.5}
 
 
 def test_overrides(planned):

@@ -12,6 +12,7 @@ from diffexp_jax import parallel
 from diffexp_jax.algorithms import Inputs
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.programs import make_programs
+from diffexp_jax.settings import checked
 from tests.support import ROOT
 
 
@@ -38,10 +39,12 @@ def test_their_mean_is_ddpos_gradient(script, make_config):
         "ddpo.stats_buffer": 8,
         "optim.grad_clip": 1e6,
     }
-    experiment = Experiment.build(make_config("ddpo", changes | {"batch.samples_per_forward": 4}))
+    experiment = Experiment.build(checked(make_config("ddpo", changes | {"batch.samples_per_forward": 4})))
     each = script.gradients(experiment, 1, 6, seed=0)  # in two batches, the second filled up
     assert len(each) == experiment.sampler.n_steps
-    experiment = Experiment.build(make_config("ddpo", changes | {"batch.samples": 6, "batch.samples_per_forward": 6}))
+    experiment = Experiment.build(
+        checked(make_config("ddpo", changes | {"batch.samples": 6, "batch.samples_per_forward": 6}))
+    )
     programs, batch = make_programs(experiment), experiment.draw_batch(0, None)
     noise = parallel.shard(parallel.sample_keys(parallel.stream(0, "noise"), 6), 6)
     batch, steps = batch._replace(key=noise), parallel.replicate(experiment.sampler.steps(explore=False))

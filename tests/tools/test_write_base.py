@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from configs import base
-from diffexp_jax.settings import default_config
+from diffexp_jax.settings import Settings, parsed
 from tests.support import ROOT
 
 
@@ -18,7 +18,7 @@ def tool(monkeypatch):
 def test_base_is_written_from_the_package(tool):
     """Where it is not: python tools/settings/write_base.py."""
     assert (ROOT / "configs" / "base.py").read_text() == tool.listing()
-    assert base.default().to_dict() == default_config().to_dict()
+    assert parsed(base.default()) == Settings()
 
 
 @pytest.mark.parametrize(

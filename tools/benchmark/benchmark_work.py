@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffexp_jax import backend, parallel, settings
+from diffexp_jax import backend, parallel
 from diffexp_jax.algorithms import Inputs, alignprop
 from diffexp_jax.cost import flops
 from diffexp_jax.cost.random_weights import peak_memory, random_weights
@@ -23,6 +23,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.programs import make_programs
 from diffexp_jax.rewards import load_reward
+from diffexp_jax.settings import Settings, changed, checked, cpu_devices
 
 HERE = Path(__file__).resolve().parent
 
@@ -81,15 +82,16 @@ def live_steps(case: str, n_steps: int, repetition: int = 0) -> int:
 # ---------------------------------------------------------------------------------------------------------------- ours
 
 
-def configure(model: str, folder: str, case: str, size: Size) -> Any:
+def configure(model: str, folder: str, case: str, size: Size) -> Settings:
     """A run's settings that do the case's work, on this machine's devices, which it sets up."""
     method, changes, explore = CASES[case]
-    config = settings.default_config()
-    config.algorithm = method
-    config.prompts, config.reward = str(Path(folder, "prompts.txt")), "jax:benchmark_work:brightness"
     path = "emoji" if model == "emoji" else PUBLISHED.get(model, folder)
-    config.update_from_flattened_dict(
+    settings = changed(
+        Settings(),
         {
+            "algorithm": method,
+            "prompts": str(Path(folder, "prompts.txt")),
+            "reward": "jax:benchmark_work:brightness",
             "model.path": path,
             "model.remat": size.remat,
             "model.vae_slice": 32 if model not in PUBLISHED else size.per_forward,
@@ -102,14 +104,14 @@ def configure(model: str, folder: str, case: str, size: Size) -> Any:
             "log.images_every": 0,
             "alignprop.truncation_k": size.live or most_live_steps(case, size.steps),
         }
-        | changes
+        | changes,
     )
-    backend.set_cpu_devices(settings.cpu_devices(config))
+    backend.set_cpu_devices(cpu_devices(settings))
     if backend.platform() == "cpu":  # its devices share the work; each accelerator does all of it
-        config.batch.samples_per_forward = size.per_forward // jax.device_count()
+        settings = changed(settings, {"batch.samples_per_forward": size.per_forward // jax.device_count()})
     else:
-        config.batch.samples = size.samples * jax.device_count()
-    return config
+        settings = changed(settings, {"batch.samples": size.samples * jax.device_count()})
+    return checked(settings)
 
 
 def our_work(model: str, folder: str, case: str, size: Size) -> tuple[Callable[[int], Any], float]:
@@ -121,7 +123,7 @@ def our_work(model: str, folder: str, case: str, size: Size) -> tuple[Callable[[
     programs, n = make_programs(experiment), jax.device_count()
     if model in PUBLISHED:
         frozen = random_weights(experiment.frozen)
-        lora = init_lora(jax.random.key(0), experiment.sampler.pipeline.base, rank=experiment.config.lora.rank)
+        lora = init_lora(jax.random.key(0), experiment.sampler.pipeline.base, rank=experiment.settings.lora.rank)
     else:
         frozen, lora = parallel.share(experiment.frozen), experiment.initial_lora()
     steps = experiment.sampler.steps(explore=CASES[case][2])

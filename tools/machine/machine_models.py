@@ -22,8 +22,8 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.pipelines import make_context
 from diffexp_jax.programs import Programs, make_programs
-from diffexp_jax.sampler import model_dtype
 from diffexp_jax.sampling import initial_latents, rollout
+from diffexp_jax.settings import checked, parsed
 
 HERE = Path(__file__).resolve().parent
 
@@ -116,7 +116,6 @@ def decisive_settings() -> dict[str, Any]:
 class Run(NamedTuple):
     """A run's programs, and what they are called with; see `train.run`."""
 
-    config: Any
     experiment: Experiment
     programs: Programs
     frozen: Any
@@ -125,18 +124,19 @@ class Run(NamedTuple):
 
     def start(self, lora: Any = None) -> Any:
         """The first state, on the devices."""
-        fresh = init_lora(jax.random.key(0), self.experiment.sampler.pipeline.base, rank=self.config.lora.rank)
+        rank = self.experiment.settings.lora.rank
+        fresh = init_lora(jax.random.key(0), self.experiment.sampler.pipeline.base, rank=rank)
         return parallel.replicate(jax.device_get(self.programs.algorithm.init(fresh if lora is None else lora)))
 
     def random_lora(self) -> Any:
         """One that changes something, and every part of which has a gradient."""
-        base, rank = self.experiment.sampler.pipeline.base, self.config.lora.rank
+        base, rank = self.experiment.sampler.pipeline.base, self.experiment.settings.lora.rank
         leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: init_lora(jax.random.key(0), base, rank=rank)))
         return structure.unflatten([0.1 * draw(i, leaf.shape) for i, leaf in enumerate(leaves)])
 
     def batch(self, it: int) -> Batch:
         """SAMPLES samples, the same on each device."""
-        rows = np.arange(self.config.batch.samples) % SAMPLES
+        rows = np.arange(self.experiment.settings.batch.samples) % SAMPLES
         task = self.experiment.train
         ids = rows % len(task.texts)
         cond, tokens = jax.tree.map(lambda x: x[ids], (task.cond, task.tokens[self.experiment.reward]))
@@ -183,10 +183,10 @@ def make_float_images(experiment: Experiment) -> Callable[..., jax.Array]:
 def emoji_run(method: str, dtype: str, old_log_prob: str) -> Run:
     changes = SETTINGS | METHODS[method] | {"model.dtype": dtype, "ddpo.old_log_prob": old_log_prob}
     config = settings(method, "model=emoji,explore=false", changes | {"batch.samples": SAMPLES * jax.device_count()})
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(checked(config))
     frozen = parallel.share(experiment.frozen)
     steps = parallel.replicate(experiment.sampler.steps(explore=False))
-    return Run(config, experiment, make_programs(experiment), frozen, steps, make_float_images(experiment))
+    return Run(experiment, make_programs(experiment), frozen, steps, make_float_images(experiment))
 
 
 @functools.cache
@@ -197,7 +197,8 @@ def emoji_results(dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     images = run.images(state, batch)
     state, _ = run.iterate(state, batch)
     adams_mean = optax.tree.get(parallel.first(state.opt_state), "mu")
-    gradient = np.concatenate([np.ravel(x) for x in jax.tree.leaves(adams_mean)]) / (1.0 - run.config.optim.b1)
+    mean = np.concatenate([np.ravel(x) for x in jax.tree.leaves(adams_mean)])
+    gradient = mean / (1.0 - run.experiment.settings.optim.b1)
     return {"emoji/images": images[:, ::4, ::4]}, gradient
 
 
@@ -218,7 +219,7 @@ def check_ratio(dtype: str) -> Outcome:
 
 def check_learning(method: str, iterations: int, n_batches: int) -> Outcome:
     """Brightness of the same prompts and noise before and after, in the type that runs have here."""
-    dtype = str(model_dtype(settings(method, "model=emoji", {})))
+    dtype = str(parsed(settings(method, "model=emoji", {})).dtype)
     run = emoji_run(
         method, dtype, "recomputed" if dtype == "float32" else "auto"
     )  # of the programs above, if it can be
@@ -246,12 +247,12 @@ def check_full_size(model: str, method: str) -> Outcome:
 
 def full_size(config: Any) -> Outcome:
     """Two iterations of a run's programs on random weights: seconds of the second, memory beside the dry run's."""
-    before, experiment, plans = peak_memory(), Experiment.build(config, weights=False), []
+    before, experiment, plans = peak_memory(), Experiment.build(checked(config), weights=False), []
     programs = make_programs(experiment)
     sample = programs.sample and compiled_once(programs.sample, plans)
     programs = programs._replace(sample=sample, update=compiled_once(programs.update, plans))
     steps = parallel.replicate(experiment.sampler.steps(explore=False))
-    run = Run(config, experiment, programs, random_weights(experiment.frozen), steps)
+    run = Run(experiment, programs, random_weights(experiment.frozen), steps)
     state, batch = run.start(), experiment.draw_batch(0, None)
     for _ in range(2):
         start = time.perf_counter()

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # where the package is
 
 from diffexp_jax.limits import Setting, settings_of
-from diffexp_jax.settings.config import type_of
 from diffexp_jax.settings.settings import Settings, sections_of
 
 WIDTH, INDENT = 120, "    "
@@ -91,7 +90,7 @@ def comment(text: str) -> Iterator[str]:
 def written(known: Setting) -> str:
     """A default as Python has it."""
     if known.default is None:
-        return f"placeholder({type_of(known.type).__name__})"
+        return f"placeholder({known.kind.__name__})"
     if isinstance(known.default, float) and 0 < abs(known.default) < 1:
         digits, _, exponent = f"{known.default:e}".partition("e")
         return min(repr(known.default), f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}", key=len)

@@ -17,16 +17,16 @@ if __name__ == "__main__":
 import argparse
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffexp_jax import backend, settings
+from diffexp_jax import backend
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.experiment import load_rewards
@@ -34,6 +34,7 @@ from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, one_of, whole
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.report import Table, document_parts
+from diffexp_jax.settings import Settings, as_dict, check, cpu_devices, parsed
 from diffexp_jax.sweeps import comparison, image_statistics, plan, tables
 
 _PLAIN = {"t_thresh": 1000}  # no step is above it
@@ -65,29 +66,30 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     argument = f"paper.py:{args.experiment}" + (f",model={args.model}" if args.model else "")
     changes = {"eval.prompts": lambda config: (config.prompts,), "exploration.enabled": True}
     config, _ = plan.changed_config(argument, changes, overrides)
-    backend.set_cpu_devices(settings.cpu_devices(config))
-    found = {"argument": argument, "settings": about(config), "machine": backend.machine()} | measure(config, args)
+    settings = parsed(config)
+    backend.set_cpu_devices(cpu_devices(settings))
+    found = {"argument": argument, "settings": about(settings), "machine": backend.machine()} | measure(settings, args)
     write_whole(args.out, json.dumps(found) + "\n")
     print("\n".join(section(found)))
     if args.document:
         write_section(args.document, args.out.stem, found)
 
 
-def about(config: ConfigDict) -> dict[str, Any]:
+def about(settings: Settings) -> dict[str, Any]:
     """What the numbers depend on."""
-    return {"model": config.model.path, **config.sampling.to_dict(), **config.exploration.to_dict()}
+    return {"model": settings.model.path, **as_dict(settings.sampling), **as_dict(settings.exploration)}
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(config: ConfigDict, args: argparse.Namespace) -> dict[str, Any]:
+def measure(settings: Settings, args: argparse.Namespace) -> dict[str, Any]:
     """Samples and scores; of every way and prompt the statistics, and how often the base model succeeds."""
-    settings.check_config(config)
-    split, (reward, _, rewards) = settings.batch_split(config), load_rewards(config)
+    check(settings)
+    split, (reward, _, rewards) = settings.split, load_rewards(settings)
     success, least = parse_success(args.success, rewards)
-    model = Evaluator.of_config(config, rewards=rewards, batch=split.samples, chunks=split.chunks)
-    prompts, n = load_prompts(config.prompts), args.samples_per_prompt
+    model = Evaluator.of_settings(settings, rewards=rewards, batch=split.samples, chunks=split.chunks)
+    prompts, n = load_prompts(settings.prompts), args.samples_per_prompt
     with tqdm(total=len(prompts) * (args.many + n * len(WAYS)), desc="headroom", unit="image") as bar:
         many, _ = sample(model, prompts, args.many, WAYS["plain"], seed=args.seed + 1, bar=bar)
         base = (many[success] >= least).reshape(len(prompts), -1).mean(1)
@@ -119,7 +121,7 @@ def sample(
     model: Evaluator, prompts: PromptSet, n: int, changes: Mapping[str, Any], *, seed: int, bar: tqdm
 ) -> tuple[dict[str, Float[np.ndarray, " N"]], Float[np.ndarray, "N F"] | None]:
     """Scores and features of n images of each prompt, sampled with these numbers of exploration."""
-    model, task = model.sampled_by(exploration=model.sampler.exploration._replace(**changes)), model.task(prompts)
+    model, task = model.sampled_by(exploration=replace(model.sampler.exploration, **changes)), model.task(prompts)
     if model.sampler.exploration.weight_range != (1.0, 1.0):
         (task, _), n = model.weighted(prompts, samples_per_prompt=n, seed=seed), 1
     options = {"measures": {"features": model.scorers.features[1]} if model.scorers.features else {}}

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from diffexp_jax import backend, parallel
-from diffexp_jax.algorithms import METHODS, Batch, Policy, policy_gradient
+from diffexp_jax.algorithms import Batch, Policy, policy_gradient
 from diffexp_jax.algorithms.state import PromptStats, TrainState, advantages
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
@@ -37,6 +37,7 @@ from diffexp_jax.limits import check_number, whole
 from diffexp_jax.pipelines import make_context
 from diffexp_jax.report import Table, document_parts
 from diffexp_jax.sampling import Trajectory, step_log_prob
+from diffexp_jax.settings import as_dict, checked
 from diffexp_jax.sweeps import plan
 
 
@@ -49,13 +50,14 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
     argument = f"paper.py:{args.experiment},explore=false" + (f",model={args.model}" if args.model else "")
     config, _ = plan.changed_config(argument, {}, dict(map(plan.parse_override, rest)))
     backend.set_cpu_devices(1)
-    if not METHODS[config.algorithm].needs.step_noise:
+    settings = checked(config)
+    if not settings.method.needs.step_noise:
         raise InputError(
-            f"--experiment {args.experiment}: {config.algorithm} has no log-probs of steps; wants one of DDPO"
+            f"--experiment {args.experiment}: {settings.algorithm} has no log-probs of steps; wants one of DDPO"
         )
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(settings)
     total = gradients(experiment, args.prompts, args.samples_per_prompt, seed=args.seed)
-    found = {"argument": argument, "sampling": config.sampling.to_dict(), "reward": experiment.reward}
+    found = {"argument": argument, "sampling": as_dict(settings.sampling), "reward": experiment.reward}
     found |= {"prompts": min(args.prompts, len(experiment.train.texts)), "samples_per_prompt": args.samples_per_prompt}
     found |= {"t": np.asarray(experiment.sampler.steps(explore=False).t).tolist(), "machine": backend.machine()}
     found["size"] = [float(f"{x:.4g}") for x in np.linalg.norm(total, axis=1)]
