@@ -21,7 +21,7 @@ from diffexp_jax.run import workdir as workdirs
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import initial_latents, load_process
-from diffexp_jax.settings import parsed
+from diffexp_jax.settings import Settings, changed, parsed
 from diffexp_jax.settings.training import Exploration
 from diffexp_jax.task import Task
 from tests.support.tiny import CompileCounter, nonzero_lora
