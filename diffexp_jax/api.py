@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffexp_jax import config_files, paths, settings, train
-from diffexp_jax.errors import InputError, Stopped
+from diffexp_jax.errors import InputError, Stopped, first_line
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.models.lora import save_lora
 from diffexp_jax.report.grids import draw_grid
@@ -42,8 +42,7 @@ def config(name: str = "alignprop", changes: Mapping[str, Any] = {}, **arguments
     except InputError:
         raise
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        reason = str(error.args[0] if error.args else error).splitlines()[0]
-        raise InputError(f"config {name!r}: {reason}") from None
+        raise InputError(f"config {name!r}: {first_line(error)}") from None
     return chosen
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from diffexp_jax import config_files, output, paths
-from diffexp_jax.errors import HostError, InputError, RewardError, Stopped
+from diffexp_jax.errors import HostError, InputError, RewardError, Stopped, printable
 
 _LONGEST = 1000  # characters of an error
 LISTS = ("eval.prompts", "eval.rewards", "lora.targets")  # settings that a flag may give as words, separated by commas
@@ -169,7 +169,7 @@ def one_line(error: Exception) -> str:
     text = str(error).strip()
     text = text if isinstance(error, InputError) else text.partition("\n")[0]
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or type(error).__name__
+    return printable(text) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

@@ -1,4 +1,6 @@
-"""What ends a program with one clear line, and its exit code."""
+"""What ends a program with one clear line, and its exit code; and what an error says, in part of a line."""
+
+import textwrap
 
 
 class InputError(ValueError):
@@ -28,3 +30,18 @@ class Stopped(Exception):
     def __init__(self, iteration: int, number: int):
         super().__init__(f"stopped after iteration {iteration}, which is saved; the same command continues")
         self.exit_code = 128 + number
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What another library's error says, for part of a line: its first one, made printable, of at most so many
+    characters and not cut within a word; its type's name where it says nothing."""
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is quoted
+    line = str(said).strip().partition("\n")[0]
+    if len(line) > most:
+        line = textwrap.shorten(line, most, placeholder="...") if " " in line[:most] else line[:most]
+    return printable(line) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text with what cannot be printed, a line's end for one, as Python escapes it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -81,7 +81,16 @@ def _forget_programs():
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: begun last, one of them would run on beside idle workers."""
-    longest = ("test_train", "test_lowering", "test_command_line", "test_ddpo", "test_families", "test_own_rewards")
+    longest = (
+        "test_train",
+        "test_hosts",
+        "test_lowering",
+        "test_stopping",
+        "test_sample",
+        "test_additions",
+        "test_ddpo",
+    )
+    longest += ("test_alignprop", "test_families", "test_own_rewards_in_training", "test_launch")
     rank = {name: i for i, name in enumerate(longest)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

@@ -143,6 +143,24 @@ def test_short_functions_and_files(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_tests_share_is_in_support(path):
+    """No test imports another one's file, or asks for more than 520 lines to be read."""
+    assert len(path.read_text().splitlines()) <= 520
+    shared = {"support", "conftest", "users"}
+    for name in imported(path):
+        assert not name.startswith("tests.") or name.split(".")[1] in shared, name
+
+
+def test_tests_are_where_their_subjects_are():
+    """Each folder is a room of the package, or what is beside it."""
+    folders = {path.parent.name for path in TESTS if path.name.startswith("test_")} - {"tests"}
+    assert folders <= BELOW.keys() | {"scripts", "tools"}
+
+
 def test_configs_import_nothing_of_the_package():
     for path in (ROOT / "configs").glob("*.py"):
         assert {name.split(".")[0] for name in imported(path)} <= {"ml_collections", "configs", "re"}, path

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffexp_jax import command
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 from diffexp_jax.models.lora import LORA_FILE, save_lora
 from diffexp_jax.report import card
 from diffexp_jax.report.run import lora_prefix
@@ -76,9 +76,8 @@ def push(folder: Path, repository: str, iteration: int, *, private: bool) -> str
         message = f"LoRA after iteration {iteration}"
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names, commit_message=message)
     except Exception as error:  # of many libraries: no login, no right to write there, no network, offline
-        reason = command.one_line(error)[:200] or type(error).__name__
         raise InputError(
-            f"--push_to_hub {repository}: not uploaded ({reason}); is there a login (hf auth login)?"
+            f"--push_to_hub {repository}: not uploaded ({first_line(error)}); is there a login (hf auth login)?"
         ) from None
     return str(url)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from diffexp_jax import command, programs, report
 from diffexp_jax.cli.sample_flags import arguments, settings_of
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.tokenizers import check_text
@@ -103,8 +103,7 @@ def read_latents(path: Path) -> np.ndarray:
     try:
         latents = np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--latents {path}: not a readable .npy file ({reason})") from None
+        raise InputError(f"--latents {path}: not a readable .npy file ({first_line(error)})") from None
     if not isinstance(latents, np.ndarray) or not np.issubdtype(latents.dtype, np.floating):
         raise InputError(f"--latents {path}: wants one array of float32")
     if not np.isfinite(latents).all():

@@ -1,7 +1,6 @@
 """Model folders in the published formats: config.json beside single or sharded safetensors, full or fp16."""
 
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from diffexp_jax import paths
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 from diffexp_jax.formats.json_text import MOST_BYTES, parse_json, read_text
 from diffexp_jax.formats.writing import replaced
 
@@ -43,7 +42,7 @@ def read_json(path: Path, *, finite: bool = True, most: int = MOST_BYTES) -> dic
     except FileNotFoundError:
         raise InputError(f"{path}: the file is missing") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as json ({_one_line(error)})") from None
+        raise InputError(f"{path}: not readable as json ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: wants a json object, found a {type(content).__name__}")
     return content
@@ -61,7 +60,7 @@ class Weights(Mapping[str, np.ndarray]):
             except FileNotFoundError:
                 raise InputError(f"{path}: the file is missing") from None
             except (OSError, SafetensorError) as error:
-                raise InputError(f"{path}: not a whole safetensors file ({_one_line(error)})") from None
+                raise InputError(f"{path}: not a whole safetensors file ({first_line(error)})") from None
             self._where |= {name: path for name in self._open[path].keys()}
 
     @property
@@ -74,7 +73,7 @@ class Weights(Mapping[str, np.ndarray]):
         try:
             return self._open[path].get_tensor(name)
         except Exception as error:  # of many types: cut short since it was opened, a type of numbers without numpy's
-            raise InputError(f"{path}: tensor {name} is not readable ({_one_line(error)})") from None
+            raise InputError(f"{path}: tensor {name} is not readable ({first_line(error)})") from None
 
     def file_of(self, name: str) -> Path:
         """Where a tensor is, for errors."""
@@ -255,14 +254,8 @@ def _from_hub(repository: str, wanted: Sequence[str], *, what: str, revision: st
     except Exception as error:  # of many libraries: no network, offline by HF_HUB_OFFLINE, a full disk
         raise InputError(
             f"{what}: no such folder, no copy in the hub's cache, and it could not be downloaded "
-            f"({_one_line(error)}); give the path of a folder, or run once with a network"
+            f"({first_line(error)}); give the path of a folder, or run once with a network"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    """Its first line, of at most 200 characters and not cut within a word."""
-    line = f"{error}".strip().partition("\n")[0]
-    return textwrap.shorten(line, 200, placeholder="...") if " " in line[:200] else line[:200] or type(error).__name__
 
 
 def only_file(folder: Path, suffixes: Sequence[str]) -> Path:

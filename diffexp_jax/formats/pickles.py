@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 from diffexp_jax.formats import files
 from diffexp_jax.formats.pickle_steps import check_steps
 
@@ -181,8 +181,7 @@ class Pickled(Mapping[str, np.ndarray]):
         except FileNotFoundError:
             raise InputError(f"{path}: the file is missing") from None
         except Exception as error:  # a broken or hostile pickle can make the machine fail in any way
-            reason = str(error).partition("\n")[0][:100] or type(error).__name__
-            raise InputError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
+            raise InputError(f"{path}: not a readable PyTorch checkpoint ({first_line(error, 100)})") from None
         if not self._tensors:
             raise InputError(f"{path}: holds no tensors by name; wants a state dict")
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 
 # Of Pillow's formats those of pictures alone: it would start another program for one, and read films and icons.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")
@@ -116,8 +116,7 @@ def _explained(path: Path) -> Iterator[None]:
         except Image.UnidentifiedImageError:
             raise InputError(f"{path}: not a readable picture; accepted: {', '.join(formats())}") from None
         except Exception as error:
-            reason = f"{error}".partition("\n")[0][:200] or type(error).__name__
-            raise InputError(f"{path}: not a readable picture ({reason})") from None
+            raise InputError(f"{path}: not a readable picture ({first_line(error)})") from None
 
 
 def _check(path: Path, image: Image.Image) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 from diffexp_jax.formats import bpe
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.formats.json_text import MOST_BYTES
@@ -82,8 +82,7 @@ def _made(where: str, make: Callable[[], Any], special: Sequence[str] = ("bos", 
         tokenizer = make()
         ids = tokenizer("").input_ids
     except Exception as error:  # of many types: the library's parts each have their own
-        reason = f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{where}: the tokenizer's files are not readable ({reason})") from None
+        raise InputError(f"{where}: the tokenizer's files are not readable ({first_line(error)})") from None
     tokens = [getattr(tokenizer, f"{name}_token_id") for name in special]
     if None in tokens:
         raise InputError(f"{where}: the tokenizer has no {special[tokens.index(None)]}_token")

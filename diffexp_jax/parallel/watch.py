@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from diffexp_jax.errors import HostError, InputError
+from diffexp_jax.errors import HostError, InputError, first_line
 
 _ALIVE, _LEFT, _END = "diffexp/watch/alive", "diffexp/watch/left", "diffexp/watch/end"
 _GRACE = 5.0  # seconds that the first host, which holds the service, stays for the others to hear why it ends
@@ -133,8 +133,7 @@ class Watch:
             if gone := self._gone(time.monotonic()):
                 return HostError(gone[1])
             time.sleep(0.1)
-        line = str(error).strip().partition("\n")[0][:160]
-        return HostError(f"another host of the run has gone ({line}); {_GOES_ON}")
+        return HostError(f"another host of the run has gone ({first_line(error, 160)}); {_GOES_ON}")
 
     def leave(self, code: int, why: str, *, at_once: bool = False) -> None:
         """Tells the others why this host ends; then it does so without waiting for them, at once or at exit.

@@ -17,7 +17,7 @@ from absl import logging
 from PIL import Image
 
 from diffexp_jax import parallel
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.json_text import parse_json
 from diffexp_jax.limits import one_of
@@ -235,8 +235,9 @@ def _wandb_run(workdir: Path, name: str, config: Mapping[str, Any]) -> Any:
             settings=wandb.Settings(console="off"),
         )
     except Exception as error:  # of many types: no login, no network
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise InputError(f"log.wandb=true: {reason}; log in (wandb login) or set WANDB_MODE=offline") from None
+        raise InputError(
+            f"log.wandb=true: {first_line(error)}; log in (wandb login) or set WANDB_MODE=offline"
+        ) from None
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

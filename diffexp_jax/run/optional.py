@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 from absl import logging
 
+from diffexp_jax.errors import first_line
+
 T = TypeVar("T")
 _said: set[tuple[str, str]] = set()  # what failed, and why
 
@@ -28,7 +30,6 @@ def attempt(what: str, work: Callable[..., T], *args: Any, **options: Any) -> T 
 
 def reason_of(error: Exception) -> str:
     """Why, in part of a line."""
-    line = str(error).strip().partition("\n")[0][:300]
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    line, kind = first_line(error, 300), type(error).__name__
     known = isinstance(error, OSError) or type(error).__module__.startswith("diffexp_jax")
-    return line if known and line else f"{type(error).__name__}: {line}".strip(": ")
+    return line if known or line == kind else f"{kind}: {line}"

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from diffexp_jax.errors import first_line
+
 
 def quiet() -> None:
     """Keeps orbax from logging a traceback for every thread that an error meets: we say it in a line. For good, as a
@@ -59,4 +61,4 @@ def reason(error: Exception) -> str:
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
         if os.strerror(number) in str(error):
             return os.strerror(number)
-    return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
+    return first_line(error)

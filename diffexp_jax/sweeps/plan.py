@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from diffexp_jax import command, config_files
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 from diffexp_jax.limits import one_of
 from diffexp_jax.prompts import short_name
 from diffexp_jax.settings import Settings, checked, flat
@@ -88,8 +88,7 @@ def changed_config(argument: str, changes: Mapping[str, Any], overrides: Mapping
         changed = {key: x(config) if isinstance(x, Callable) else x for key, x in (everywhere | dict(changes)).items()}
         config.update_from_flattened_dict(changed)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = str(error.args[0] if error.args else type(error).__name__)  # str() of a KeyError is quoted
-        raise InputError(f"{argument}: {said.splitlines()[0]}") from None
+        raise InputError(f"{argument}: {first_line(error)}") from None
     return config, dict(overrides) | changed
 
 

@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from diffexp_jax import programs
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats import pictures
 from diffexp_jax.formats.pictures import MOST_PIXELS, n_pixels, natural, read_picture
-from diffexp_jax.rewards import load_reward
+from diffexp_jax.rewards import load_reward, scoring
 from diffexp_jax.rewards.reward import flattened
 from diffexp_jax.rewards.scoring import make_scorer
 
@@ -178,7 +177,7 @@ def test_large_pictures_are_not_copied_to_fill_a_batch(monkeypatch):
         shapes.append(pixels.shape)
         return reward.score_prepared(params, pixels, tokens)
 
-    monkeypatch.setattr(programs, "_LARGE", 6 * 5 * 3 * 4 * 16 - 1)
+    monkeypatch.setattr(scoring, "_LARGE", 6 * 5 * 3 * 4 * 16 - 1)
     for batch, size in ((15, 15), (16, 1)):
         make_scorer(reward._replace(score_prepared=prepared), batch=batch)([COLOURS], np.zeros((1, 0), np.int32))
         assert shapes.pop()[0] == size

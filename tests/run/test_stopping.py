@@ -21,6 +21,7 @@ from tests.support.runs import PLAIN, assert_same_run, program
 LATE = {"stop_grace": 600.0, "checkpoint.every": 100} | PLAIN  # nothing is saved but when a run is stopped
 
 
+@pytest.mark.usefixtures("programs_once")
 @pytest.mark.parametrize(
     "number, code",
     [

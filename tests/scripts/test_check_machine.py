@@ -54,6 +54,7 @@ def test_the_quick_rows(tmp_path):
     assert all(row["status"] == "ok" for row in report["checks"]) and "ready: none of 5 checks failed" in said
 
 
+@pytest.mark.slow  # a minute; by default test_alignprop.py compares such a gradient with torch's
 def test_a_gradient_stored_elsewhere(tmp_path):
     """AlignProp's gradient through sampling, decoder and reward, against the values of another machine."""
     _, report = run_script(tmp_path, "--only", "AlignProp's gradient, float32")
