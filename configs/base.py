@@ -83,7 +83,7 @@ def default() -> ml_collections.ConfigDict:
     # Json file {prompt: [contrastive prompts]}; None: swap animals and activities
     config.textnorm.contrast = placeholder(str)
 
-    # What an iteration draws.
+    # How many images an iteration draws, and how they are shared out.
     config.batch = ml_collections.ConfigDict()
     config.batch.samples = 64  # images an iteration, over all devices
     config.batch.samples_per_forward = 32  # images a device handles at once; smaller needs less memory

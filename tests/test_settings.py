@@ -7,11 +7,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import base
-from diffexp_jax import backend, command, settings
+from diffexp_jax import backend, command, sampling, settings
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, whole
+from diffexp_jax.run import workdir
 from diffexp_jax.settings import Settings, by_key, parsed
+from diffexp_jax.sweeps import plan, results
 from tests.support.tiny import as_flags
 
 DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")
@@ -110,6 +112,67 @@ def test_ranges_literal():
         assert str(error.value) == said
     with pytest.raises(InputError, match="steps=1.5: wants a whole number, 1..3"):
         check_number("steps=", 1.5, whole(1, 3))
+
+
+def test_what_follows_from_settings():
+    """Of 100 iterations, two updates of three epochs each; 64 samples, of which two devices handle 8 at once."""
+    changes = {"algorithm": "ddpo", "ddpo.inner_epochs": 3, "batch.samples_per_forward": 8, "reward_dtype": "bfloat16"}
+    changes |= {"reward": "emoji_judge+emoji_pickscore", "eval.rewards": ("emoji_judge", "emoji_judge+emoji_pickscore")}
+    found = settings.changed(Settings(), changes)
+    assert (found.method.name, found.optimizer_updates, found.exploring_iterations) == ("ddpo", 600, 75)
+    split = found.split_among(2)
+    assert (split.updates, split.chunks, split.per_forward) == (2, 4, 8)
+    assert found.trained_reward.name == "emoji_judge+emoji_pickscore"
+    assert [spec.name for spec in found.reported_rewards] == ["emoji_judge+emoji_pickscore", "emoji_judge"]
+    quiet = settings.changed(found, {"eval.every": 0, "exploration.iterations": 7, "model.dtype": "float16"})
+    assert len(quiet.reported_rewards) == 1 and quiet.exploring_iterations == 7
+    assert (str(quiet.dtype), quiet.full_float32, str(found.dtype), found.full_float32) == (
+        "float16",
+        False,
+        "float32",
+        True,
+    )
+    assert settings.as_dict(found)["ddpo"]["inner_epochs"] == 3 and found.methods["dpok"].inner_epochs == 1
+    with pytest.raises(InputError, match="algorithm='nope': accepted: alignprop, ddpo, draft, dpok"):
+        _ = settings.changed(Settings(), {"algorithm": "nope"}).method
+
+
+@pytest.mark.parametrize(
+    "key, fitting, others",
+    [
+        ("optim.lr", [1, 1e-3], [None, True, "1", (1.0,)]),
+        ("iterations", [0, -3], [1.0, None, False, "1"]),
+        ("log.wandb", [True], [1, None, "True"]),
+        ("model.image_size", [None, 64], [64.0, "64", True]),
+        ("eval.prompts", [(), ["a"], ("a", "b")], ["a", (1,), None, {"a": 1}]),
+        ("exploration.weight_range", [(1, 2.0), [1.0]], [("a", "b"), 1.0]),
+        ("reward", ["", "a"], [None, 1]),
+    ],
+)
+def test_types_of_settings(key, fitting, others):
+    known = {name: setting for name, setting, _ in by_key(Settings())}[key]
+    assert all(map(known.fits, fitting)) and not any(map(known.fits, others))
+
+
+def test_keys_that_no_setting_has():
+    for key, said in (
+        ("optim.momentum", "config: no setting has the key optim.momentum"),
+        ("ddpo.clipp", "ddpo: the key='clipp': accepted: updates, inner_epochs, clip, "),
+        ("eval.prompts", r"eval.prompts=\('a', 1\): wants a tuple, as \('animal_activities', "),
+    ):
+        with pytest.raises(InputError, match=said):
+            settings.changed(Settings(), {key: ("a", 1)})
+
+
+def test_tables_of_keys_have_keys_of_settings():
+    """Those that say what may change when a run goes on, what tells runs apart, and what overrides a scheduler."""
+    keys = settings.flat(Settings())
+    known = {*keys, *(key.rpartition(".")[0] for key in keys), *METHODS}
+    for table in (workdir._FREE, workdir._IDENTIFIED, plan._ELSEWHERE, results.SHOWN, results._UNTOLD, command.LISTS):
+        assert set(table) <= known, table
+    assert {f"model.scheduler.{key}" for key in sampling.SETTINGS} == {
+        k for k in keys if k.startswith("model.scheduler.")
+    }
 
 
 def test_a_config_without_a_key():

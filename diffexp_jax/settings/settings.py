@@ -19,7 +19,7 @@ from diffexp_jax.models.precision import DTYPES, is_full_float32
 from diffexp_jax.parallel import HostSettings, Split, split_batch
 from diffexp_jax.rewards import Spec, parsed_spec
 from diffexp_jax.settings.running import Checkpoint, Eval, HostReward, Log
-from diffexp_jax.settings.training import Batch, Exploration, LoRA, Model, Optim, Sampling, TextNorm
+from diffexp_jax.settings.training import BatchSizes, Exploration, LoRA, Model, Optim, Sampling, TextNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Settings:
     )
     host_reward: HostReward = HostReward()
     textnorm: TextNorm = TextNorm()
-    batch: Batch = Batch()
+    batch: BatchSizes = BatchSizes()
     sampling: Sampling = Sampling()
     exploration: Exploration = Exploration()
     lora: LoRA = LoRA()

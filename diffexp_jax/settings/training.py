@@ -114,8 +114,8 @@ class TextNorm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What an iteration draws."""
+class BatchSizes:
+    """How many images an iteration draws, and how they are shared out."""
 
     samples: int = setting(64, "images an iteration, over all devices", whole(1, 2**20))
     samples_per_forward: int = setting(
