@@ -151,6 +151,7 @@ class Experiment(NamedTuple):
             n_samples=self.split.samples // self.split.devices,
             n_chunks=n_chunks or self.split.chunks,
             n_prompts=len(self.train.texts),
+            group=self.settings.batch.group,
             n_steps=self.sampler.n_steps,
             remat=self.settings.model.remat != "none",
             lora_size=sum(leaf.size for leaf in jax.tree.leaves(self.lora_shapes())),
@@ -189,7 +190,8 @@ class Experiment(NamedTuple):
         ids = self.ids[rows]
         noise = parallel.sample_keys(parallel.stream(seed, "noise", it), n)
         cond, tokens = jax.tree.map(lambda x: x[rows], (self.train.cond, self.train.tokens[self.reward]))
-        batch = parallel.shard(Batch(ids, make_context(cond, self.sampler.uncond), tokens, noise), n)
+        context = make_context(cond, self.sampler.uncond)
+        batch = parallel.shard(Batch(ids, context, tokens, noise), n, group=group)
         if explore is not None:
             drawn_for = ids if self.sampler.exploration.scope == "prompt" else np.arange(n)
             keys = parallel.keys_of(parallel.stream(seed, "weights", it), drawn_for)
@@ -207,7 +209,8 @@ class Experiment(NamedTuple):
           keys: [N]; the same key draws the same weights for a prompt.
         """
         null = jax.tree.map(lambda x: np.broadcast_to(x, (len(ids), *x.shape)), self.sampler.empty)
-        return explore(cond, *parallel.shard((null, self.units[ids], keys), len(ids)))
+        group = self.settings.batch.group
+        return explore(cond, *parallel.shard((null, self.units[ids], keys), len(ids), group=group))
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

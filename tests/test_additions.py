@@ -11,11 +11,12 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
 from diffexp_jax import sampling, train
-from diffexp_jax.algorithms import METHODS
+from diffexp_jax.algorithms import METHODS, Setup
 from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
@@ -30,7 +31,7 @@ from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.run.workdir import plan
 from diffexp_jax.settings import checked, parsed, read_config
-from tests.support import ROOT
+from tests.support import ROOT, numbers
 from tests.support.tiny import SCHEDULER, random_weights, write_part
 
 PLAIN = {"eval.every": 0, "log.images": 0, "iterations": 2}
@@ -101,6 +102,66 @@ def test_a_method(monkeypatch, make_config, script, tmp_path):
     config["grouped"] = {"clipp": 0.5}
     with pytest.raises(InputError, match="grouped: the key='clipp'"):
         Experiment.build(checked(config))
+
+
+def setup_of_numbers(rate):
+    """The network of two numbers, and gradient descent."""
+    sizes = dict(n_samples=numbers.N // jax.device_count(), n_chunks=2, n_prompts=4, n_steps=numbers.T, lora_size=2)
+    sizes |= dict(group=numbers.GROUP)
+    return Setup(numbers.POLICY, optax.sgd(rate), **sizes, remat=True, full_float32=True, stream=None)
+
+
+def test_a_method_that_couples_samples():
+    """Two updates by the loss of pairs, against gradient descent on the loss itself."""
+    module, rate = example("paired"), 0.05
+    samples, state, _ = numbers.iteration(module.Paired(scale=3.0).make(setup_of_numbers(rate)))
+    everything = np.arange(numbers.N)
+
+    @jax.jit
+    def followed(lora, old):
+        def loss(lora):
+            rewards = jnp.broadcast_to(samples[3], old.shape)
+            return module.pair_loss(numbers.log_probs(lora, samples, everything), old, rewards, group=2, scale=3.0)
+
+        return jax.tree.map(lambda x, g: x - rate * g, lora, jax.grad(loss)(lora))
+
+    old = numbers.log_probs(numbers.LORA, samples, everything)
+    expected = followed(followed(numbers.LORA, old), old)
+    for name, start in numbers.LORA.items():
+        assert abs(float(expected[name] - start)) > 1e-4
+        assert float(state.lora[name] - start) == pytest.approx(float(expected[name] - start), rel=2e-3)
+
+
+def test_a_method_with_a_second_lora():
+    """The pull towards the average is none where the LoRA begins; the average follows it."""
+    method = example("anchored").Anchored
+    states = [numbers.iteration(method(pull=pull).make(setup_of_numbers(0.05)))[1] for pull in (0.0, 1e3)]
+    for name, start in numbers.LORA.items():
+        assert abs(float(states[0].lora[name] - start)) > 1e-4
+        assert float(states[0].lora[name]) == pytest.approx(float(states[1].lora[name]), rel=1e-5)
+        average = 0.9 * float(start) + 0.1 * float(states[0].lora[name])
+        assert float(states[0].extra["average"][name]) == pytest.approx(average, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("programs_once")
+def test_a_run_with_a_second_lora(monkeypatch, make_config, tmp_path):
+    """It stops and goes on: its checkpoints hold the average of the LoRA's past."""
+    monkeypatch.setitem(METHODS, "anchored", example("anchored").Anchored)
+    config = make_config("ddpo", PLAIN | {"iterations": 1, "checkpoint.every": 1, "checkpoint.keep": 3}).unlock()
+    config.algorithm = "anchored"
+    experiment = Experiment.build(checked(config))
+    first = jax.device_get(experiment.algorithm().init(experiment.initial_lora()))
+    states = [first]
+    for config.iterations in (1, 2):
+        train.run(config.copy_and_resolve_references(), tmp_path / "run")
+        states.append(Checkpoints(tmp_path / "run", keep=3).restore_newest(first)[1])
+    for before, after in zip(states[:-1], states[1:], strict=True):
+        rows = (before.extra["average"], after.lora, after.extra["average"])
+        for average, lora, found in zip(*map(jax.tree.leaves, rows), strict=True):
+            np.testing.assert_allclose(found, 0.9 * average + 0.1 * lora, rtol=1e-5, atol=1e-8)
+    moved = jax.tree.map(lambda a, x: np.abs(a - x).max(), states[2].extra["average"], states[2].lora)
+    assert max(jax.tree.leaves(moved)) > 1e-5 and int(states[2].iteration) == 2
 
 
 def test_a_reward(monkeypatch, tiny_clip):

@@ -34,7 +34,7 @@ BELOW = {
     "pipelines": {"models", "formats", "sampling", "prompts", "exploration", "paths"},
     "rewards": {"models", "formats", "emoji.names", "parallel", "paths", "limits"},
     "emoji": {"rewards", "pipelines", "models", "formats", "prompts", "sampling"},
-    "algorithms": {"sampling", "backend", "limits"},
+    "algorithms": {"sampling", "parallel.AXIS", "backend", "limits"},
     "settings": {"algorithms", "pipelines", "prompts", "models.precision", "models.lora", "sampling", "formats"}
     | {"parallel", "rewards", "exploration", "limits", "backend", "paths"},
     "config_files": set(),

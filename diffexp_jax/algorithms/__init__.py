@@ -6,12 +6,12 @@ know of exploration: that changes the guidance in the steps and the embeddings i
 To add one: write `name.py` with a `Method`, a dataclass of its settings, and enter it in `METHODS` (docs/adding.md).
 """
 
-from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Batch, Inputs, Method, Needs, Policy, Samples, Setup
+from diffexp_jax.algorithms.algorithm import Algorithm, Batch, Inputs, Method, Needs, Policy, Samples, Setup
 from diffexp_jax.algorithms.alignprop import AlignProp
 from diffexp_jax.algorithms.ddpo import DDPO
 from diffexp_jax.algorithms.dpok import DPOK
 from diffexp_jax.algorithms.draft import DRaFT
 
-__all__ = ["AXIS", "METHODS", "Algorithm", "Batch", "Inputs", "Method", "Needs", "Policy", "Samples", "Setup"]
+__all__ = ["METHODS", "Algorithm", "Batch", "Inputs", "Method", "Needs", "Policy", "Samples", "Setup"]
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (AlignProp, DDPO, DRaFT, DPOK)}

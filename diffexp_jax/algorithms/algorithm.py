@@ -11,9 +11,8 @@ import optax
 from jaxtyping import Array, Float, Int, Num
 
 from diffexp_jax.algorithms.state import TrainState
+from diffexp_jax.parallel import AXIS
 from diffexp_jax.sampling import Context, Network, Process, Steps
-
-AXIS = "data"  # the name of the device axis that the functions below run under
 
 
 class Policy(NamedTuple):
@@ -81,6 +80,7 @@ class Setup(NamedTuple):
     lora_size: int  # numbers that are trained
     full_float32: bool  # the model computes in float32 throughout, products too
     stream: Callable[[str], jax.Array]  # the run's key of what this name says
+    group: int = 1  # samples of a prompt that follow each other, on one device
     reward_target: float | None = None  # what AlignProp pulls the reward to, where that is published
 
 
@@ -176,9 +176,12 @@ def stepped(
     return TrainState(state.iteration + 1, lora, opt_state, extra), metrics | reward_metrics(*scores)
 
 
-def across_devices(x: Num[Array, "B"]) -> Num[Array, "N"]:
-    """A per-sample array of all devices, in the order of the global sample index (device d holds d, d + n, ...)."""
-    return jax.lax.all_gather(x, AXIS, axis=1).reshape(-1)
+def across_devices(x: Num[Array, "B"], group: int = 1) -> Num[Array, "N"]:
+    """A per-sample array of all devices, in the order of the global sample index (see `parallel.devices`).
+
+    `group` is `Setup.group`; without it the order is another one.
+    """
+    return jax.lax.all_gather(x.reshape(-1, group), AXIS, axis=1).reshape(-1)
 
 
 def reward_metrics(rewards: Float[Array, "B"], parts: dict[str, Float[Array, "B"]]) -> dict[str, Array]:

@@ -11,7 +11,6 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms.algorithm import (
-    AXIS,
     Algorithm,
     Inputs,
     Needs,
@@ -27,6 +26,7 @@ from diffexp_jax.algorithms.policy_settings import PolicyMethod
 from diffexp_jax.algorithms.state import TrainState, advantages, init_stats, update_stats
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import check_number, positive, setting, whole
+from diffexp_jax.parallel import AXIS
 
 
 def clipped_ratio_loss(
@@ -53,6 +53,7 @@ def ddpo(
     old_log_prob: str = "sampled",
     one_pass: bool = False,
     n_trained: int | None = None,
+    group: int = 1,
 ) -> Algorithm:
     """Makes the algorithm.
 
@@ -66,6 +67,7 @@ def ddpo(
       old_log_prob: what the ratio is relative to, see `several_updates`.
       one_pass: make the gradient while sampling, see `one_pass.py`; for a single update an iteration.
       n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
+      group: see `Setup`.
     """
 
     def init(lora) -> TrainState:
@@ -75,12 +77,12 @@ def ddpo(
     def loss(log_prob, outputs, step: Transition):
         return clipped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
 
-    method = PolicyGradient(policy, optimizer, loss)
+    rule = PolicyGradient(policy, optimizer, loss)
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
 
     def update(state, frozen, inputs: Inputs):
         batch, samples = inputs.batch, inputs.samples
-        prompt_ids, rewards = across_devices(batch.prompt_id), across_devices(samples.rewards)
+        prompt_ids, rewards = (across_devices(x, group) for x in (batch.prompt_id, samples.rewards))
         stats = update_stats(state.extra, prompt_ids, rewards)
         scale = dict(batch_rewards=rewards, min_count=stats_min_count, clip=advantage_clip)
         adv = advantages(stats, batch.prompt_id, samples.rewards, **scale)
@@ -88,7 +90,7 @@ def ddpo(
             loss, grads = -jax.lax.pmean(adv.mean(), AXIS), gradient_of_loss(samples.gradients, adv)  # at ratios of 1
             state, metrics = stepped(optimizer, state, loss, grads, (samples.rewards, samples.parts), stats)
         else:
-            state, metrics = updated(method, state, frozen, samples, chunked(adv, n_chunks), stats, **updates)
+            state, metrics = updated(rule, state, frozen, samples, chunked(adv, n_chunks), stats, **updates)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return state, metrics
 

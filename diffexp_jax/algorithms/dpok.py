@@ -18,12 +18,13 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Inputs, Needs, Policy, Setup, chunked
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Needs, Policy, Setup, chunked
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
 from diffexp_jax.algorithms.policy_settings import PolicyMethod
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
-from diffexp_jax.sampling import Network, Trajectory
+from diffexp_jax.parallel import AXIS
+from diffexp_jax.sampling import Trajectory
 
 # Of the value function, as published:
 WIDTH = 256  # of its layers
@@ -119,11 +120,13 @@ def shares_drawn(key: jax.Array, n_states: int, *, n_batches: int) -> Float[Arra
     return count / (n_batches * size)
 
 
-def own_shares(key: jax.Array, shape: tuple[int, int, int], *, n_batches: int) -> Float[Array, "chunks T m"]:
+def own_shares(
+    key: jax.Array, shape: tuple[int, int, int], *, n_batches: int, group: int = 1
+) -> Float[Array, "chunks T m"]:
     """`shares_drawn` of this device's states [chunks, T, m]: they are drawn from those of all devices."""
     (chunks, n_steps, m), devices = shape, jax.lax.psum(1, AXIS)
     shares = shares_drawn(key, chunks * m * devices * n_steps, n_batches=n_batches)
-    own = shares.reshape(chunks * m, devices, n_steps)[:, jax.lax.axis_index(AXIS)]  # sample g is on device g mod n
+    own = shares.reshape(-1, devices, group, n_steps)[:, jax.lax.axis_index(AXIS)]  # see `across_devices`
     return own.reshape(chunks, m, n_steps).swapaxes(1, 2)
 
 
@@ -138,6 +141,7 @@ def fit_value(
     *,
     n_steps: int,
     n_batches: int,
+    group: int,
 ) -> tuple[Any, Any, Float[Array, ""]]:
     """`n_steps` optimizer steps on the mean squared error, each over `n_batches` random minibatches of states.
 
@@ -151,7 +155,7 @@ def fit_value(
 
     def one(carry, key):
         params, opt_state = carry
-        shares = own_shares(key, shape, n_batches=n_batches)
+        shares = own_shares(key, shape, n_batches=n_batches, group=group)
         loss, grads = jax.lax.psum(jax.value_and_grad(error)(params, shares), AXIS)
         change, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, change), opt_state), loss
@@ -174,23 +178,19 @@ def less_expected(
     prompt_id: Int[Array, "chunks m"],
     rewards: Float[Array, "chunks m"],
     key: jax.Array,
-    *,
-    n_steps: int,
-    n_batches: int,
+    **options: int,
 ) -> tuple[Float[Array, "chunks T m"], Extra, dict[str, Array]]:
-    """Rewards less what is expected of each state, after the value function was fitted to them; next Extra, metrics."""
+    """Rewards less what is expected of each state, after the value function was fitted to them; next Extra, metrics.
+
+    Options are those of `fit_value`.
+    """
     args = optimizer, extra.value, extra.opt_state, trajectory, prompt_id, rewards, key
-    fitted = fit_value(*args, n_steps=n_steps, n_batches=n_batches)
-    params, opt_state, error = fitted
+    params, opt_state, error = fit_value(*args, **options)
     weight = rewards[:, None] - values(params, trajectory, prompt_id)
     return weight, Extra(params, opt_state), {"value/error": error}
 
 
 # ----------------------------------------------------------------------------------------------------------- algorithm
-
-
-def untuned(network: Network, frozen: Any, step: Transition, context: Any) -> Float[Array, "B h w c"]:
-    return network(frozen, None, step.x_t, step.step, context)
 
 
 def dpok(
@@ -212,6 +212,7 @@ def dpok(
     value_key: jax.Array,
     old_log_prob: str = "sampled",
     n_trained: int | None = None,
+    group: int = 1,
 ) -> Algorithm:
     """Makes the algorithm: the loss is reward_weight times `clamped_ratio_loss`, and kl_weight times `divergence`.
 
@@ -223,6 +224,7 @@ def dpok(
       value_key: of the value function's first parameters.
       old_log_prob: what the ratio is relative to, see `several_updates`.
       n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
+      group: see `Setup`.
     """
     value_optimizer = decaying_adam(value_lr)
 
@@ -237,7 +239,7 @@ def dpok(
         reward = clamped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
         return reward_weight * reward + kl_weight * divergence(*outputs)
 
-    method = PolicyGradient(policy, optimizer, loss, untuned)
+    rule = PolicyGradient(policy, optimizer, loss, reference=lambda extra: None)  # the untuned model
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
 
     def update(state, frozen, inputs: Inputs):
@@ -246,8 +248,8 @@ def dpok(
         weight, extra, metrics = rewards, None, {}
         if value_baseline:
             args = value_optimizer, state.extra, samples.trajectory, prompt_id, rewards, inputs.key
-            weight, extra, metrics = less_expected(*args, n_steps=value_steps, n_batches=value_batches)
-        state, more = updated(method, state, frozen, samples, weight, extra, **updates)
+            weight, extra, metrics = less_expected(*args, n_steps=value_steps, n_batches=value_batches, group=group)
+        state, more = updated(rule, state, frozen, samples, weight, extra, **updates)
         return state, metrics | more
 
     return Algorithm(init, partial(sample, policy, n_chunks=n_chunks, n_trained=n_trained), update)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from diffexp_jax.algorithms.algorithm import AXIS, Policy, Samples, chunked, rewarded, unchunked
+from diffexp_jax.algorithms.algorithm import Policy, Samples, chunked, rewarded, unchunked
+from diffexp_jax.parallel import AXIS
 from diffexp_jax.sampling import Context, Network, Steps, initial_latents, step_noise
 
 

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms.algorithm import (
-    AXIS,
     Policy,
     Samples,
     chunked,
@@ -24,7 +23,10 @@ from diffexp_jax.algorithms.algorithm import (
     rewarded,
     unchunked,
 )
+from diffexp_jax.algorithms.ratios import ratio_metrics
 from diffexp_jax.algorithms.state import TrainState
+from diffexp_jax.algorithms.visits import Visit, schedule
+from diffexp_jax.parallel import AXIS
 from diffexp_jax.sampling import Context, Network, Steps, Trajectory, initial_latents, rollout, transition_log_prob
 
 
@@ -34,7 +36,7 @@ class Transition(NamedTuple):
     x_t: Float[Array, "B h w c"]
     x_tm1: Float[Array, "B h w c"]
     weight: Float[Array, "B"]  # what its log-prob is weighted by: an advantage
-    old_log_prob: Float[Array, "B"] | None  # of the policy that sampled; None: of the weights at the update
+    old_log_prob: Float[Array, "B"] | None  # of the policy that sampled; None: of the LoRA at the update
     step: Steps  # one row
 
 
@@ -47,16 +49,56 @@ class Minibatch(NamedTuple):
 
 
 class PolicyGradient(NamedTuple):
-    """How a method learns from a step.
+    """How a method learns from the steps of its samples.
 
-    `loss(log_prob, outputs, transition)` is a scalar. `outputs` is (the network's guided output, what `reference` gives
-    of the transition) where there is a `reference`, else None.
+    `loss(log_prob [B], outputs, transition)` is a scalar, whose mean over the steps, samples and devices is followed.
+
+    `reference(extra)` is a second LoRA, of what the method keeps in `TrainState.extra` (an average, an older one; None
+    is the untuned model). Where it is given, `outputs` is the network's guided output [B h w c] by both LoRAs: (by the
+    one that is trained, by the reference). Else it is None.
+
+    `weigh(log_prob, old_log_prob, weight)`, all [T, B], gives the weights [T, B] that the loss gets in place of those
+    that the samples had: once for each update, from the log-probs of all steps and samples that it is made of on a
+    device, a prompt's group together. So a loss may couple steps and samples: see `slopes_of`.
     """
 
     policy: Policy
     optimizer: optax.GradientTransformation
     loss: Callable[..., Float[Array, ""]]
-    reference: Callable[[Network, Any, Transition, Context], Float[Array, "B h w c"]] | None = None
+    reference: Callable[[Any], Any] | None = None
+    weigh: Callable[[Array, Array, Array], Float[Array, "T B"]] | None = None
+
+
+def slopes_of(loss: Callable[[Array, Array, Array], Float[Array, ""]]) -> Callable[..., Float[Array, "T B"]]:
+    """A `PolicyGradient.weigh`, for any scalar loss(log_prob, old_log_prob, weight) of all steps and samples, [T, B].
+
+    With `weighted_log_prob` as the method's loss, its gradient is followed: d loss = sum_tb (d loss / d log p_tb) d log
+    p_tb, a step at a time.
+    """
+
+    def weigh(log_prob, old_log_prob, weight):
+        return log_prob.size * jax.grad(loss)(log_prob, old_log_prob, weight)
+
+    return weigh
+
+
+def weighted_log_prob(log_prob: Float[Array, "B"], outputs: Any, transition: Transition) -> Float[Array, ""]:
+    """mean of weight log p: the loss whose slopes are the weights."""
+    return (transition.weight * log_prob).mean()
+
+
+class Trained(NamedTuple):
+    """What an optimizer step changes."""
+
+    lora: Any
+    opt_state: Any
+
+
+class Fixed(NamedTuple):
+    """What an iteration's updates read and leave alone."""
+
+    frozen: Any
+    extra: Any  # the state's, before the iteration
 
 
 def sample(
@@ -78,51 +120,49 @@ def sample(
     return Samples(samples.trajectory, *unchunked((samples.rewards, samples.parts, samples.images)))
 
 
-class Visit(NamedTuple):
-    """What is done with a minibatch when its turn comes, see `several_updates`."""
-
-    minibatch: Int[Array, ""]  # which one
-    records: Bool[Array, ""]  # notes its log-probs, and leaves the weights as they are
-    is_own: Bool[Array, ""]  # the log-probs of this visit are the old ones: the weights are those that sampled
-
-
 def step_gradient(
-    method: PolicyGradient,
+    rule: PolicyGradient,
     network: Network,
     lora: Any,
-    frozen: Any,
+    fixed: Fixed,
     transition: Transition,
     context: Context,
     visit: Visit | None,
 ) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "B"]]:
-    """((loss, its gradient in `lora`), log-prob) of one step; zeros for a gradient, not made, where it only records."""
+    """((loss, its gradient in `lora`), log-prob) of one step; zeros for a gradient, not made, where it does not learn.
+
+    `visit` None: it learns, and its old log-probs are known.
+    """
 
     def evaluate(lora):
-        out = network(frozen, lora, transition.x_t, transition.step, context)
-        log_prob = transition_log_prob(method.policy.process, out, transition.x_t, transition.x_tm1, transition.step)
-        return log_prob, out if method.reference else None
+        out = network(fixed.frozen, lora, transition.x_t, transition.step, context)
+        log_prob = transition_log_prob(rule.policy.process, out, transition.x_t, transition.x_tm1, transition.step)
+        return log_prob, out if rule.reference else None
 
     (log_prob, out), pull_back = jax.vjp(evaluate, lora)
     if transition.old_log_prob is None:
         transition = transition._replace(old_log_prob=log_prob)
     elif visit is not None:
-        transition = transition._replace(old_log_prob=jnp.where(visit.is_own, log_prob, transition.old_log_prob))
-    reference = method.reference(network, frozen, transition, context) if method.reference else None
+        transition = transition._replace(old_log_prob=jnp.where(visit.notes_old, log_prob, transition.old_log_prob))
+    reference = None
+    if rule.reference:
+        second = rule.reference(fixed.extra)
+        reference = network(fixed.frozen, second, transition.x_t, transition.step, context)
 
     def loss(log_prob, out):
-        return method.loss(log_prob, (out, reference) if method.reference else None, transition)
+        return rule.loss(log_prob, (out, reference) if rule.reference else None, transition)
 
     value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(log_prob, out)
     if visit is None:
         (grads,) = pull_back(slopes)
     else:
         nothing = jax.tree.map(jnp.zeros_like, lora)
-        grads = jax.lax.cond(visit.records, lambda: nothing, lambda: pull_back(slopes)[0])
+        grads = jax.lax.cond(visit.learns, lambda: pull_back(slopes)[0], lambda: nothing)
     return (value, grads), log_prob
 
 
 def minibatch_gradient(
-    method: PolicyGradient, lora: Any, frozen: Any, minibatch: Minibatch, visit: Visit | None
+    rule: PolicyGradient, lora: Any, fixed: Fixed, minibatch: Minibatch, visit: Visit | None
 ) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "chunks T B"]]:
     """((loss, gradient), log-probs): mean over chunks, steps and devices, and each step's log-prob under `lora`."""
 
@@ -134,9 +174,9 @@ def minibatch_gradient(
             transition = Transition(kept.x_t(i), kept.x_tm1[i], weight, old_log_prob, step)
 
             def gradient(network):
-                return step_gradient(method, network, lora, frozen, transition, kept.context, visit)
+                return step_gradient(rule, network, lora, fixed, transition, kept.context, visit)
 
-            return method.policy.network.at(step, gradient)
+            return rule.policy.network.at(step, gradient)
 
         xs = jnp.arange(len(kept.x_tm1)), chunk.weight, chunk.old_log_prob, kept.steps
         return mean_over(one, xs)
@@ -153,59 +193,70 @@ def minibatches(
     return chunked(Minibatch(trajectory, weight, trajectory.log_prob), n_updates)
 
 
+def weighed(
+    weigh: Callable[[Array, Array, Array], Array], log_prob: Float[Array, "chunks T m"], minibatch: Minibatch
+) -> Minibatch:
+    """The minibatch with `PolicyGradient.weigh`'s weights; `log_prob` is of the LoRA before the update."""
+    old = log_prob if minibatch.old_log_prob is None else minibatch.old_log_prob
+    whole = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in (log_prob, old, minibatch.weight))  # [T, chunks * m]
+    chunks, n_steps, m = log_prob.shape
+    return minibatch._replace(weight=weigh(*whole).reshape(n_steps, chunks, m).swapaxes(0, 1))
+
+
 def several_updates(
-    method: PolicyGradient,
-    weights: tuple[Any, Any],
-    frozen: Any,
+    rule: PolicyGradient,
+    trained: Trained,
+    fixed: Fixed,
     minibatches: Minibatch,
     *,
     epochs: int,
     old_log_prob: str,
-) -> tuple[tuple[Any, Any], dict[str, Float[Array, "epochs updates"]], Float[Array, "epochs updates chunks T B"]]:
-    """One optimizer step for each minibatch, `epochs` times over.
+) -> tuple[Trained, dict[str, Float[Array, "epochs updates"]], Float[Array, "epochs updates chunks T B"]]:
+    """One optimizer step for each minibatch, `epochs` times over, by the `schedule` of visits.
 
     Args:
-      weights: LoRA and optimizer state.
       minibatches: leading axes [updates, chunks, ...]; their old log-probs are those of the sampling program.
-      old_log_prob: what the ratio is relative to. "sampled": to those. "recomputed": to those of the update program,
-        under the weights before the first update. XLA fuses the two programs differently, and on an accelerator that
-        alone moves log-probs by more than the clip. The first minibatch finds them in its own first update. The others
-        are visited once before it: by the very loop that trains, its backward pass skipped, hence the same machine
-        code and, while the weights are still the same, a ratio of exactly 1 on any backend. So each minibatch but the
-        first costs a forward pass more. "current": to those of each update's own weights, so the ratio is 1 and
-        nothing is clipped: the plain policy gradient (Black et al.'s DDPO-SF).
+      old_log_prob: what the ratio is relative to. "sampled": to those. "recomputed": to those of the update program, by
+        the LoRA before the first update, so that the ratio there is exactly 1 on any backend. "current": to those by
+        each update's own LoRA, so the ratio is 1 and nothing is clipped: the plain policy gradient (Black et al.'s
+        DDPO-SF).
 
     Returns:
-      The new weights, {"loss", "grad_norm"} of each update, log-ratios.
+      What the updates have changed, {"loss", "grad_norm"} of each update, log-ratios.
     """
     n = len(minibatches.weight)
     recomputes = old_log_prob == "recomputed" and n * epochs > 1
-    n_records = n - 1 if recomputes else 0
-    order = jnp.arange(n_records + n * epochs) - n_records  # of the updates, from 0; those before it only record
-    visits = Visit(jnp.where(order < 0, order + n, order % n), order < 0, order <= 0)
+    visits = schedule(n, epochs, recomputes=recomputes, weighs=rule.weigh is not None)
+    always_learns, learns = visits.learns.all(), np.flatnonzero(visits.learns)
     if old_log_prob != "sampled" and not recomputes:
         minibatches = minibatches._replace(old_log_prob=None)
 
     def one_visit(carry, visit):
-        weights, old = carry
-        chosen = jax.tree.map(lambda x: x[visit.minibatch], minibatches._replace(old_log_prob=old))
-        (loss, grads), log_prob = minibatch_gradient(method, weights[0], frozen, chosen, visit if recomputes else None)
-        change, opt_state = method.optimizer.update(grads, weights[1], weights[0])
-        new, before = (optax.apply_updates(weights[0], change), opt_state), chosen.old_log_prob
+        trained, old, newest = carry
+        minibatch = jax.tree.map(lambda x: x[visit.minibatch], minibatches._replace(old_log_prob=old))
+        if rule.weigh:
+            minibatch = weighed(rule.weigh, newest, minibatch)
+        known = None if always_learns and not recomputes else visit
+        (loss, grads), log_prob = minibatch_gradient(rule, trained.lora, fixed, minibatch, known)
+        change, opt_state = rule.optimizer.update(grads, trained.opt_state, trained.lora)
+        new, before = Trained(optax.apply_updates(trained.lora, change), opt_state), minibatch.old_log_prob
         if recomputes:
-            before = jnp.where(visit.is_own, log_prob, before)
+            before = jnp.where(visit.notes_old, log_prob, before)
             old = old.at[visit.minibatch].set(before)
-            new = jax.tree.map(lambda kept, new: jnp.where(visit.records, kept, new), weights, new)
+        if not always_learns:
+            new = jax.tree.map(lambda kept, new: jnp.where(visit.learns, new, kept), trained, new)
         log_ratio = jnp.zeros_like(log_prob) if before is None else log_prob - before
-        return (new, old), ({"loss": loss, "grad_norm": optax.tree.norm(grads)}, log_ratio)
+        newest = log_prob if rule.weigh else None
+        return (new, old, newest), ({"loss": loss, "grad_norm": optax.tree.norm(grads)}, log_ratio)
 
-    (weights, _), found = jax.lax.scan(one_visit, (weights, minibatches.old_log_prob), visits)
-    means, log_ratio = jax.tree.map(lambda x: x[n_records:].reshape(epochs, n, *x.shape[1:]), found)
-    return weights, means, log_ratio
+    newest = jnp.zeros(minibatches.weight.shape[1:]) if rule.weigh else None
+    (trained, *_), found = jax.lax.scan(one_visit, (trained, minibatches.old_log_prob, newest), visits)
+    means, log_ratio = jax.tree.map(lambda x: x[learns].reshape(epochs, n, *x.shape[1:]), found)
+    return trained, means, log_ratio
 
 
 def updated(
-    method: PolicyGradient,
+    rule: PolicyGradient,
     state: TrainState,
     frozen: Any,
     samples: Samples,
@@ -218,43 +269,14 @@ def updated(
     old_log_prob: str,
 ) -> tuple[TrainState, dict[str, Array]]:
     """What `Algorithm.update` returns, once the samples' weights are known; `extra` is the next state's."""
-    weights, means, log_ratio = several_updates(
-        method,
-        (state.lora, state.opt_state),
-        frozen,
+    trained, means, log_ratio = several_updates(
+        rule,
+        Trained(state.lora, state.opt_state),
+        Fixed(frozen, state.extra),
         minibatches(samples.trajectory, weight, n_updates=n_updates),
         epochs=inner_epochs,
         old_log_prob=old_log_prob,
     )
     metrics = {name: value.mean() for name, value in means.items()} | ratio_metrics(log_ratio, clip)
-    metrics |= {"lora_norm": optax.tree.norm(weights[0])} | reward_metrics(samples.rewards, samples.parts)
-    return TrainState(state.iteration + 1, *weights, extra), metrics
-
-
-def ratio_metrics(log_ratio: Float[Array, "*N T B"], clip: float) -> dict[str, Float[Array, ""]]:
-    """What importance ratios look like over all updates, steps, samples and devices.
-
-    The clip fractions are of ratios above 1 + clip ("high") and below 1 - clip ("low"). A ratio that moves with the
-    weights does so on both sides; rounding mostly makes old samples less likely. `ratio/log_std_*` is the standard
-    deviation of the log-ratio in each third of the steps, noise first: rounding shows at the end, where std is small.
-    """
-    ratio = jnp.exp(log_ratio)
-
-    def mean(x):
-        return jax.lax.pmean(x.mean(), AXIS)
-
-    high, low = mean(ratio > 1.0 + clip), mean(ratio < 1.0 - clip)
-    metrics = {
-        "ratio/mean": mean(ratio),
-        "ratio/max_abs_log": jax.lax.pmax(jnp.abs(log_ratio).max(), AXIS),
-        "ratio/clip_fraction": high + low,
-        "ratio/clip_fraction_high": high,
-        "ratio/clip_fraction_low": low,
-        "approx_kl": 0.5 * mean(jnp.square(log_ratio)),
-    }
-    thirds = np.array_split(np.arange(log_ratio.shape[-2]), 3)
-    for name, steps in zip(("early", "middle", "late"), thirds, strict=True):
-        its_steps = log_ratio[..., steps, :]
-        if its_steps.size:  # fewer steps than thirds
-            metrics[f"ratio/log_std_{name}"] = jnp.sqrt(mean(jnp.square(its_steps - mean(its_steps))))
-    return metrics
+    metrics |= {"lora_norm": optax.tree.norm(trained.lora)} | reward_metrics(samples.rewards, samples.parts)
+    return TrainState(state.iteration + 1, *trained, extra), metrics

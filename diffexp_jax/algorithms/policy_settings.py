@@ -70,6 +70,7 @@ class PolicyMethod(Method):
             "n_trained": self.trained_steps(setup.n_steps),
             "n_chunks": setup.n_chunks,
             "n_prompts": setup.n_prompts,
+            "group": setup.group,
         }
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:

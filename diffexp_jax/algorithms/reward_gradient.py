@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from diffexp_jax.algorithms.algorithm import AXIS, Algorithm, Batch, Inputs, chunked, stepped, unchunked
+from diffexp_jax.algorithms.algorithm import Algorithm, Batch, Inputs, chunked, stepped, unchunked
 from diffexp_jax.algorithms.state import TrainState
+from diffexp_jax.parallel import AXIS
 from diffexp_jax.sampling import Steps
 
 # (LoRA, frozen arrays, a chunk of the batch, steps, live steps) -> the loss, and (rewards, parts)

@@ -1,8 +1,9 @@
 """Devices: how one pure per-device function becomes a data-parallel program, and how arrays get there and back.
 
-Global sample g lives on device g mod n of the axis "data", which spans the devices of all hosts. So the j-th n-th of
-every device's share is the same set of samples on any number of devices, and minibatches, noise and statistics do not
-depend on how many there are.
+Samples that are compared, a group, follow each other in the global index and lie on one device: sample g is on device
+(g // group) mod n of the axis "data", which spans the devices of all hosts. So the j-th n-th of every device's share is
+the same set of samples on any number of devices, and minibatches, noise and statistics do not depend on how many there
+are. Where nothing is compared a group is one sample.
 """
 
 import functools
@@ -28,8 +29,10 @@ class Split(NamedTuple):
     per_forward: int  # samples of a forward pass on a device
 
 
-def split_batch(samples: int, *, devices: int, per_forward: int, updates: int) -> Split:
+def split_batch(samples: int, *, devices: int, per_forward: int, updates: int, group: int = 1) -> Split:
     """The split among so many devices; a forward pass takes `per_forward` samples or all there are.
+
+    A group's samples are on one device and learnt from in one update; a forward pass may take a part of them.
 
     Raises:
       InputError: the samples do not divide among devices, forward passes and updates.
@@ -38,6 +41,11 @@ def split_batch(samples: int, *, devices: int, per_forward: int, updates: int) -
         raise InputError(f"batch.samples={samples}: wants a multiple of the {devices} devices")
     if samples % (devices * updates):
         raise InputError(f"batch.samples={samples}: wants a multiple of devices x updates = {devices} x {updates}")
+    if samples % (devices * updates * group):
+        raise InputError(
+            f"batch.samples={samples}: wants a multiple of devices x updates x batch.group = {devices} x {updates} x "
+            f"{group}: a prompt's group is on one device, and learnt from in one update"
+        )
     share = samples // (devices * updates)  # what a device handles before the weights change
     chunk = min(share, per_forward)
     if share % chunk:
@@ -102,11 +110,12 @@ def first(tree: Any) -> Any:
     return jax.tree.map(lambda x: np.array(x[0]), jax.device_get(jax.tree.map(one, tree)))
 
 
-def sample_index(n_samples: int) -> Int[np.ndarray, "devices samples"]:
-    """The global indices of the samples of each of this host's devices."""
+def sample_index(n_samples: int, *, group: int = 1) -> Int[np.ndarray, "devices samples"]:
+    """The global indices of the samples of each of this host's devices, in the order that they have there."""
     n = jax.device_count()
     devices = np.arange(n) if jax.process_count() == 1 else _places()
-    return devices[:, None] + n * np.arange(n_samples // n)
+    of_group, within = np.divmod(np.arange(n_samples // n), group)
+    return (devices[:, None] + n * of_group) * group + within
 
 
 @functools.cache
@@ -115,26 +124,29 @@ def _places() -> Int[np.ndarray, " devices"]:
     return np.asarray(pmap(lambda _: jax.lax.axis_index(AXIS))(np.arange(jax.local_device_count())))
 
 
-def shard(tree: Any, n_samples: int) -> Any:
+def shard(tree: Any, n_samples: int, *, group: int = 1) -> Any:
     """Host arrays [n_samples, ...] of the whole batch -> this host's share [n_local, n_samples / n, ...].
 
     Placed on the devices: a program is compiled once more for arguments that are still on the host.
     """
-    index = sample_index(n_samples)
+    index = sample_index(n_samples, group=group)
     return _put(lambda x: (x[row][None] for row in index), tree)
 
 
-def unshard(tree: Any) -> Any:
+def unshard(tree: Any, *, group: int = 1) -> Any:
     """[n_local, b, ...] of every host -> [n * b, ...] numpy on every host, in the order of the global sample index."""
-    return _in_order(first(_gather(tree)) if jax.process_count() > 1 else jax.device_get(tree))
+    return _in_order(first(_gather(tree)) if jax.process_count() > 1 else jax.device_get(tree), group)
 
 
 _gather = pmap(lambda tree: jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS), tree))
 
 
 def unshard_local(tree: Any) -> Any:
-    """This host's samples alone, in order: [n_local, b, ...] -> [n_local * b, ...] numpy."""
-    return _in_order(jax.device_get(tree))
+    """This host's samples alone: [n_local, b, ...] -> [n_local * b, ...] numpy, in the global order of single samples.
+
+    Where samples are in groups that order has no meaning but `shard_local`'s.
+    """
+    return _in_order(jax.device_get(tree), 1)
 
 
 def shard_local(tree: Any) -> Any:
@@ -143,11 +155,13 @@ def shard_local(tree: Any) -> Any:
     return _put(lambda x: (x[i::n][None] for i in range(n)), tree)
 
 
-def _in_order(tree: Any) -> Any:
+def _in_order(tree: Any, group: int) -> Any:
     """[n, b, ...] -> [b * n, ...] numpy."""
 
     def whole(x):
-        return np.asarray(x).swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # -1 fails for width 0
+        n, b, *rest = x.shape
+        by_group = np.asarray(x).reshape(n, b // group, group, *rest).swapaxes(0, 1)
+        return by_group.reshape(n * b, *rest)  # -1 fails for width 0
 
     return jax.tree.map(whole, tree)
 

@@ -128,8 +128,8 @@ class Settings:
         samples, group = self.batch.samples, self.batch.group
         if samples % group:
             raise InputError(f"batch.samples={samples}: wants a multiple of batch.group={group}")
-        per_forward = self.batch.samples_per_forward
-        return split_batch(samples, devices=devices, per_forward=per_forward, updates=self.method.updates)
+        options = {"per_forward": self.batch.samples_per_forward, "updates": self.method.updates, "group": group}
+        return split_batch(samples, devices=devices, **options)
 
     @cached_property
     def split(self) -> Split:

@@ -10,7 +10,7 @@ from diffexp_jax import parallel
 from diffexp_jax.algorithms import Batch, Inputs, Policy
 from diffexp_jax.algorithms.algorithm import mean_over
 from diffexp_jax.algorithms.ddpo import DDPO, clipped_ratio_loss, ddpo
-from diffexp_jax.algorithms.policy_gradient import ratio_metrics
+from diffexp_jax.algorithms.ratios import ratio_metrics
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora

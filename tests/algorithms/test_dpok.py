@@ -171,16 +171,16 @@ def test_the_states_of_minibatches():
 def test_the_states_that_are_drawn_do_not_depend_on_the_devices(monkeypatch):
     monkeypatch.setattr(dpok, "MINIBATCH", 8)
 
-    def shares(devices, chunks):
-        of_device = partial(dpok.own_shares, shape=(chunks, T, N // devices // chunks), n_batches=2)
+    def shares(devices, chunks, group=1):
+        of_device = partial(dpok.own_shares, shape=(chunks, T, N // devices // chunks), n_batches=2, group=group)
         found = jax.vmap(lambda _, key: of_device(key), (0, None), axis_name=dpok.AXIS, axis_size=devices)
-        by_sample = found(np.arange(devices), jax.random.key(1)).swapaxes(2, 3).reshape(devices, N // devices, T)
+        by_sample = found(np.arange(devices), jax.random.key(1)).swapaxes(2, 3).reshape(devices, -1, group, T)
         return np.asarray(by_sample.swapaxes(0, 1).reshape(N, T))
 
     alone = shares(1, 1)
     assert alone.sum() == pytest.approx(1) and (alone == 0).any()
-    for devices, chunks in ((2, 1), (3, 2)):
-        np.testing.assert_array_equal(shares(devices, chunks), alone)
+    for split in ((2, 1), (3, 2), (3, 1, 2), (1, 2, 3)):
+        np.testing.assert_array_equal(shares(*split), alone)
 
 
 def test_the_value_function_is_fitted_as_published(monkeypatch):

@@ -1,12 +1,14 @@
 """Devices and randomness: who gets which sample, and which key."""
 
 import zlib
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from diffexp_jax import parallel
+from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.parallel import devices
 
@@ -19,14 +21,34 @@ def test_sample_index_of_one_of_two_hosts(monkeypatch):
     np.testing.assert_array_equal(parallel.sample_index(12), [[1, 5, 9], [3, 7, 11]])
 
 
+@pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("share", [0, 1])
-def test_a_minibatch_is_the_same_set_on_any_number_of_devices(monkeypatch, share):
-    """The j-th half of every device's samples, over all devices."""
+def test_a_minibatch_is_the_same_set_on_any_number_of_devices(monkeypatch, share, group):
+    """The j-th half of every device's samples, over all devices; of groups, those of one half of the prompts."""
     for n in (1, 2, 4):
         monkeypatch.setattr(jax, "device_count", lambda n=n: n)
         monkeypatch.setattr(jax, "local_device_count", lambda n=n: n)
-        half = np.split(parallel.sample_index(8), 2, axis=1)[share]
-        assert set(half.ravel().tolist()) == set(range(4 * share, 4 * share + 4))
+        half = np.split(parallel.sample_index(8 * group, group=group), 2, axis=1)[share]
+        assert set(half.ravel().tolist()) == set(range(4 * group * share, 4 * group * (share + 1)))
+
+
+def test_a_groups_samples_lie_on_one_device(monkeypatch):
+    """Groups of three on two devices, side by side; and back in the global order."""
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    index = parallel.sample_index(12, group=3)
+    np.testing.assert_array_equal(index, [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]])
+    np.testing.assert_array_equal(parallel.unshard(index, group=3), np.arange(12))
+
+
+@pytest.mark.parametrize("samples, group, updates, accepted", [(16, 4, 2, True), (16, 8, 2, False), (8, 4, 1, True)])
+def test_a_group_is_learnt_from_in_one_update(samples, group, updates, accepted):
+    """16 samples on two devices: of groups of 8 a device has one, which two updates cannot share."""
+    split = partial(parallel.split_batch, samples, devices=2, per_forward=2, updates=updates, group=group)
+    if accepted:
+        assert split().chunks == samples // 4  # a forward pass takes a part of a group
+    else:
+        with pytest.raises(InputError, match="batch.samples=16: wants a multiple of devices x updates x batch.group"):
+            split()
 
 
 def test_unshard_restores_the_global_order():
