@@ -408,3 +408,36 @@ def test_what_is_not_honoured_is_refused(key):
     with pytest.raises(ValueError, match=f"{key}=true is not supported"):
         ddim.noise_schedule(SD15 | {key: True})
     ddim.noise_schedule(SD15 | {key: False})
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("prediction_type", ddim.PREDICTION_TYPES)
+def test_what_the_network_is_trained_on_is_diffusers(prediction_type):
+    """x_t and the target at several timesteps, one a sample; and x_0 and eps come back out of the target."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs = diffusers.DDPMScheduler(**config)
+    process = load_process(config | {"prediction_type": prediction_type, "set_alpha_to_one": False, "steps_offset": 1})
+    rng, t = np.random.default_rng(0), np.array([0, 20, 501, 999])
+    x_0, eps = (rng.standard_normal((4, 2, 3, 4)).astype(np.float32) for _ in range(2))
+    row = process.training_row(t)
+    assert row.t.tolist() == t.tolist() and process.n_train == 1000 and row.w_t.tolist() == [1.0] * 4
+    args = torch.from_numpy(x_0), torch.from_numpy(eps), torch.from_numpy(t)
+    x_t, target = process.add_noise(x_0, eps, row), process.target(x_0, eps, row)
+    np.testing.assert_allclose(x_t, theirs.add_noise(*args).numpy(), atol=1e-5)
+    want = eps if prediction_type == "epsilon" else theirs.get_velocity(*args).numpy()
+    np.testing.assert_allclose(target, want, atol=1e-5)
+    for i, a in enumerate(row.alpha_bar_t):
+        back = ddim.predictions(target[i : i + 1], x_t[i : i + 1], a, prediction_type)
+        np.testing.assert_allclose(back[1][0], eps[i], atol=1e-4)
+        np.testing.assert_allclose(back[0][0], x_0[i], atol=1e-3)
+
+
+def test_a_target_literal():
+    """v = sqrt(a) eps - sqrt(1 - a) x_0 at a = 0.36; a row of a run's steps does as well."""
+    row = ddim.TrainingRow(jnp.int32(5), jnp.float32(0.36), jnp.float32(1.0))
+    x_0, eps = np.full((1, 1, 1, 1), 2.0, np.float32), np.full((1, 1, 1, 1), 3.0, np.float32)
+    assert float(ddim.target(x_0, eps, row, "v_prediction")[0, 0, 0, 0]) == pytest.approx(0.6 * 3 - 0.8 * 2)
+    assert ddim.target(x_0, eps, row) is eps

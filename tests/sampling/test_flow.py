@@ -126,3 +126,28 @@ def test_a_run_on_a_tiny_model(make_config, tiny_model, tmp_path, algorithm):
     assert row["grad_norm"] > 0 and np.isfinite(row["reward/mean"])
     if algorithm == "ddpo":  # the update scores under the very policy that sampled
         assert row["ratio/max_abs_log"] < 1e-5
+
+
+def test_what_the_network_is_trained_on():
+    """x_s = (1 - s) x_0 + s eps and v = eps - x_0, s one a sample; a whole step along v ends at x_0."""
+    process = load_process(FLOW)
+    x_0, eps = normal(0, 3, 2, 2, 1), normal(1, 3, 2, 2, 1)
+    row = process.training_row(np.array([1000, 250, 1]))
+    np.testing.assert_allclose(row.level, [1.0, 0.25, 0.001], rtol=1e-6)
+    assert row.w_t.tolist() == [1.0] * 3 and process.n_train == 1000
+    x_s, v = process.add_noise(x_0, eps, row), process.target(x_0, eps, row)
+    np.testing.assert_allclose(x_s[0], eps[0], rtol=1e-6)
+    np.testing.assert_allclose(x_s[1], 0.75 * x_0[1] + 0.25 * eps[1], rtol=1e-6)
+    np.testing.assert_allclose(v, eps - x_0, rtol=1e-6)
+    np.testing.assert_allclose(x_s - row.level[:, None, None, None] * v, x_0, atol=1e-6)
+
+
+def test_the_forward_process_is_diffusers():
+    torch = pytest.importorskip("torch")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs, process = FlowMatchEulerDiscreteScheduler(shift=3.0), load_process(FLOW)
+    x_0, eps = normal(0, 2, 3, 4, 2), normal(1, 2, 3, 4, 2)
+    t = theirs.timesteps[[10, 700]]
+    want = theirs.scale_noise(torch.from_numpy(x_0), t, torch.from_numpy(eps)).numpy()
+    np.testing.assert_allclose(process.add_noise(x_0, eps, process.training_row(t.numpy())), want, atol=1e-5)
