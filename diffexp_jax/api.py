@@ -46,34 +46,19 @@ def config(name: str = "alignprop", changes: Mapping[str, Any] = {}, **arguments
     return chosen
 
 
-def load(
-    model: str | Path = "emoji",
-    *,
-    lora: str | Path | None = None,
-    lora_scale: float = 1.0,
-    steps: int = 50,
-    guidance: float = 7.5,
-    eta: float = 0.0,
-    negative_prompt: str = "",
-    dtype: str = "float32",
-    batch: int = 16,
-    changes: Mapping[str, Any] = {},
-) -> Evaluator:
+def load(model: str | Path = "emoji", **options: Any) -> Evaluator:
     """A model to sample and score, by default as diffusers' pipelines sample; `Evaluator.of_run` is a run's.
 
     Args:
       model: "emoji", "emoji_hard" (shipped), a folder in diffusers' format, a single file, or hub:ORGANISATION/NAME.
-      lora: a LoRA file or folder.
-      batch: images at once.
-      changes: further settings by dotted key, {"exploration.t_thresh": 800}.
+      options: how it is sampled, by the names of scripts/sample.py's flags: steps (50), guidance (7.5), eta (0),
+        negative_prompt, dtype, image_size, w_low, t_thresh, weight_range, ...; and lora (a file or folder), lora_scale,
+        batch (images at once, 16).
 
     Raises:
-      InputError: a setting that is not accepted, or a file that is missing or does not fit.
+      InputError: an option that is not accepted, or a file that is missing or does not fit.
     """
-    given = {"model.path": str(model), "model.dtype": dtype, "sampling.steps": steps, "sampling.guidance": guidance}
-    given |= {"sampling.eta": eta, "sampling.negative_prompt": negative_prompt}
-    chosen = settings.changed(settings.Settings(), given | dict(changes))
-    return Evaluator.of_settings(chosen, lora=lora, lora_scale=lora_scale, batch=batch)
+    return Evaluator.of_model(model, **options)
 
 
 def fine_tune(config: ConfigDict, workdir: str | Path) -> Evaluator:

@@ -32,7 +32,7 @@ def test_load_sample_and_score(tiny_model):
     assert images.shape == (4, 16, 16, 3) and images.dtype == np.uint8
     scores = model.scores(images, ["a dog", "a dog", "a cat", "a cat"], rewards=["jpeg_incompressibility"])
     assert list(scores) == ["jpeg_incompressibility"] and (scores["jpeg_incompressibility"] > 0).all()
-    with pytest.raises(dx.InputError, match="^sampling.steps=0: wants 1..1000$"):
+    with pytest.raises(dx.InputError, match="^steps=0: wants 1..1000$"):
         dx.load(tiny_model, steps=0)
 
 
