@@ -225,3 +225,8 @@ def test_one_hit_for_every_equation(equation):
 def test_all_equations_are_in_the_table():
     tags = {tag for path in FILES for tag in re.findall(r"DiffExp (Eq\. [\d-]+)", path.read_text())}
     assert tags == {equation for equation, _, _ in table() if equation.startswith("Eq.")}
+
+
+def test_no_helper_of_the_tests_is_named_as_a_module_of_python():
+    """A program in the same folder would import it in that one's place."""
+    assert not {path.stem for path in ROOT.glob("tests/*/*.py")} & sys.stdlib_module_names - {"__init__"}

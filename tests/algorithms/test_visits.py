@@ -10,7 +10,7 @@ from diffexp_jax.algorithms.algorithm import Algorithm, across_devices, chunked
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, sample, slopes_of, updated, weighted_log_prob
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.algorithms.visits import schedule
-from tests.support.numbers import CONTEXT, GROUP, LORA, POLICY, N, iteration, log_probs, network
+from tests.support.two_numbers import CONTEXT, GROUP, LORA, POLICY, N, iteration, log_probs, network
 
 NO, YES = False, True
 

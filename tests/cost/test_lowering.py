@@ -219,9 +219,8 @@ def products(text: str) -> set[str]:
 
 def test_float32_networks_multiply_in_full(device, small_sizes):
     """By default; another setting is what the program asks for."""
-    (_, function, args, _), *_ = dry_run.programs_of(
-        config := make("ddpo", "sd15", "float32"), Experiment.build(checked(config), weights=False)
-    )
+    config = make("ddpo", "sd15", "float32")
+    (_, function, args, _), *_ = dry_run.programs_of(Experiment.build(checked(config), weights=False))
     full = lower(device, function, *args).count("precision = [HIGHEST, HIGHEST]")
     config = make("ddpo", "sd15", "float32", **{"model.matmul_precision": "tensorfloat32", "reward_dtype": "bfloat16"})
     (_, function, args, _), *_ = dry_run.programs_of(Experiment.build(checked(config), weights=False))

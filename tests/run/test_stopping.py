@@ -119,6 +119,7 @@ TALKS = """
 import sys, time
 from pathlib import Path
 from diffexp_jax import command
+from diffexp_jax.errors import Stopped
 from diffexp_jax.run import stopping
 def main(folder):
     with stopping.StopRequests(grace=600.0) as stop:
@@ -130,7 +131,7 @@ def main(folder):
             print("saves", file=stream, flush=True)
         (folder / "saved").touch()
         if stop.number():
-            raise stopping.Stopped(1, stop.number())
+            raise Stopped(1, stop.number())
 command.guarded(main, Path(sys.argv[1]))
 """
 
