@@ -31,7 +31,7 @@ from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.run.workdir import plan
 from diffexp_jax.settings import checked, parsed, read_config
-from tests.support import ROOT, numbers
+from tests.support import ROOT, two_numbers
 from tests.support.tiny import SCHEDULER, random_weights, write_part
 
 PLAIN = {"eval.every": 0, "log.images": 0, "iterations": 2}
@@ -106,28 +106,30 @@ def test_a_method(monkeypatch, make_config, script, tmp_path):
 
 def setup_of_numbers(rate):
     """The network of two numbers, and gradient descent."""
-    sizes = dict(n_samples=numbers.N // jax.device_count(), n_chunks=2, n_prompts=4, n_steps=numbers.T, lora_size=2)
-    sizes |= dict(group=numbers.GROUP)
-    return Setup(numbers.POLICY, optax.sgd(rate), **sizes, remat=True, full_float32=True, stream=None)
+    sizes = dict(
+        n_samples=two_numbers.N // jax.device_count(), n_chunks=2, n_prompts=4, n_steps=two_numbers.T, lora_size=2
+    )
+    sizes |= dict(group=two_numbers.GROUP)
+    return Setup(two_numbers.POLICY, optax.sgd(rate), **sizes, remat=True, full_float32=True, stream=None)
 
 
 def test_a_method_that_couples_samples():
     """Two updates by the loss of pairs, against gradient descent on the loss itself."""
     module, rate = example("paired"), 0.05
-    samples, state, _ = numbers.iteration(module.Paired(scale=3.0).make(setup_of_numbers(rate)))
-    everything = np.arange(numbers.N)
+    samples, state, _ = two_numbers.iteration(module.Paired(scale=3.0).make(setup_of_numbers(rate)))
+    everything = np.arange(two_numbers.N)
 
     @jax.jit
     def followed(lora, old):
         def loss(lora):
             rewards = jnp.broadcast_to(samples[3], old.shape)
-            return module.pair_loss(numbers.log_probs(lora, samples, everything), old, rewards, group=2, scale=3.0)
+            return module.pair_loss(two_numbers.log_probs(lora, samples, everything), old, rewards, group=2, scale=3.0)
 
         return jax.tree.map(lambda x, g: x - rate * g, lora, jax.grad(loss)(lora))
 
-    old = numbers.log_probs(numbers.LORA, samples, everything)
-    expected = followed(followed(numbers.LORA, old), old)
-    for name, start in numbers.LORA.items():
+    old = two_numbers.log_probs(two_numbers.LORA, samples, everything)
+    expected = followed(followed(two_numbers.LORA, old), old)
+    for name, start in two_numbers.LORA.items():
         assert abs(float(expected[name] - start)) > 1e-4
         assert float(state.lora[name] - start) == pytest.approx(float(expected[name] - start), rel=2e-3)
 
@@ -135,8 +137,8 @@ def test_a_method_that_couples_samples():
 def test_a_method_with_a_second_lora():
     """The pull towards the average is none where the LoRA begins; the average follows it."""
     method = example("anchored").Anchored
-    states = [numbers.iteration(method(pull=pull).make(setup_of_numbers(0.05)))[1] for pull in (0.0, 1e3)]
-    for name, start in numbers.LORA.items():
+    states = [two_numbers.iteration(method(pull=pull).make(setup_of_numbers(0.05)))[1] for pull in (0.0, 1e3)]
+    for name, start in two_numbers.LORA.items():
         assert abs(float(states[0].lora[name] - start)) > 1e-4
         assert float(states[0].lora[name]) == pytest.approx(float(states[1].lora[name]), rel=1e-5)
         average = 0.9 * float(start) + 0.1 * float(states[0].lora[name])

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax import backend, programs
+from diffexp_jax import backend
 from diffexp_jax.experiment import load_rewards
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
 from diffexp_jax.pipelines import families, load_pipeline, sizes
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
+from diffexp_jax.rewards.scoring import make_scorer
 from diffexp_jax.settings import checked, parsed
 from tests.support import ROOT
 from tests.support.tiny import nonzero_lora
@@ -218,4 +219,4 @@ def test_evaluation_scores_in_float32_whatever_trains(make_config):
     assert types == [{"bfloat16"}, {"float32"}]
     _, trained, rewards = load_rewards(checked(make_config("ddpo")))
     assert rewards["pickscore"] is trained
-    assert programs.make_scorer(trained, batch=2) is not None
+    assert make_scorer(trained, batch=2) is not None
