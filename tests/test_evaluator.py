@@ -3,6 +3,7 @@
 import gc
 import shutil
 import weakref
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -216,7 +217,7 @@ def test_images_as_numbers(model):
 
 def test_images_that_explore(model):
     """Eq. 7 by `schedule`, Eq. 8 by `weighted`: other images of the same noise; numbers that do nothing change none."""
-    e = model.sampler.exploration._replace(w_low=1.0, t_thresh=400, weight_range=(3.0, 3.0))
+    e = replace(model.sampler.exploration, w_low=1.0, t_thresh=400, weight_range=(3.0, 3.0))
     exploring, plain = model.sampled_by(exploration=e), model.images(PAIR)
     weighted, words = exploring.weighted(PAIR, seed=1)
     assert [word.endswith(" x 3.00") for word in words] == [True, True]
@@ -225,7 +226,7 @@ def test_images_that_explore(model):
     for i, one in enumerate(found):
         for other in found[:i]:
             assert np.abs(one - other.astype(int)).max() > 2
-    off = model.sampled_by(exploration=e._replace(t_thresh=1000, weight_range=(1.0, 1.0)))
+    off = model.sampled_by(exploration=replace(e, t_thresh=1000, weight_range=(1.0, 1.0)))
     np.testing.assert_array_equal(off.images(off.weighted(PAIR)[0], schedule=True), plain)
 
 
