@@ -9,18 +9,62 @@ import importlib.metadata
 import os
 import platform as system
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
 
+class Absent(NamedTuple):
+    """Devices that are not there: programs can be compiled for them, and nothing can run (`cost.target`)."""
+
+    platform: str
+    cuda_capability: tuple[int, int] | None
+    devices: tuple[Any, ...]
+    memory: int  # bytes of each that programs may take
+    compiler_options: Mapping[str, Any]
+    versions: str  # of the device and its compiler, in words
+
+
+_absent: Absent | None = None
+
+
+@contextlib.contextmanager
+def absent(devices: Absent) -> Iterator[None]:
+    """For as long as the context lasts all that is asked here is about these devices."""
+    global _absent
+    before, _absent = _absent, devices
+    try:
+        yield
+    finally:
+        _absent = before
+
+
+def absent_devices() -> Absent | None:
+    """Those that programs are made for, if not for the devices at hand: then arrays are shapes."""
+    return _absent
+
+
+def device_count() -> int:
+    """Of all hosts."""
+    return len(_absent.devices) if _absent else jax.device_count()
+
+
+def local_device_count() -> int:
+    """Of this host."""
+    return len(_absent.devices) if _absent else jax.local_device_count()
+
+
 def platform() -> str:
     """ "cpu", "gpu" or "tpu"."""
-    return jax.default_backend()
+    return _absent.platform if _absent else jax.default_backend()
 
 
 def cuda_capability() -> tuple[int, int] | None:
     """Compute capability of the NVIDIA GPUs, (9, 0) for an H100; None on anything else."""
+    if _absent:
+        return _absent.cuda_capability
     if platform() != "gpu":
         return None
     device = jax.local_devices()[0]

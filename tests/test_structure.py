@@ -27,7 +27,7 @@ BELOW = {
     "limits": set(),
     "paths": set(),
     "formats": {"paths", "limits"},
-    "parallel": {"formats.json_text", "limits"},
+    "parallel": {"formats.json_text", "limits", "backend"},
     "models": {"formats", "backend", "paths", "limits"},
     "sampling": {"formats.config_keys", "limits"},
     "prompts": {"formats", "paths"},
@@ -47,7 +47,7 @@ BELOW = {
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
     "evaluator": {"programs", "experiment", "sampler", "settings", "rewards", "prompts", "pipelines", "models.lora"}
     | {"task", "sampling", "formats.lora_files", "run.checkpoint", "parallel"},
-    "cost": {"programs", "experiment", "settings", "algorithms", "models", "parallel", "backend"},
+    "cost": {"programs", "experiment", "settings", "algorithms", "models", "parallel", "backend", "command", "limits"},
     "report": {"experiment", "run", "settings", "exploration", "prompts", "formats", "parallel", "backend"},
     "train": {"programs", "evaluator", "experiment", "settings", "cost", "algorithms", "sampling", "models.lora"}
     | {"parallel", "backend", "run", "report", "command", "paths"},

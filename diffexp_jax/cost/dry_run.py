@@ -5,6 +5,7 @@ last stage of it (XLA's ExecutionGraph) seems quadratic in the kernels of a loop
 the gradient of SDXL, several times that on a busy machine. So rows are printed as they are ready.
 """
 
+import re
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import jax
 
 from diffexp_jax import backend, parallel
 from diffexp_jax.algorithms import Inputs, Method
+from diffexp_jax.command import is_out_of_memory
 from diffexp_jax.cost import flops
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.programs import make_programs
@@ -51,12 +53,18 @@ def dry_run(settings: Settings) -> None:
     print(
         f"{'program':10}{'arguments':>12}{'temporaries':>12}{'outputs':>10}{'together':>10}   GiB a device", flush=True
     )
-    for cost in (cost_of(*program) for program in programs_of(experiment)):
+    for program in programs_of(experiment):
+        try:
+            cost = cost_of(*program)
+        except jax.errors.JaxRuntimeError as error:  # of a compiler that knows the device's memory
+            print(f"{program.name:10}does not fit: {too_much(error)}", flush=True)
+            continue
         columns = (cost.arguments, cost.temporaries, cost.outputs, cost.peak)
         numbers = "".join(f"{x / GIB:{width}.2f}" for x, width in zip(columns, (12, 12, 10, 10), strict=True))
         print(f"{cost.name:10}{numbers}   {cost.flops:.3g} FLOPs, compiled in {cost.seconds:.0f} s", flush=True)
         costs.append(cost)
-    print("\n".join(conclude(settings.method, costs)))
+    if costs:
+        print("\n".join(conclude(settings.method, costs)))
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
@@ -79,7 +87,8 @@ def programs_of(experiment: Experiment) -> Iterable[Program]:
     state = on_devices(jax.eval_shape(programs.algorithm.init, lora))
     batch, samples = experiment.draw_batch(0, None), None
     if programs.sample_chunk:
-        chunk = jax.tree.map(lambda x: x[:, : experiment.split.per_forward], batch)
+        n = experiment.split.per_forward
+        chunk = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[:, :n], batch), batch)
         yield Program("sample", programs.sample_chunk, (state, frozen, chunk, steps), experiment.split.chunks)
         samples = jax.eval_shape(parallel.pmap(programs.algorithm.sample), state, frozen, batch, steps)
         samples = samples._replace(images=None)
@@ -96,7 +105,7 @@ def programs_of(experiment: Experiment) -> Iterable[Program]:
 
 def on_devices(tree: Any) -> Any:
     """Shapes with the leading axis of local devices."""
-    n = jax.local_device_count()
+    n = backend.local_device_count()
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct((n, *s.shape), s.dtype), tree)
 
 
@@ -104,7 +113,8 @@ def cost_of(name: str, function: Any, args: tuple[Any, ...], calls: int = 1) -> 
     """Traces and compiles a program for these arguments or shapes of them."""
     start = time.perf_counter()
     work = calls * flops.of(function, *args)
-    options = _CPU_OPTIONS if backend.platform() == "cpu" else {}
+    absent = backend.absent_devices()
+    options = absent.compiler_options if absent else _CPU_OPTIONS if backend.platform() == "cpu" else {}
     memory = function.lower(*args).compile(compiler_options=options).memory_analysis()
     return Cost(
         name,
@@ -114,6 +124,18 @@ def cost_of(name: str, function: Any, args: tuple[Any, ...], calls: int = 1) -> 
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         seconds=time.perf_counter() - start,
     )
+
+
+def too_much(error: jax.errors.JaxRuntimeError) -> str:
+    """What a compiler says of a program that takes more memory than the device has.
+
+    Raises:
+      JaxRuntimeError: it says something else.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+    return f"{used[1]}iB of {used[2]}iB a device" if used else str(error).splitlines()[0][:200]
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -149,7 +171,7 @@ def count(params: Any) -> int:
 
 
 def conclude(method: Method, costs: list[Cost]) -> list[str]:
-    work = sum(cost.flops for cost in costs if cost.name != "evaluate") * jax.device_count()
+    work = sum(cost.flops for cost in costs if cost.name != "evaluate") * backend.device_count()
     peak, platform = max(costs, key=lambda cost: cost.peak), backend.platform()
     size = f"{peak.peak / GIB:.2f} GiB a device"
     lines = [
@@ -158,6 +180,9 @@ def conclude(method: Method, costs: list[Cost]) -> list[str]:
         + (" (all steps live)" if method.needs.reward_gradient else ""),
         f"largest: {size} in {peak.name}, by XLA's memory analysis for the backend {platform!r}",
     ]
-    if platform == "cpu":
+    if absent := backend.absent_devices():
+        fits = "fits" if peak.peak <= absent.memory else "does not fit"
+        lines.append(f"{fits}: {peak.peak / GIB:.2f} of {absent.memory / GIB:.2f} GiB; {absent.versions}")
+    elif platform == "cpu":
         lines.append("a GPU or a TPU fuses and pads otherwise, and attends by other kernels: this is CPU's number")
     return lines

@@ -8,12 +8,14 @@ are. Where nothing is compared a group is one sample.
 
 import functools
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
+from diffexp_jax import backend
 from diffexp_jax.errors import InputError
 
 AXIS = "data"
@@ -58,7 +60,8 @@ def split_batch(samples: int, *, devices: int, per_forward: int, updates: int, g
 
 def pmap(function: Callable, **kwargs) -> Callable:
     """`jax.pmap` over the axis "data"; every argument and result has a leading axis of local devices."""
-    return jax.pmap(function, axis_name=AXIS, **kwargs)
+    absent = backend.absent_devices()
+    return jax.pmap(function, axis_name=AXIS, devices=absent and absent.devices, **kwargs)
 
 
 # Arrays get to the devices without a program: a tree of new shapes would be one more to compile, and to keep.
@@ -66,7 +69,7 @@ def pmap(function: Callable, **kwargs) -> Callable:
 
 def replicate(tree: Any) -> Any:
     """A copy of the tree on every local device, with a leading device axis."""
-    return _put(lambda x: (np.array(x)[None] for _ in range(jax.local_device_count())), tree)
+    return _put(lambda x: (np.array(x)[None] for _ in range(backend.local_device_count())), tree)
 
 
 def share(tree: Any) -> Any:
@@ -75,11 +78,16 @@ def share(tree: Any) -> Any:
     That is the host's own where an array begins at a multiple of 64 bytes (`formats.convert.aligned`), so it must not
     be written any more, nor be donated to a program.
     """
-    return _put(lambda x: [x[None]] * jax.local_device_count(), tree)
+    return _put(lambda x: [x[None]] * backend.local_device_count(), tree)
 
 
 def _put(rows: Callable[[np.ndarray], Iterable[np.ndarray]], tree: Any) -> Any:
-    """Arrays [n_local, ...] on this host's devices; `rows` gives of a leaf, as numpy, each device's [1, ...]."""
+    """Arrays [n_local, ...] on this host's devices, or their shapes where the devices are not there.
+
+    `rows` gives of a leaf, as numpy, each device's [1, ...].
+    """
+    if backend.absent_devices():
+        return jax.tree.map(partial(_shape_of, rows), tree)
     devices, sharding, n = _layout()
 
     def one(x):
@@ -91,10 +99,17 @@ def _put(rows: Callable[[np.ndarray], Iterable[np.ndarray]], tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def _shape_of(rows: Callable[[np.ndarray], Iterable[np.ndarray]], x: Any) -> jax.ShapeDtypeStruct:
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.ShapeDtypeStruct(_shape_of(rows, jax.random.key_data(x)).shape[:-1], x.dtype)
+    x = np.asarray(x)
+    return jax.ShapeDtypeStruct((backend.local_device_count(), *next(iter(rows(x))).shape[1:]), x.dtype)
+
+
 @functools.cache
 def _layout() -> tuple[list[jax.Device], jax.sharding.Sharding, int]:
     """Where a mapped program has the rows of its arrays: the devices of this host's rows, and of all, how many."""
-    rows = pmap(lambda row: row)(np.arange(jax.local_device_count()))
+    rows = pmap(lambda row: row)(np.arange(backend.local_device_count()))
     devices = {int(np.asarray(shard.data)[0]): shard.device for shard in rows.addressable_shards}
     return [device for _, device in sorted(devices.items())], rows.sharding, len(rows)
 
@@ -112,7 +127,7 @@ def first(tree: Any) -> Any:
 
 def sample_index(n_samples: int, *, group: int = 1) -> Int[np.ndarray, "devices samples"]:
     """The global indices of the samples of each of this host's devices, in the order that they have there."""
-    n = jax.device_count()
+    n = backend.device_count()
     devices = np.arange(n) if jax.process_count() == 1 else _places()
     of_group, within = np.divmod(np.arange(n_samples // n), group)
     return (devices[:, None] + n * of_group) * group + within
@@ -121,7 +136,7 @@ def sample_index(n_samples: int, *, group: int = 1) -> Int[np.ndarray, "devices 
 @functools.cache
 def _places() -> Int[np.ndarray, " devices"]:
     """Where on the axis "data" this host's devices are: on a TPU pod they need not follow each other."""
-    return np.asarray(pmap(lambda _: jax.lax.axis_index(AXIS))(np.arange(jax.local_device_count())))
+    return np.asarray(pmap(lambda _: jax.lax.axis_index(AXIS))(np.arange(backend.local_device_count())))
 
 
 def shard(tree: Any, n_samples: int, *, group: int = 1) -> Any:
@@ -151,7 +166,7 @@ def unshard_local(tree: Any) -> Any:
 
 def shard_local(tree: Any) -> Any:
     """The inverse of `unshard_local`: [n_local * b, ...] -> [n_local, b, ...] on this host's devices."""
-    n = jax.local_device_count()
+    n = backend.local_device_count()
     return _put(lambda x: (x[i::n][None] for i in range(n)), tree)
 
 
@@ -172,7 +187,7 @@ def sum_of_bytes(data: Int[np.ndarray, " N"] | None, length: int) -> bytes:
     Args:
       data: uint8; None where this host has nothing to say.
     """
-    rows = np.zeros((jax.local_device_count(), length), np.uint8)
+    rows = np.zeros((backend.local_device_count(), length), np.uint8)
     if data is not None:
         rows[0] = data
     return first(_sum(rows)).tobytes()

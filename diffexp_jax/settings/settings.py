@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -134,7 +133,7 @@ class Settings:
     @cached_property
     def split(self) -> Split:
         """`split_among` the devices that there are."""
-        return self.split_among(jax.device_count())
+        return self.split_among(backend.device_count())
 
     @property
     def exploring_iterations(self) -> int:
