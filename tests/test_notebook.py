@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 
+TIMES = ("before", "after")
 PATH = ROOT / "examples" / "first_steps.ipynb"
 
 
@@ -32,6 +33,6 @@ def test_it_runs(tmp_path, monkeypatch):
         float(line) for line in said.split("images of a good reward: ")[1].split("\n")[0].split(", of a bad one: ")
     )
     assert bad < 1 < good
-    before, after = (int(said.split(f"'{name}': '")[1].split("%")[0]) for name in ("before", "after"))
-    assert after > before
+    right = [int(said.split(f"{name}: animal and object are right in ")[1].split("%")[0]) for name in TIMES]
+    assert right[1] > right[0]
     assert (tmp_path / "runs" / "first_steps" / "report.html").exists()
