@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffexp_jax import config_files, paths, settings, train
-from diffexp_jax.errors import InputError, Stopped, first_line
+from diffexp_jax.errors import InputError, Stopped
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.models.lora import save_lora
 from diffexp_jax.report.grids import draw_grid
@@ -36,13 +36,10 @@ def config(name: str = "alignprop", changes: Mapping[str, Any] = {}, **arguments
     """
     words = {key: str(x).lower() if isinstance(x, bool) else str(x) for key, x in arguments.items()}
     text = ",".join(f"{key}={value}" for key, value in words.items())
-    try:
-        chosen = config_files.module(name).get_config(text).lock()
+    file = config_files.module(name)
+    with config_files.mistakes_in(f"config {name!r}"):
+        chosen = file.get_config(text).lock()
         chosen.update_from_flattened_dict(changes)
-    except InputError:
-        raise
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"config {name!r}: {first_line(error)}") from None
     return chosen
 
 

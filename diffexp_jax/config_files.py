@@ -3,12 +3,14 @@
 A config file is a program of the user's: it builds on the package, and the package imports it by name, here alone.
 """
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 
 # Folders that have configs/: the repository, and where setup.py puts it in an installed package
 _PLACES = (Path(__file__).parents[1], Path(__file__).parent / "_installed")
@@ -43,6 +45,19 @@ def module(name: str) -> ModuleType:
         if error.name != f"configs.{name}":
             raise
         raise InputError(f"configs/{name}.py: no such file; accepted: {', '.join(names())}") from None
+
+
+@contextlib.contextmanager
+def mistakes_in(config: str) -> Iterator[None]:
+    """Makes one line of what config files and ml_collections say of an argument or a setting that is not there.
+
+    Raises:
+      InputError: it begins with `config`, what the user asked for.
+    """
+    try:
+        yield
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{config}: {first_line(error)}") from None
 
 
 def names() -> list[str]:

@@ -171,9 +171,8 @@ class Evaluator:
 
     def task(self, prompts: Prompts) -> Task:
         """Prompts as the model and the rewards read them."""
-        if isinstance(prompts, Task):
-            return prompts
-        return Task.of(self.sampler, self.scorers.rewards, as_prompt_set(prompts))
+        rewards = self.scorers.rewards
+        return prompts if isinstance(prompts, Task) else Task.of(self.sampler, rewards, as_prompt_set(prompts))
 
     def weighted(self, prompts: Prompts, *, samples_per_prompt: int = 1, seed: int = 0) -> tuple[Task, list[str]]:
         """Prompts under random weights (Eq. 8), a row for each image; and what was weighted, in words."""
@@ -210,13 +209,13 @@ class Evaluator:
         self.sampler.check_memory(n)
         if latents is not None:
             check_latents(latents, (n, *shape))
-        steps = self.sampler.steps(explore=schedule)
+        sample = self._sampling(schedule=schedule, floats=floats)
         size, parts = min(self.batch, -(-n // unit) * unit), []
         for start in range(0, n, size):
             index = np.arange(start, start + size).clip(max=n - 1)  # the last batch is filled up: one compile
             keys = parallel.keys_of(key, index)
             x_T = initial_latents(keys, shape) if latents is None else np.asarray(latents)[index]
-            parts.append(self._sample(task.rows(rows[index]), keys, steps, x_T, floats=floats)[: n - start])
+            parts.append(sample(task.rows(rows[index]), keys, x_T)[: n - start])
             advance(len(parts[-1]))
         return np.concatenate(parts)
 
@@ -263,15 +262,12 @@ class Evaluator:
           The images that `keep` says, {"reward": [N], "reward/part": [N], "measure": [N,...]} of all, prompt by prompt.
         """
         task, keep, kept, found = self.task(prompts), np.asarray(keep, int), [], []
-        rows, key = (
-            np.repeat(np.arange(len(task.texts)), samples_per_prompt),
-            parallel.stream(seed, f"eval/{task.name}"),
-        )
-        steps = self.sampler.steps(explore=schedule)
+        rows = np.repeat(np.arange(len(task.texts)), samples_per_prompt)
+        key, sample = parallel.stream(seed, f"eval/{task.name}"), self._sampling(schedule=schedule)
         for start in range(0, len(rows), self.batch):
             index = np.arange(start, start + self.batch).clip(max=len(rows) - 1)
             part, n = task.rows(rows[index]), min(self.batch, len(rows) - start)
-            images = self._sample(part, parallel.keys_of(key, index), steps)[:n]
+            images = sample(part, parallel.keys_of(key, index))[:n]
             found.append(self.scorers.score(images, jax.tree.map(lambda x, n=n: x[:n], part.tokens)))
             found[-1] |= {name: np.array(measure(images)) for name, measure in (measures or {}).items()}
             kept.append(images[keep[(start <= keep) & (keep < start + n)] - start])
@@ -287,13 +283,18 @@ class Evaluator:
             means |= means_of(f"eval/{task.name}", self.evaluate(task, seed=seed, samples_per_prompt=n)[1])
         return means
 
-    def _sample(self, task: Task, keys: jax.Array, steps: Any, x_T: Any = None, *, floats: bool = False) -> np.ndarray:
-        """A batch of images, one of each row."""
-        context = make_context(task.cond, self.sampler.uncond)
-        context, keys, x_T = parallel.shard((context, keys, x_T), len(task.prompts))
-        generate = (self.generate_floats if floats else self.generate)(np.asarray(steps.w_t))
-        images = parallel.unshard(generate(self.params, self.lora, context, keys, parallel.replicate(steps), x_T))
-        if self.strict or floats:
-            images, finite = images
-            check_pictures(finite)
-        return images
+    def _sampling(self, *, schedule: bool, floats: bool = False) -> Callable[..., np.ndarray]:
+        """A function (task, keys, x_T=None) -> a batch of images, one of each row of the task."""
+        steps, of_scales = self.sampler.steps(explore=schedule), self.generate_floats if floats else self.generate
+        generate, steps = of_scales(np.asarray(steps.w_t)), parallel.replicate(steps)
+
+        def sample(task, keys, x_T=None):
+            context = make_context(task.cond, self.sampler.uncond)
+            context, keys, x_T = parallel.shard((context, keys, x_T), len(task.prompts))
+            images = parallel.unshard(generate(self.params, self.lora, context, keys, steps, x_T))
+            if self.strict or floats:
+                images, finite = images
+                check_pictures(finite)
+            return images
+
+        return sample

@@ -1,6 +1,5 @@
 """What there is to choose from: `python -m diffexp_jax.train --list`."""
 
-import sys
 import textwrap
 
 from diffexp_jax import config_files
@@ -15,7 +14,7 @@ from diffexp_jax.settings import Settings, by_key
 
 def methods() -> dict[str, str]:
     """By name, what each is."""
-    return {name: (sys.modules[m.make.__module__].__doc__ or "").partition("\n")[0] for name, m in METHODS.items()}
+    return {name: (method.__doc__ or "").partition("\n")[0] for name, method in METHODS.items()}
 
 
 def rewards() -> dict[str, str]:

@@ -4,8 +4,8 @@ python scripts/sample.py --prompt "a dog riding a bike" --num_images 8 --lora ru
 
 The grid compares what there is to compare: --lora shows the model without and with it, --explore what DiffExp's
 guidance schedule and prompt weights make of the same seed, --samplers low, high and scheduled guidance (the paper's
-Figure 3). What no flag says is taken from the
-run that --lora names; where there is none, as diffusers samples: 50 steps, guidance 7.5, eta 0.
+Figure 3). What no flag says is taken from the run that --lora names; where there is none, as diffusers samples: 50
+steps, guidance 7.5, eta 0.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def compiling_for(target: str) -> Iterator[backend.Absent]:
     kind = KINDS[name]
     # the devices that there are have no part in it: a compiler that is installed must not look for its own
     jax.config.update("jax_platforms", "cpu")
-    absent = _tpus(name, kind, n) if isinstance(kind, TPU) else _gpus(kind, n)
+    absent = _tpus(name, kind, n) if isinstance(kind, TPU) else _gpus(name, kind, n)
     with backend.absent(absent), _cudnn_of(absent.cuda_capability):
         yield absent
 
@@ -119,8 +119,7 @@ def slice_of(name: str, n: int) -> str:
     return next(slice_ for slice_, size in chips.items() if size >= n)
 
 
-def _gpus(kind: GPU, n: int) -> backend.Absent:
-    name = next(name for name, known in KINDS.items() if known is kind)
+def _gpus(name: str, kind: GPU, n: int) -> backend.Absent:
     plugins = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
     if not plugins:
         wanted = "pip install 'jax[cuda13]' (no GPU is needed)"

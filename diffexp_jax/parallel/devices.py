@@ -8,7 +8,6 @@ are. Where nothing is compared a group is one sample.
 
 import functools
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +86,7 @@ def _put(rows: Callable[[np.ndarray], Iterable[np.ndarray]], tree: Any) -> Any:
     `rows` gives of a leaf, as numpy, each device's [1, ...].
     """
     if backend.absent_devices():
-        return jax.tree.map(partial(_shape_of, rows), tree)
+        return jax.tree.map(functools.partial(_shape_of, rows), tree)
     devices, sharding, n = _layout()
 
     def one(x):

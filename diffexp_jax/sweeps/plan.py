@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from diffexp_jax import command, config_files
-from diffexp_jax.errors import InputError, first_line
+from diffexp_jax.errors import InputError
 from diffexp_jax.limits import one_of
 from diffexp_jax.prompts import short_name
 from diffexp_jax.settings import Settings, checked, flat
@@ -79,7 +79,7 @@ def changed_config(argument: str, changes: Mapping[str, Any], overrides: Mapping
       InputError: a setting that does not exist.
     """
     file, _, rest = argument.partition(":")
-    try:
+    with config_files.mistakes_in(argument):
         config = config_files.module(file.removesuffix(".py")).get_config(rest).lock()
         config.update_from_flattened_dict(overrides)
         everywhere = {
@@ -87,8 +87,6 @@ def changed_config(argument: str, changes: Mapping[str, Any], overrides: Mapping
         }
         changed = {key: x(config) if isinstance(x, Callable) else x for key, x in (everywhere | dict(changes)).items()}
         config.update_from_flattened_dict(changed)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{argument}: {first_line(error)}") from None
     return config, dict(overrides) | changed
 
 

@@ -21,8 +21,7 @@ from diffexp_jax.cost.random_weights import peak_memory, random_weights
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.pipelines import make_context
-from diffexp_jax.programs import Programs, make_programs
-from diffexp_jax.sampling import initial_latents, rollout
+from diffexp_jax.programs import Programs, make_generate, make_programs
 from diffexp_jax.settings import checked, parsed
 
 HERE = Path(__file__).resolve().parent
@@ -166,27 +165,16 @@ class Run(NamedTuple):
         return brightness(np.concatenate(images).astype(np.float64))
 
 
-def make_float_images(experiment: Experiment) -> Callable[..., jax.Array]:
-    """`Programs.generate` without rounding to bytes."""
-    sampler, pipeline = experiment.sampler, experiment.sampler.pipeline
-    network = pipeline.network(sampler.guidance_scales(explore=False), lora_scale=experiment.lora_scale)
-
-    def generate(params, lora, context, keys, steps):
-        x_T = initial_latents(keys, pipeline.latent_shape)
-        x_0, _ = rollout(pipeline.process, functools.partial(network, params, lora), x_T, context, steps, keys)
-        return pipeline.decode(params, x_0).clip(0.0, 1.0)
-
-    return parallel.pmap(generate)
-
-
 @functools.cache
 def emoji_run(method: str, dtype: str, old_log_prob: str) -> Run:
     changes = SETTINGS | METHODS[method] | {"model.dtype": dtype, "ddpo.old_log_prob": old_log_prob}
     config = settings(method, "model=emoji,explore=false", changes | {"batch.samples": SAMPLES * jax.device_count()})
     experiment = Experiment.build(checked(config))
     frozen = parallel.share(experiment.frozen)
-    steps = parallel.replicate(experiment.sampler.steps(explore=False))
-    return Run(experiment, make_programs(experiment), frozen, steps, make_float_images(experiment))
+    sampler, options = experiment.sampler, {"n_chunks": 1, "lora_scale": experiment.lora_scale}
+    generate = make_generate(sampler.pipeline, form=lambda images: images.clip(0.0, 1.0), **options)
+    steps = parallel.replicate(sampler.steps(explore=False))
+    return Run(experiment, make_programs(experiment), frozen, steps, generate(sampler.guidance_scales(explore=False)))
 
 
 @functools.cache
