@@ -1,5 +1,6 @@
 """What the command-line programs share: one line per mistake, and exit codes."""
 
+import _thread
 import argparse
 import ast
 import contextlib
@@ -9,8 +10,11 @@ import re
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any, NoReturn
 
 from absl import flags, logging
@@ -85,9 +89,8 @@ def no_lost_interrupt() -> Iterator[None]:
     def hook(unraisable):
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             return usual(unraisable)
-        again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
-        again.daemon = True
-        again.start()
+        # not by threading: its start() waits for the thread, and the signal may come while it does
+        _thread.start_new_thread(_interrupt_again, (threading.get_ident(), hook.__code__))
 
     sys.unraisablehook = hook
     try:
@@ -95,6 +98,15 @@ def no_lost_interrupt() -> Iterator[None]:
     finally:
         if sys.unraisablehook is hook:  # what was put before it since then is to stay (`orbax_errors.quiet`)
             sys.unraisablehook = usual
+
+
+def _interrupt_again(thread: int, code: CodeType) -> None:
+    """Sends Ctrl-C's signal once the thread has left this code, where it would be lost once more."""
+    inside = True
+    while inside:
+        time.sleep(0.02)
+        inside = any(frame.f_code is code for frame, _ in traceback.walk_stack(sys._current_frames()[thread]))
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def never_fail_to_print() -> None:
