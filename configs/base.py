@@ -45,7 +45,7 @@ def default() -> ml_collections.ConfigDict:
 
     # Of the model's scheduler_config.json, in its words; None: as in the file.
     # A model that was saved with DPM++ or Euler may want timestep_spacing="leading", steps_offset=1,
-    # set_alpha_to_one=False (docs/guide.md).
+    # set_alpha_to_one=False (docs/use/guide.md).
     config.model.scheduler = ml_collections.ConfigDict()
     # "leading", "trailing" or "linspace": which timesteps are sampled
     config.model.scheduler.timestep_spacing = placeholder(str)
@@ -140,7 +140,7 @@ def default() -> ml_collections.ConfigDict:
     config.alignprop.truncation = "uniform"
     config.alignprop.truncation_k = 1  # for "fixed": that many
     # False: a step's gradient goes through the linear part of the later steps alone, as in DRTune (Wu et al. 2024).
-    # Through ten or more networks a few samples' gradients blow up (docs/results.md).
+    # Through ten or more networks a few samples' gradients blow up (docs/evidence/results.md).
     config.alignprop.input_gradient = True  # whether the gradient goes through the later steps' networks, as published
     config.alignprop.loss_coefficient = 0.01  # factor of the loss
     # What rewards are pulled to: the loss is mean |target - r| for a number, mean(-r) for "none"; "auto" is 10 for the
@@ -154,10 +154,10 @@ def default() -> ml_collections.ConfigDict:
     config.ddpo.clip = 1e-4  # how far the importance ratio may be from 1
     # "sampled": the log-probs of the sampling program. "recomputed": the same by the update program, for one more
     # forward pass of all but the first update's samples. "current": each update's own, so that there is no ratio and no
-    # clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/precision.md).
+    # clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/understand/precision.md).
     config.ddpo.old_log_prob = "auto"  # what the importance ratio is relative to
     # 1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
-    # gradient and says least about the reward: the fewer the steps, the more so (docs/results.md).
+    # gradient and says least about the reward: the fewer the steps, the more so (docs/evidence/results.md).
     config.ddpo.timestep_fraction = 1.0  # share of the steps, from the noise on, that the update learns from
     config.ddpo.advantage_clip = 5.0  # largest advantage, in standard deviations
     config.ddpo.stats_buffer = 32  # newest rewards kept per prompt
@@ -206,13 +206,13 @@ def default() -> ml_collections.ConfigDict:
     config.log.wandb = False  # also send them to Weights & Biases (pip install wandb; WANDB_MODE=offline: no account)
 
     # On a GPU sums are made in any order: a run that is repeated or continued differs in its last bits, and soon in
-    # more. True asks XLA for kernels that repeat themselves, which are slower (docs/accelerators.md). CPUs do without
-    # it.
+    # more. True asks XLA for kernels that repeat themselves, which are slower (docs/evidence/accelerators.md). CPUs do
+    # without it.
     config.deterministic = False  # whether GPUs must give the same bits each time
     config.compilation_cache = "~/.cache/diffexp_jax"  # compiled programs are kept there for the next run; "": nowhere
 
     # One run over several processes, one a machine or one a GPU.
-    # TPU pods, SLURM and Open MPI need none of it (docs/launch.md).
+    # TPU pods, SLURM and Open MPI need none of it (docs/use/launch.md).
     config.hosts = ml_collections.ConfigDict()
     # HOST:PORT of the first; None: JAX_COORDINATOR_ADDRESS, or as found out
     config.hosts.coordinator = placeholder(str)

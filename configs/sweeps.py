@@ -1,7 +1,7 @@
 """The paper's experiments as comparisons over seeds, each run by one command.
 
     python scripts/sweep.py --experiment fig4_ddpo_pickscore --model emoji --seeds 3 --out runs/sweeps
-    python scripts/analyse.py --experiment fig4_ddpo_pickscore --sweeps runs/sweeps --out docs/results
+    python scripts/analyse.py --experiment fig4_ddpo_pickscore --sweeps runs/sweeps --out docs/evidence/results
 
 An experiment has arms, one of which is the baseline that the others are compared with. An arm is what follows --config
 configs/, and what it changes of that by dotted keys: values, or functions of the config that give one. Names are those

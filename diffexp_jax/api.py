@@ -1,6 +1,6 @@
 """The package from Python: load a model, sample and score it, fine-tune it, look at pictures, export.
 
-Each of these does what a program of the command line does, with values in place of files; docs/python.md shows them.
+Each of these does what a program of the command line does, with values in place of files (docs/use/python.md).
 """
 
 from collections.abc import Mapping, Sequence

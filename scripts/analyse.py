@@ -1,8 +1,8 @@
 r"""Compares an experiment's arms over seeds: numbers as JSON, a figure, a page, and the documents that show them.
 
-python scripts/analyse.py --experiment fig4_ddpo_pickscore --sweeps runs/sweeps --out docs/results
+python scripts/analyse.py --experiment fig4_ddpo_pickscore --sweeps runs/sweeps --out docs/evidence/results
 python scripts/analyse.py --name mine --out results without=runs/sweeps/runs/A with=runs/sweeps/runs/B
-python scripts/analyse.py --document docs/results.md --readme README.md --out docs/results
+python scripts/analyse.py --document docs/evidence/results.md --readme README.md --out docs/evidence/results
 
 The second compares any runs: NAME=FOLDER, a run or a folder with a subfolder seedN for each; the first is the baseline.
 The numbers of an experiment's runs are copied to OUT/sweeps: another machine can analyse them, and a copy of
@@ -98,8 +98,8 @@ def parse() -> argparse.Namespace:
     add("--experiment", action="append", default=[], help="of scripts/sweep.py (repeat for several)")
     add("--sweeps", type=Path, default=Path("runs/sweeps"), help="what scripts/sweep.py's --out was")
     add("--model", help="where an experiment was run with several")
-    add("--out", type=Path, default=Path("docs/results"), help="folder for NAME.json, NAME.png and NAME.svg")
-    add("--document", type=Path, help="a document whose sections are written from all results: docs/results.md")
+    add("--out", type=Path, default=Path("docs/evidence/results"), help="folder for NAME.json, NAME.png and NAME.svg")
+    add("--document", type=Path, help="a document whose sections are written from all results")
     add("--readme", type=Path, help="the README, whose table of results over seeds is written from them")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""What docs/adding.md says: a method, a reward, a process, prompts, a kind of model is a file and a line in a table.
+"""docs/understand/adding.md: a method, a reward, a process, prompts, a kind of model is a file and a line in a table.
 
 Here the file is a module of the test's own, and the line is entered from outside: nothing else is touched.
 """
@@ -38,13 +38,13 @@ PLAIN = {"eval.every": 0, "log.images": 0, "iterations": 2}
 
 
 def example(name: str) -> types.ModuleType:
-    """The module of docs/adding.md whose first line is `# NAME.py`."""
-    text = (ROOT / "docs" / "adding.md").read_text()
+    """The module of docs/understand/adding.md whose first line is `# NAME.py`."""
+    text = (ROOT / "docs" / "understand" / "adding.md").read_text()
     for block in text.split("```python\n")[1:]:
         code = block.partition("```")[0]
         if code.startswith(f"# {name}.py\n"):
             module = types.ModuleType(name)
-            exec(compile(code, f"docs/adding.md: {name}.py", "exec"), module.__dict__)
+            exec(compile(code, f"docs/understand/adding.md: {name}.py", "exec"), module.__dict__)
             return module
     raise LookupError(name)
 
@@ -203,7 +203,7 @@ WIDTH = 16
 
 
 def write_two_lengths(kind, folder, vocabulary_size):
-    """A folder of docs/adding.md's kind of model with random weights."""
+    """A folder of docs/understand/adding.md's kind of model with random weights."""
     for name in ("tokenizer", "tokenizer_2"):
         write_tokenizer(folder / name)
     index = {"_class_name": "TwoLengthsPipeline"}

@@ -79,8 +79,8 @@ def test_a_grid_is_that_of_the_files(tmp_path):
 
 @pytest.mark.slow  # two minutes
 def test_the_documents_session(tmp_path, monkeypatch):
-    """docs/python.md, as it stands there."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.S)
+    """docs/use/python.md, as it stands there."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "use" / "python.md").read_text(), flags=re.S)
     assert len(code.splitlines()) <= 24
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ from diffexp_jax.rewards import load_reward
 from diffexp_jax.settings import checked
 from tests.support import ROOT
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands() -> list[str]:
@@ -60,7 +60,7 @@ def test_commands(command, monkeypatch):
             assert f'"{flag}"' in source, f"{words[1]} has no {flag}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_names(path):
     text = path.read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
@@ -115,8 +115,9 @@ def test_the_first_hour(tmp_path):
 
 
 def test_your_own_rewards(monkeypatch):
-    """docs/rewards.md's module, as `jax:` and as `python:`."""
-    code = re.search(r"```python\n(# my_rewards.py\n.*?)```", (ROOT / "docs" / "rewards.md").read_text(), re.S)[1]
+    """docs/use/rewards.md's module, as `jax:` and as `python:`."""
+    text = (ROOT / "docs" / "use" / "rewards.md").read_text()
+    code = re.search(r"```python\n(# my_rewards.py\n.*?)```", text, re.S)[1]
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("my_rewards", None))
     exec(code, module.__dict__)
     monkeypatch.setitem(sys.modules, "my_rewards", module)

@@ -201,8 +201,9 @@ def test_the_configs_take_other_prompts(prompts):
 
 
 def table() -> list[tuple[str, str, str]]:
-    """docs/paper.md's table: (equation, file, function)."""
-    rows = re.findall(r"^\| (.+?) \| .+? \| `(.+?)`: `(.+?)` \|$", (ROOT / "docs" / "paper.md").read_text(), flags=re.M)
+    """docs/understand/paper.md's table: (equation, file, function)."""
+    text = (ROOT / "docs" / "understand" / "paper.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| .+? \| `(.+?)`: `(.+?)` \|$", text, flags=re.M)
     assert len(rows) >= 7
     return rows
 

@@ -3,7 +3,8 @@
 An algorithm sees a model and a reward only as the functions of `Policy`, and prompts only as a `Batch`. It does not
 know of exploration: that changes the guidance in the steps and the embeddings in `Batch.context`, nothing else.
 
-To add one: write `name.py` with a `Method`, a dataclass of its settings, and enter it in `METHODS` (docs/adding.md).
+To add one: write `name.py` with a `Method`, a dataclass of its settings, and enter it in `METHODS`
+(docs/understand/adding.md).
 """
 
 from diffexp_jax.algorithms.algorithm import Algorithm, Batch, Inputs, Method, Needs, Policy, Samples, Setup

@@ -26,7 +26,7 @@ class PolicyMethod(Method):
         about="""
         "sampled": the log-probs of the sampling program. "recomputed": the same by the update program, for one more
         forward pass of all but the first update's samples. "current": each update's own, so that there is no ratio and
-        no clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/precision.md).
+        no clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/understand/precision.md).
         """,
     )
     timestep_fraction: float = setting(
@@ -35,7 +35,7 @@ class PolicyMethod(Method):
         positive(1.0),
         about="""
         1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
-        gradient and says least about the reward: the fewer the steps, the more so (docs/results.md).
+        gradient and says least about the reward: the fewer the steps, the more so (docs/evidence/results.md).
         """,
     )
 
@@ -50,7 +50,7 @@ class PolicyMethod(Method):
         "auto" takes the sampling program's log-probs in float32 on a CPU, where that program and the update's agree to
         1e-5, and recomputed ones elsewhere. Not "current", although in 16 bits rounding changes a log-prob by more than
         an update does, so that about half of the samples are clipped for no reason: with several updates an iteration
-        the clip is all that bounds them (docs/precision.md shows the curves).
+        the clip is all that bounds them (docs/understand/precision.md shows the curves).
         """
         if self.old_log_prob != "auto":
             return self.old_log_prob

@@ -50,7 +50,7 @@ def _low_rank_of_bfloat16(x, a, b):
     x is exact in bfloat16, and so is the gradient that comes back; what they are multiplied with is split into three
     bfloat16 numbers, whose products are added in float32. The product with B has as few terms as the rank: as a sum of
     outer products it becomes part of what reads it. Full float32 products run beside a GPU's matrix units; on an H100
-    layers with them take 1.1 to 2.8 times as long (docs/accelerators.md).
+    layers with them take 1.1 to 2.8 times as long (docs/evidence/accelerators.md).
     """
     return _low_rank_fwd(x, a, b)[0]
 

@@ -9,7 +9,7 @@ from diffexp_jax.limits import setting, whole
 class HostSettings:
     """One run over several processes, one a machine or one a GPU.
 
-    TPU pods, SLURM and Open MPI need none of it (docs/launch.md).
+    TPU pods, SLURM and Open MPI need none of it (docs/use/launch.md).
     """
 
     coordinator: str | None = setting(None, "HOST:PORT of the first; None: JAX_COORDINATOR_ADDRESS, or as found out")

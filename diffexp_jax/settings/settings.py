@@ -79,8 +79,8 @@ class Settings:
         "whether GPUs must give the same bits each time",
         about="""
         On a GPU sums are made in any order: a run that is repeated or continued differs in its last bits, and soon in
-        more. True asks XLA for kernels that repeat themselves, which are slower (docs/accelerators.md). CPUs do without
-        it.
+        more. True asks XLA for kernels that repeat themselves, which are slower (docs/evidence/accelerators.md). CPUs
+        do without it.
         """,
     )
     compilation_cache: str = setting(

@@ -1,4 +1,4 @@
-"""docs/results.md's sections and the README's table of results over seeds, written from docs/results/*.json."""
+"""The sections of docs/evidence/results.md and the README's table, written from docs/evidence/results/*.json."""
 
 import re
 import shlex
@@ -171,7 +171,7 @@ def telling_reward(results: Mapping[str, Any]) -> str:
 
 
 def document(text: str, every: Results, *, where: str = "the document") -> str:
-    """docs/results.md with its sections written anew; the prose stays. An experiment without a section gets one.
+    """The document with its sections written anew; the prose stays. An experiment without a section gets one.
 
     Raises:
       InputError: the overview's markers are missing, or a section is of an experiment that has no results.
@@ -193,4 +193,4 @@ def document(text: str, every: Results, *, where: str = "the document") -> str:
 
 def readme(text: str, every: Results, *, where: str = "README.md") -> str:
     """The README with its table of results over seeds written anew."""
-    return between(text, README, brief_overview(every, "docs/results.md"), where)
+    return between(text, README, brief_overview(every, "docs/evidence/results.md"), where)

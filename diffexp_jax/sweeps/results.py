@@ -1,4 +1,4 @@
-"""Compares the runs of an experiment's arms over seeds: all that docs/results/NAME.json holds."""
+"""Compares the runs of an experiment's arms over seeds: all that docs/evidence/results/NAME.json holds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -30,7 +30,7 @@ _UNTOLD = ("seed", "cpu_devices", "compilation_cache", "log", "checkpoint", "eva
 
 
 def analyse(experiment: Experiment) -> dict[str, Any]:
-    """All of docs/results/NAME.json.
+    """All of docs/evidence/results/NAME.json.
 
     Raises:
       InputError: the baseline has no finished run.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on the GPUs of this machine, detached, with a log; docs/launch.md.
+# A run on the GPUs of this machine, detached, with a log; docs/use/launch.md.
 #   bash scripts/launch/gpu.sh WORKDIR --config configs/ddpo.py:model=sd15,reward=pickscore:DIR [--config.KEY=VALUE ...]
 # One process drives all GPUs. PROCESSES=8 starts eight with a GPU each (for rewards in plain Python: eight interpreters).
 # FOREGROUND=1 waits for the end, and ends with its exit code; SIGTERM, SIGINT and SIGHUP are passed on.

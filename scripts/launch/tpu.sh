@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on all workers of a TPU pod slice, from any machine with gcloud; docs/launch.md.
+# A run on all workers of a TPU pod slice, from any machine with gcloud; docs/use/launch.md.
 #   export TPU=NAME ZONE=us-west4-a ACCELERATOR=v5litepod-64 VERSION=v2-alpha-tpuv5-lite BUCKET=my-bucket
 #   bash scripts/launch/tpu.sh create         # SPOT=1 for one that may be taken away
 #   bash scripts/launch/tpu.sh start --config configs/ddpo.py:model=sd15,reward=pickscore:DIR --workdir /mnt/runs/x

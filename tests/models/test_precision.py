@@ -192,16 +192,17 @@ def test_summary_and_table():
 
 
 def test_the_documents_table_is_of_its_file():
-    """docs/precision.md shows docs/data/precision.json, as the script prints it."""
-    document = (ROOT / "docs" / "precision.md").read_text()
+    """docs/understand/precision.md shows docs/evidence/data/precision.json, as the script prints it."""
+    document = (ROOT / "docs" / "understand" / "precision.md").read_text()
     shown = document.partition("<!-- table -->\n")[2].partition("\n<!-- /table -->")[0]
-    assert shown == script().table(json.loads((ROOT / "docs" / "data" / "precision.json").read_text())["rows"])
+    rows = json.loads((ROOT / "docs" / "evidence" / "data" / "precision.json").read_text())["rows"]
+    assert shown == script().table(rows)
 
 
 def test_learning_curves_of_the_documents():
-    """docs/precision.md shows docs/data/precision_learning.json."""
-    arms = json.loads((ROOT / "docs" / "data" / "precision_learning.json").read_text())["arms"]
-    document = (ROOT / "docs" / "precision.md").read_text()
+    """docs/understand/precision.md shows docs/evidence/data/precision_learning.json."""
+    arms = json.loads((ROOT / "docs" / "evidence" / "data" / "precision_learning.json").read_text())["arms"]
+    document = (ROOT / "docs" / "understand" / "precision.md").read_text()
     shown = document.partition("<!-- learning -->\n")[2].partition("\n<!-- /learning -->")[0].splitlines()[2:]
     rows = []
     for flags, found in arms.items():

@@ -254,7 +254,7 @@ def command_line(scripts, monkeypatch, capsys):
 
 
 def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, scripts):
-    out, document, readme = tmp_path / "docs" / "results", tmp_path / "results.md", tmp_path / "README.md"
+    out, document, readme = tmp_path / "docs" / "evidence" / "results", tmp_path / "results.md", tmp_path / "README.md"
     document.write_text("# R\n\n<!-- results: all -->\n<!-- /results: all -->\n\nprose\n")
     readme.write_text(f"first\n{scripts.document.README[0]}\nold\n{scripts.document.README[1]}\nlast\n")
     documents = ["--out", out, "--document", document, "--readme", readme]
@@ -276,7 +276,7 @@ def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, s
     brief = readme.read_text().splitlines()[-3]
     judged = "2 | emoji_judge | 16.7 % | 33.3 [33.3, 33.3] % | 66.7 [66.7, 66.7] % | +33.3 [+33.3, +33.3] % | "
     queries = "at least 0.75 [0.50, 1.00] (1 of 2) | 0.83 [0.67, 1.00] (2 of 2) |"
-    assert brief == f"| [fig4_mine](docs/results.md#fig4_mine) | {judged}+33.3 [+33.3, +33.3] % | {queries}"
+    assert brief == f"| [fig4_mine](docs/evidence/results.md#fig4_mine) | {judged}+33.3 [+33.3, +33.3] % | {queries}"
     always = {"reward": "aesthetic", "held_out": "emoji_judge", "prompts": "p", "base": {"p": {"emoji_judge": 1.0}}}
     assert scripts.document.telling_reward(always) == "aesthetic"  # there is nothing to gain in the judge's
     whats = ["pickscore, train", "emoji_judge, train", "pickscore, unseen", "emoji_judge, unseen"]
@@ -353,9 +353,11 @@ def test_a_base_model_on_other_prompts(scripts, sweeps):
 
 def test_the_documents_say_what_the_files_say(scripts):
     """Tables that were edited by hand, or results without their documents, are noticed."""
-    every = scripts.document.read_results(ROOT / "docs" / "results")
-    for path, write in (("docs/results.md", scripts.document.document), ("README.md", scripts.document.readme)):
+    folder = ROOT / "docs" / "evidence" / "results"
+    every = scripts.document.read_results(folder)
+    writers = (("docs/evidence/results.md", scripts.document.document), ("README.md", scripts.document.readme))
+    for path, write in writers:
         text = (ROOT / path).read_text(encoding="utf-8")
         assert write(text, every) == text, f"{path}: python scripts/analyse.py --document ... --readme ..."
     for results in every:
-        assert all((ROOT / "docs" / "results" / f"{results['name']}.{kind}").is_file() for kind in ("png", "svg"))
+        assert all((folder / f"{results['name']}.{kind}").is_file() for kind in ("png", "svg"))

@@ -11,7 +11,7 @@ import pytest
 from diffexp_jax.errors import InputError
 from tests.support import ROOT
 
-DOCUMENT, FILE = ROOT / "docs" / "reliability.md", ROOT / "docs" / "data" / "reliability.json"
+DOCUMENT, FILE = ROOT / "docs" / "evidence" / "reliability.md", ROOT / "docs" / "evidence" / "data" / "reliability.json"
 
 
 @pytest.fixture

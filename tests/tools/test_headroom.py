@@ -68,8 +68,8 @@ def test_section_literal(headroom, tmp_path):
 
 
 def test_the_documents_numbers_are_those_of_the_files(headroom):
-    text = (ROOT / "docs" / "results.md").read_text()
-    files = sorted((ROOT / "docs" / "results" / "headroom").glob("*.json"))
+    text = (ROOT / "docs" / "evidence" / "results.md").read_text()
+    files = sorted((ROOT / "docs" / "evidence" / "results" / "headroom").glob("*.json"))
     assert files
     for path in files:
         begin, end = headroom.markers(path.stem)

@@ -68,8 +68,8 @@ def test_section_literal(script):
 
 
 def test_the_documents_numbers_are_those_of_the_files(script):
-    text = (ROOT / "docs" / "results.md").read_text()
-    files = sorted((ROOT / "docs" / "results" / "steps").glob("*.json"))
+    text = (ROOT / "docs" / "evidence" / "results.md").read_text()
+    files = sorted((ROOT / "docs" / "evidence" / "results" / "steps").glob("*.json"))
     assert files
     for path in files:
         begin, end = script.markers(path.stem)

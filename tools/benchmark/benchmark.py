@@ -1,6 +1,7 @@
-"""Times this package beside careful plain torch on the same work, in turns, and writes docs/benchmarks.md's table.
+"""Times this package beside careful plain torch on the same work, in turns, and writes a table of it.
 
-    python tools/benchmark/benchmark.py --out docs/data/benchmarks.json --table docs/benchmarks.md  # tens of minutes
+    python tools/benchmark/benchmark.py --out docs/evidence/data/benchmarks.json \\
+        --table docs/evidence/benchmarks.md                                              # tens of minutes
     python tools/benchmark/benchmark.py --model mid --case sampling --repeats 9 --out mid.json
     python tools/benchmark/benchmark.py --model sd15 --model sdxl --out gpu.json         # on a GPU or a TPU
 

@@ -1,7 +1,7 @@
 """Kills training runs at random moments and damages what they left; every one must end as if nothing had happened.
 
 python tools/faults/fault_campaign.py --kills 100 --damages 10 --folder /tmp/faults --out /tmp/reliability.json
-python tools/faults/fault_campaign.py --out docs/data/reliability.json --table docs/reliability.md
+python tools/faults/fault_campaign.py --out docs/evidence/data/reliability.json --table docs/evidence/reliability.md
 
 A run of the tests' tiny model, of one process or of two hosts, is killed (SIGKILL, SIGTERM, SIGINT, SIGHUP; one host or
 both) again and again until it comes to its end: its last state, its LoRA and every line of its metrics must be those of
@@ -14,7 +14,7 @@ With --folder the next start is some minutes faster, with --seconds it stops by 
 alone. 100 kills take half an hour on two cores that do nothing else, and each further damage of every kind some two
 minutes, four where hosts are stopped.
 
-The table of docs/reliability.md is made of the file by --table.
+The table of docs/evidence/reliability.md is made of the file by --table.
 """
 
 from diffexp_jax import command
@@ -268,6 +268,6 @@ if __name__ == "__main__":
     add("--parallel", type=int, default=2, help="runs at once")
     add("--seed", type=int, default=0, help="of the moments")
     add("--seconds", type=float, default=1e9, help="stop after so many (at the end of a trial)")
-    add("--out", type=Path, default=Path("docs/data/reliability.json"))
+    add("--out", type=Path, default=Path("docs/evidence/data/reliability.json"))
     add("--table", type=Path, help="only write the table of --out into this document, between its marks")
     command.guarded(main, parser.parse_args())
