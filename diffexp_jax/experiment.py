@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
-from diffexp_jax import parallel, paths
-from diffexp_jax.algorithms import METHODS, Algorithm, Batch, Policy, Setup
+from diffexp_jax import parallel
+from diffexp_jax.algorithms import Algorithm, Batch, Policy, Setup
 from diffexp_jax.algorithms.optimizer import make_optimizer
+from diffexp_jax.chosen_rewards import check_files, load_features, load_rewards
 from diffexp_jax.errors import InputError
 from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
 from diffexp_jax.parallel import Split
 from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import load_prompt_sets, load_prompts
-from diffexp_jax.rewards import Reward, Spec, check_reward, load_reward
+from diffexp_jax.rewards import Reward
 from diffexp_jax.run.fingerprint import fingerprint
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.settings import Settings
@@ -32,6 +33,7 @@ class Frozen(NamedTuple):
 
     model: dict[str, Any]  # the pipeline's by part, those that sampling reads
     reward: Any  # the trained one's parameters
+    features: Any = None  # those of another reward, whose image features the method reads
 
 
 class Experiment(NamedTuple):
@@ -42,6 +44,7 @@ class Experiment(NamedTuple):
     reward: str  # the name of the trained one
     trained: Reward  # as training uses it, in reward_dtype
     rewards: Mapping[str, Reward]  # as evaluation reports them, in eval.reward_dtype: it, and those only reported
+    features: Reward | None  # the one whose image features the method reads; None: it reads none
     train: Task
     evals: list[Task]
     ids: Int[np.ndarray, "P"]  # of the training prompts, see `PromptSet.ids`
@@ -76,6 +79,7 @@ class Experiment(NamedTuple):
             reward=reward,
             trained=trained,
             rewards=rewards,
+            features=load_features(settings, trained, weights=weights),
             train=task,
             evals=evals,
             ids=np.array(train.ids, np.int32),
@@ -96,7 +100,8 @@ class Experiment(NamedTuple):
 
     @property
     def frozen(self) -> Frozen:
-        return Frozen(self.sampler.pipeline.sampling_params, self.trained.params)
+        other = self.features if self.features is not self.trained else None
+        return Frozen(self.sampler.pipeline.sampling_params, self.trained.params, other and other.params)
 
     @property
     def lora_scale(self) -> float:
@@ -121,9 +126,11 @@ class Experiment(NamedTuple):
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model, the reward and the prompts, which do not depend on the names of their files."""
         trained, texts, tokens = self.trained, self.train.texts, self.train.tokens[self.reward]
+        features = self.frozen.features
+        read = (trained.params, tokens) if features is None else (trained.params, tokens, features)
         return {
             "model": self.model,
-            "reward": f"{self.settings.trained_reward.without_locations} {fingerprint(trained.params, tokens)}",
+            "reward": f"{self.settings.trained_reward.without_locations} {fingerprint(*read)}",
             "prompts": f"{len(texts)} {fingerprint(texts, self.units)}",
         }
 
@@ -139,9 +146,25 @@ class Experiment(NamedTuple):
             network=network.reading(lambda frozen: frozen.model),
             decode=lambda frozen, x_0: pipeline.decode(frozen.model, x_0),
             score=lambda frozen, *args: self.trained.score(frozen.reward, *args),
+            features=self.features and self._features_of,
             latent_shape=pipeline.latent_shape,
             process=pipeline.process,
         )
+
+    def _features_of(self, frozen: Frozen, images: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
+        params = frozen.reward if self.features is self.trained else frozen.features
+        return self.features.features(params, images)
+
+    def n_features(self) -> int:
+        """How many features of an image the method reads."""
+        if self.features is None:
+            return 0
+        policy, x_0 = self.policy, jax.ShapeDtypeStruct((1, *self.sampler.pipeline.latent_shape), np.float32)
+
+        def features(frozen, x_0):
+            return policy.features(frozen, policy.decode(frozen, x_0))
+
+        return jax.eval_shape(features, self.frozen, x_0).shape[1]
 
     def algorithm(self, *, n_chunks: int | None = None) -> Algorithm:
         """The method on this model and reward; `n_chunks` None: as many as the batch is split into."""
@@ -156,6 +179,7 @@ class Experiment(NamedTuple):
             remat=self.settings.model.remat != "none",
             lora_size=sum(leaf.size for leaf in jax.tree.leaves(self.lora_shapes())),
             full_float32=self.settings.full_float32,
+            n_features=self.n_features(),
             reward_target=self.trained.target,
             stream=partial(parallel.stream, self.settings.seed),
         )
@@ -211,58 +235,6 @@ class Experiment(NamedTuple):
         null = jax.tree.map(lambda x: np.broadcast_to(x, (len(ids), *x.shape)), self.sampler.empty)
         group = self.settings.batch.group
         return explore(cond, *parallel.shard((null, self.units[ids], keys), len(ids), group=group))
-
-
-# --------------------------------------------------------------------------------------------------------------- parts
-
-
-def check_files(settings: Settings, *, weights: bool) -> None:
-    """Checks, before anything is loaded, that the files of rewards and of the LoRA to start from are there.
-
-    Raises:
-      InputError: one is not, or a reward is unknown.
-    """
-    for spec in settings.reported_rewards:
-        check_reward(spec, shapes_only=not weights)
-    path = settings.lora.path
-    if path is not None and not paths.local("lora.path=", path).exists():
-        raise InputError(f"lora.path={path}: no such file or folder")
-
-
-def load_rewards(settings: Settings, *, weights: bool = True) -> tuple[str, Reward, dict[str, Reward]]:
-    """The trained reward's name, that reward, and what evaluation reports by name.
-
-    Where both have the same type, the trained one is also the one that is reported, and loaded once.
-    """
-    specs, usual, reported = settings.reported_rewards, settings.reward_dtype, settings.eval.reward_dtype
-    norm, host = settings.textnorm, settings.host_reward
-    options = {"shapes_only": not weights, "temperature": norm.temperature, "contrast": norm.contrast}
-    options |= {"timeout": host.timeout, "workers": host.workers}
-    if len({spec.name for spec in specs}) < len(specs):
-        texts = ", ".join(spec.text for spec in specs)
-        raise InputError(f"reward and eval.rewards: two of {texts} have the same name")
-
-    def load(spec: Spec, dtype: str) -> Reward:
-        part_weights = settings.reward_weights if spec == settings.trained_reward else ()
-        reward = load_reward(spec, weights=part_weights, dtype=dtype, **options)
-        return reward if weights else reward._replace(params=_shapes_of(reward.params))
-
-    trained = load(settings.trained_reward, usual)
-    if settings.method.needs.reward_gradient and trained.start:
-        others = ", ".join(name for name, method in METHODS.items() if not method.needs.reward_gradient)
-        raise InputError(
-            f"reward={settings.reward!r}: {settings.algorithm} needs the reward's gradient, and plain Python has none; "
-            f"wants algorithm {others}, or a function of JAX: jax:MODULE:FUNCTION"
-        )
-    once = usual == reported or not settings.eval.every
-    rewards = {
-        spec.name: trained if once and spec == settings.trained_reward else load(spec, reported) for spec in specs
-    }
-    return settings.trained_reward.name, trained, rewards
-
-
-def _shapes_of(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def check_noise(experiment: Experiment) -> None:

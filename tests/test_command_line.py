@@ -10,7 +10,7 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
-from diffexp_jax import command, experiment, settings, train
+from diffexp_jax import chosen_rewards, command, settings, train
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.cli import train as cli_train
 from diffexp_jax.limits import Number
@@ -164,7 +164,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, command_line, script,
         "ddpo", {"reward": "pickscore:~/clip", "model.path": "~/model", "lora.path": "~/l.safetensors"}
     )
     (tmp_path / "l.safetensors").write_text("")
-    experiment.check_files(parsed(config), weights=True)
+    chosen_rewards.check_files(parsed(config), weights=True)
     assert settings.cpu_devices(parsed(config)) == 1
     assert not (tmp_path / "~").exists()
 

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffexp_jax.chosen_rewards import check_files
 from diffexp_jax.cli import score as cli_score
 from diffexp_jax.cli import train as cli_train
-from diffexp_jax.experiment import check_files
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.formats.pictures import read_picture
 from diffexp_jax.models import blip, clip_config, open_clip, unet_config, vae

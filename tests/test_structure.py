@@ -42,8 +42,9 @@ BELOW = {
     "sampler": {"settings", "pipelines", "prompts", "exploration", "sampling", "parallel", "backend"},
     "run": {"settings", "algorithms", "command", "parallel", "formats", "limits", "paths"},
     "task": {"sampler", "pipelines", "rewards", "prompts"},
+    "chosen_rewards": {"settings", "algorithms", "rewards", "paths"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
-    | {"run.fingerprint", "task", "paths"},
+    | {"run.fingerprint", "task", "chosen_rewards"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
     "evaluator": {"programs", "experiment", "sampler", "settings", "rewards", "prompts", "pipelines", "models.lora"}
     | {"task", "sampling", "formats.lora_files", "run.checkpoint", "parallel"},

@@ -24,6 +24,8 @@ class Policy(NamedTuple):
     score: Callable[..., tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]]
     latent_shape: tuple[int, int, int]
     process: Process
+    # (frozen, images) -> what a reward's network knows of them; None: the method asks for none (`Needs.features`)
+    features: Callable[[Any, Float[Array, "B H W 3"]], Float[Array, "B P"]] | None = None
 
 
 class Batch(NamedTuple):
@@ -81,6 +83,7 @@ class Setup(NamedTuple):
     full_float32: bool  # the model computes in float32 throughout, products too
     stream: Callable[[str], jax.Array]  # the run's key of what this name says
     group: int = 1  # samples of a prompt that follow each other, on one device
+    n_features: int = 0  # of an image, see `Policy.features`
     reward_target: float | None = None  # what AlignProp pulls the reward to, where that is published
 
 
@@ -90,6 +93,7 @@ class Needs(NamedTuple):
     reward_gradient: bool = False  # the reward's gradient in the image, so a reward in JAX
     step_noise: bool = False  # noise at every step, whose log-prob it uses
     groups: bool = False  # several samples of each prompt (batch.group)
+    features: bool = False  # an image's features, of the reward that its setting `features` names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from diffexp_jax import backend, command, report
+from diffexp_jax.chosen_rewards import check_files, load_rewards
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
-from diffexp_jax.experiment import check_files, load_rewards
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.limits import LORA_SCALE, SEED, check_number, whole
 from diffexp_jax.prompts import load_prompt_sets

@@ -165,5 +165,6 @@ def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int
         score=in_precision(reward.score, dtype),
         score_prepared=in_precision(reward.score_prepared, dtype),
         embed=reward.embed and in_precision(reward.embed, dtype),
+        features=reward.features and in_precision(reward.features, dtype),
         target=builtin.target,
     )

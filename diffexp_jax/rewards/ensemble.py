@@ -42,13 +42,17 @@ def ensemble(rewards: Mapping[str, Reward], weights: Sequence[float]) -> Reward:
             {name: reward.score_prepared(params[name], pixels[name], tokens[name]) for name, reward in rewards.items()}
         ),
         start=start if any(reward.start for reward in rewards.values()) else None,
-        embed=embed_by_first(rewards),
+        **by_first(rewards),
     )
 
 
-def embed_by_first(rewards: Mapping[str, Reward]) -> Callable | None:
-    """Image features of a sum: those of its first part that has some."""
-    for name, reward in rewards.items():
-        if reward.embed:
-            return lambda params, pixels, name=name, embed=reward.embed: embed(params[name], pixels[name])
-    return None
+def by_first(rewards: Mapping[str, Reward]) -> dict[str, Callable | None]:
+    """`Reward.embed` and `Reward.features` of a sum: those of its first part that has some."""
+    name = next((name for name, reward in rewards.items() if reward.embed), None)
+    if name is None:
+        return {"embed": None, "features": None}
+    reward = rewards[name]
+    return {
+        "embed": lambda params, pixels: reward.embed(params[name], pixels[name]),
+        "features": lambda params, images: reward.features(params[name], images),
+    }

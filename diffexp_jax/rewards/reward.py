@@ -35,7 +35,8 @@ class Reward(NamedTuple):
     the host, and gives a function that waits for the scores and their parts. They are added to those of the program,
     which are zeros where the host scores everything (`host.py`). Such a reward has no gradient.
     `embed(params, pixels)`, of what `prepare` gives, are the image's features where the reward has some: to compare
-    images with each other. None: it has none.
+    images with each other. `features(params, images)` are the same of images in [0,1], differentiable, as `score` reads
+    them: to learn a reward from. None: it has none.
     """
 
     params: Any
@@ -45,6 +46,7 @@ class Reward(NamedTuple):
     score_prepared: Callable[[Any, Pixels, Tokens], Scores]
     start: Callable[..., Callable[[], HostScores]] | None = None
     embed: Callable[[Any, Pixels], Float[Array, "B P"]] | None = None
+    features: Callable[[Any, Float[Array, "B H W 3"]], Float[Array, "B P"]] | None = None
     target: float | None = None  # see `Builtin`
 
 
@@ -84,7 +86,11 @@ def of_pixels(
     def score(params, images, tokens):
         return score_prepared(params, pixels(images), tokens)
 
-    return Reward(params, tokenize, score, prepare, score_prepared, embed=embed)
+    def features(params, images):
+        return embed(params, pixels(images))
+
+    both = {"embed": embed, "features": embed and features}
+    return Reward(params, tokenize, score, prepare, score_prepared, **both)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from diffexp_jax import backend, paths
+from diffexp_jax.chosen_rewards import check_files, load_rewards
 from diffexp_jax.evaluator import Evaluator
-from diffexp_jax.experiment import check_files, load_rewards
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import SEED, check_number, whole
 from diffexp_jax.prompts import load_prompt_sets

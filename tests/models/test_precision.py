@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffexp_jax import backend
-from diffexp_jax.experiment import load_rewards
+from diffexp_jax.chosen_rewards import load_rewards
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
 from diffexp_jax.pipelines import families, load_pipeline, sizes

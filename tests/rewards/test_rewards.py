@@ -108,10 +108,13 @@ def test_image_features(clip_folder, aesthetic_folder, images, spec):
         want = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output).numpy()
     assert ours.shape == (3, WIDTH)
     np.testing.assert_allclose(ours, want, atol=1e-5)
+    # of images that need no resizing the training path reads the same
+    np.testing.assert_allclose(reward.features(reward.params, pictures.astype(np.float32) / 255), want, atol=1e-5)
 
 
 def test_rewards_without_image_features():
-    assert load_reward("emoji_judge").embed is None and load_reward("jpeg_compressibility").embed is None
+    for reward in map(load_reward, ("emoji_judge", "jpeg_compressibility")):
+        assert reward.embed is None and reward.features is None
 
 
 @pytest.mark.parametrize("name, factor", [("pickscore_26", 1 / 26), ("pickscore_cosine", None)])

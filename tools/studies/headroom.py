@@ -27,9 +27,9 @@ from jaxtyping import Bool, Float
 from tqdm import tqdm
 
 from diffexp_jax import backend
+from diffexp_jax.chosen_rewards import load_rewards
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
-from diffexp_jax.experiment import load_rewards
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, one_of, whole
 from diffexp_jax.prompts import PromptSet, load_prompts
