@@ -69,6 +69,28 @@ def test_links_and_names(path):
         assert (ROOT / file).exists(), file
 
 
+def test_the_site_builds(tmp_path):
+    """A link or an anchor in docs/ that leads nowhere is an error; so is an anchor that the README names."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quiet)
+    assert done.returncode == 0, done.stderr
+    for path in ROOT.glob("*.md"):
+        for page, anchor in re.findall(r"\]\(docs/([^)#]+)\.md#([^)]+)\)", path.read_text()):
+            assert f'id="{anchor}"' in (tmp_path / f"{page}.html").read_text(), f"{path.name}: {page}.md#{anchor}"
+
+
+def test_pages_that_are_named_are_there():
+    """In docstrings, comments and messages."""
+    folders = [ROOT / name for name in ("configs", "diffexp_jax", "examples", "scripts", "tests", "tools")]
+    kinds = {".py", ".sh", ".sbatch", ".ipynb"}
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in kinds]
+    assert len(files) > 200
+    for path in files:
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text()):
+            assert (ROOT / page).exists(), f"{path}: {page}"
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

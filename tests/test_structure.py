@@ -92,8 +92,9 @@ def test_every_room_exists_and_knows_only_rooms_below():
         seen.add(room)
 
 
-TOP = {".ci", ".gitignore", "LICENSE", "README.md", "configs", "diffexp_jax", "docs", "pyproject.toml"}
-TOP |= {"examples", "requirements.txt", "requirements-test.txt", "scripts", "setup.py", "tests", "tools"}
+TOP = {".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"}
+TOP |= {"LICENSE", "README.md", "configs", "diffexp_jax", "docs", "examples", "mkdocs.yml", "pyproject.toml"}
+TOP |= {"requirements.txt", "requirements-test.txt", "scripts", "setup.py", "tests", "tools"}
 
 
 def test_what_lies_at_the_top_level():
