@@ -14,7 +14,7 @@ from ml_collections.config_dict import placeholder
 def default() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of everything random: same seed, same run
-    config.algorithm = placeholder(str)  # "ddpo", "dpok", "alignprop" or "draft"
+    config.algorithm = placeholder(str)  # how to fine-tune: alignprop, ddpo, draft, dpok, rwr, nft, awm
     # Devices that a CPU is used as; None: one per core, as the batch and the memory allow
     config.cpu_devices = placeholder(int)
     # Ours: the paper gives no number. Exploration ends at three quarters of it (`exploration.fraction`): of 100
@@ -66,7 +66,7 @@ def default() -> ml_collections.ConfigDict:
     # words, or prompt:TEXT, which may be one word.
     config.prompts = "animal_activities"  # what to fine-tune on
     # NAME, NAME:PATH, NAME:hub:ORG/NAME, textnorm(NAME:PATH), several joined by "+"; the user's own function:
-    # jax:MODULE:FUNCTION or, for ddpo, python:MODULE:FUNCTION
+    # jax:MODULE:FUNCTION or, for methods that need no gradient of it, python:MODULE:FUNCTION
     config.reward = "emoji_pickscore"  # what is maximised, in the reward's own units
     config.reward_weights = ()  # of the parts of several rewards, in their order; (): those of DRaFT and PRDP
     config.reward_dtype = "float32"  # of the trained reward's networks: "float32", "bfloat16", "float16"
@@ -187,6 +187,67 @@ def default() -> ml_collections.ConfigDict:
     config.dpok.value_steps = 1  # AdamW steps that it takes each iteration; published: one for 10 images
     # Minibatches of 256 random states that the gradient of each of those steps is the mean over
     config.dpok.value_batches = 5
+
+    # RWR: reward-weighted likelihood of the model's own images (Lee et al. 2023; Black et al. 2024).
+    config.rwr = ml_collections.ConfigDict()
+    config.rwr.updates = 1  # optimizer updates in a pass, each on batch.samples / updates images
+    config.rwr.inner_epochs = 5  # passes over an iteration's images, each at other timesteps and noise
+    # "exponential": exp(r / temperature) over its mean. "quantile": 1 for images at that quantile or above, else 0 (the
+    # paper's sparse form), over its mean.
+    config.rwr.weighting = "exponential"  # of an image by its reward: "exponential" or "quantile"
+    # Published: an inverse temperature of 0.2, on LAION's aesthetic score and on kilobytes of JPEG. Other rewards have
+    # other units; with `standardised` it is in standard deviations, and 1 is a good start.
+    config.rwr.temperature = 5.0  # of the exponential, in the reward's units
+    config.rwr.standardised = False  # whether rewards are first divided by their iteration's standard deviation
+    config.rwr.quantile = 0.9  # of "quantile"
+    # Whether an image is weighed among those of its prompt (else among all of the iteration)
+    config.rwr.per_prompt = True
+    # False: of the output for the prompt alone, for half of the work; then guidance in sampling no longer fits what was
+    # trained (Black et al. 2024, appendix E).
+    # Whether the loss is of the guided output, with a gradient through both halves, as published
+    config.rwr.guided = True
+    # Lee et al. take pretraining images. Those of the untuned model take their place, for twice the work.
+    # Factor of the same loss on images of the untuned model (Lee et al. 2023's beta); 0: none are made
+    config.rwr.prior_weight = 0.0
+
+    # DiffusionNFT: towards good images and away from bad ones, on the forward process (Zheng et al. 2025).
+    config.nft = ml_collections.ConfigDict()
+    config.nft.updates = 1  # optimizer updates in a pass, each on batch.samples / updates images
+    config.nft.inner_epochs = 1  # passes over an iteration's images, each at other timesteps and noise
+    # Share of the sampler's timesteps, drawn at random, at which each image is learnt
+    config.nft.timestep_fraction = 0.99
+    config.nft.strength = 1.0  # how far the two outputs lean towards the trained one and away from it: the paper's beta
+    config.nft.advantage_clip = 5.0  # largest advantage, in standard deviations
+    config.nft.global_std = True  # whether that is all images' deviation (else the prompt's own)
+    config.nft.kl_weight = 1e-4  # factor of |output - the untuned model's|^2; 0: not made
+    # An epsilon model's error of x_0 is that of its output times sqrt((1 - alpha_bar) / alpha_bar), which is 13 at
+    # Stable Diffusion's first step of 50 and 0.04 at its last. A flow model's is the noise level, at most 1.
+    config.nft.weighting = "x_0"  # of noise levels, by the error of: "x_0", as published, or the network's "output"
+    config.nft.old_start = 0  # optimizer updates up to which the sampling policy is the newest one
+    config.nft.old_rate = 1e-3  # what each later one adds to the decay of its average
+    # Published for most rewards: 0, 1e-3, 0.5. For text in images: 75, 7.5e-3, 0.999.
+    config.nft.old_most = 0.5  # largest decay of that average
+    # False, as published: the output for the prompt alone, whatever guidance samples, for half of the work.
+    config.nft.guided = False  # whether the guided output is what is trained
+
+    # AWM: advantage-weighted matching, a policy gradient by the loss of pretraining (Xue et al. 2025).
+    config.awm = ml_collections.ConfigDict()
+    config.awm.updates = 1  # optimizer updates in a pass, each on batch.samples / updates images
+    config.awm.inner_epochs = 1  # passes over an iteration's images, each at other timesteps and noise
+    # Noise levels at which each image is learnt, one of each of so many parts of the sampler's
+    config.awm.timesteps = 6
+    # Share of the sampler's steps, from the noise on, that noise levels are drawn from
+    config.awm.timestep_fraction = 0.9
+    config.awm.power = 0.25  # of the squared error in the log-likelihood; 1: the squared error
+    config.awm.clip = 1.0  # how far the importance ratio may be from 1, of several updates
+    config.awm.advantage_clip = 5.0  # advantage, in standard deviations, that counts as 1
+    config.awm.global_std = True  # whether that is all images' deviation (else the prompt's own)
+    # Published: 1e-3 for GenEval, 3e-3 for text in images, 1e-4 for PickScore.
+    config.awm.kl_weight = 1e-3  # factor of |output - the untuned model's|^2; 0: not made
+    config.awm.average_weight = 1.0  # factor of |output - that of an average of the LoRA's past|^2; 0: no average
+    config.awm.average_rate = 1e-3  # what each update adds to the decay of that average
+    config.awm.average_most = 0.3  # largest decay of that average
+    config.awm.guided = False  # whether the guided output is what is trained, see nft.guided
 
     # Evaluations between iterations, without exploration.
     config.eval = ml_collections.ConfigDict()

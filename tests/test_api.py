@@ -52,7 +52,7 @@ def test_fine_tune_metrics_and_export(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("dppo",), "^configs/dppo.py: no such file; accepted: alignprop, ddpo, dpok, draft, paper$"),
+        (("dppo",), "^configs/dppo.py: no such file; accepted: alignprop, awm, ddpo, .*paper, "),
         (("ddpo", {"optim.lrr": 1.0}), "^config 'ddpo': .*lrr"),
         (("ddpo", {"optim.lr": "fast"}), "^config 'ddpo': .*"),
     ],

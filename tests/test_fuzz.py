@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffexp_jax.algorithms import METHODS
 from diffexp_jax.chosen_rewards import check_files
 from diffexp_jax.cli import score as cli_score
 from diffexp_jax.cli import train as cli_train
@@ -81,7 +82,7 @@ WORDS |= st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"
 def test_flags(examples, monkeypatch, tmp_path):
     """--config.KEY=VALUE with anything; what is accepted is looked up as a run does before it loads weights."""
     monkeypatch.chdir(tmp_path)
-    algorithms = st.sampled_from(["ddpo", "dpok", "alignprop", "draft"])
+    algorithms = st.sampled_from([*METHODS])
 
     def parse(example):
         algorithm, values = example

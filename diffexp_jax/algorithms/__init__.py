@@ -9,10 +9,13 @@ To add one: write `name.py` with a `Method`, a dataclass of its settings, and en
 
 from diffexp_jax.algorithms.algorithm import Algorithm, Batch, Inputs, Method, Needs, Policy, Samples, Setup
 from diffexp_jax.algorithms.alignprop import AlignProp
+from diffexp_jax.algorithms.awm import AWM
 from diffexp_jax.algorithms.ddpo import DDPO
 from diffexp_jax.algorithms.dpok import DPOK
 from diffexp_jax.algorithms.draft import DRaFT
+from diffexp_jax.algorithms.nft import NFT
+from diffexp_jax.algorithms.rwr import RWR
 
 __all__ = ["METHODS", "Algorithm", "Batch", "Inputs", "Method", "Needs", "Policy", "Samples", "Setup"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (AlignProp, DDPO, DRaFT, DPOK)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (AlignProp, DDPO, DRaFT, DPOK, RWR, NFT, AWM)}

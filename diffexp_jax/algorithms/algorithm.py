@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 class Samples(NamedTuple):
     """What a sampling program hands to the update."""
 
-    trajectory: Any  # the chains, leading axes [chunks, ...]; None where the gradients are there already
+    trajectory: Any  # what is kept of the chains, leading axes [chunks, ...]; None where there are gradients
     rewards: Float[Array, "B"]
     parts: dict[str, Float[Array, "B"]]
     images: Float[Array, "B H W 3"] | None  # None where the host does not score them: nobody else reads them
@@ -114,10 +114,16 @@ class Method:
     def check(self, n_steps: int) -> None:
         """Raises InputError for settings that cannot work together, or with so many steps of sampling."""
 
+    @property
+    def trains_guided(self) -> bool:
+        """Whether what the update evaluates is the network's guided output, or that for the prompts alone."""
+        return True
+
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
         """The passes of the network over the samples besides the gradients', by what they are for in words.
 
-        Of each the share of all steps of all samples that it goes over.
+        Of each the share of all steps of all samples that it goes over. Those whose words begin with "to sample" are
+        guided, the others where `trains_guided`.
         """
         return {"to sample": 1.0}
 

@@ -7,7 +7,7 @@ the gradient of SDXL, several times that on a busy machine. So rows are printed 
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -150,7 +150,7 @@ def describe(experiment: Experiment) -> list[str]:
     parts |= {f"reward {name}": count(reward.params) for name, reward in experiment.rewards.items()}
     evaluated = split.samples * experiment.sampler.evaluations(explore=False)
     exploring = split.samples * experiment.sampler.evaluations(explore=experiment.sampler.exploration.enabled)
-    passes = method.passes(settings.sampling.steps, settings.full_float32)
+    passes = evaluations_of(method.passes(settings.sampling.steps, settings.full_float32), evaluated, experiment)
     return [
         f"dry run of {method.name} on {model.path}: shapes and programs, no weights; nothing is written",
         f"latents     {height} x {width} x {channels}, networks in {settings.dtype}, "
@@ -160,9 +160,16 @@ def describe(experiment: Experiment) -> list[str]:
         + (", once as its moving average" if settings.optim.ema else ""),
         f"batch       {experiment.batch_in_words()}",
         f"iteration   {split.samples} reward queries, UNet evaluations: "
-        + ", ".join(f"{round(share * evaluated):,} {why}" for why, share in passes.items())
+        + ", ".join(f"{n:,} {why}" for why, n in passes.items())
         + (f"; {1 - exploring / evaluated:.0%} fewer while it explores" if exploring < evaluated else ""),
     ]
+
+
+def evaluations_of(passes: Mapping[str, float], sampling: int, experiment: Experiment) -> dict[str, int]:
+    """Evaluations of the network in an iteration, of `Method.passes`; `sampling`: of all steps of all samples."""
+    unguided = experiment.split.samples * experiment.sampler.n_steps
+    updating = sampling if experiment.settings.method.trains_guided else unguided
+    return {why: round(n * (sampling if why.startswith("to sample") else updating)) for why, n in passes.items()}
 
 
 def count(params: Any) -> int:

@@ -36,11 +36,14 @@ class Network(NamedTuple):
     `frozen` holds the arrays that are not trained; `lora` None is the untuned model.
 
     `guided` is right at every step that the network is for. `one_half` is right where w_t is 1 or 0, and less work;
-    None: no step is of that kind, or all are, and `guided` is that already. A program holds all that there are.
+    None: no step is of that kind, or all are, and `guided` is that already. A program holds those of both that there
+    are. `prompt_alone` is the output for the prompts without guidance, at any step; None: `guided` is that where w_t is
+    1, and no more work.
     """
 
     guided: Guided
     one_half: Guided | None = None
+    prompt_alone: Guided | None = None
 
     def __call__(
         self, frozen: Any, lora: Any, x_t: Float[Array, "B h w c"], step: Steps, context: Context
@@ -62,7 +65,14 @@ class Network(NamedTuple):
 
     def map(self, change: Callable[[Guided], Guided]) -> "Network":
         """The network whose every way to a guided output is changed so."""
-        return Network(change(self.guided), self.one_half and change(self.one_half))
+        return Network(*(guided and change(guided) for guided in self))
+
+    def at_any(self, *, guided: bool) -> "Network":
+        """The network for steps of any w_t, also of one for each sample [B]; or for the prompts alone, whose w_t is 1.
+
+        What is not of a run's steps, as of noise levels drawn at random, wants one of these.
+        """
+        return Network(self.guided if guided else self.prompt_alone or self.guided)
 
     def reading(self, part: Callable[[Any], Any]) -> "Network":
         """The network whose frozen arrays are part(frozen)."""
@@ -83,10 +93,19 @@ class Guidance(NamedTuple):
 # -------------------------------------------------------------------------------------------- classifier-free guidance
 
 
+def over(x: Array, like: Array) -> Array:
+    """A step's number beside an array [B, ...] of samples: [] as it is, [B] -> [B, 1, ...]."""
+    return x.reshape(-1, *[1] * (like.ndim - 1)) if jnp.ndim(x) else x
+
+
 def classifier_free_guidance(
-    cond: Float[Array, "B h w c"], uncond: Float[Array, "B h w c"], w_t: Float[Array, ""]
+    cond: Float[Array, "B h w c"], uncond: Float[Array, "B h w c"], w_t: Float[Array, "*B"]
 ) -> Float[Array, "B h w c"]:
-    """DiffExp Eq. 4: eps~ = w eps(x, t, c) + (1 - w) eps(x, t, null). 1 is no guidance, 0 unconditional."""
+    """DiffExp Eq. 4: eps~ = w eps(x, t, c) + (1 - w) eps(x, t, null). 1 is no guidance, 0 unconditional.
+
+    There is one w for all samples, or one for each.
+    """
+    w_t = over(w_t, cond)
     return w_t * cond + (1.0 - w_t) * uncond
 
 
@@ -95,7 +114,8 @@ def two_halves(evaluate: Evaluate) -> Guided:
 
     def guided(frozen, lora, x_t, step, context):
         both = jax.tree.map(lambda *halves: jnp.concatenate(halves), context.cond, context.uncond)
-        cond, uncond = jnp.split(evaluate(frozen, lora, jnp.concatenate([x_t, x_t]), step, both), 2)
+        of_both = jax.tree.map(lambda x: jnp.concatenate([x, x]) if jnp.ndim(x) else x, step)
+        cond, uncond = jnp.split(evaluate(frozen, lora, jnp.concatenate([x_t, x_t]), of_both, both), 2)
         return classifier_free_guidance(cond, uncond, step.w_t)
 
     return guided
@@ -105,10 +125,15 @@ def half_that_counts(evaluate: Evaluate) -> Guided:
     """Eq. 4 at steps whose w_t is 1 or 0, as DiffExp's first: the other half counts for nothing, and is not made."""
 
     def guided(frozen, lora, x_t, step, context):
-        half = jax.tree.map(lambda cond, uncond: jnp.where(step.w_t == 0.0, uncond, cond), *context)
+        half = jax.tree.map(lambda cond, uncond: jnp.where(over(step.w_t == 0.0, cond), uncond, cond), *context)
         return evaluate(frozen, lora, x_t, step, half)
 
     return guided
+
+
+def for_prompts_alone(evaluate: Evaluate) -> Guided:
+    """No guidance but what the network makes of the step itself."""
+    return lambda frozen, lora, x_t, step, context: evaluate(frozen, lora, x_t, step, context.cond)
 
 
 def is_unguided(w_t: Float[Array, "*T"]) -> Bool[Array, "*T"]:
@@ -117,11 +142,11 @@ def is_unguided(w_t: Float[Array, "*T"]) -> Bool[Array, "*T"]:
 
 
 def _classifier_free(evaluate: Evaluate, w_t: Scales | None) -> Network:
-    unguided = None if w_t is None else is_unguided(np.asarray(w_t))
+    unguided, alone = None if w_t is None else is_unguided(np.asarray(w_t)), for_prompts_alone(evaluate)
     if unguided is not None and unguided.all():
-        return Network(half_that_counts(evaluate))
+        return Network(half_that_counts(evaluate), prompt_alone=alone)
     some = unguided is None or unguided.any()
-    return Network(two_halves(evaluate), half_that_counts(evaluate) if some else None)
+    return Network(two_halves(evaluate), half_that_counts(evaluate) if some else None, alone)
 
 
 CLASSIFIER_FREE = Guidance(_classifier_free, lambda w_t: 2 - is_unguided(np.asarray(w_t)).astype(int))
@@ -130,9 +155,5 @@ CLASSIFIER_FREE = Guidance(_classifier_free, lambda w_t: 2 - is_unguided(np.asar
 # --------------------------------------------------------------------------------------------------- embedded guidance
 
 
-def embedded(evaluate: Evaluate) -> Guided:
-    """Of a model that was distilled from its own guidance (FLUX): w_t is an input, which it reads off the step."""
-    return lambda frozen, lora, x_t, step, context: evaluate(frozen, lora, x_t, step, context.cond)
-
-
-EMBEDDED = Guidance(lambda evaluate, w_t: Network(embedded(evaluate)), lambda w_t: np.ones(np.shape(w_t), int))
+# Of a model that was distilled from its own guidance (FLUX): w_t is an input, which it reads off the step
+EMBEDDED = Guidance(lambda evaluate, w_t: Network(for_prompts_alone(evaluate)), lambda w_t: np.ones(np.shape(w_t), int))

@@ -26,7 +26,7 @@ class Settings:
     """Every setting of a run, in the order of configs/base.py."""
 
     seed: int = setting(0, "of everything random: same seed, same run", SEED)
-    algorithm: str | None = setting(None, '"ddpo", "dpok", "alignprop" or "draft"')
+    algorithm: str | None = setting(None, f"how to fine-tune: {', '.join(METHODS)}")
     cpu_devices: int | None = setting(
         None,
         "devices that a CPU is used as; None: one per core, as the batch and the memory allow",
@@ -55,7 +55,7 @@ class Settings:
         "what is maximised, in the reward's own units",
         about="""
         NAME, NAME:PATH, NAME:hub:ORG/NAME, textnorm(NAME:PATH), several joined by "+"; the user's own function:
-        jax:MODULE:FUNCTION or, for ddpo, python:MODULE:FUNCTION
+        jax:MODULE:FUNCTION or, for methods that need no gradient of it, python:MODULE:FUNCTION
         """,
     )
     reward_weights: tuple[float, ...] = setting(

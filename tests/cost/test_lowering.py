@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from configs import alignprop, ddpo, dpok, draft
+from configs import alignprop, awm, ddpo, dpok, draft, nft, rwr
 from diffexp_jax import backend, parallel
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.cost import dry_run
@@ -263,7 +263,7 @@ def test_attention_under_vmap(gpu, shape, batched):
 
 
 # Each method as published, and DDPO in one pass; with each model and device, and each of these with each of the others
-CONFIGS = {"ddpo": ddpo, "dpok": dpok, "alignprop": alignprop, "draft": draft}
+CONFIGS = {"ddpo": ddpo, "dpok": dpok, "alignprop": alignprop, "draft": draft, "rwr": rwr, "nft": nft, "awm": awm}
 VARIANTS = [(method, {}) for method in METHODS] + [("ddpo", {"ddpo.updates": 1})]
 MODELS, DEVICES, REMAT = ("sd15", "sd21", "sdxl"), ("gpu", "tpu"), ("none", "step", "block")
 PUBLISHED = ("aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv2+aesthetic+pickscore", "textnorm(imagereward)")
@@ -282,8 +282,11 @@ def test_real_sizes(device, method, changes, model, remat, reward):
     config = CONFIGS[method].get_config(f"model={model},reward={reward},prompts=animals")
     config.update_from_flattened_dict({"model.remat": remat, "eval.rewards": (), "batch.samples": 4} | changes)
     config.batch.samples_per_forward = min(config.batch.samples_per_forward, 2)
+    needs = METHODS[method].needs
+    if needs.groups:
+        config.update_from_flattened_dict({"batch.group": 4, f"{method}.updates": 1})
     texts = lower_all(device, config, without=() if method == "ddpo" else ("evaluate",))  # it is the same for all
-    programs = {"sample", "update"} if METHODS[method].needs.step_noise else {"update"}
+    programs = {"update"} if needs.reward_gradient else {"sample", "update"}
     assert texts.keys() == programs | {"explore"} | ({"evaluate"} if method == "ddpo" else set())
     where = "sample" if changes else "update"  # where the gradient is made
     assert ("__cudnn$fmhaSoftmaxBackward" in texts[where]) == (device == "gpu")

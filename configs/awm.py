@@ -1,0 +1,36 @@
+"""AWM: advantage-weighted matching, a policy gradient by the loss of pretraining.
+
+    python -m diffexp_jax.train --config configs/awm.py:model=emoji --workdir runs/awm
+
+Arguments (all optional): model, reward, prompts, explore; see arguments.py. The settings are those of its authors
+(scxue/advantage_weighted_matching) for Stable Diffusion 3.5 with PickScore: neither sampling nor training has guidance,
+so that DiffExp's weights of words alone explore. DDIM's 25 steps take the place of 14 of a solver of higher order.
+"""
+
+from configs.arguments import structured
+from configs.models import MINIATURES
+
+
+def get_config(argument: str | None = None):
+    config, chosen = structured(argument)
+    config.algorithm = "awm"
+    config.sampling.eta = 0.0
+    config.optim.lr = 3e-4
+    config.awm.timesteps = 6
+    config.awm.kl_weight = 1e-4  # 1e-3 for GenEval, 3e-3 for text in images
+    if chosen["model"] in MINIATURES:
+        config.iterations = 36
+        config.batch.samples = 64
+        config.batch.group = 4
+        config.optim.lr = 1e-2
+        config.optim.schedule = "linear"
+        config.eval.every = config.log.images_every = config.checkpoint.every = 12
+    else:
+        config.batch.samples = 576
+        config.batch.group = 24  # of 24 prompts
+        config.sampling.steps = 25
+        config.sampling.guidance = 1.0
+        config.lora.rank = 32
+        config.lora.alpha = 64.0
+        config.optim.ema = 0.99  # what is evaluated is this average
+    return config

@@ -1,0 +1,37 @@
+"""DiffusionNFT: towards good images and away from bad ones, on the forward process.
+
+    python -m diffexp_jax.train --config configs/nft.py:model=emoji --workdir runs/nft
+
+Arguments (all optional): model, reward, prompts, explore; see arguments.py. The settings are those of its authors
+(NVlabs/DiffusionNFT) for Stable Diffusion 3.5 with PickScore or HPSv2: neither sampling nor training has guidance,
+so that DiffExp's weights of words alone explore. DDIM's 25 steps take the place of ten of a second-order solver.
+"""
+
+from configs.arguments import structured
+from configs.models import MINIATURES
+
+
+def get_config(argument: str | None = None):
+    config, chosen = structured(argument)
+    config.algorithm = "nft"
+    config.sampling.eta = 0.0
+    config.optim.lr = 3e-4
+    config.nft.strength = 1.0  # 0.1 for several rewards at once
+    config.nft.kl_weight = 1e-4
+    if chosen["model"] in MINIATURES:
+        config.iterations = 36
+        config.batch.samples = 64
+        config.batch.group = 4
+        config.optim.lr = 1e-2
+        config.optim.schedule = "linear"
+        config.nft.timestep_fraction = 0.3
+        config.eval.every = config.log.images_every = config.checkpoint.every = 12
+    else:
+        config.batch.samples = 1152
+        config.batch.group = 24  # of 48 prompts
+        config.sampling.steps = 25
+        config.sampling.guidance = 1.0
+        config.lora.rank = 32
+        config.lora.alpha = 64.0
+        config.optim.ema = 0.9  # what is evaluated is this average
+    return config

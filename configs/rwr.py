@@ -1,0 +1,39 @@
+"""RWR: reward-weighted likelihood, in rounds.
+
+    python -m diffexp_jax.train --config configs/rwr.py:model=emoji --workdir runs/rwr
+
+Arguments (all optional): model, reward, prompts, explore; see arguments.py. The settings are those of DDPO's authors
+(Black et al. 2024, jannerm/ddpo): an iteration is one of their rounds, of 10,240 images. They fine-tune the whole UNet
+at a rate of 1e-5; a LoRA takes 30 times that, as in DDPO's.
+"""
+
+from configs.arguments import structured
+from configs.models import MINIATURES
+
+
+def get_config(argument: str | None = None):
+    config, chosen = structured(argument)
+    config.algorithm = "rwr"
+    config.iterations = 10  # rounds
+    config.batch.samples = 10240
+    config.batch.group = 16  # each is weighed among all of its prompt in the round, about 230 of 45 prompts
+    config.sampling.guidance = 5.0
+    config.sampling.eta = 1.0
+    config.optim.lr = 3e-4
+    config.rwr.updates = 160  # of 64 images each
+    config.rwr.inner_epochs = 5
+    config.rwr.weighting = "exponential"  # "quantile" is the paper's sparse form: 1,024 images, 50 passes
+    config.rwr.temperature = 5.0  # in the reward's units: for others than LAION's aesthetic score, see standardised
+    config.eval.every = config.log.images_every = config.checkpoint.every = 1
+    if chosen["model"] in MINIATURES:
+        config.iterations = 36
+        config.batch.samples = 64
+        config.batch.group = 4
+        config.optim.lr = 1e-2
+        config.optim.schedule = "linear"
+        config.rwr.updates = 2
+        config.rwr.inner_epochs = 4
+        config.rwr.standardised = True
+        config.rwr.temperature = 0.5
+        config.eval.every = config.log.images_every = config.checkpoint.every = 12
+    return config
