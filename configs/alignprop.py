@@ -22,9 +22,9 @@ def get_config(argument: str | None = None):
         config.iterations = 48
         config.batch.samples = 32
         config.sampling.guidance = 5.0
-        config.optim.lr = 1e-2  # twice that learns sooner, but some runs lose it again (docs/evidence/results.md)
+        config.optim.lr = 1e-2  # twice that learns sooner, but some runs lose it again
         config.optim.grad_clip = 1.0  # gradients are about 0.03; a rare one of 8 would make Adam crawl for the rest
-        # Through the later steps' networks, as published, chance decides a run of this size (docs/evidence/results.md)
+        # Through the later networks, as published, chance decides such a run (docs/evidence/results/input_gradient.md)
         config.alignprop.input_gradient = False
         config.eval.every = config.log.images_every = config.checkpoint.every = 24
     return config

@@ -140,7 +140,7 @@ def default() -> ml_collections.ConfigDict:
     config.alignprop.truncation = "uniform"
     config.alignprop.truncation_k = 1  # for "fixed": that many
     # False: a step's gradient goes through the linear part of the later steps alone, as in DRTune (Wu et al. 2024).
-    # Through ten or more networks a few samples' gradients blow up (docs/evidence/results.md).
+    # Through ten or more networks a few samples' gradients blow up (docs/evidence/results/input_gradient.md).
     config.alignprop.input_gradient = True  # whether the gradient goes through the later steps' networks, as published
     config.alignprop.loss_coefficient = 0.01  # factor of the loss
     # What rewards are pulled to: the loss is mean |target - r| for a number, mean(-r) for "none"; "auto" is 10 for the
@@ -157,7 +157,7 @@ def default() -> ml_collections.ConfigDict:
     # clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/understand/precision.md).
     config.ddpo.old_log_prob = "auto"  # what the importance ratio is relative to
     # 1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
-    # gradient and says least about the reward: the fewer the steps, the more so (docs/evidence/results.md).
+    # gradient and says least about the reward: the fewer the steps, the more so (docs/evidence/results/steps.md).
     config.ddpo.timestep_fraction = 1.0  # share of the steps, from the noise on, that the update learns from
     config.ddpo.advantage_clip = 5.0  # largest advantage, in standard deviations
     config.ddpo.stats_buffer = 32  # newest rewards kept per prompt

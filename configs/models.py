@@ -11,7 +11,7 @@ _LAPTOP = {
 MODELS = {
     "emoji": {"model.path": "emoji"} | _LAPTOP,
     # Objects are missing more, and more unequally. Half of the steps for more seeds in the same time; the threshold at
-    # which the base model's rare successes are most frequent (docs/evidence/results.md)
+    # which the base model's rare successes are most frequent (docs/evidence/results/headroom.md)
     "emoji_hard": _LAPTOP | {"model.path": "emoji_hard", "sampling.steps": 10, "exploration.t_thresh": 700},
     "sd15": {  # 512 pixels
         "model.path": "stable-diffusion-v1-5/stable-diffusion-v1-5",

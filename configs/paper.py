@@ -67,7 +67,7 @@ MINIATURE = {
 }
 
 # What a miniature changes beside its model's settings. At AlignProp's usual rate this reward makes the animals into
-# coloured squares within 12 iterations; here most are still there at the end (docs/evidence/results.md)
+# coloured squares within 12 iterations; here most are still there at the end
 _MINIATURE_SETTINGS = {("alignprop", "aesthetic"): {"optim.lr": 2.5e-3, "iterations": 36}}
 
 # Of the published models. Aesthetic scores of single images are about 0.5 apart, and six prompts are unseen: with an

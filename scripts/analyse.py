@@ -2,14 +2,14 @@ r"""Compares an experiment's arms over seeds: numbers as JSON, a figure, a page,
 
 python scripts/analyse.py --experiment fig4_ddpo_pickscore --sweeps runs/sweeps --out docs/evidence/results
 python scripts/analyse.py --name mine --out results without=runs/sweeps/runs/A with=runs/sweeps/runs/B
-python scripts/analyse.py --document docs/evidence/results.md --readme README.md --out docs/evidence/results
+python scripts/analyse.py --pages --readme README.md --out docs/evidence/results
 
 The second compares any runs: NAME=FOLDER, a run or a folder with a subfolder seedN for each; the first is the baseline.
 The numbers of an experiment's runs are copied to OUT/sweeps: another machine can analyse them, and a copy of
 that folder is a sweep to go on with.
 
-Documents are written from all results in --out, also without an experiment to read. The page is one HTML file, with
-pictures of the runs beside which it is: SWEEPS/experiments/NAME.html, or OUT/NAME.html.
+--pages and --readme write documents from all results in --out, also without an experiment to read. Each experiment also
+gets one HTML file with pictures, beside its runs: SWEEPS/experiments/NAME.html, or OUT/NAME.html.
 """
 
 from diffexp_jax import command
@@ -37,9 +37,9 @@ def main(args: argparse.Namespace) -> None:
     experiments = [sweep_runs.find(args.sweeps, name, args.model) for name in args.experiment]
     if args.runs:
         experiments.append(named_runs(args.name, args.runs))
-    documents = {path: write for path, write in documents_of(args).items() if path}
+    documents = [args.out / document.INDEX] * args.pages + ([args.readme] if args.readme else [])
     if not experiments and not documents:
-        raise InputError("nothing to do: give --experiment, runs as NAME=FOLDER, --document or --readme")
+        raise InputError("nothing to do: give --experiment, runs as NAME=FOLDER, --pages or --readme")
     command.check_writable(args.out, "--out")
     for path in documents:
         if not path.is_file():
@@ -59,14 +59,13 @@ def main(args: argparse.Namespace) -> None:
         print(document.section(results))
         print(f"written: {page}")
     every = document.read_results(args.out)
-    for path, write in documents.items():
-        write_whole(path, write(path.read_text(encoding="utf-8"), every, where=str(path)))
+    written = document.pages(args.out, every) if args.pages else {}
+    if args.readme:
+        text = args.readme.read_text(encoding="utf-8")
+        written[args.readme] = document.readme(text, every, where=str(args.readme))
+    for path, text in written.items():
+        write_whole(path, text)
         print(f"written: {path}")
-
-
-def documents_of(args: argparse.Namespace) -> dict:
-    """{the document's path or None: what writes it}."""
-    return {args.document: document.document, args.readme: document.readme}
 
 
 def named_runs(name: str | None, runs: list[str]) -> Experiment:
@@ -99,7 +98,7 @@ def parse() -> argparse.Namespace:
     add("--sweeps", type=Path, default=Path("runs/sweeps"), help="what scripts/sweep.py's --out was")
     add("--model", help="where an experiment was run with several")
     add("--out", type=Path, default=Path("docs/evidence/results"), help="folder for NAME.json, NAME.png and NAME.svg")
-    add("--document", type=Path, help="a document whose sections are written from all results")
+    add("--pages", action="store_true", help="write the tables of OUT/index.md and of a page for each experiment")
     add("--readme", type=Path, help="the README, whose table of results over seeds is written from them")
     return parser.parse_args()
 

@@ -104,7 +104,7 @@ class AlignProp(Method):
         "whether the gradient goes through the later steps' networks, as published",
         about="""
         False: a step's gradient goes through the linear part of the later steps alone, as in DRTune (Wu et al. 2024).
-        Through ten or more networks a few samples' gradients blow up (docs/evidence/results.md).
+        Through ten or more networks a few samples' gradients blow up (docs/evidence/results/input_gradient.md).
         """,
     )
     loss_coefficient: float = setting(0.01, "factor of the loss", positive())

@@ -1,4 +1,4 @@
-"""The sections of docs/evidence/results.md and the README's table, written from docs/evidence/results/*.json."""
+"""The pages of results over seeds and the README's table, written from the results' json files."""
 
 import re
 import shlex
@@ -10,24 +10,19 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.report import Table
 from diffexp_jax.report.document_parts import between, markdown, markers
-from diffexp_jax.sweeps.tables import (
-    SHARES,
-    SIGNS,
-    cell,
-    difference_table,
-    final_table,
-    measured,
-    ratio_cell,
-    ratio_table,
-    share_table,
-    words,
-)
+from diffexp_jax.sweeps.tables import SHARES, all_tables, cell, measured, ratio_cell
 
 Results = Sequence[Mapping[str, Any]]  # of every file, by name
 
 NONE_YET = "No results over seeds have been measured yet."
 README = ("<!-- results over seeds -->", "<!-- /results over seeds -->")
-OVERVIEW = "all"  # the section before those of the experiments
+README_ROWS = {  # name of the results: what the README calls them
+    "fig1-emoji_hard": "one prompt that the model all but never gets right, DDPO",
+    "fig4_ddpo_pickscore-emoji_hard": "135 prompts, DDPO",
+    "fig4_alignprop_pickscore-emoji_hard": "135 prompts, AlignProp as published",
+    "fig4_alignprop_pickscore-emoji_hard-0488ac": "135 prompts, AlignProp, gradient stopped at the networks' inputs",
+}
+INDEX, OVERVIEW = "index.md", "all"  # the page of all experiments, and what is written into it
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -35,15 +30,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [read_json(path, finite=False) for path in sorted(folder.glob("*.json"))]
 
 
-def settings_line(results: Mapping[str, Any]) -> str:
-    """What all arms have, and what each changes."""
+def settings_lines(results: Mapping[str, Any]) -> list[str]:
+    """What all arms have, and a line for what each changes."""
     shown = ", ".join(f"{key} {value}" for key, value in results["settings"].items())
     lines = [f"All arms: {shown}."]
     for arm, content in results["arms"].items():
         if content["differs"]:
             changed = ", ".join(f"`{key}={value}`" for key, value in content["differs"].items())
             lines.append(f"{arm}: {changed}.")
-    return " ".join(lines)
+    return lines
 
 
 def machine_line(results: Mapping[str, Any]) -> str:
@@ -75,26 +70,18 @@ def unfinished_line(results: Mapping[str, Any]) -> str:
 
 def section(results: Mapping[str, Any]) -> str:
     """All that is written of one experiment."""
-    name, columns = results["name"], measured(results)
-    n = results["samples_per_prompt"]
-    images = f"{n[0]} images of each prompt" if len(n) == 1 else "images"
-    signs = [(results["prompts"], sign) for sign in SIGNS]
-    tables = [
-        final_table(results, columns, [f"{prompts}: {what}" for prompts, what in columns]),
-        difference_table(results),
-        ratio_table(results),
-        final_table(results, signs, list(map(words, SIGNS))),
-        share_table(results),
-    ]
+    name, n, made_by = results["name"], results["samples_per_prompt"], command_line(results)
+    images = f"{n[0]} images" if len(n) == 1 else "images"
+    lead = f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is *{results['baseline']}*."
     parts = [
-        [f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is *{results['baseline']}*."],
-        [settings_line(results)],
-        [f"{machine_line(results)} {command_line(results)}".strip()],
+        [f"{lead} Final models are judged by {images} of each prompt."],
+        [f"Command: {made_by}"] if made_by else [],
         [unfinished_line(results)] if results["unfinished"] else [],
-        [f"![Curves of {name}](results/{name}.png)"],
-        [f"Final models, {images} sampled without exploration:"],
-        *map(markdown, tables),
+        [f"![Curves of {name}]({name}.png)"],
     ]
+    for caption, table in all_tables(results).items():
+        parts += [[f"**{caption}**"], markdown(table)]
+    parts += [["**Settings**"], [f"- {line}" for line in (*settings_lines(results), machine_line(results))]]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -109,21 +96,19 @@ def overview(every: Results) -> str:
         for i, (prompts, what) in enumerate(measured(results)):
             first, queries = ["", ""], ["", ""]
             if i == 0:
-                first, queries = label(results, results["name"]), queries_cells(results)
+                first, queries = label(results), queries_cells(results)
             rows.append([*first, f"{what}, {prompts}", *compared_cells(results, prompts, what), *queries])
     return "\n".join(markdown(Table(["experiment", "seeds", "what", *_COMPARED, *_QUERIES], rows))) or NONE_YET
 
 
-def brief_overview(every: Results, page: str) -> str:
-    """The comparisons with a row each, of the reward that says most; `page` is the document that has their sections."""
+def brief_overview(every: Results, folder: str) -> str:
+    """A row for each of README_ROWS, of the reward that says most; `folder` has their pages."""
     rows = []
-    for results in comparisons(every):
-        what = telling_reward(results)
-        unseen = [compared_cells(results, prompts, what)[-1] for prompts in results["unseen"][:1]] or ["-"]
-        cells = [*compared_cells(results, results["prompts"], what), *unseen, *queries_cells(results)]
-        rows.append([*label(results, results["experiment"], page), what, *cells])
-    header = ["experiment", "seeds", "what", *_COMPARED, "difference, unseen prompts", *_QUERIES]
-    return "\n".join(markdown(Table(header, rows))) or NONE_YET
+    for name, words_of_it in README_ROWS.items():
+        for results in (results for results in every if results["name"] == name):
+            cells = compared_cells(results, results["prompts"], telling_reward(results))[:3]
+            rows.append([f"[{words_of_it}]({folder}/{name}.md)", *cells])
+    return "\n".join(markdown(Table(["task", "before", "without DiffExp", "with DiffExp"], rows))) or NONE_YET
 
 
 def comparisons(every: Results) -> Results:
@@ -137,11 +122,11 @@ def comparisons(every: Results) -> Results:
     ]
 
 
-def label(results: Mapping[str, Any], text: str, page: str = "") -> list[str]:
-    """A text that leads to its section, what its command sets, and how many seeds it has."""
+def label(results: Mapping[str, Any]) -> list[str]:
+    """Its name, which leads to its page, with what its command sets; and how many seeds it has."""
     given = "".join(f", `{key}={value}`" for key, value in results["overrides"].items())
     seeds = results["arms"]["diffexp"]["summary"]["paired"]
-    return [f"[{text}]({page}#{results['name']}){given}", str(seeds)]
+    return [f"[{results['name']}]({results['name']}.md){given}", str(seeds)]
 
 
 def compared_cells(results: Mapping[str, Any], prompts: str, what: str) -> list[str]:
@@ -170,27 +155,27 @@ def telling_reward(results: Mapping[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------------------------- documents
 
 
-def document(text: str, every: Results, *, where: str = "the document") -> str:
-    """The document with its sections written anew; the prose stays. An experiment without a section gets one.
+def pages(folder: Path, every: Results) -> dict[Path, str]:
+    """The index and a page for each experiment, {file: text}: tables are written anew, the prose stays.
 
     Raises:
-      InputError: the overview's markers are missing, or a section is of an experiment that has no results.
+      InputError: the index or a page lacks its markers, or a page is of an experiment that has no results.
     """
     known = [OVERVIEW, *(results["name"] for results in every)]
-    for name in re.findall(r"<!-- results: (.+?) -->", text):
-        if name not in known:
-            raise InputError(
-                f"{where}: has a section {name!r}, of which there are no results; known: {', '.join(known)}"
-            )
-    text = between(text, markers(OVERVIEW), overview(every), where)
+    for path in sorted(folder.glob("*.md")):
+        for name in re.findall(r"<!-- results: (.+?) -->", path.read_text(encoding="utf-8")):
+            if name not in known:
+                raise InputError(f"{path}: is of {name!r}, of which there are no results; known: {', '.join(known)}")
+    index = folder / INDEX
+    found = {index: between(index.read_text(encoding="utf-8"), markers(OVERVIEW), overview(every), str(index))}
     for results in every:
-        pair = markers(results["name"])
-        if pair[0] not in text:
-            text = f"{text.rstrip()}\n\n## {results['name']}\n\n{pair[0]}\n{pair[1]}\n"
-        text = between(text, pair, section(results), where)
-    return text
+        path, pair = folder / f"{results['name']}.md", markers(results["name"])
+        new = f"# {results['name']}\n\n{pair[0]}\n{pair[1]}\n"
+        text = path.read_text(encoding="utf-8") if path.exists() else new
+        found[path] = between(text, pair, section(results), str(path))
+    return found
 
 
 def readme(text: str, every: Results, *, where: str = "README.md") -> str:
     """The README with its table of results over seeds written anew."""
-    return between(text, README, brief_overview(every, "docs/evidence/results.md"), where)
+    return between(text, README, brief_overview(every, "docs/evidence/results"), where)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from diffexp_jax.report import Row, Section, drawing, pictures_of_two, save_page
 from diffexp_jax.sweeps import document, runs
 from diffexp_jax.sweeps import figure as results_figure
-from diffexp_jax.sweeps import tables as results_tables
+from diffexp_jax.sweeps.tables import all_tables
 
 SIZE = (4.6, 3.4)  # inches of a panel
 
@@ -20,25 +20,14 @@ def save(results: Mapping[str, Any], experiment: runs.Experiment, out: Path) -> 
     Raises:
       OSError: it cannot be written.
     """
-    columns = results_tables.measured(results)
-    names = [f"{prompts}: {what}" for prompts, what in columns]
-    signs = [(results["prompts"], sign) for sign in results_tables.SIGNS]
-    words = [results_tables.words(sign) for sign in results_tables.SIGNS]
-    tables = {
-        "Final models, sampled without exploration": results_tables.final_table(results, columns, names),
-        "Of the same seeds": results_tables.difference_table(results),
-        "What it costs to get there": results_tables.ratio_table(results),
-        "Diversity, and signs of over-optimisation": results_tables.final_table(results, signs, words),
-        "By how often the base model succeeds": results_tables.share_table(results),
-    }
     lead = [f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is **{results['baseline']}**."]
     if results["unfinished"]:
         lead.append(document.unfinished_line(results))
     sections = [
-        Section("Results", [table._replace(caption=caption) for caption, table in tables.items() if table.rows]),
+        Section("Results", [table._replace(caption=caption) for caption, table in all_tables(results).items()]),
         Section("Curves", [Row(panels(results))]),
         Section("Pictures", pictures(results, experiment)),
-        Section("Settings", [document.settings_line(results), document.machine_line(results)]),
+        Section("Settings", [*document.settings_lines(results), document.machine_line(results)]),
     ]
     save_page(out, f"{results['name']} over seeds", sections, lead=lead)
 

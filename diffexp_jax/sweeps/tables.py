@@ -45,6 +45,19 @@ def measured(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(prompts, name) for prompts in (results["prompts"], *results["unseen"]) for name in rewards]
 
 
+def all_tables(results: Mapping[str, Any]) -> dict[str, Table]:
+    """{caption: table} of all that is compared; tables without rows are left out."""
+    columns, signs = measured(results), [(results["prompts"], sign) for sign in SIGNS]
+    found = {
+        "Final models, sampled without exploration": final_table(results, columns, [f"{p}: {w}" for p, w in columns]),
+        "Differences of the same seeds": difference_table(results),
+        "Cost to reach the baseline": ratio_table(results),
+        "Diversity, and signs of over-optimisation": final_table(results, signs, list(map(words, SIGNS))),
+        "By how often the base model succeeds": share_table(results),
+    }
+    return {caption: table for caption, table in found.items() if table.rows}
+
+
 def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], header: Sequence[str]) -> Table:
     """Of the final models, a row for each arm, and one for the model before fine-tuning."""
     base = results["base"]

@@ -181,7 +181,7 @@ def test_tables(scripts, results):
     results["overrides"] = {"iterations": 4, "reward": "pickscore:my folder"}
     text = scripts.document.section(results)
     for line in (
-        "What it shows. The baseline is *baseline*.",
+        "What it shows. The baseline is *baseline*. Final models are judged by 2 images of each prompt.",
         "Not finished, so left out: other seed 0 (3 of 4 iterations).",
         "| before | - | 1.00 | 16.7 % | 1.00 | 16.7 % |",
         "| baseline | 2 | 5.50 [4.00, 7.00] | 33.3 [33.3, 33.3] % | 5.50 [4.00, 7.00] | 33.3 [33.3, 33.3] % |",
@@ -193,8 +193,9 @@ def test_tables(scripts, results):
         "| prompts | base model succeeds in | prompts there | baseline | gain of diffexp |",
         "| train | no image | 1 | 0.0 [0.0, 0.0] % | +50.0 [+50.0, +50.0] % |",
         "| train | 30 to 60 % | 1 | 50.0 [50.0, 50.0] % | +50.0 [+50.0, +50.0] % |",
-        "Measured on 1 x a CPU, python 3.11, jax 0.10, numpy 2.0. `python scripts/sweep.py --experiment fig4_mine "
-        "--model emoji --config.iterations=4 '--config.reward=pickscore:my folder'`",
+        "- Measured on 1 x a CPU, python 3.11, jax 0.10, numpy 2.0.",
+        "Command: `python scripts/sweep.py --experiment fig4_mine --model emoji --config.iterations=4 "
+        "'--config.reward=pickscore:my folder'`",
     ):
         assert line in text.splitlines(), f"{line}\n{text}"
     assert "queries (and UNet evaluations) to" in text
@@ -253,38 +254,48 @@ def command_line(scripts, monkeypatch, capsys):
     return run
 
 
-def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, scripts):
-    out, document, readme = tmp_path / "docs" / "evidence" / "results", tmp_path / "results.md", tmp_path / "README.md"
-    document.write_text("# R\n\n<!-- results: all -->\n<!-- /results: all -->\n\nprose\n")
+def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, scripts, monkeypatch):
+    monkeypatch.setattr(scripts.document, "README_ROWS", {"fig4_mine": "mine", "fig1": "not measured"})
+    out, readme = tmp_path / "docs" / "evidence" / "results", tmp_path / "README.md"
+    index, page = out / "index.md", out / "fig4_mine.md"
+    out.mkdir(parents=True)
+    index.write_text("# R\n\n<!-- results: all -->\n<!-- /results: all -->\n\nprose\n")
     readme.write_text(f"first\n{scripts.document.README[0]}\nold\n{scripts.document.README[1]}\nlast\n")
-    documents = ["--out", out, "--document", document, "--readme", readme]
+    documents = ["--out", out, "--pages", "--readme", readme]
     code, said, err = command_line("--experiment=fig4_mine", "--sweeps", sweeps, *documents)
     assert (code, err) == (0, "") and "fig4_mine other: no finished run, left out" in said
-    assert sorted(path.name for path in out.iterdir()) == ["fig4_mine.json", "fig4_mine.png", "fig4_mine.svg", "sweeps"]
+    names = [f"fig4_mine.{kind}" for kind in ("json", "md", "png", "svg")]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "index.md", "sweeps"]
     assert len(list((out / "sweeps").rglob("metrics.jsonl"))) == 5 and not list((out / "sweeps").rglob("*.png"))
     again = ["--experiment=fig4_mine", "--sweeps", out / "sweeps", "--out", tmp_path / "again"]
     assert command_line(*again)[0] == 0
     assert (tmp_path / "again" / "fig4_mine.json").read_text() == (out / "fig4_mine.json").read_text()
-    page = (sweeps / "experiments" / "fig4_mine.html").read_text()
-    assert "<h1>fig4_mine over seeds</h1>" in page and "5.50 [5.00, 6.00]" in page and page.count("<svg ") >= 3
-    assert page.count("data:image/") >= 3 and "before" in page  # of the pictures below
-    text = document.read_text()
+    html = (sweeps / "experiments" / "fig4_mine.html").read_text()
+    assert "<h1>fig4_mine over seeds</h1>" in html and "5.50 [5.00, 6.00]" in html and html.count("<svg ") >= 3
+    assert html.count("data:image/") >= 3 and "before" in html  # of the pictures below
+    text = index.read_text()
     row = "2 | pickscore, train | 1.00 | 5.50 [4.00, 7.00] | 5.50 [5.00, 6.00] | +0.00 [-1.00, +1.00] | "
-    assert f"| [fig4_mine](#fig4_mine) | {row}at least 0.75 [0.50, 1.00] (1 of 2) |" in text
-    assert text.startswith("# R\n\n<!-- results: all -->\n| experiment |") and "\n\nprose\n\n## fig4_mine\n\n" in text
+    assert f"| [fig4_mine](fig4_mine.md) | {row}at least 0.75 [0.50, 1.00] (1 of 2) |" in text
+    assert text.startswith("# R\n\n<!-- results: all -->\n| experiment |") and text.endswith("-->\n\nprose\n")
+    assert page.read_text().startswith("# fig4_mine\n\n<!-- results: fig4_mine -->\n")
+    assert "![Curves of fig4_mine](fig4_mine.png)" in page.read_text()
     assert readme.read_text().startswith("first\n") and readme.read_text().endswith("\nlast\n")
-    brief = readme.read_text().splitlines()[-3]
-    judged = "2 | emoji_judge | 16.7 % | 33.3 [33.3, 33.3] % | 66.7 [66.7, 66.7] % | +33.3 [+33.3, +33.3] % | "
-    queries = "at least 0.75 [0.50, 1.00] (1 of 2) | 0.83 [0.67, 1.00] (2 of 2) |"
-    assert brief == f"| [fig4_mine](docs/evidence/results.md#fig4_mine) | {judged}+33.3 [+33.3, +33.3] % | {queries}"
+    assert readme.read_text().splitlines()[-3:-1] == [
+        "| [mine](docs/evidence/results/fig4_mine.md) | 16.7 % | 33.3 [33.3, 33.3] % | 66.7 [66.7, 66.7] % |",
+        scripts.document.README[1],
+    ]
     always = {"reward": "aesthetic", "held_out": "emoji_judge", "prompts": "p", "base": {"p": {"emoji_judge": 1.0}}}
     assert scripts.document.telling_reward(always) == "aesthetic"  # there is nothing to gain in the judge's
     whats = ["pickscore, train", "emoji_judge, train", "pickscore, unseen", "emoji_judge, unseen"]
     assert [what for what in whats if f" | {what} | " in text] == whats
     # prose that is added stays; writing again changes nothing
-    document.write_text(text.replace("## fig4_mine\n", "## fig4_mine\n\nWhat this says.\n"))
-    edited = document.read_text()
-    assert command_line(*documents)[0] == 0 and document.read_text() == edited != text
+    page.write_text(page.read_text().replace("# fig4_mine\n", "# Mine\n\nWhat this says.\n"))
+    edited = page.read_text()
+    assert command_line(*documents)[0] == 0 and page.read_text() == edited and "What this says." in edited
+    # a page whose results have gone
+    (out / "gone.md").write_text("<!-- results: fig4_gone -->\n<!-- /results: fig4_gone -->\n")
+    code, _, err = command_line(*documents)
+    assert code == 2 and "gone.md: is of 'fig4_gone', of which there are no results; known: all, fig4_mine\n" in err
 
 
 def test_runs_by_hand(command_line, sweeps, tmp_path):
@@ -299,7 +310,7 @@ def test_runs_by_hand(command_line, sweeps, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ([], "nothing to do: give --experiment, runs as NAME=FOLDER, --document or --readme"),
+        ([], "nothing to do: give --experiment, runs as NAME=FOLDER, --pages or --readme"),
         (["--experiment=fig1", "--sweeps={0}"], "--experiment fig1: {0}/experiments has no such one: fig4_mine-emoji"),
         (["--experiment=fig1", "--sweeps={0}/no"], "--experiment fig1: {0}/no/experiments has no such one: none"),
         (
@@ -311,18 +322,16 @@ def test_runs_by_hand(command_line, sweeps, tmp_path):
         (["--name=x", "a={0}", "b"], "'b': wants NAME=FOLDER"),
         (["--name=x", "a={0}", "b={0}/no"], "'b={0}/no': no such folder"),
         (["--name=x", "a={0}/base", "b={0}"], "x: the baseline 'a' has no finished run in {0}/base"),
-        (["--document={0}/no.md"], "{0}/no.md: the file is missing"),
+        (["--pages"], "{0}/none/index.md: the file is missing"),
         (
             ["--readme={0}/bare.md"],
             "{0}/bare.md: wants the lines <!-- results over seeds --> and <!-- /results over seeds",
         ),
-        (["--document={0}/old.md"], "{0}/old.md: has a section 'fig4_gone', of which there are no results; known: all"),
     ],
 )
 def test_bad_input(command_line, sweeps, tmp_path, arguments, said):
     (sweeps / "bare.md").write_text("nothing\n")
-    (sweeps / "old.md").write_text("<!-- results: all -->\n<!-- /results: all -->\n<!-- results: fig4_gone -->\n")
-    out = tmp_path / "out"
+    out = sweeps / "none"
     code, _, err = command_line("--out", out, *(argument.format(sweeps) for argument in arguments))
     assert code == 2 and err.startswith(f"error: {said.format(sweeps)}") and err.count("\n") == 1, err
     assert not out.exists()
@@ -352,12 +361,16 @@ def test_a_base_model_on_other_prompts(scripts, sweeps):
 
 
 def test_the_documents_say_what_the_files_say(scripts):
-    """Tables that were edited by hand, or results without their documents, are noticed."""
+    """Tables that were edited by hand, or results without their pages, are noticed."""
     folder = ROOT / "docs" / "evidence" / "results"
-    every = scripts.document.read_results(folder)
-    writers = (("docs/evidence/results.md", scripts.document.document), ("README.md", scripts.document.readme))
-    for path, write in writers:
-        text = (ROOT / path).read_text(encoding="utf-8")
-        assert write(text, every) == text, f"{path}: python scripts/analyse.py --document ... --readme ..."
+    every, readme = scripts.document.read_results(folder), ROOT / "README.md"
+    written = scripts.document.pages(folder, every)
+    written[readme] = scripts.document.readme(readme.read_text(encoding="utf-8"), every)
+    assert {results["name"] for results in every} >= scripts.document.README_ROWS.keys()
+    for path, text in written.items():
+        assert path.exists() and path.read_text(encoding="utf-8") == text, (
+            f"{path}: python scripts/analyse.py --pages --readme README.md"
+        )
+        assert path == readme or path.name in (folder / "index.md").read_text() or path.name == "index.md", path
     for results in every:
         assert all((folder / f"{results['name']}.{kind}").is_file() for kind in ("png", "svg"))

@@ -1,7 +1,7 @@
 """Is there anything to explore? What the base model does with each prompt, plainly and by ways of exploring.
 
 python tools/studies/headroom.py --model emoji_hard --out docs/evidence/results/headroom/emoji_hard.json \\
-    --document docs/evidence/results.md
+    --document docs/evidence/results/headroom.md
 
 Nothing is trained. Of every training prompt it samples images plainly, by Eq. 7 with several thresholds, by Eq. 8, and
 by both, on the same noise, and compares how often they succeed, how far a prompt's rewards and images differ from

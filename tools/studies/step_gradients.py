@@ -1,7 +1,7 @@
 """Which steps does DDPO learn from? The size of every step's policy gradient.
 
 python tools/studies/step_gradients.py --model emoji_hard --out docs/evidence/results/steps/emoji_hard.json \\
-    --document docs/evidence/results.md
+    --document docs/evidence/results/steps.md
 python tools/studies/step_gradients.py --experiment fig4_ddpo_aesthetic --prompts 8 --out steps.json
 
 Nothing is trained. Images of some prompts are sampled and scored, and of each step of their chains the gradient is made
