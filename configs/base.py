@@ -136,6 +136,11 @@ def default() -> ml_collections.ConfigDict:
 
     # AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023).
     config.alignprop = ml_collections.ConfigDict()
+    # Holds back what over-optimises the reward (Uehara et al. 2024a, b; SEIKO's code has 0.01 beside AlignProp's
+    # coefficient of 0.01). It is a sum over the steps, a mean over a latent's numbers, and needs sampling.eta above 0.
+    # A step then runs a second network, the untuned one.
+    # Factor of the KL between the tuned and the untuned model's paths, in the loss; 0: none
+    config.alignprop.kl_weight = 0.0
     # How many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all
     config.alignprop.truncation = "uniform"
     config.alignprop.truncation_k = 1  # for "fixed": that many
@@ -159,6 +164,13 @@ def default() -> ml_collections.ConfigDict:
     # 1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
     # gradient and says least about the reward: the fewer the steps, the more so (docs/evidence/results/steps.md).
     config.ddpo.timestep_fraction = 1.0  # share of the steps, from the noise on, that the update learns from
+    # "prompt": the mean and std of the prompt's newest rewards, as published. Of the batch.group samples of its prompt:
+    # "group" their mean and std (GRPO), "group_mean" their mean and the std of all (Flow-GRPO), "loo" the mean of the
+    # others (leave-one-out), unscaled.
+    config.ddpo.advantage = "prompt"  # what a reward is compared with
+    # As in Flow-GRPO (Liu et al. 2025): a mean over the steps, of means over a latent's numbers. Each update then
+    # evaluates the untuned model too, and is made in two passes.
+    config.ddpo.kl_weight = 0.0  # factor of each step's KL to the untuned model, in the loss; 0: none
     config.ddpo.advantage_clip = 5.0  # largest advantage, in standard deviations
     config.ddpo.stats_buffer = 32  # newest rewards kept per prompt
     config.ddpo.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
@@ -169,6 +181,8 @@ def default() -> ml_collections.ConfigDict:
 
     # DRaFT: the reward's gradient through the last sampling steps (Clark et al. 2024).
     config.draft = ml_collections.ConfigDict()
+    # Factor of the KL between the tuned and the untuned model's paths, in the loss; 0: none, see alignprop.kl_weight
+    config.draft.kl_weight = 0.0
     config.draft.k = 1  # how many last steps carry gradient
     config.draft.lv_samples = 0  # DRaFT-LV (with k = 1): further noises of the last step, 2 in the paper; 0: DRaFT-K
 

@@ -87,7 +87,7 @@ class Experiment(NamedTuple):
             settings=settings,
             optimizer=make_optimizer(settings.optim, settings.optimizer_updates),
         )
-        if settings.method.needs.step_noise:
+        if settings.method.noise_is_for:
             check_noise(experiment)
         return experiment
 

@@ -119,6 +119,16 @@ class Method:
         """Whether what the update evaluates is the network's guided output, or that for the prompts alone."""
         return True
 
+    @property
+    def compares_groups(self) -> bool:
+        """Whether samples of a prompt are compared, of which there are then at least two (batch.group)."""
+        return self.needs.groups
+
+    @property
+    def noise_is_for(self) -> str:
+        """What needs noise at every step of sampling, in words; "": nothing does."""
+        return "their log-probability" if self.needs.step_noise else ""
+
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
         """The passes of the network over the samples besides the gradients', by what they are for in words.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,9 @@ import optax
 from jaxtyping import Array, Bool, PRNGKeyArray
 
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
-from diffexp_jax.algorithms.reward_gradient import reward_gradient
+from diffexp_jax.algorithms.reward_gradient import RewardGradient, reward_gradient, sampled
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, setting, whole
-from diffexp_jax.sampling import differentiable, initial_latents, rollout
 
 TRUNCATIONS = ("uniform", "per_step", "fixed", "none")
 TARGETS = ("auto", "none")
@@ -46,6 +45,7 @@ def alignprop(
     truncation: str,
     truncation_k: int,
     input_gradient: bool = True,
+    kl_weight: float = 0.0,
     remat: bool = True,
 ) -> Algorithm:
     """Makes the algorithm.
@@ -54,17 +54,15 @@ def alignprop(
       n_chunks: forward passes that a device's samples are split into; their gradients are averaged.
       loss_coefficient: the loss is this times mean |reward_target - r|, or times mean(-r) without a target.
       truncation: "uniform", "per_step", "none" or "fixed" (the last `truncation_k` steps), see `live_steps`.
-      input_gradient, remat: see `sampling.differentiable`.
+      input_gradient, kl_weight, remat: see `reward_gradient.sampled`.
     """
-    chain = partial(differentiable, policy.network, remat=remat, input_gradient=input_gradient)
+    chain = partial(sampled, policy, remat=remat, input_gradient=input_gradient, kl_weight=kl_weight)
 
     def loss(lora, frozen, chunk, steps, live):
-        denoise = chain(frozen, lora)
-        x_T = initial_latents(chunk.key, policy.latent_shape)
-        x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live)
+        x_0, penalty, metrics = chain(lora, frozen, chunk, steps, live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
         per_sample = -rewards if reward_target is None else jnp.abs(reward_target - rewards)
-        return loss_coefficient * per_sample.mean(), (rewards, parts)
+        return loss_coefficient * per_sample.mean() + penalty, (rewards, parts, metrics)
 
     live = partial(live_steps, truncation=truncation, k=truncation_k)
     return reward_gradient(optimizer, loss, live, n_chunks=n_chunks)
@@ -88,10 +86,9 @@ def resolved_target(setting: str, published: float | None) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignProp(Method):
-    """AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023)."""
+class Truncating(Method):
+    """A method whose gradient goes through a part of the sampling chain, as AlignProp's does."""
 
-    name: ClassVar[str] = "alignprop"
     needs: ClassVar[Needs] = Needs(reward_gradient=True)
     truncation: str = setting(
         "uniform",
@@ -107,6 +104,26 @@ class AlignProp(Method):
         Through ten or more networks a few samples' gradients blow up (docs/evidence/results/input_gradient.md).
         """,
     )
+
+    def check(self, n_steps: int) -> None:
+        check_number(f"{self.name}.truncation_k=", self.truncation_k, whole(1, n_steps))
+
+    def keywords(self, setup: Setup) -> dict[str, Any]:
+        """What `alignprop` takes by keyword: the settings above, and how the samples are gone through."""
+        return {
+            "n_chunks": setup.n_chunks,
+            "remat": setup.remat,
+            "truncation": self.truncation,
+            "truncation_k": self.truncation_k,
+            "input_gradient": self.input_gradient,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignProp(Truncating, RewardGradient):
+    """AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023)."""
+
+    name: ClassVar[str] = "alignprop"
     loss_coefficient: float = setting(0.01, "factor of the loss", positive())
     reward_target: str = setting(
         "auto",
@@ -118,18 +135,15 @@ class AlignProp(Method):
     )
 
     def check(self, n_steps: int) -> None:
-        check_number("alignprop.truncation_k=", self.truncation_k, whole(1, n_steps))
+        super().check(n_steps)
         resolved_target(self.reward_target, None)
 
     def make(self, setup: Setup) -> Algorithm:
         return alignprop(
             setup.policy,
             setup.optimizer,
-            n_chunks=setup.n_chunks,
-            remat=setup.remat,
-            truncation=self.truncation,
-            truncation_k=self.truncation_k,
-            input_gradient=self.input_gradient,
+            **self.keywords(setup),
+            kl_weight=self.kl_weight,
             loss_coefficient=self.loss_coefficient,
             reward_target=resolved_target(self.reward_target, setup.reward_target),
         )

@@ -1,14 +1,15 @@
 """DDPO: denoising diffusion policy optimisation with importance sampling (Black et al. 2024, DDPO-IS)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from diffexp_jax.algorithms.algorithm import (
     Algorithm,
@@ -23,10 +24,11 @@ from diffexp_jax.algorithms.algorithm import (
 from diffexp_jax.algorithms.one_pass import gradient_of_loss, sample_with_gradients
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
 from diffexp_jax.algorithms.policy_settings import PolicyMethod
-from diffexp_jax.algorithms.state import TrainState, advantages, init_stats, update_stats
+from diffexp_jax.algorithms.state import PromptStats, TrainState, advantages, init_stats, update_stats
 from diffexp_jax.errors import InputError
-from diffexp_jax.limits import check_number, positive, setting, whole
+from diffexp_jax.limits import Number, check_number, positive, setting, whole
 from diffexp_jax.parallel import AXIS
+from diffexp_jax.sampling import Process, transition_kl
 
 
 def clipped_ratio_loss(
@@ -36,6 +38,53 @@ def clipped_ratio_loss(
     chex.assert_equal_shape((log_prob, old_log_prob, adv))
     ratio = jnp.exp(log_prob - old_log_prob)
     return jnp.maximum(-adv * ratio, -adv * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)).mean()
+
+
+def step_loss(
+    log_prob: Float[Array, "B"], outputs: Any, step: Transition, *, process: Process, clip: float, kl_weight: float
+) -> Float[Array, ""]:
+    """`clipped_ratio_loss`, and kl_weight times the step's KL to the untuned model where there is a weight.
+
+    `outputs` are then the network's guided ones: of the LoRA that is trained, of the untuned model.
+    """
+    loss = clipped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
+    if not kl_weight:
+        return loss
+    return loss + kl_weight * transition_kl(process, *outputs, step.x_t, step.step).mean()
+
+
+def group_advantages(
+    rewards: Float[Array, "B"], everything: Float[Array, "N"], *, group: int, kind: str, clip: float
+) -> Float[Array, "B"]:
+    """How much better a sample is than the others of its prompt, which follow each other in groups.
+
+    "group": (r - mean) / (std + 1e-4) of the group, clipped to +-clip (GRPO, Shao et al. 2024). "group_mean": the same
+    with the std of all rewards of the iteration, `everything` (Flow-GRPO, Liu et al. 2025). "loo": r less the mean of
+    the others in the group (leave-one-out, Kool et al. 2019), neither scaled nor clipped.
+    """
+    of_prompt = rewards.reshape(-1, group)
+    above = of_prompt - of_prompt.mean(1, keepdims=True)
+    if kind == "loo":
+        return (above * group / (group - 1)).reshape(-1)
+    std = of_prompt.std(1, keepdims=True) if kind == "group" else everything.std()
+    return jnp.clip(above / (std + 1e-4), -clip, clip).reshape(-1)
+
+
+def compared_rewards(
+    stats: PromptStats,
+    prompt_id: Int[Array, "B"],
+    rewards: Float[Array, "B"],
+    everything: Float[Array, "N"],
+    *,
+    kind: str,
+    group: int,
+    clip: float,
+    min_count: int,
+) -> Float[Array, "B"]:
+    """The advantages of a device's samples: `kind` is a word of ADVANTAGES, `everything` all devices' rewards."""
+    if kind == "prompt":
+        return advantages(stats, prompt_id, rewards, batch_rewards=everything, min_count=min_count, clip=clip)
+    return group_advantages(rewards, everything, group=group, kind=kind, clip=clip)
 
 
 def ddpo(
@@ -50,6 +99,8 @@ def ddpo(
     advantage_clip: float,
     stats_buffer: int,
     stats_min_count: int,
+    advantage: str = "prompt",
+    kl_weight: float = 0.0,
     old_log_prob: str = "sampled",
     one_pass: bool = False,
     n_trained: int | None = None,
@@ -64,6 +115,8 @@ def ddpo(
       inner_epochs: passes over an iteration's samples.
       clip: of the importance ratio (1e-4: log-probs are means over a latent's entries).
       advantage_clip, stats_buffer, stats_min_count: see `state.advantages`.
+      advantage: "prompt" for those, else see `group_advantages`.
+      kl_weight: factor of the mean over the steps of each one's KL to the untuned model, in the loss.
       old_log_prob: what the ratio is relative to, see `several_updates`.
       one_pass: make the gradient while sampling, see `one_pass.py`; for a single update an iteration.
       n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
@@ -74,18 +127,16 @@ def ddpo(
         stats = init_stats(n_prompts, stats_buffer)
         return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), stats)
 
-    def loss(log_prob, outputs, step: Transition):
-        return clipped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
-
-    rule = PolicyGradient(policy, optimizer, loss)
+    loss = partial(step_loss, process=policy.process, clip=clip, kl_weight=kl_weight)
+    rule = PolicyGradient(policy, optimizer, loss, reference=(lambda extra: None) if kl_weight else None)
+    compared = partial(compared_rewards, kind=advantage, group=group, clip=advantage_clip, min_count=stats_min_count)
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
 
     def update(state, frozen, inputs: Inputs):
         batch, samples = inputs.batch, inputs.samples
         prompt_ids, rewards = (across_devices(x, group) for x in (batch.prompt_id, samples.rewards))
         stats = update_stats(state.extra, prompt_ids, rewards)
-        scale = dict(batch_rewards=rewards, min_count=stats_min_count, clip=advantage_clip)
-        adv = advantages(stats, batch.prompt_id, samples.rewards, **scale)
+        adv = compared(stats, batch.prompt_id, samples.rewards, rewards)
         if one_pass:
             loss, grads = -jax.lax.pmean(adv.mean(), AXIS), gradient_of_loss(samples.gradients, adv)  # at ratios of 1
             state, metrics = stepped(optimizer, state, loss, grads, (samples.rewards, samples.parts), stats)
@@ -100,6 +151,7 @@ def ddpo(
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
+ADVANTAGES = ("prompt", "group", "group_mean", "loo")
 GRADIENTS = ("auto", "onepass", "twopass")
 MOST_BYTES = 2 * 2**30  # of the samples' gradients on a device, up to which "auto" makes them while sampling
 
@@ -110,6 +162,25 @@ class DDPO(PolicyMethod):
 
     name: ClassVar[str] = "ddpo"
     needs: ClassVar[Needs] = Needs(step_noise=True)
+    advantage: str = setting(
+        "prompt",
+        "what a reward is compared with",
+        ADVANTAGES,
+        about="""
+        "prompt": the mean and std of the prompt's newest rewards, as published. Of the batch.group samples of its
+        prompt: "group" their mean and std (GRPO), "group_mean" their mean and the std of all (Flow-GRPO), "loo" the
+        mean of the others (leave-one-out), unscaled.
+        """,
+    )
+    kl_weight: float = setting(
+        0.0,
+        "factor of each step's KL to the untuned model, in the loss; 0: none",
+        Number(0.0, 1e6),
+        about="""
+        As in Flow-GRPO (Liu et al. 2025): a mean over the steps, of means over a latent's numbers. Each update then
+        evaluates the untuned model too, and is made in two passes.
+        """,
+    )
     advantage_clip: float = setting(5.0, "largest advantage, in standard deviations", positive())
     stats_buffer: int = setting(32, "newest rewards kept per prompt", whole(1, 2**20))
     stats_min_count: int = setting(16, "rewards of a prompt before its own mean and std are used", whole(1, 2**20))
@@ -124,7 +195,18 @@ class DDPO(PolicyMethod):
         """,
     )
 
+    @property
+    def compares_groups(self) -> bool:
+        return self.advantage != "prompt"
+
+    def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
+        passes = super().passes(n_steps, full_float32)
+        share = self.inner_epochs * self.trained_steps(n_steps) / n_steps
+        return passes | ({"of the untuned model": share} if self.kl_weight else {})
+
     def check(self, n_steps: int) -> None:
+        if self.gradient == "onepass" and self.kl_weight:
+            raise InputError(f"ddpo.gradient='onepass': wants ddpo.kl_weight=0, not {self.kl_weight}")
         if self.gradient == "onepass" and self.has_several_updates:
             raise InputError(
                 "ddpo.gradient='onepass': wants ddpo.updates=1 and ddpo.inner_epochs=1: after an update the samples' "
@@ -137,13 +219,16 @@ class DDPO(PolicyMethod):
         """What `gradient` means for this many samples a device and numbers that are trained."""
         if self.gradient != "auto":
             return self.gradient == "onepass"
-        return not self.has_several_updates and 4 * n_samples * lora_size <= MOST_BYTES
+        possible = not self.has_several_updates and not self.kl_weight
+        return possible and 4 * n_samples * lora_size <= MOST_BYTES
 
     def make(self, setup: Setup) -> Algorithm:
         return ddpo(
             setup.policy,
             setup.optimizer,
             **self.keywords(setup),
+            advantage=self.advantage,
+            kl_weight=self.kl_weight,
             advantage_clip=self.advantage_clip,
             stats_buffer=self.stats_buffer,
             stats_min_count=self.stats_min_count,

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
-from diffexp_jax.algorithms.reward_gradient import reward_gradient
+from diffexp_jax.algorithms.algorithm import Algorithm, Policy, Setup, rewarded
+from diffexp_jax.algorithms.reward_gradient import RewardGradient, reward_gradient, sampled
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import check_number, setting, whole
-from diffexp_jax.sampling import Denoise, Steps, differentiable, initial_latents, rollout, step_noise
+from diffexp_jax.sampling import Denoise, Steps, step_noise
 
 
 def last_step_again(
@@ -42,6 +42,7 @@ def draft(
     n_chunks: int,
     k: int,
     lv_samples: int,
+    kl_weight: float = 0.0,
     remat: bool = True,
 ) -> Algorithm:
     """Makes the algorithm, which maximises the mean reward.
@@ -50,17 +51,17 @@ def draft(
       n_chunks: forward passes that a device's samples are split into; their gradients are averaged.
       k: last steps that carry gradient.
       lv_samples: n of DRaFT-LV, whose k is 1: further draws of the last step, whose rewards' gradients are added.
-      remat: see `sampling.differentiable`.
+      kl_weight, remat: see `reward_gradient.sampled`.
     """
+
+    chain = partial(sampled, policy, remat=remat, kl_weight=kl_weight)
 
     def live_steps(key, n_steps):
         del key  # always the last k
         return jnp.arange(n_steps) >= n_steps - k
 
     def loss(lora, frozen, chunk, steps, live):
-        x_T = initial_latents(chunk.key, policy.latent_shape)
-        denoise = differentiable(policy.network, frozen, lora, remat=remat)
-        x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live)
+        x_0, penalty, metrics = chain(lora, frozen, chunk, steps, live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
 
         once = partial(policy.network.guided, frozen, lora)  # without a condition, which would keep both branches' work
@@ -70,17 +71,16 @@ def draft(
             return total + rewarded(policy, frozen, further, chunk.tokens)[0].mean(), None
 
         total, _ = jax.lax.scan(jax.checkpoint(again), rewards.mean(), jnp.arange(lv_samples))
-        return -total, (rewards, parts)
+        return penalty - total, (rewards, parts, metrics)
 
     return reward_gradient(optimizer, loss, live_steps, n_chunks=n_chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DRaFT(Method):
+class DRaFT(RewardGradient):
     """DRaFT: the reward's gradient through the last sampling steps (Clark et al. 2024)."""
 
     name: ClassVar[str] = "draft"
-    needs: ClassVar[Needs] = Needs(reward_gradient=True)
     k: int = setting(1, "how many last steps carry gradient", whole(1, 1000))
     lv_samples: int = setting(
         0, "DRaFT-LV (with k = 1): further noises of the last step, 2 in the paper; 0: DRaFT-K", whole(0, 1024)
@@ -92,5 +92,5 @@ class DRaFT(Method):
             raise InputError(f"draft.k={self.k}: with draft.lv_samples wants 1: DRaFT-LV is of the last step")
 
     def make(self, setup: Setup) -> Algorithm:
-        split = {"n_chunks": setup.n_chunks, "remat": setup.remat}
-        return draft(setup.policy, setup.optimizer, **split, k=self.k, lv_samples=self.lv_samples)
+        given = {"n_chunks": setup.n_chunks, "remat": setup.remat, "kl_weight": self.kl_weight}
+        return draft(setup.policy, setup.optimizer, **given, k=self.k, lv_samples=self.lv_samples)

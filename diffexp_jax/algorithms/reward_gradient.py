@@ -1,20 +1,68 @@
 """What the methods share that follow the reward's gradient through the sampling chain."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from diffexp_jax.algorithms.algorithm import Algorithm, Batch, Inputs, chunked, stepped, unchunked
+from diffexp_jax.algorithms.algorithm import (
+    Algorithm,
+    Batch,
+    Inputs,
+    Method,
+    Needs,
+    Policy,
+    chunked,
+    stepped,
+    unchunked,
+)
 from diffexp_jax.algorithms.state import TrainState
+from diffexp_jax.limits import Number, setting
 from diffexp_jax.parallel import AXIS
-from diffexp_jax.sampling import Steps
+from diffexp_jax.sampling import Steps, differentiable, fixed, initial_latents, rollout
 
-# (LoRA, frozen arrays, a chunk of the batch, steps, live steps) -> the loss, and (rewards, parts)
-Loss = Callable[[Any, Any, Batch, Steps, Array], tuple[Array, Any]]
+# (LoRA, frozen arrays, a chunk of the batch, steps, live steps) -> the loss, and (rewards, parts, {metric: [B]})
+Loss = Callable[[Any, Any, Batch, Steps, Array], tuple[Array, tuple[Array, dict[str, Array], dict[str, Array]]]]
+
+
+def sampled(
+    policy: Policy,
+    lora: Any,
+    frozen: Any,
+    chunk: Batch,
+    steps: Steps,
+    live: Bool[Array, "T"],
+    *,
+    remat: bool,
+    input_gradient: bool = True,
+    kl_weight: float = 0.0,
+    reference: Any = None,
+) -> tuple[Float[Array, "B h w c"], Float[Array, ""], dict[str, Float[Array, "B"]]]:
+    """The chain whose gradient is followed: (x_0, what the loss is to have added, metrics of the samples).
+
+    The second is kl_weight times the mean over the samples of the KL between the paths of the tuned model and a
+    reference, KL(p || p_ref) = sum_t |mu - mu_ref|^2 / (2 sigma_t^2), both at the tuned model's x_t and under the same
+    guidance (Uehara et al. 2024a, b; a mean over a latent's numbers, see `sampling.rollout`). Where there is a weight,
+    a step costs one more pass of the network, and a live one another in the backward pass.
+
+    Args:
+      live, remat, input_gradient: see `sampling.rollout` and `sampling.differentiable`.
+      reference: the LoRA of the reference, which has no gradient; None: the untuned model.
+    """
+    options = {"remat": remat, "input_gradient": input_gradient}
+    denoise, other = differentiable(policy.network, frozen, lora, **options), None
+    if kl_weight:
+        other = differentiable(policy.network.map(fixed), (frozen, reference), None, **options)
+    x_T = initial_latents(chunk.key, policy.latent_shape)
+    x_0, kl = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live, reference=other)
+    if kl is None:
+        return x_0, jnp.zeros(()), {}
+    path = kl.sum(0)
+    return x_0, kl_weight * path.mean(), {"kl/path": path}
 
 
 def reward_gradient(
@@ -36,12 +84,12 @@ def reward_gradient(
 
     def update(state, frozen, inputs: Inputs):
         live = live_steps(inputs.key, len(inputs.steps.t))
-        value, grads, scores = gradient_over_chunks(
+        value, grads, (rewards, parts, more) = gradient_over_chunks(
             lambda lora, chunk: loss(lora, frozen, chunk, inputs.steps, live), state.lora, inputs.batch, n_chunks
         )
-        value, grads = jax.lax.pmean((value, grads), AXIS)
-        state, metrics = stepped(optimizer, state, value, grads, scores)
-        return state, metrics | {"truncation/k": live.sum()}
+        value, grads, more = jax.lax.pmean((value, grads, jax.tree.map(jnp.mean, more)), AXIS)
+        state, metrics = stepped(optimizer, state, value, grads, (rewards, parts))
+        return state, metrics | more | {"truncation/k": live.sum()}
 
     return Algorithm(init, None, update)
 
@@ -61,3 +109,27 @@ def gradient_over_chunks(
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, lora))
     total, aux = jax.lax.scan(one, start, chunked(batch, n_chunks))
     return *jax.tree.map(lambda x: x / n_chunks, total), unchunked(aux)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardGradient(Method):
+    """A method by the reward's gradient through the sampling chain."""
+
+    needs: ClassVar[Needs] = Needs(reward_gradient=True)
+    kl_weight: float = setting(
+        0.0,
+        "factor of the KL between the tuned and the untuned model's paths, in the loss; 0: none",
+        Number(0.0, 1e6),
+        about="""
+        Holds back what over-optimises the reward (Uehara et al. 2024a, b; SEIKO's code has 0.01 beside AlignProp's
+        coefficient of 0.01). It is a sum over the steps, a mean over a latent's numbers, and needs sampling.eta above
+        0. A step then runs a second network, the untuned one.
+        """,
+    )
+
+    @property
+    def noise_is_for(self) -> str:
+        return f"{self.name}.kl_weight" if self.kl_weight else ""
+
+    def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
+        return super().passes(n_steps, full_float32) | ({"of the untuned model": 1.0} if self.kl_weight else {})

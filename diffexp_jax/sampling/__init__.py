@@ -19,9 +19,10 @@ from diffexp_jax.sampling.chain import (
     rollout,
     step_log_prob,
     step_noise,
+    transition_kl,
     transition_log_prob,
 )
-from diffexp_jax.sampling.gradient import LiveDenoise, differentiable
+from diffexp_jax.sampling.gradient import LiveDenoise, differentiable, fixed
 from diffexp_jax.sampling.guidance import (
     CLASSIFIER_FREE,
     EMBEDDED,
@@ -33,11 +34,11 @@ from diffexp_jax.sampling.guidance import (
     Steps,
     classifier_free_guidance,
 )
-from diffexp_jax.sampling.process import Process, gaussian_log_prob, sample_noise
+from diffexp_jax.sampling.process import Process, gaussian_kl, gaussian_log_prob, sample_noise
 
-__all__ = ["PROCESSES", "Process", "gaussian_log_prob", "load_process", "sample_noise"]
+__all__ = ["PROCESSES", "Process", "gaussian_kl", "gaussian_log_prob", "load_process", "sample_noise"]
 __all__ += ["CLASSIFIER_FREE", "EMBEDDED", "Context", "Denoise", "Guidance", "Network", "Scales", "Steps"]
-__all__ += ["classifier_free_guidance", "LiveDenoise", "differentiable"]
+__all__ += ["classifier_free_guidance", "LiveDenoise", "differentiable", "fixed"]
 __all__ += [
     "Trajectory",
     "check_latents",
@@ -45,6 +46,7 @@ __all__ += [
     "rollout",
     "step_log_prob",
     "step_noise",
+    "transition_kl",
     "transition_log_prob",
 ]
 

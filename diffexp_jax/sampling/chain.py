@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from diffexp_jax.errors import InputError
 from diffexp_jax.sampling.gradient import LiveDenoise
 from diffexp_jax.sampling.guidance import Context, Denoise, Steps
-from diffexp_jax.sampling.process import Process, gaussian_log_prob, sample_noise
+from diffexp_jax.sampling.process import Process, gaussian_kl, gaussian_log_prob, sample_noise
 
 
 class Trajectory(NamedTuple):
@@ -60,27 +60,39 @@ def rollout(
     keys: jax.Array,
     *,
     live: Bool[Array, "T"] | None = None,
+    reference: Denoise | LiveDenoise | None = None,
     keep_trajectory: bool = False,
-) -> tuple[Float[Array, "B h w c"], Trajectory | None]:
+) -> tuple[Float[Array, "B h w c"], Trajectory | Float[Array, "T B"] | None]:
     """Samples x_0 by the process' steps (stochastic where sigma_t > 0).
 
     Args:
       keys: one PRNG key per sample; the noise depends on nothing else, so not on how samples are batched.
       live: makes the chain differentiable: the steps at which the network's output carries gradient, which `denoise`
         gets as a fourth argument (`differentiable`). The linear recursion always carries it.
-      keep_trajectory: also return the chain with its log-probs (needs sigma_t > 0 at every step).
+      reference: another network, evaluated at the same x_t: called as `denoise` is. With `live` it is a
+        `differentiable` one too (`fixed`). At a step that is not live neither output has a gradient, and so nor has
+        their KL: the means are of the same x_t, and differ by the outputs alone.
+      keep_trajectory: also return the chain with its log-probs.
+
+    Returns:
+      x_0, and with `keep_trajectory` the chain, or with a `reference` each step's KL(p_theta || p_reference) [T, B]
+      (`gaussian_kl`), whose sum over the steps is that of the whole paths. Both need sigma_t > 0 at every step.
     """
 
     def body(x_t, xs):
-        i, step, live_i = xs
-        out = denoise(x_t, step, context) if live is None else denoise(x_t, step, context, live_i)
-        mean, std = process.transition(x_t, out, step)
+        i, step, *live_i = xs
+        mean, std = process.transition(x_t, denoise(x_t, step, context, *live_i), step)
         x_tm1 = mean + std * step_noise(keys, i, x_t.shape[1:])
-        kept = (x_tm1, gaussian_log_prob(x_tm1, mean, std)) if keep_trajectory else None
-        return x_tm1, kept
+        if keep_trajectory:
+            return x_tm1, (x_tm1, gaussian_log_prob(x_tm1, mean, std))
+        if reference is None:
+            return x_tm1, None
+        other, _ = process.transition(x_t, reference(x_t, step, context, *live_i), step)
+        return x_tm1, gaussian_kl(mean, other, std)
 
-    x_0, kept = jax.lax.scan(body, x_T, (jnp.arange(len(steps.t)), steps, live))
-    return x_0, Trajectory(x_T, *kept, steps, context) if keep_trajectory else None
+    columns = (jnp.arange(len(steps.t)), steps)
+    x_0, kept = jax.lax.scan(body, x_T, columns if live is None else (*columns, live))
+    return x_0, Trajectory(x_T, *kept, steps, context) if keep_trajectory else kept
 
 
 def transition_log_prob(
@@ -93,6 +105,18 @@ def transition_log_prob(
     """log p_theta(x_{t-1} | x_t, c) of a transition that was sampled before, from the network's guided output."""
     mean, std = process.transition(x_t, out, step)
     return gaussian_log_prob(x_tm1, mean, std)
+
+
+def transition_kl(
+    process: Process,
+    out: Float[Array, "B h w c"],
+    other: Float[Array, "B h w c"],
+    x_t: Float[Array, "B h w c"],
+    step: Steps,
+) -> Float[Array, "B"]:
+    """KL of the step p(x_{t-1} | x_t, c) by one network's guided output from that by another's; see `gaussian_kl`."""
+    (mean, std), (reference, _) = process.transition(x_t, out, step), process.transition(x_t, other, step)
+    return gaussian_kl(mean, reference, std)
 
 
 def step_log_prob(

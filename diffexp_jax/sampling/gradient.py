@@ -31,6 +31,19 @@ def differentiable(
     return recomputed(network, frozen, lora) if remat else truncated(partial(network, frozen, lora))
 
 
+def fixed(guided: Guided) -> Guided:
+    """The network that a KL is taken to: what it reads as frozen arrays is (frozen, LoRA), and it is given no LoRA.
+
+    So `differentiable(network.map(fixed), (frozen, lora), None, ...)` has a gradient in x_t and none in that LoRA.
+    """
+
+    def without_gradient(both, _, *args):
+        frozen, lora = both
+        return guided(frozen, jax.lax.stop_gradient(lora), *args)
+
+    return without_gradient
+
+
 def input_detached(guided: Guided) -> Guided:
     """Stops the gradient at the network's input x_t."""
     return lambda frozen, lora, x_t, *args: guided(frozen, lora, jax.lax.stop_gradient(x_t), *args)

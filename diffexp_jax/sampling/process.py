@@ -54,6 +54,16 @@ def gaussian_log_prob(
     return log_prob.mean(axis=(1, 2, 3))
 
 
+def gaussian_kl(
+    mean: Float[Array, "B h w c"], reference: Float[Array, "B h w c"], std: Float[Array, ""]
+) -> Float[Array, "B"]:
+    """KL(N(mean, std^2 I) || N(reference, std^2 I)) = |mean - reference|^2 / (2 std^2), averaged over h, w, c.
+
+    The average, not the sum, as of the log-probs: of a latent of 4 x 64 x 64 numbers the sum is 16,384 times as much.
+    """
+    return (jnp.square(mean - reference) / (2.0 * jnp.square(std))).mean(axis=(1, 2, 3))
+
+
 def sample_noise(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
     """Standard normal noise, one key per sample."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

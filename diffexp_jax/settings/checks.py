@@ -27,11 +27,11 @@ def check(settings: Settings) -> None:
     """Raises InputError where settings do not go together, or not with the devices that there are."""
     method, group, warmup = settings.method, settings.batch.group, settings.optim.warmup
     method.check(settings.sampling.steps)
-    if method.needs.step_noise and settings.sampling.eta == 0:
+    if method.noise_is_for and settings.sampling.eta == 0:
         raise InputError(
-            f"sampling.eta=0: {method.name} needs steps with noise (their log-probability); wants eta in (0, 1]"
+            f"sampling.eta=0: {method.name} needs steps with noise ({method.noise_is_for}); wants eta in (0, 1]"
         )
-    if method.needs.groups and group < 2:
+    if method.compares_groups and group < 2:
         raise InputError(f"batch.group={group}: {method.name} compares samples of a prompt; wants at least 2")
     if warmup >= settings.optimizer_updates:
         n = settings.optimizer_updates

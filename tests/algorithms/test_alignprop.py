@@ -11,7 +11,7 @@ from diffexp_jax.algorithms import Batch, Inputs, Policy
 from diffexp_jax.algorithms.alignprop import alignprop, live_steps
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
-from diffexp_jax.sampling import Context, Network, initial_latents, load_process
+from diffexp_jax.sampling import Context, Network, initial_latents, load_process, step_noise
 from diffexp_jax.settings import checked
 from tests.support.tiny import nonzero_lora, policy_of
 
@@ -71,7 +71,7 @@ def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 class Tiny:
     """The tiny pipeline with a weighted mean of the pixels as its reward, and its one compiled program."""
 
-    def __init__(self, config, input_gradient=True):
+    def __init__(self, config, **options):
         self.config, self.experiment, self.traced = config, Experiment.build(checked(config)), 0
         self.model, self.n = self.experiment.sampler.pipeline, config.batch.samples
         self.policy = policy_of(self.model, self.score)
@@ -83,7 +83,7 @@ class Tiny:
             reward_target=None,
             truncation="uniform",
             truncation_k=1,
-            input_gradient=input_gradient,
+            **options,
         )
         self.update = parallel.pmap(self.algorithm.update)
         self.model_arrays = parallel.replicate(self.experiment.frozen).model
@@ -101,8 +101,8 @@ class Tiny:
         self.traced += 1
         return (images * frozen["weights"]).mean((1, 2, 3))
 
-    def steps(self, w):
-        return parallel.replicate(self.experiment.sampler._replace(guidance=w).steps(explore=False))
+    def steps(self, w, eta=0.0):
+        return parallel.replicate(self.experiment.sampler._replace(guidance=w, eta=eta).steps(explore=False))
 
     def step(self, state, batch, steps, k, weights):
         frozen = parallel.replicate({"weights": np.broadcast_to(weights, (16, 16, 3)).astype(np.float32)})
@@ -133,27 +133,39 @@ class Reference:
         for name, parameter in [*self.pipe.unet.named_parameters(), *self.pipe.vae.named_parameters()]:
             parameter.requires_grad_("lora_" in name)
 
-    def run(self, x_T, cond, uncond, weights, *, w, n_live, input_gradient=True):
-        """(rewards [B], {name: gradient}, images); network outputs are detached before the last n_live steps, inputs
-        where they are to have no gradient.
+    def run(self, x_T, cond, uncond, weights, *, w, n_live, input_gradient=True, noise=None, kl_weight=0.0):
+        """(rewards [B], {name: gradient}, images, KL of the paths); network outputs are detached before the last n_live
+        steps, inputs where they are to have no gradient. `noise` [T,B,h,w,c] is that of eta = 1.
         """
         torch, unet, vae, scheduler = self.torch, self.pipe.unet, self.pipe.vae, self.pipe.scheduler
         scheduler.set_timesteps(N_STEPS)
         x = torch.tensor(np.asarray(x_T).transpose(0, 3, 1, 2))
         context = torch.tensor(np.concatenate([cond, uncond]))
         unet.zero_grad()
-        for i, t in enumerate(scheduler.timesteps):
-            x_in = x if input_gradient else x.detach()
+
+        def guided(x_in, t, live):
             eps, eps_null = unet(torch.cat([x_in, x_in]), t, context).sample.chunk(2)
             eps = w * eps + (1 - w) * eps_null
-            if i < N_STEPS - n_live:
-                eps = eps.detach()
-            x = scheduler.step(eps, t, x, eta=0.0).prev_sample
+            return eps if live else eps.detach()
+
+        kl = torch.zeros(())
+        for i, t in enumerate(scheduler.timesteps):
+            x_in, live = x if input_gradient else x.detach(), i >= N_STEPS - n_live
+            z = {} if noise is None else {"variance_noise": torch.tensor(np.asarray(noise[i]).transpose(0, 3, 1, 2))}
+            eta = 0.0 if noise is None else 1.0
+            tuned = scheduler.step(guided(x_in, t, live), t, x, eta=eta, **z).prev_sample
+            if kl_weight:
+                self.pipe.disable_lora()
+                untuned = scheduler.step(guided(x_in, t, live), t, x, eta=eta, **z).prev_sample
+                self.pipe.enable_lora()
+                variance = scheduler._get_variance(int(t), int(t) - 1000 // N_STEPS)
+                kl = kl + ((tuned - untuned) ** 2 / (2 * variance)).mean()
+            x = tuned
         images = (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
         rewards = (images * torch.tensor(weights.transpose(2, 0, 1))).mean((1, 2, 3))
-        (-COEFFICIENT * rewards.mean()).backward()
+        (kl_weight * kl - COEFFICIENT * rewards.mean()).backward()
         gradients = {n: p.grad.numpy().copy() for n, p in unet.named_parameters() if "lora_" in n}
-        return rewards.detach().numpy(), gradients, images.detach().numpy()
+        return rewards.detach().numpy(), gradients, images.detach().numpy(), float(kl.detach())
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +204,7 @@ def test_gradient_is_torchs(tiny, reference, n_live, w):
     ours = as_torch_names(parallel.first(state.opt_state)[1])
     cond, uncond, keys = (x[0] for x in (batch.context.cond.embedding, batch.context.uncond.embedding, batch.key))
     x_T = initial_latents(keys, tiny.model.latent_shape)
-    rewards, theirs, images = reference.run(x_T, cond, uncond, tiny.weights, w=w, n_live=n_live)
+    rewards, theirs, images, _ = reference.run(x_T, cond, uncond, tiny.weights, w=w, n_live=n_live)
     theirs = {name.removesuffix(".default_0.weight"): value for name, value in theirs.items()}
     inside = (images > 0) & (images < 1)
     assert inside.mean() > 0.5  # most pixels carry gradient
@@ -203,7 +215,7 @@ def test_gradient_is_torchs(tiny, reference, n_live, w):
     norm = np.sqrt(sum(np.square(value).sum() for value in theirs.values()))
     assert float(metrics["grad_norm"][0]) == pytest.approx(norm, rel=1e-3)
     if n_live < N_STEPS:  # the cut is seen: another number of live steps gives another gradient
-        _, whole, _ = reference.run(x_T, cond, uncond, tiny.weights, w=w, n_live=N_STEPS)
+        _, whole, *_ = reference.run(x_T, cond, uncond, tiny.weights, w=w, n_live=N_STEPS)
         whole = {name.removesuffix(".default_0.weight"): value for name, value in whole.items()}
         assert relative_error(ours, whole) > 0.02
 
@@ -216,12 +228,32 @@ def test_gradient_without_the_inputs_is_torchs(four_samples, tiny, reference):
     ours = as_torch_names(parallel.first(state.opt_state)[1])
     cond, uncond, keys = (x[0] for x in (batch.context.cond.embedding, batch.context.uncond.embedding, batch.key))
     chain = (initial_latents(keys, tiny.model.latent_shape), cond, uncond, tiny.weights)
-    rewards, theirs, _ = reference.run(*chain, w=5.0, n_live=N_STEPS, input_gradient=False)
-    _, whole, _ = reference.run(*chain, w=5.0, n_live=N_STEPS)
+    rewards, theirs, *_ = reference.run(*chain, w=5.0, n_live=N_STEPS, input_gradient=False)
+    _, whole, *_ = reference.run(*chain, w=5.0, n_live=N_STEPS)
     theirs, whole = ({k.removesuffix(".default_0.weight"): x for k, x in g.items()} for g in (theirs, whole))
     assert float(metrics["reward/mean"][0]) == pytest.approx(rewards.mean(), abs=1e-4)
     assert relative_error(ours, theirs) <= 1e-3
     assert relative_error(ours, whole) > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_live, coefficient", [(4, 1e-3), (2, 1e-3), (2, 1.0)])
+def test_gradient_with_the_kl_of_the_paths_is_torchs(four_samples, tiny, reference, n_live, coefficient):
+    """A chain with noise; the untuned model is the same one with its LoRA off, evaluated at the tuned one's x_t."""
+    held = Tiny(four_samples, kl_weight=coefficient)
+    batch, steps = tiny.experiment.draw_batch(0, None), tiny.steps(5.0, eta=1.0)
+    state, metrics = held.step(held.state, batch, steps, n_live, tiny.weights)
+    ours = as_torch_names(parallel.first(state.opt_state)[1])
+    cond, uncond, keys = (x[0] for x in (batch.context.cond.embedding, batch.context.uncond.embedding, batch.key))
+    shape = tiny.model.latent_shape
+    chain = initial_latents(keys, shape), cond, uncond, tiny.weights
+    options = {"w": 5.0, "n_live": n_live, "noise": [step_noise(keys, jnp.int32(i), shape) for i in range(N_STEPS)]}
+    rewards, theirs, _, kl = reference.run(*chain, **options, kl_weight=coefficient)
+    _, without, *_ = reference.run(*chain, **options)
+    theirs, without = ({k.removesuffix(".default_0.weight"): x for k, x in g.items()} for g in (theirs, without))
+    assert float(metrics["kl/path"][0]) == pytest.approx(kl, rel=1e-3)
+    assert float(metrics["loss"][0]) == pytest.approx(coefficient * kl - COEFFICIENT * rewards.mean(), rel=1e-3)
+    assert relative_error(ours, theirs) <= 1e-3 and relative_error(ours, without) > 0.02
 
 
 def test_one_program_serves_every_truncation(tiny, compiles):
