@@ -45,7 +45,7 @@ def default() -> ml_collections.ConfigDict:
 
     # Of the model's scheduler_config.json, in its words; None: as in the file.
     # A model that was saved with DPM++ or Euler may want timestep_spacing="leading", steps_offset=1,
-    # set_alpha_to_one=False (docs/use/guide.md).
+    # set_alpha_to_one=False (docs/use/models.md).
     config.model.scheduler = ml_collections.ConfigDict()
     # "leading", "trailing" or "linspace": which timesteps are sampled
     config.model.scheduler.timestep_spacing = placeholder(str)

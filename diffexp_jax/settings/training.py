@@ -19,7 +19,7 @@ class Scheduler:
     """Of the model's scheduler_config.json, in its words; None: as in the file.
 
     A model that was saved with DPM++ or Euler may want timestep_spacing="leading", steps_offset=1,
-    set_alpha_to_one=False (docs/use/guide.md).
+    set_alpha_to_one=False (docs/use/models.md).
     """
 
     timestep_spacing: str | None = setting(

@@ -17,10 +17,10 @@ Results = Sequence[Mapping[str, Any]]  # of every file, by name
 NONE_YET = "No results over seeds have been measured yet."
 README = ("<!-- results over seeds -->", "<!-- /results over seeds -->")
 README_ROWS = {  # name of the results: what the README calls them
-    "fig1-emoji_hard": "one prompt that the model all but never gets right, DDPO",
-    "fig4_ddpo_pickscore-emoji_hard": "135 prompts, DDPO",
+    "fig1-emoji_hard": "one prompt that is almost never right, DDPO",
+    "fig4_ddpo_pickscore-emoji_hard": "135 prompts, DDPO, two updates",
     "fig4_alignprop_pickscore-emoji_hard": "135 prompts, AlignProp as published",
-    "fig4_alignprop_pickscore-emoji_hard-0488ac": "135 prompts, AlignProp, gradient stopped at the networks' inputs",
+    "fig4_alignprop_pickscore-emoji_hard-0488ac": "135 prompts, AlignProp, gradient stopped",
 }
 INDEX, OVERVIEW = "index.md", "all"  # the page of all experiments, and what is written into it
 

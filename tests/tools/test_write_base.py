@@ -1,4 +1,4 @@
-"""configs/base.py is what the package's settings are, in their order."""
+"""configs/base.py and docs/use/settings.md are what the package's settings are, in their order."""
 
 import importlib
 
@@ -6,6 +6,7 @@ import pytest
 
 from configs import base
 from diffexp_jax.settings import Settings, parsed
+from diffexp_jax.settings.settings import by_key
 from tests.support import ROOT
 
 
@@ -19,6 +20,10 @@ def test_base_is_written_from_the_package(tool):
     """Where it is not: python tools/settings/write_base.py."""
     assert (ROOT / "configs" / "base.py").read_text() == tool.listing()
     assert parsed(base.default()) == Settings()
+    page = (ROOT / "docs" / "use" / "settings.md").read_text()
+    assert page == tool.page()
+    for key, known, _ in by_key(Settings()):
+        assert f"| `{key}` | `{tool.written(known) if known.default is not None else None}` | " in page, key
 
 
 @pytest.mark.parametrize(

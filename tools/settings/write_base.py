@@ -1,10 +1,11 @@
-"""Writes configs/base.py: every setting of the package, with its default, meaning and unit.
+"""Writes configs/base.py and docs/use/settings.md: every setting with its default, meaning and unit.
 
 python tools/settings/write_base.py
 """
 
 import dataclasses
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # where the package is
 
-from diffexp_jax.limits import Setting, settings_of
+from diffexp_jax.limits import Number, Setting, settings_of
 from diffexp_jax.settings.settings import Settings, sections_of
 
 WIDTH, INDENT = 120, "    "
@@ -97,5 +98,68 @@ def written(known: Setting) -> str:
     return f'"{known.default}"' if isinstance(known.default, str) else repr(known.default).replace("'", '"')
 
 
+# ---------------------------------------------------------------------------------------------------------------- page
+
+NONSENSE = 1e4
+PAGE = """# Settings
+
+All settings of a run. Set one by a flag, `--config.optim.lr=3e-4`, or in a file of `configs/`.
+
+Written by `python tools/settings/write_base.py` from the package, where each setting has its default, meaning and range
+in one place.
+
+"""
+
+
+def page() -> str:
+    """All of docs/use/settings.md."""
+    return PAGE + "\n".join(page_lines(Settings(), "", {}))
+
+
+def page_lines(section: Any, prefix: str, explained: dict[str, str]) -> Iterator[str]:
+    """A section's settings as a table, and its sections under headings of their own; arguments as `section_lines`."""
+    if prefix:
+        yield from (f"## {prefix}", "", *paragraphs(linked(inspect.getdoc(type(section)))))
+    yield from ("| setting | default | accepted | meaning |", "| --- | --- | --- | --- |")
+    inside = f"{prefix}." if prefix else ""
+    for name, known in settings_of(section):
+        key, meaning = inside + name, known.meaning[0].upper() + known.meaning[1:]
+        if before := explained.get(known.about):
+            meaning += f", see `{before}`"
+        elif known.about:
+            explained[known.about] = key
+            meaning += f". {' '.join(known.about.split())}".removesuffix(".")
+        default = "None" if known.default is None else written(known)
+        yield f"| `{key}` | `{default}` | {accepted(known)} | {cell(meaning)}. |"
+    yield ""
+    for name, part in sections_of(section):
+        yield from page_lines(part, inside + name, explained)
+
+
+def accepted(known: Setting) -> str:
+    """Its numbers or words; "" where a function decides. Large upper ends only keep out nonsense and are not shown."""
+    if isinstance(known.accepted, Number):
+        low, high, above = known.accepted.low, known.accepted.high, known.accepted.above
+        text = "any number" if low < -NONSENSE else f"more than {low:g}" if above else f"{low:g} or more"
+        return text if high > NONSENSE else f"{known.accepted}"
+    return ", ".join(map(str, known.accepted)) if isinstance(known.accepted, tuple) else ""
+
+
+def cell(text: str) -> str:
+    """A text that a table of Markdown shows as it stands; pages that it names are links."""
+    return linked(text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*"))
+
+
+def linked(text: str) -> str:
+    """For a page in docs/use/."""
+    return re.sub(r"docs/([\w/-]+)\.md", r"[\1](../\1.md)", text)
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    for paragraph in text.split("\n\n"):
+        yield from (*textwrap.wrap(" ".join(paragraph.split()), WIDTH, break_on_hyphens=False), "")
+
+
 if __name__ == "__main__":
     (ROOT / "configs" / "base.py").write_text(listing())
+    (ROOT / "docs" / "use" / "settings.md").write_text(page())
