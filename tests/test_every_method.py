@@ -1,0 +1,71 @@
+"""What every method must do, by the program that a user runs, on a tiny model: numbers, continuing, errors."""
+
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from diffexp_jax.algorithms import METHODS
+from diffexp_jax.run.metrics import read_metrics
+from tests.support import ROOT
+from tests.support.runs import LORA, PLAIN, assert_same_run, program
+
+# Adam with so large an epsilon follows the gradient itself: else the sign of a gradient that is almost zero decides
+LINEAR = {"optim.eps": 1.0, "optim.lr": 1.0, "optim.schedule": "constant"}
+FEW = PLAIN | {"iterations": 2, "batch.samples": 8, "batch.samples_per_forward": 2, "exploration.enabled": True}
+CHANGES = {
+    "ddpo": {"ddpo.updates": 1, "ddpo.gradient": "twopass"},
+    "dpok": {"dpok.updates": 1},
+    "seiko": {"seiko.updates": 1, "seiko.inner_epochs": 2, "seiko.fit_epochs": 3, "seiko.buffer": 12},
+}
+SAME = ("reward/mean", "reward/std", "grad_norm", "lora_norm")
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("method", METHODS)]
+
+
+def settings_of(method, tiny_settings):
+    group = {"batch.group": 2} if METHODS[method].needs.groups else {}
+    return tiny_settings | FEW | LINEAR | group | CHANGES.get(method, {})
+
+
+def run(method, workdir, settings, *, code=0):
+    """The last line of errors of a run that ends with this exit code."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "users")])}
+    line = program(method, workdir, settings)
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_the_same_numbers_on_any_number_of_devices(method, tiny_settings, tmp_path):
+    settings = settings_of(method, tiny_settings)
+    for n in (1, 2, 4):
+        run(method, tmp_path / str(n), settings | {"cpu_devices": n})
+    expected, rows = load_file(tmp_path / "1" / LORA), read_metrics(tmp_path / "1")
+    for n in (2, 4):
+        found = load_file(tmp_path / str(n) / LORA)
+        assert found.keys() == expected.keys()
+        for name, x in expected.items():
+            np.testing.assert_allclose(found[name], x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=f"{n} {name}")
+        for ours, theirs in zip(read_metrics(tmp_path / str(n)), rows, strict=True):
+            for name in set(SAME) & theirs.keys():
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (n, name)
+
+
+def test_a_run_goes_on_bit_for_bit(method, tiny_settings, tmp_path):
+    settings = settings_of(method, tiny_settings) | {"iterations": 4, "checkpoint.every": 2}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(method, whole, settings)
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "4")
+    (broken / LORA).unlink()
+    run(method, broken, settings)
+    assert_same_run(broken, whole)
+
+
+def test_a_reward_that_is_not_finite_ends_in_one_line(method, tiny_settings, tiny_clip, tmp_path):
+    settings = settings_of(method, tiny_settings) | {"reward": "jax:sample_rewards:undefined"}
+    settings |= {"seiko.features": f"pickscore:{tiny_clip}"}
+    assert run(method, tmp_path / "run", settings, code=1).startswith("error: iteration 1: ")
