@@ -14,7 +14,7 @@ from ml_collections.config_dict import placeholder
 def default() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of everything random: same seed, same run
-    config.algorithm = placeholder(str)  # how to fine-tune: alignprop, ddpo, draft, dpok, rwr, nft, awm
+    config.algorithm = placeholder(str)  # how to fine-tune: alignprop, ddpo, draft, dpok, rwr, nft, awm, seiko
     # Devices that a CPU is used as; None: one per core, as the batch and the memory allow
     config.cpu_devices = placeholder(int)
     # Ours: the paper gives no number. Exploration ends at three quarters of it (`exploration.fraction`): of 100
@@ -262,6 +262,36 @@ def default() -> ml_collections.ConfigDict:
     config.awm.average_rate = 1e-3  # what each update adds to the decay of that average
     config.awm.average_most = 0.3  # largest decay of that average
     config.awm.guided = False  # whether the guided output is what is trained, see nft.guided
+
+    # SEIKO: the gradient of a reward that is learnt from few queries of the true one (Uehara et al. 2024b).
+    config.seiko = ml_collections.ConfigDict()
+    # A round is an iteration: batch.samples queries of the true reward, a fit, and updates x inner_epochs updates by
+    # the learnt reward, each on new noise of batch.samples / updates prompts. The published rounds ask 1024, 2048, 4096
+    # and 8192 times, and take 10 updates of 64 samples each.
+    config.seiko.updates = 1  # shares that a round's prompts are split into, each for one update
+    config.seiko.inner_epochs = 10  # how often a round climbs on all of its prompts
+    # How many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all
+    config.seiko.truncation = "uniform"
+    config.seiko.truncation_k = 1  # for "fixed": that many
+    # Whether the gradient goes through the later steps' networks, as published, see alignprop.input_gradient
+    config.seiko.input_gradient = True
+    # "reward": those of the trained reward's own network. Else a reward by name, as pickscore:PATH, of which only the
+    # features are read: for rewards that have none, as a function in plain Python.
+    config.seiko.features = "reward"  # whose image features the learnt reward reads
+    # "ucb": by an upper confidence bound of its last layer. "bootstrap": the largest of four networks, each fitted to
+    # queries drawn with replacement. "none": not at all.
+    config.seiko.optimism = "ucb"  # how the learnt reward is raised where little is known
+    config.seiko.bonus = 0.01  # factor of the bound of "ucb"
+    config.seiko.ridge = 1e-3  # added to the diagonal of the covariance of "ucb"
+    config.seiko.bonus_limit = 10.0  # largest bound of "ucb"
+    config.seiko.kl_weight = 0.01  # of the path KL to the model that the round began with
+    config.seiko.fit_epochs = 300  # passes over the queries of a round's fit
+    config.seiko.fit_batch = 512  # queries at a time of the fit
+    config.seiko.fit_lr = 1e-3  # Adam's learning rate of the fit
+    config.seiko.buffer = 16384  # newest queries kept
+    config.seiko.label_noise = 0.0  # std of noise added to the true reward; 0.1 in the paper
+    config.seiko.loss_coefficient = 0.01  # factor of the loss
+    config.seiko.reward_target = "auto"  # as of alignprop.reward_target: "auto", "none" or a number
 
     # Evaluations between iterations, without exploration.
     config.eval = ml_collections.ConfigDict()

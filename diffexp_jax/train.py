@@ -156,7 +156,8 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
     state, metrics = run.programs.update(state, run.frozen, Inputs(batch, steps, key, samples))
     values: dict[str, Any] = {name: float(value) for name, value in parallel.first(metrics).items()}
     parallel.together(lambda: check_finite(it + 1, values, run.workdir))
-    values |= {"reward_queries": (it + 1) * split.samples, "unet_evaluations": run.evaluations(it + 1) * split.samples}
+    sampled_chains = split.samples * run.settings.method.chains
+    values |= {"reward_queries": (it + 1) * split.samples, "unet_evaluations": run.evaluations(it + 1) * sampled_chains}
     return state, values | {"time/sample": sampled - clock, "time/train": time.perf_counter() - sampled}
 
 

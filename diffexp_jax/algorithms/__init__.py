@@ -15,7 +15,10 @@ from diffexp_jax.algorithms.dpok import DPOK
 from diffexp_jax.algorithms.draft import DRaFT
 from diffexp_jax.algorithms.nft import NFT
 from diffexp_jax.algorithms.rwr import RWR
+from diffexp_jax.algorithms.seiko import SEIKO
 
 __all__ = ["METHODS", "Algorithm", "Batch", "Inputs", "Method", "Needs", "Policy", "Samples", "Setup"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (AlignProp, DDPO, DRaFT, DPOK, RWR, NFT, AWM)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (AlignProp, DDPO, DRaFT, DPOK, RWR, NFT, AWM, SEIKO)
+}

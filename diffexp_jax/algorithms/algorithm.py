@@ -125,6 +125,11 @@ class Method:
         return self.needs.groups
 
     @property
+    def chains(self) -> int:
+        """How often an iteration samples its prompts."""
+        return 1
+
+    @property
     def noise_is_for(self) -> str:
         """What needs noise at every step of sampling, in words; "": nothing does."""
         return "their log-probability" if self.needs.step_noise else ""

@@ -68,8 +68,8 @@ def alignprop(
     return reward_gradient(optimizer, loss, live, n_chunks=n_chunks)
 
 
-def resolved_target(setting: str, published: float | None) -> float | None:
-    """The number that `reward_target` stands for, None for none; `published` is the reward's.
+def resolved_target(setting: str, published: float | None, *, key: str = "alignprop.reward_target") -> float | None:
+    """The number that the setting stands for, None for none; `published` is the reward's, `key` the setting's name.
 
     Raises:
       InputError: it is none of the words, and no finite number.
@@ -80,8 +80,8 @@ def resolved_target(setting: str, published: float | None) -> float | None:
         target = float(setting)
     except ValueError:
         accepted = ", ".join(TARGETS)
-        raise InputError(f"alignprop.reward_target={setting!r}: accepted: {accepted}, or a number") from None
-    check_number("alignprop.reward_target=", target, Number(-1e6, 1e6))
+        raise InputError(f"{key}={setting!r}: accepted: {accepted}, or a number") from None
+    check_number(f"{key}=", target, Number(-1e6, 1e6))
     return target
 
 

@@ -60,3 +60,12 @@ def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
         return change, Averaged(inner, average, state.n + 1)
 
     return optax.GradientTransformation(init, update)
+
+
+def with_new_moments(opt_state: Any) -> Any:
+    """The optimizer's state with Adam's moments as at first; the learning rate's schedule and the average go on."""
+
+    def is_adam(x):
+        return isinstance(x, optax.ScaleByAdamState)
+
+    return jax.tree.map(lambda x: jax.tree.map(jnp.zeros_like, x) if is_adam(x) else x, opt_state, is_leaf=is_adam)

@@ -1,4 +1,4 @@
-"""What training carries from one iteration to the next, and the per-prompt reward statistics of DDPO."""
+"""What training carries from one iteration to the next: DDPO's per-prompt reward statistics, SEIKO's queries."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +15,28 @@ class PromptStats:
 
     rewards: Float[Array, "P K"]
     seen: Int[Array, "P"]  # rewards ever entered per prompt
+
+
+@struct.dataclass
+class Queries:
+    """The newest images whose true reward is known, in a ring buffer (N rows, P features each)."""
+
+    features: Float[Array, "N P"]
+    rewards: Float[Array, "N"]
+    seen: Int[Array, ""]  # queries so far
+
+    @property
+    def filled(self) -> Int[Array, ""]:
+        """How many rows hold something."""
+        return jnp.minimum(self.seen, len(self.rewards))
+
+
+@struct.dataclass
+class Learnt:
+    """What a run carries besides the LoRA: every answer of the true reward, and what was fitted to them."""
+
+    queries: Queries
+    networks: Any
 
 
 @struct.dataclass

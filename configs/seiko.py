@@ -1,0 +1,40 @@
+"""SEIKO: few queries of the true reward, a learnt one to climb.
+
+    python -m diffexp_jax.train --config configs/seiko.py:model=emoji,explore=true --workdir runs/seiko
+
+Arguments (all optional): model, reward, prompts, explore; see arguments.py. An iteration is a round: batch.samples
+queries, a fit, seiko.updates x seiko.inner_epochs updates.
+"""
+
+from configs.arguments import structured
+from configs.models import MINIATURES
+
+
+def get_config(argument: str | None = None):
+    config, chosen = structured(argument)
+    config.algorithm = "seiko"
+    config.iterations = 4  # rounds
+    config.sampling.guidance = 7.5
+    config.sampling.eta = 1.0  # the path KL wants noise at every step
+    config.optim.lr = 1e-3
+    config.optim.weight_decay = 0.1
+    config.optim.grad_clip = 5.0
+    config.batch.samples = 1024  # the published rounds' queries are 1024, 2048, 4096 and 8192
+    config.seiko.truncation = "per_step"
+    config.seiko.updates = 16  # so an update climbs on 64 samples, as published
+    config.seiko.inner_epochs = 1
+    config.eval.every = config.log.images_every = config.checkpoint.every = 1
+    if chosen["model"] in MINIATURES:
+        config.iterations = 12
+        config.batch.samples = 64
+        config.sampling.guidance = 5.0
+        config.optim.lr = 1e-2
+        config.optim.grad_clip = 1.0
+        config.seiko.updates = 2
+        config.seiko.inner_epochs = 4
+        config.seiko.fit_epochs = 100
+        config.seiko.fit_batch = 64
+        config.seiko.truncation = "fixed"
+        config.seiko.truncation_k = 5
+        config.eval.every = config.log.images_every = config.checkpoint.every = 6
+    return config
