@@ -148,3 +148,28 @@ def test_bootstrap_is_the_largest_of_its_networks():
     each = np.stack([surrogate.predicted(one(four, i), FEATURES) for i in range(4)])
     np.testing.assert_allclose(reward(FEATURES), each.max(0), rtol=1e-5)
     assert len(set(each.argmax(0))) > 1
+
+
+def drawn(n_in, n_out, layer):
+    rng = np.random.default_rng(layer)
+    kernel = (rng.standard_normal((n_in, n_out)) / n_in**0.5).astype(np.float32)
+    return kernel, rng.standard_normal(n_out).astype(np.float32)
+
+
+def test_the_authors_numbers():
+    """Of SEIKO's online_AestheticScorerDiff with optimism "UCB" on CLIP L/14's 768 features, run once in torch 2.13."""
+    sizes = (768, *surrogate.WIDTHS)
+    layers = [drawn(*pair, i) for i, pair in enumerate(zip(sizes, sizes[1:], strict=False))]
+    features = np.random.default_rng(9).standard_normal((40, 768)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    kept = Queries(features[:30], np.zeros(30, np.float32), np.int32(30))
+    networks = jax.tree.map(lambda x: x[None], layers)
+    reward = Optimistic.of(networks, kept, optimism="ucb", alpha=1e-2, ridge=1e-3, most=10.0)
+    expected = [-0.16756582, -0.16259193, -0.14134276, -0.16161394]
+    np.testing.assert_allclose(surrogate.predicted(layers, features[36:]), expected, rtol=1e-4)
+    np.testing.assert_allclose(reward(features[36:]), [1.6335071, 1.6251210, 1.6550181, 1.6380520], rtol=1e-4)
+    slopes = jax.grad(lambda x: reward(x / jnp.linalg.norm(x, axis=1, keepdims=True)).sum())(features[36:])
+    np.testing.assert_allclose(np.linalg.norm(slopes, axis=1), [1.0396750, 1.0395341, 1.0393471, 1.0395987], rtol=1e-4)
+    np.testing.assert_allclose(slopes[:, 5], [0.008724876, 0.008307557, 0.008076197, 0.009847274], rtol=1e-3)
+    limited = Optimistic.of(networks, kept, optimism="ucb", alpha=1.0, ridge=1e-3, most=10.0)
+    np.testing.assert_allclose(limited(features[36:]), np.array(expected) + 10.0, rtol=1e-5)
