@@ -6,6 +6,7 @@ heads that cuDNN takes; there are fewer layers, and no weights. The slow tests a
 """
 
 import functools
+import importlib
 import re
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from configs import alignprop, awm, ddpo, dpok, draft, nft, rwr
+from configs import alignprop, ddpo
 from diffexp_jax import backend, parallel
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.cost import dry_run
@@ -263,7 +264,7 @@ def test_attention_under_vmap(gpu, shape, batched):
 
 
 # Each method as published, and DDPO in one pass; with each model and device, and each of these with each of the others
-CONFIGS = {"ddpo": ddpo, "dpok": dpok, "alignprop": alignprop, "draft": draft, "rwr": rwr, "nft": nft, "awm": awm}
+CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in METHODS}
 VARIANTS = [(method, {}) for method in METHODS] + [("ddpo", {"ddpo.updates": 1})]
 MODELS, DEVICES, REMAT = ("sd15", "sd21", "sdxl"), ("gpu", "tpu"), ("none", "step", "block")
 PUBLISHED = ("aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv2+aesthetic+pickscore", "textnorm(imagereward)")
@@ -285,6 +286,8 @@ def test_real_sizes(device, method, changes, model, remat, reward):
     needs = METHODS[method].needs
     if needs.groups:
         config.update_from_flattened_dict({"batch.group": 4, f"{method}.updates": 1})
+    if needs.features:
+        config.update_from_flattened_dict({f"{method}.features": "aesthetic", f"{method}.updates": 1})
     texts = lower_all(device, config, without=() if method == "ddpo" else ("evaluate",))  # it is the same for all
     programs = {"update"} if needs.reward_gradient else {"sample", "update"}
     assert texts.keys() == programs | {"explore"} | ({"evaluate"} if method == "ddpo" else set())
