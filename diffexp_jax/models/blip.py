@@ -18,7 +18,7 @@ from diffexp_jax.formats.config_keys import Keys, check_divides, checked
 from diffexp_jax.limits import positive, whole
 from diffexp_jax.models.attention import attention
 from diffexp_jax.models.clip_config import GENERIC, ONE_VALUE
-from diffexp_jax.models.layers import Conv, Dense, gelu, layer_norm
+from diffexp_jax.models.layers import Conv, Dense, LayerNorm, gelu
 
 _VIT_EPSILON = 1e-6
 _HEAD_WIDTH = 64  # of a ViT's attention heads, in BLIP's base and large alike
@@ -85,11 +85,11 @@ class ViTBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         width = self.config.vision_width
-        h = layer_norm("norm1", _VIT_EPSILON, self.dtype)(x)
+        h = LayerNorm(_VIT_EPSILON, self.dtype, name="norm1")(x)
         q, k, v = jnp.split(Dense(3 * width, dtype=self.dtype, name="attn.qkv")(h), 3, axis=-1)
         h = attention(q, k, v, self.config.vision_heads)
         x = x + Dense(width, dtype=self.dtype, name="attn.proj")(h)
-        h = layer_norm("norm2", _VIT_EPSILON, self.dtype)(x)
+        h = LayerNorm(_VIT_EPSILON, self.dtype, name="norm2")(x)
         h = gelu(Dense(4 * width, dtype=self.dtype, name="mlp.fc1")(h))
         return x + Dense(width, dtype=self.dtype, name="mlp.fc2")(h)
 
@@ -112,7 +112,7 @@ class ViT(nn.Module):
         x = x + self.param("pos_embed", init, (1, positions, width)).astype(self.dtype)
         for i in range(cfg.vision_layers):
             x = ViTBlock(cfg, self.dtype, name=f"blocks.{i}")(x)
-        return layer_norm("norm", _VIT_EPSILON, self.dtype)(x)
+        return LayerNorm(_VIT_EPSILON, self.dtype, name="norm")(x)
 
 
 class BertLayer(nn.Module):
@@ -137,7 +137,7 @@ class BertLayer(nn.Module):
 
         def add_and_norm(name, h):
             h = Dense(width, dtype=self.dtype, name=f"{name}.output.dense".removeprefix("."))(h)
-            return layer_norm(f"{name}.output.LayerNorm".removeprefix("."), cfg.layer_norm_eps, self.dtype)(x + h)
+            return LayerNorm(cfg.layer_norm_eps, self.dtype, name=f"{name}.output.LayerNorm".removeprefix("."))(x + h)
 
         x = attend("attention", x, mask=seen[:, None, None])
         x = attend("crossattention", image)
@@ -162,7 +162,7 @@ class Bert(nn.Module):
 
         words = embed("word", cfg.vocab_size, ids)
         x = words + embed("position", cfg.max_position_embeddings, jnp.arange(ids.shape[1]))
-        x = layer_norm("embeddings.LayerNorm", cfg.layer_norm_eps, self.dtype)(x)
+        x = LayerNorm(cfg.layer_norm_eps, self.dtype, name="embeddings.LayerNorm")(x)
         for i in range(cfg.num_hidden_layers):
             x = BertLayer(cfg, self.dtype, name=f"encoder.layer.{i}")(x, ids != _PADDING, image)
         return x

@@ -54,7 +54,7 @@ class Classifier(nn.Module):
         for i, width in enumerate(cfg.widths):
             x = Conv(width, stride=2, dtype=self.dtype, name=f"stages.{i}.conv")(x)
             x = ResnetBlock(width, cfg.norm_num_groups, _EPSILON, self.dtype, name=f"stages.{i}.resnet")(x)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, _EPSILON, self.dtype, name="norm")(x)).mean((1, 2))  # [B, C]
+        x = GroupNorm(cfg.norm_num_groups, _EPSILON, self.dtype, silu=True, name="norm")(x).mean((1, 2))  # [B, C]
         heads = (
             Dense(n, dtype=self.dtype, name=name)(x) for name, n in (("animal", cfg.animals), ("object", cfg.objects))
         )

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from diffexp_jax.models.attention import attention
 from diffexp_jax.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from diffexp_jax.models.layers import ACTIVATIONS, Conv, Dense, layer_norm
+from diffexp_jax.models.layers import ACTIVATIONS, Conv, Dense, LayerNorm
 
 _INIT_LOGIT_SCALE = math.log(1 / 0.07)
 LEGACY_EOS = 2  # an `eos_token_id` that says nothing about the vocabulary: see `eot_positions`
@@ -28,11 +28,11 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         cfg, width = self.config, x.shape[-1]
-        h = layer_norm("layer_norm1", cfg.layer_norm_eps, self.dtype)(x)
+        h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
         q, k, v = (Dense(width, dtype=self.dtype, name=f"self_attn.{c}_proj")(h) for c in "qkv")
         h = attention(q, k, v, cfg.num_attention_heads, is_causal=self.causal)
         x = x + Dense(width, dtype=self.dtype, name="self_attn.out_proj")(h)
-        h = layer_norm("layer_norm2", cfg.layer_norm_eps, self.dtype)(x)
+        h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(x)
         h = Dense(cfg.intermediate_size, dtype=self.dtype, name="mlp.fc1")(h)
         return x + Dense(width, dtype=self.dtype, name="mlp.fc2")(ACTIVATIONS[cfg.hidden_act](h))
 
@@ -74,7 +74,7 @@ class TextTransformer(nn.Module):
         for i in range(cfg.num_hidden_layers):
             layer = EncoderLayer(cfg, causal=True, dtype=self.dtype, name=f"encoder.layers.{i}")
             hidden.append(layer(hidden[-1]))
-        x = layer_norm("final_layer_norm", cfg.layer_norm_eps, self.dtype)(hidden[-1])
+        x = LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(hidden[-1])
         eot = eot_positions(ids, cfg.eos_token_id)
         pooled = jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]  # [B, D]
         return TextOutput(last_hidden_state=x, penultimate=hidden[-2], pooled=pooled)
@@ -99,10 +99,10 @@ class VisionTransformer(nn.Module):
         positions, init = (cfg.image_size // patch) ** 2 + 1, nn.initializers.normal(0.02)
         name = "embeddings.position_embedding"
         x = x + nn.Embed(positions, width, dtype=self.dtype, embedding_init=init, name=name)(jnp.arange(positions))
-        x = layer_norm("pre_layrnorm", cfg.layer_norm_eps, self.dtype)(x)  # sic, the checkpoints' spelling
+        x = LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_layrnorm")(x)  # sic, the checkpoints' spelling
         for i in range(cfg.num_hidden_layers):
             x = EncoderLayer(cfg, causal=False, dtype=self.dtype, name=f"encoder.layers.{i}")(x)
-        return layer_norm("post_layernorm", cfg.layer_norm_eps, self.dtype)(x[:, 0])
+        return LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")(x[:, 0])
 
 
 # --------------------------------------------------------------------------------------------------------- whole models

@@ -10,10 +10,10 @@ from diffexp_jax.models.layers import (
     Conv,
     Dense,
     GroupNorm,
+    LayerNorm,
     ResnetBlock,
     Upsample,
     geglu,
-    layer_norm,
     pointwise_conv,
     timestep_embedding,
 )
@@ -44,7 +44,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S C"], context: Float[Array, "B L D"]) -> Float[Array, "B S C"]:
-        norm = [layer_norm(f"norm{i}", dtype=self.dtype) for i in (1, 2, 3)]
+        norm = [LayerNorm(dtype=self.dtype, name=f"norm{i}") for i in (1, 2, 3)]
         x = x + Attention(self.heads, self.dtype, name="attn1")(norm[0](x))
         x = x + Attention(self.heads, self.dtype, name="attn2")(norm[1](x), context)
         h = Dense(8 * x.shape[-1], dtype=self.dtype, name="ff.net.0.proj")(norm[2](x))
@@ -161,5 +161,5 @@ class UNet(nn.Module):
             if i < last:
                 x = Upsample(self.dtype, name=f"{block}.upsamplers.0")(x, skips[-1].shape[1:3])
 
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, cfg.norm_eps, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(cfg.norm_num_groups, cfg.norm_eps, self.dtype, silu=True, name="conv_norm_out")(x)
         return Conv(cfg.out_channels, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)

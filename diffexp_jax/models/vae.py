@@ -137,7 +137,7 @@ class Encoder(nn.Module):
                 name = f"down_blocks.{i}.downsamplers.0.conv"
                 x = Conv(features, stride=2, padding=((0, 1), (0, 1)), dtype=self.dtype, name=name)(x)
         x = MidBlock(cfg.norm_num_groups, cfg.mid_block_add_attention, self.dtype, name="mid_block")(x)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, 1e-6, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(cfg.norm_num_groups, 1e-6, self.dtype, silu=True, name="conv_norm_out")(x)
         return Conv(2 * cfg.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -158,7 +158,7 @@ class Decoder(nn.Module):
             if i + 1 < len(widths):
                 size = (2 * x.shape[1], 2 * x.shape[2])
                 x = Upsample(self.dtype, name=f"up_blocks.{i}.upsamplers.0")(x, size)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, 1e-6, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(cfg.norm_num_groups, 1e-6, self.dtype, silu=True, name="conv_norm_out")(x)
         return Conv(cfg.out_channels, dtype=self.dtype, name="conv_out")(x)
 
 

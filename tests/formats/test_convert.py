@@ -25,7 +25,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, ids):
         x = nn.Embed(10, 4, name="tokens")(ids) * self.param("logit_scale", nn.initializers.ones, ())  # [B, L, 4]
-        x = layers.layer_norm("norm")(x)[:, :, None]
+        x = layers.LayerNorm(name="norm")(x)[:, :, None]
         x = layers.Conv(6, name="blocks.0.conv")(x)
         x = layers.GroupNorm(2, 1e-6, name="blocks.0.norm")(x)
         if self.linear:

@@ -158,7 +158,7 @@ def test_group_norm_in_bfloat16_keeps_float32_statistics():
 def test_layer_norm_is_torchs(epsilon):
     torch = pytest.importorskip("torch")
     x, scale, bias = normal(0, 2, 3, 8), normal(1, 8), normal(2, 8)
-    ours = layers.layer_norm(None, epsilon).apply({"params": {"scale": scale, "bias": bias}}, x)
+    ours = layers.LayerNorm(epsilon).apply({"params": {"scale": scale, "bias": bias}}, x)
     theirs = torch.nn.functional.layer_norm(torched(x), (8,), torched(scale), torched(bias), epsilon)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
 
