@@ -55,6 +55,8 @@ def _operations(eqn: Any, fixed: Sequence[bool]) -> tuple[float, float]:
     if name == "cond":  # nothing is taken out of a branch, which may not be run
         return 0.0, max(sum(_count(branch.jaxpr, [])) for branch in eqn.params["branches"])
     bodies = [body for value in eqn.params.values() for body in _bodies(value)]
+    if name == "pallas_call":  # a kernel, of each block
+        return 0.0, math.prod(eqn.params["grid_mapping"].grid) * sum(map(sum, (_count(body, []) for body in bodies)))
     if name == "scan":
         consts = eqn.params["num_consts"]
         outside, _ = _count(bodies[0], fixed[:consts])

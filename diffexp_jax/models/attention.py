@@ -25,9 +25,10 @@ def attention(
 ) -> Float[Array, "B Lq width"]:
     """Multi-head scaled dot-product attention (softmax in float32); `kwargs` go to `jax.nn.dot_product_attention`.
 
-    Exact in four ways: `attention_on_cpu`; elsewhere cuDNN's fused kernel, which never holds the logits; blocks of
-    queries one after another where there are more than MAX_LOGITS logits; all at once. The last two are float32 within,
-    see `_in_float32`. Causal or masked attention (prompts: some 77 tokens) is all at once in the type of q.
+    Exact in five ways: `attention_on_cpu`; on GPUs cuDNN's fused kernel and on TPUs, in bfloat16, `attention_on_tpu`,
+    which never hold the logits; blocks of queries one after another where there are more than MAX_LOGITS logits; all at
+    once. The last two are float32 within, see `_in_float32`. Causal or masked attention (prompts: some 77 tokens) is
+    all at once in the type of q.
     """
 
     def split(x):
@@ -43,6 +44,10 @@ def attention(
         out = attention_on_cpu(q, k, v)
     elif logits >= MIN_FUSED_LOGITS and has_fused_attention(q.dtype, q.shape[-1]):
         out = attention_of_even_length(q, k, v, implementation="cudnn")
+    elif logits >= MIN_FUSED_LOGITS and q.dtype == jnp.bfloat16 and backend.platform() == "tpu":
+        from diffexp_jax.models.attention_on_tpu import attention_on_tpu  # Pallas: a second to import
+
+        out = attention_on_tpu(q, k, v)
     elif logits > MAX_LOGITS:
         out = _attention_in_blocks(q, k, v)
     else:
