@@ -1,4 +1,4 @@
-"""Every program of a run lowers for NVIDIA GPUs (with cuDNN's attention) and for TPUs, which are not here.
+"""Every program of a run lowers for NVIDIA GPUs (with cuDNN's attention) and for TPUs (with jax's), which are not here.
 
 Tracing and lowering are the real ones, with jax's own checks of shapes and types; replaced is only the detection of the
 device. The models have the published topologies, lengths (77 tokens, 4096 pixels; 257 and 197 patches) and widths of
@@ -28,6 +28,8 @@ from diffexp_jax.rewards import load_reward
 from diffexp_jax.settings import checked
 
 HALF = ("bfloat16", "float16")
+# The kernels of attention, and of its gradient; a TPU's is for bfloat16
+FUSED = {"gpu": ("__cudnn$fmha", "__cudnn$fmhaSoftmaxBackward"), "tpu": ("splash_mha_fwd", "splash_mha_dkv")}
 UNET = {"block_out_channels": [64, 64], "layers_per_block": 1, "in_channels": 4, "out_channels": 4, "sample_size": 64}
 UNET |= {"norm_num_groups": 8}
 VAE = {"block_out_channels": [8] * 4, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
@@ -155,9 +157,9 @@ FAST |= {("tpu", "ddpo", "sdxl", "bfloat16"), ("tpu", "alignprop", "sd15", "floa
 def test_programs_of_a_run(device, small_sizes, algorithm, family, dtype):
     texts = lower_all(device, make(algorithm, family, dtype))
     assert texts.keys() == {"update", "evaluate", "explore"} | ({"sample"} if algorithm == "ddpo" else set())
-    for name, text in texts.items():
-        assert ("__cudnn$fmha" in text) == (device == "gpu" and name != "explore"), name
-    assert ("__cudnn$fmhaSoftmaxBackward" in texts["update"]) == (device == "gpu")  # its gradient is fused too
+    fuses = {name: name != "explore" and (device == "gpu" or dtype == "bfloat16") for name in texts}
+    assert {name: FUSED[device][0] in text for name, text in texts.items()} == fuses
+    assert (FUSED[device][1] in texts["update"]) == fuses["update"]  # its gradient is fused too
 
 
 @pytest.mark.parametrize("device", ["gpu", pytest.param("tpu", marks=pytest.mark.slow)], indirect=True)
@@ -166,7 +168,7 @@ def test_gradients_while_sampling(device, small_sizes):
     config = make("ddpo", "sd15", "bfloat16", **{"ddpo.updates": 1})
     sampling, *_ = dry_run.programs_of(Experiment.build(checked(config), weights=False))
     assert sampling.name == "sample"
-    assert ("__cudnn$fmhaSoftmaxBackward" in lower(device, sampling.function, *sampling.args)) == (device == "gpu")
+    assert FUSED[device][1] in lower(device, sampling.function, *sampling.args)
 
 
 def test_an_odd_length_would_not_have_a_gradient(small_sizes, monkeypatch, request):
@@ -245,7 +247,7 @@ BATCHED = {"all": (0, 0, 0), "queries": (0, None, None), "keys and values": (Non
 
 @pytest.mark.parametrize("batched", BATCHED)
 @pytest.mark.parametrize("shape", HEADS)
-def test_attention_under_vmap(gpu, shape, batched):
+def test_attention_under_vmap(device, shape, batched):
     """Of each sample a gradient of its own, as DDPO makes it in one pass: jax's rules take what is batched or not."""
     n_queries, n_keys, heads, width = HEADS[shape]
 
@@ -259,8 +261,8 @@ def test_attention_under_vmap(gpu, shape, batched):
         jax.ShapeDtypeStruct((*[2] * (axis == 0), 1, n, heads * width), jnp.bfloat16)
         for axis, n in zip(axes, (n_queries, n_keys, n_keys), strict=True)
     ]
-    text = lower(gpu, jax.vmap(slope, in_axes=axes), *args)
-    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
+    text = lower(device, jax.vmap(slope, in_axes=axes), *args)
+    assert all(kernel in text for kernel in FUSED[device])
 
 
 # Each method as published, and DDPO in one pass; with each model and device, and each of these with each of the others
@@ -292,4 +294,4 @@ def test_real_sizes(device, method, changes, model, remat, reward):
     programs = {"update"} if needs.reward_gradient else {"sample", "update"}
     assert texts.keys() == programs | {"explore"} | ({"evaluate"} if method == "ddpo" else set())
     where = "sample" if changes else "update"  # where the gradient is made
-    assert ("__cudnn$fmhaSoftmaxBackward" in texts[where]) == (device == "gpu")
+    assert FUSED[device][1] in texts[where]
