@@ -48,7 +48,8 @@ def blocks_of(n_queries: int, n_keys: int, d: int) -> tuple[splash.BlockSizes, i
 
     VMEM (16 MiB for a kernel on a v5e) decides: keys and values of a block lie there twice, their gradients in float32,
     and some matrices of logits. As many keys as fit are one block: they are read once, not again for each block of
-    queries, and the gradient of the queries is one sum.
+    queries. Queries, keys and values lie with their length along the vectors (SEQ_MINOR): as the projections' products
+    leave them, and a head of 40 takes 48 rows of memory and not 128.
     """
     most = MOST_KEYS // (-(-d // LANES) * LANES)
     n_blocks = 1 if 2 * n_keys <= most else 2 * -(-n_keys // most)  # of keys, for the gradient
@@ -63,6 +64,7 @@ def blocks_of(n_queries: int, n_keys: int, d: int) -> tuple[splash.BlockSizes, i
         block_kv_dkv=block_kv_dkv,
         block_kv_dkv_compute=math.gcd(block_kv_dkv, MOST_LOGITS),
         use_fused_bwd_kernel=True,
+        **dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR),
     )
     return sizes, queries, keys
 
