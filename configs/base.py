@@ -13,32 +13,32 @@ from ml_collections.config_dict import placeholder
 
 def default() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of everything random: same seed, same run
+    config.seed = 0  # seed of everything random: same seed, same run
     config.algorithm = placeholder(str)  # how to fine-tune: alignprop, ddpo, draft, dpok, rwr, nft, awm, seiko
-    # Devices that a CPU is used as; None: one per core, as the batch and the memory allow
+    # Number of devices that a CPU counts as; None: one per core, as the batch and the memory allow
     config.cpu_devices = placeholder(int)
-    # Ours: the paper gives no number. Exploration ends at three quarters of it (`exploration.fraction`): of 100
-    # iterations of 64 images, which are 6,400 reward queries, after 4,800.
-    config.iterations = 100  # optimizer iterations: a batch of samples each
+    # The paper gives no number. Exploration ends at three quarters of it (`exploration.fraction`): of 100 iterations of
+    # 64 images, which are 6,400 reward queries, after 4,800.
+    config.iterations = 100  # iterations of the run: each draws a batch of samples
 
     # The model that is fine-tuned, and what its networks compute in.
     config.model = ml_collections.ConfigDict()
     # "emoji", "emoji_hard" (shipped), a folder in diffusers' format, or of the hub: hub:ORG/NAME
     config.model.path = "emoji"
-    config.model.revision = placeholder(str)  # of the hub's repository: branch, tag or commit; None: its main branch
+    config.model.revision = placeholder(str)  # branch, tag or commit of the hub's repository; None: its main branch
     # "fp16": take the half-precision weight files; None: the whole ones if there are any
     config.model.variant = placeholder(str)
     # A single file has none: a folder with CLIP's vocab.json and merges.txt, or hub:ORGANISATION/NAME; None: that of
     # the published model on the hub.
-    config.model.tokenizer = placeholder(str)  # files of the tokenizer, of a model that is a single file
+    config.model.tokenizer = placeholder(str)  # tokenizer's files, for a model that is a single file
     # "float32", "bfloat16", "float16", "auto" = bfloat16 on accelerators, float32 on a CPU. LoRA, latents, log-probs
     # and losses are float32 always, and so is SDXL's VAE in place of float16, in which it overflows.
-    config.model.dtype = "auto"  # type of weights and networks
+    config.model.dtype = "auto"  # number type of the model's weights and networks
     # How an accelerator multiplies float32 matrices, by jax's names: "default" (TF32 on NVIDIA GPUs, one pass of
     # bfloat16 on TPUs), "bfloat16", "tensorfloat32", "float32" (in full), "auto" = in full where model.dtype is
     # float32.
     config.model.matmul_precision = "auto"  # precision of the networks' matrix products
-    config.model.image_size = placeholder(int)  # pixels of a side; None: what the model was trained at
+    config.model.image_size = placeholder(int)  # pixels of an image's side; None: what the model was trained at
     # What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
     # latent a step is kept); also each "block" of the UNet. DDPO's gradient is of one step at a time: "none" is "step".
     config.model.remat = "step"  # "none", "step" or "block"
@@ -49,7 +49,7 @@ def default() -> ml_collections.ConfigDict:
     config.model.scheduler = ml_collections.ConfigDict()
     # "leading", "trailing" or "linspace": which timesteps are sampled
     config.model.scheduler.timestep_spacing = placeholder(str)
-    config.model.scheduler.steps_offset = placeholder(int)  # added to the timesteps of "leading"
+    config.model.scheduler.steps_offset = placeholder(int)  # number added to the timesteps of "leading"
     # False: the last step ends at the noise of timestep 0; True: at none
     config.model.scheduler.set_alpha_to_one = placeholder(bool)
     # "epsilon" or "v_prediction": what the network was trained to predict
@@ -58,28 +58,29 @@ def default() -> ml_collections.ConfigDict:
     config.model.scheduler.rescale_betas_zero_snr = placeholder(bool)
     # False for a file whose "true" is not meant; "true" is not supported
     config.model.scheduler.clip_sample = placeholder(bool)
-    config.model.scheduler.shift = placeholder(float)  # of flow matching's noise levels
+    config.model.scheduler.shift = placeholder(float)  # shift of flow matching's noise levels
 
     config.model.vae_slice = 32  # images that the VAE decodes at once, at most
 
     # A built-in set; a file (.txt, .csv, .tsv, .json); rows of one, FILE.csv:COLUMN=VALUE|VALUE; a single prompt: its
     # words, or prompt:TEXT, which may be one word.
-    config.prompts = "animal_activities"  # what to fine-tune on
+    config.prompts = "animal_activities"  # prompts to fine-tune on
     # NAME, NAME:PATH, NAME:hub:ORG/NAME, textnorm(NAME:PATH), several joined by "+"; the user's own function:
     # jax:MODULE:FUNCTION or, for methods that need no gradient of it, python:MODULE:FUNCTION
-    config.reward = "emoji_pickscore"  # what is maximised, in the reward's own units
-    config.reward_weights = ()  # of the parts of several rewards, in their order; (): those of DRaFT and PRDP
+    config.reward = "emoji_pickscore"  # reward that is maximised
+    config.reward_weights = ()  # weights of the parts of a sum, in their order; (): those of DRaFT and PRDP
     config.reward_dtype = "float32"  # of the trained reward's networks: "float32", "bfloat16", "float16"
 
     # Of a reward that is plain Python: python:..., jpeg_compressibility.
     config.host_reward = ml_collections.ConfigDict()
     # Seconds that a call may take (on samples_per_forward images) before the run stops
     config.host_reward.timeout = 600.0
-    config.host_reward.workers = 4  # threads, each in a call of its own
+    config.host_reward.workers = 4  # threads that call the reward at once
 
     # Of a reward that is written as textnorm(...), Kim et al. 2024.
     config.textnorm = ml_collections.ConfigDict()
-    config.textnorm.temperature = 1.0  # of the softmax over prompts, in the reward's units (a cosine wants about 0.01)
+    # Temperature of the softmax over prompts, in the reward's units (a cosine wants about 0.01)
+    config.textnorm.temperature = 1.0
     # Json file {prompt: [contrastive prompts]}; None: swap animals and activities
     config.textnorm.contrast = placeholder(str)
 
@@ -91,30 +92,31 @@ def default() -> ml_collections.ConfigDict:
 
     # How images are sampled, in training and evaluation.
     config.sampling = ml_collections.ConfigDict()
-    config.sampling.steps = 50  # DDIM steps, 1..1000
+    config.sampling.steps = 50  # sampling steps, 1..1000
     config.sampling.guidance = 5.0  # classifier-free guidance scale w (Eq. 4); 1 is none
     # In training and evaluation. w of Eq. 4 weighs the prompt against it: 1 leaves it out, and a w_low of less than 1
-    # leads towards it. Eq. 8 weighs words against "" as ever.
+    # leads towards it. Eq. 8 still weighs words against "".
     config.sampling.negative_prompt = ""  # what guidance leads away from, as in diffusers; "": from no prompt
-    config.sampling.eta = 1.0  # DDIM noise: 0 deterministic, 1 as in DDPM
+    config.sampling.eta = 1.0  # noise of the sampling steps: 0 deterministic, 1 as in DDPM
 
     # DiffExp: Eq. 7 for the guidance of the steps, Eq. 8 for the weights of words.
     config.exploration = ml_collections.ConfigDict()
-    config.exploration.enabled = True  # False: plain fine-tuning, bit for bit
-    config.exploration.w_low = 1.0  # Eq. 7: guidance while t > t_thresh (ours: the paper says "extremely low")
-    config.exploration.t_thresh = 900  # Eq. 7: in training timesteps, 0..1000 (ours)
-    config.exploration.weight_range = (1.0, 1.5)  # Eq. 8: the weight is uniform in it (ours)
+    config.exploration.enabled = True  # whether to explore; False: plain fine-tuning, bit for bit
+    config.exploration.w_low = 1.0  # Eq. 7: guidance while t > t_thresh (the paper: "extremely low")
+    config.exploration.t_thresh = 900  # Eq. 7: timestep above which guidance is low, 0..1000 (our choice)
+    config.exploration.weight_range = (1.0, 1.5)  # Eq. 8: range that the weight is drawn from (our choice)
     config.exploration.unit = "word"  # Eq. 8: what is weighted together: "word", "token" or "phrase"
     # Eq. 8: a draw for each "image", or for each "prompt", the same for its images of an iteration
     config.exploration.scope = "image"
-    config.exploration.fraction = 0.75  # of the iterations, from the first, that explore; rounded up
+    config.exploration.fraction = 0.75  # share of the iterations that explore, from the first; rounded up
     # A run that is continued with more iterations keeps the number that it began with, unless this says another.
-    config.exploration.iterations = placeholder(int)  # that many of the first explore; None: by the fraction
+    # Number of iterations that explore, from the first; None: by the fraction
+    config.exploration.iterations = placeholder(int)
 
     # What is trained: low-rank updates of the network's layers.
     config.lora = ml_collections.ConfigDict()
-    config.lora.rank = 4  # of the update A B that is added to each layer that takes LoRA
-    config.lora.alpha = 4.0  # the update is scaled by alpha / rank
+    config.lora.rank = 4  # rank of the update A B that is added to each layer that takes LoRA
+    config.lora.alpha = 4.0  # scale of the update: alpha / rank
     # Of the UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
     # "convolutions" (of residual blocks and between levels), or single layers of these by name: "to_k".
     config.lora.targets = ("attention",)  # which layers take LoRA
@@ -124,15 +126,16 @@ def default() -> ml_collections.ConfigDict:
     # The optimizer, AdamW.
     config.optim = ml_collections.ConfigDict()
     config.optim.lr = 3e-4  # learning rate
-    config.optim.schedule = "constant"  # or "linear", "cosine": it falls to 0 over the run's updates
-    config.optim.warmup = 0  # optimizer updates over which the rate first rises from 0, before the schedule; 0: none
+    # How the rate falls to 0 over the run's updates: "constant" (not at all), "linear", "cosine"
+    config.optim.schedule = "constant"
+    config.optim.warmup = 0  # optimizer updates over which the rate rises from 0, before the schedule; 0: none
     # Decay of a moving average of the LoRA, which evaluation, grids and exports then take; 0: none
     config.optim.ema = 0.0
     config.optim.b1 = 0.9  # decay of the gradient's running mean
-    config.optim.b2 = 0.999  # decay of its running square
-    config.optim.eps = 1e-8  # added to the root of that square
-    config.optim.weight_decay = 1e-4  # times lr, decoupled from the gradient
-    config.optim.grad_clip = 1.0  # largest global norm of the gradient, which is scaled down to it
+    config.optim.b2 = 0.999  # decay of the gradient's running square
+    config.optim.eps = 1e-8  # number added to the root of the running square
+    config.optim.weight_decay = 1e-4  # weight decay, times lr, decoupled from the gradient
+    config.optim.grad_clip = 1.0  # largest global norm of the gradient; a larger one is scaled down
 
     # AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023).
     config.alignprop = ml_collections.ConfigDict()
@@ -296,47 +299,48 @@ def default() -> ml_collections.ConfigDict:
     # Evaluations between iterations, without exploration.
     config.eval = ml_collections.ConfigDict()
     config.eval.every = 10  # iterations between evaluations; 0: never
-    # Sets that are evaluated, each as `prompts` above
+    # Prompt sets that are evaluated, each as `prompts`
     config.eval.prompts = ("animal_activities", "animal_activities_unseen", "animals")
     config.eval.rewards = ()  # further rewards to report, never optimised
-    config.eval.reward_dtype = "float32"  # of the networks that evaluation scores with, as `reward_dtype` above
-    config.eval.samples_per_prompt = 1  # images of every prompt
-    config.eval.samples_per_set = 1  # images of every set, at least: of a few prompts it takes several each
+    config.eval.reward_dtype = "float32"  # type of the networks that evaluation scores with, as `reward_dtype`
+    config.eval.samples_per_prompt = 1  # images of each prompt in an evaluation
+    config.eval.samples_per_set = 1  # images of each set at least: a small set gets more of each prompt
 
     # Image grids, and where else the rows of metrics go.
     config.log = ml_collections.ConfigDict()
     config.log.images_every = 10  # iterations between image grids; 0: never
     config.log.images = 12  # pictures in a grid: fixed prompts, fixed seeds
-    config.log.tensorboard = False  # also write metrics and grids to WORKDIR/tensorboard, as TensorBoard's event files
-    config.log.wandb = False  # also send them to Weights & Biases (pip install wandb; WANDB_MODE=offline: no account)
+    # Whether to write metrics and grids as TensorBoard's event files, to WORKDIR/tensorboard
+    config.log.tensorboard = False
+    # Whether to send them to Weights & Biases (pip install wandb; WANDB_MODE=offline: no account)
+    config.log.wandb = False
 
-    # On a GPU sums are made in any order: a run that is repeated or continued differs in its last bits, and soon in
-    # more. True asks XLA for kernels that repeat themselves, which are slower (docs/evidence/accelerators.md). CPUs do
+    # On a GPU sums are made in any order: a run that is repeated or resumed differs in its last bits, and soon in more.
+    # True asks XLA for kernels that repeat themselves, which are slower (docs/evidence/accelerators.md). CPUs do
     # without it.
     config.deterministic = False  # whether GPUs must give the same bits each time
-    config.compilation_cache = "~/.cache/diffexp_jax"  # compiled programs are kept there for the next run; "": nowhere
+    config.compilation_cache = "~/.cache/diffexp_jax"  # folder that keeps compiled programs for the next run; "": none
 
     # One run over several processes, one a machine or one a GPU.
     # TPU pods, SLURM and Open MPI need none of it (docs/use/launch.md).
     config.hosts = ml_collections.ConfigDict()
-    # HOST:PORT of the first; None: JAX_COORDINATOR_ADDRESS, or as found out
+    # HOST:PORT of the first process; None: JAX_COORDINATOR_ADDRESS, or as found
     config.hosts.coordinator = placeholder(str)
-    # Of processes; None: JAX_NUM_PROCESSES, or as found out; 1: it is the only one
+    # Number of processes; None: JAX_NUM_PROCESSES, or as found; 1: one host in any environment
     config.hosts.number = placeholder(int)
-    config.hosts.index = placeholder(int)  # of this one, from 0; None: JAX_PROCESS_ID, or as found out
-    config.hosts.initialization_timeout = 300  # seconds within which all have to be there
-    config.hosts.heartbeat_timeout = 100  # seconds after which one that says nothing counts as gone, and the others end
+    config.hosts.index = placeholder(int)  # index of this process, from 0; None: JAX_PROCESS_ID, or as found
+    config.hosts.initialization_timeout = 300  # seconds within which all processes have to be there
+    config.hosts.heartbeat_timeout = 100  # seconds of silence after which a process counts as gone and the others end
 
-    # SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end a run after the iteration that goes on, saved. An
-    # iteration that takes longer than this is broken off, and the state before it saved. Schedulers kill some 30 s
-    # after SIGTERM.
-    config.stop_grace = 20.0  # seconds that an iteration may still take after a signal
+    # SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end a run after the current iteration, saved. An iteration
+    # that takes longer is stopped, and the state before it is saved. Schedulers kill some 30 s after SIGTERM.
+    config.stop_grace = 20.0  # seconds that an iteration may take after a signal
 
-    # What is kept for a run that goes on, and for afterwards.
+    # Which checkpoints are kept.
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = 10  # iterations between checkpoints (and one at the end)
     config.checkpoint.keep = 2  # newest checkpoints kept
     # Besides them the one after which this metric was largest, e.g. "eval/animals/emoji_judge"; it is written when the
     # metric is, whatever `every` says. sample.py, evaluate.py and export_lora.py take it by --checkpoint best.
-    config.checkpoint.best = ""  # a name of metrics.jsonl; "": none
+    config.checkpoint.best = ""  # metric whose best checkpoint is kept too, a name of metrics.jsonl; "": none
     return config

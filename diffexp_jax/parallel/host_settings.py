@@ -12,21 +12,23 @@ class HostSettings:
     TPU pods, SLURM and Open MPI need none of it (docs/use/launch.md).
     """
 
-    coordinator: str | None = setting(None, "HOST:PORT of the first; None: JAX_COORDINATOR_ADDRESS, or as found out")
+    coordinator: str | None = setting(
+        None, "HOST:PORT of the first process; None: JAX_COORDINATOR_ADDRESS, or as found"
+    )
     number: int | None = setting(
         None,
-        "of processes; None: JAX_NUM_PROCESSES, or as found out; 1: it is the only one",
+        "number of processes; None: JAX_NUM_PROCESSES, or as found; 1: one host in any environment",
         whole(1, 2**16, optional=True),
     )
     index: int | None = setting(
         None,
-        "of this one, from 0; None: JAX_PROCESS_ID, or as found out",
+        "index of this process, from 0; None: JAX_PROCESS_ID, or as found",
         whole(0, 2**16, optional=True),
     )
-    initialization_timeout: int = setting(300, "seconds within which all have to be there", whole(1, 86400))
+    initialization_timeout: int = setting(300, "seconds within which all processes have to be there", whole(1, 86400))
     heartbeat_timeout: int = setting(
         100,
-        "seconds after which one that says nothing counts as gone, and the others end",
+        "seconds of silence after which a process counts as gone and the others end",
         whole(1, 86400),
     )
 

@@ -15,7 +15,7 @@ class HostReward:
         "seconds that a call may take (on samples_per_forward images) before the run stops",
         positive(1e7),
     )
-    workers: int = setting(4, "threads, each in a call of its own", whole(1, 1024))
+    workers: int = setting(4, "threads that call the reward at once", whole(1, 1024))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +24,16 @@ class Eval:
 
     every: int = setting(10, "iterations between evaluations; 0: never", whole(0))
     prompts: tuple[str, ...] = setting(
-        ("animal_activities", "animal_activities_unseen", "animals"), "sets that are evaluated, each as `prompts` above"
+        ("animal_activities", "animal_activities_unseen", "animals"),
+        "prompt sets that are evaluated, each as `prompts`",
     )
     rewards: tuple[str, ...] = setting((), "further rewards to report, never optimised")
     reward_dtype: str = setting(
-        "float32", "of the networks that evaluation scores with, as `reward_dtype` above", DTYPES
+        "float32", "type of the networks that evaluation scores with, as `reward_dtype`", DTYPES
     )
-    samples_per_prompt: int = setting(1, "images of every prompt", whole(1, 2**20))
+    samples_per_prompt: int = setting(1, "images of each prompt in an evaluation", whole(1, 2**20))
     samples_per_set: int = setting(
-        1, "images of every set, at least: of a few prompts it takes several each", whole(1, 2**20)
+        1, "images of each set at least: a small set gets more of each prompt", whole(1, 2**20)
     )
 
     def samples_of_each(self, n_prompts: int, per_prompt: int | None = None) -> int:
@@ -52,22 +53,22 @@ class Log:
     images: int = setting(12, "pictures in a grid: fixed prompts, fixed seeds", whole(0, 4096))
     tensorboard: bool = setting(
         False,
-        "also write metrics and grids to WORKDIR/tensorboard, as TensorBoard's event files",
+        "whether to write metrics and grids as TensorBoard's event files, to WORKDIR/tensorboard",
     )
     wandb: bool = setting(
-        False, "also send them to Weights & Biases (pip install wandb; WANDB_MODE=offline: no account)"
+        False, "whether to send them to Weights & Biases (pip install wandb; WANDB_MODE=offline: no account)"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What is kept for a run that goes on, and for afterwards."""
+    """Which checkpoints are kept."""
 
     every: int = setting(10, "iterations between checkpoints (and one at the end)", whole(1))
     keep: int = setting(2, "newest checkpoints kept", whole(1, 10**4))
     best: str = setting(
         "",
-        'a name of metrics.jsonl; "": none',
+        'metric whose best checkpoint is kept too, a name of metrics.jsonl; "": none',
         about="""
         Besides them the one after which this metric was largest, e.g. "eval/animals/emoji_judge"; it is written when
         the metric is, whatever `every` says. sample.py, evaluate.py and export_lora.py take it by --checkpoint best.

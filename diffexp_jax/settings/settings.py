@@ -25,26 +25,26 @@ from diffexp_jax.settings.training import BatchSizes, Exploration, LoRA, Model, 
 class Settings:
     """Every setting of a run, in the order of configs/base.py."""
 
-    seed: int = setting(0, "of everything random: same seed, same run", SEED)
+    seed: int = setting(0, "seed of everything random: same seed, same run", SEED)
     algorithm: str | None = setting(None, f"how to fine-tune: {', '.join(METHODS)}")
     cpu_devices: int | None = setting(
         None,
-        "devices that a CPU is used as; None: one per core, as the batch and the memory allow",
+        "number of devices that a CPU counts as; None: one per core, as the batch and the memory allow",
         whole(1, 1024, optional=True),
     )
     iterations: int = setting(
         100,
-        "optimizer iterations: a batch of samples each",
+        "iterations of the run: each draws a batch of samples",
         whole(1),
         about="""
-        Ours: the paper gives no number. Exploration ends at three quarters of it (`exploration.fraction`): of 100
+        The paper gives no number. Exploration ends at three quarters of it (`exploration.fraction`): of 100
         iterations of 64 images, which are 6,400 reward queries, after 4,800.
         """,
     )
     model: Model = Model()
     prompts: str = setting(
         "animal_activities",
-        "what to fine-tune on",
+        "prompts to fine-tune on",
         about="""
         A built-in set; a file (.txt, .csv, .tsv, .json); rows of one, FILE.csv:COLUMN=VALUE|VALUE; a single prompt: its
         words, or prompt:TEXT, which may be one word.
@@ -52,14 +52,14 @@ class Settings:
     )
     reward: str = setting(
         "emoji_pickscore",
-        "what is maximised, in the reward's own units",
+        "reward that is maximised",
         about="""
         NAME, NAME:PATH, NAME:hub:ORG/NAME, textnorm(NAME:PATH), several joined by "+"; the user's own function:
         jax:MODULE:FUNCTION or, for methods that need no gradient of it, python:MODULE:FUNCTION
         """,
     )
     reward_weights: tuple[float, ...] = setting(
-        (), "of the parts of several rewards, in their order; (): those of DRaFT and PRDP", Number(-1e6, 1e6)
+        (), "weights of the parts of a sum, in their order; (): those of DRaFT and PRDP", Number(-1e6, 1e6)
     )
     reward_dtype: str = setting(
         "float32", 'of the trained reward\'s networks: "float32", "bfloat16", "float16"', DTYPES
@@ -78,24 +78,24 @@ class Settings:
         False,
         "whether GPUs must give the same bits each time",
         about="""
-        On a GPU sums are made in any order: a run that is repeated or continued differs in its last bits, and soon in
+        On a GPU sums are made in any order: a run that is repeated or resumed differs in its last bits, and soon in
         more. True asks XLA for kernels that repeat themselves, which are slower (docs/evidence/accelerators.md). CPUs
         do without it.
         """,
     )
     compilation_cache: str = setting(
         "~/.cache/diffexp_jax",
-        'compiled programs are kept there for the next run; "": nowhere',
+        'folder that keeps compiled programs for the next run; "": none',
         paths.local_or_none,
     )
     hosts: HostSettings = HostSettings()
     stop_grace: float = setting(
         20.0,
-        "seconds that an iteration may still take after a signal",
+        "seconds that an iteration may take after a signal",
         Number(0.0, 1e6),
         about="""
-        SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end a run after the iteration that goes on, saved. An
-        iteration that takes longer than this is broken off, and the state before it saved. Schedulers kill some 30 s
+        SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end a run after the current iteration, saved. An
+        iteration that takes longer is stopped, and the state before it is saved. Schedulers kill some 30 s
         after SIGTERM.
         """,
     )

@@ -25,14 +25,18 @@ class Scheduler:
     timestep_spacing: str | None = setting(
         None, '"leading", "trailing" or "linspace": which timesteps are sampled', (None, *SPACINGS)
     )
-    steps_offset: int | None = setting(None, 'added to the timesteps of "leading"', whole(0, 1000, optional=True))
+    steps_offset: int | None = setting(
+        None, 'number added to the timesteps of "leading"', whole(0, 1000, optional=True)
+    )
     set_alpha_to_one: bool | None = setting(None, "False: the last step ends at the noise of timestep 0; True: at none")
     prediction_type: str | None = setting(
         None, '"epsilon" or "v_prediction": what the network was trained to predict', (None, *PREDICTION_TYPES)
     )
     rescale_betas_zero_snr: bool | None = setting(None, 'True: the last timestep is pure noise (with "v_prediction")')
     clip_sample: bool | None = setting(None, 'False for a file whose "true" is not meant; "true" is not supported')
-    shift: float | None = setting(None, "of flow matching's noise levels", Number(0.0, 1e3, above=True, optional=True))
+    shift: float | None = setting(
+        None, "shift of flow matching's noise levels", Number(0.0, 1e3, above=True, optional=True)
+    )
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -50,13 +54,13 @@ class Model:
         '"emoji", "emoji_hard" (shipped), a folder in diffusers\' format, or of the hub: hub:ORG/NAME',
         paths.local,
     )
-    revision: str | None = setting(None, "of the hub's repository: branch, tag or commit; None: its main branch")
+    revision: str | None = setting(None, "branch, tag or commit of the hub's repository; None: its main branch")
     variant: str | None = setting(
         None, '"fp16": take the half-precision weight files; None: the whole ones if there are any'
     )
     tokenizer: str | None = setting(
         None,
-        "files of the tokenizer, of a model that is a single file",
+        "tokenizer's files, for a model that is a single file",
         paths.local_or_none,
         about="""
         A single file has none: a folder with CLIP's vocab.json and merges.txt, or hub:ORGANISATION/NAME; None: that of
@@ -65,7 +69,7 @@ class Model:
     )
     dtype: str = setting(
         "auto",
-        "type of weights and networks",
+        "number type of the model's weights and networks",
         ("auto", *DTYPES),
         about="""
         "float32", "bfloat16", "float16", "auto" = bfloat16 on accelerators, float32 on a CPU. LoRA, latents, log-probs
@@ -83,7 +87,9 @@ class Model:
         """,
     )
     image_size: int | None = setting(
-        None, "pixels of a side; None: what the model was trained at", whole(8, 8192, optional=True, multiple=8)
+        None,
+        "pixels of an image's side; None: what the model was trained at",
+        whole(8, 8192, optional=True, multiple=8),
     )
     remat: str = setting(
         "step",
@@ -104,7 +110,7 @@ class TextNorm:
     """Of a reward that is written as textnorm(...), Kim et al. 2024."""
 
     temperature: float = setting(
-        1.0, "of the softmax over prompts, in the reward's units (a cosine wants about 0.01)", positive()
+        1.0, "temperature of the softmax over prompts, in the reward's units (a cosine wants about 0.01)", positive()
     )
     contrast: str | None = setting(
         None,
@@ -130,7 +136,7 @@ class BatchSizes:
 class Sampling:
     """How images are sampled, in training and evaluation."""
 
-    steps: int = setting(50, "DDIM steps, 1..1000", whole(1, 1000))
+    steps: int = setting(50, "sampling steps, 1..1000", whole(1, 1000))
     guidance: float = setting(5.0, "classifier-free guidance scale w (Eq. 4); 1 is none", GUIDANCE)
     negative_prompt: str = setting(
         "",
@@ -138,21 +144,21 @@ class Sampling:
         check_text,
         about="""
         In training and evaluation. w of Eq. 4 weighs the prompt against it: 1 leaves it out, and a w_low of less than 1
-        leads towards it. Eq. 8 weighs words against "" as ever.
+        leads towards it. Eq. 8 still weighs words against "".
         """,
     )
-    eta: float = setting(1.0, "DDIM noise: 0 deterministic, 1 as in DDPM", Number(0.0, 1.0))
+    eta: float = setting(1.0, "noise of the sampling steps: 0 deterministic, 1 as in DDPM", Number(0.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exploration:
     """DiffExp: Eq. 7 for the guidance of the steps, Eq. 8 for the weights of words."""
 
-    enabled: bool = setting(True, "False: plain fine-tuning, bit for bit")
-    w_low: float = setting(1.0, 'Eq. 7: guidance while t > t_thresh (ours: the paper says "extremely low")', GUIDANCE)
-    t_thresh: int = setting(900, "Eq. 7: in training timesteps, 0..1000 (ours)", whole(0, 1000))
+    enabled: bool = setting(True, "whether to explore; False: plain fine-tuning, bit for bit")
+    w_low: float = setting(1.0, 'Eq. 7: guidance while t > t_thresh (the paper: "extremely low")', GUIDANCE)
+    t_thresh: int = setting(900, "Eq. 7: timestep above which guidance is low, 0..1000 (our choice)", whole(0, 1000))
     weight_range: tuple[float, float] = setting(
-        (1.0, 1.5), "Eq. 8: the weight is uniform in it (ours)", Number(0.0, 100.0, pair=True)
+        (1.0, 1.5), "Eq. 8: range that the weight is drawn from (our choice)", Number(0.0, 100.0, pair=True)
     )
     unit: str = setting("word", 'Eq. 8: what is weighted together: "word", "token" or "phrase"', UNITS)
     scope: str = setting(
@@ -160,10 +166,12 @@ class Exploration:
         'Eq. 8: a draw for each "image", or for each "prompt", the same for its images of an iteration',
         SCOPES,
     )
-    fraction: float = setting(0.75, "of the iterations, from the first, that explore; rounded up", Number(0.0, 1.0))
+    fraction: float = setting(
+        0.75, "share of the iterations that explore, from the first; rounded up", Number(0.0, 1.0)
+    )
     iterations: int | None = setting(
         None,
-        "that many of the first explore; None: by the fraction",
+        "number of iterations that explore, from the first; None: by the fraction",
         whole(0, optional=True),
         about="""
         A run that is continued with more iterations keeps the number that it began with, unless this says another.
@@ -175,8 +183,8 @@ class Exploration:
 class LoRA:
     """What is trained: low-rank updates of the network's layers."""
 
-    rank: int = setting(4, "of the update A B that is added to each layer that takes LoRA", whole(1, 1024))
-    alpha: float = setting(4.0, "the update is scaled by alpha / rank", positive())
+    rank: int = setting(4, "rank of the update A B that is added to each layer that takes LoRA", whole(1, 1024))
+    alpha: float = setting(4.0, "scale of the update: alpha / rank", positive())
     targets: tuple[str, ...] = setting(
         ("attention",),
         "which layers take LoRA",
@@ -200,11 +208,11 @@ class Optim:
     lr: float = setting(3e-4, "learning rate", positive(1.0))
     schedule: str = setting(
         "constant",
-        'or "linear", "cosine": it falls to 0 over the run\'s updates',
+        'how the rate falls to 0 over the run\'s updates: "constant" (not at all), "linear", "cosine"',
         ("constant", "linear", "cosine"),
     )
     warmup: int = setting(
-        0, "optimizer updates over which the rate first rises from 0, before the schedule; 0: none", whole(0)
+        0, "optimizer updates over which the rate rises from 0, before the schedule; 0: none", whole(0)
     )
     ema: float = setting(
         0.0,
@@ -212,7 +220,7 @@ class Optim:
         Number(0.0, 1.0, below=True),
     )
     b1: float = setting(0.9, "decay of the gradient's running mean", Number(0.0, 1.0, below=True))
-    b2: float = setting(0.999, "decay of its running square", Number(0.0, 1.0, below=True))
-    eps: float = setting(1e-8, "added to the root of that square", positive(1.0))
-    weight_decay: float = setting(1e-4, "times lr, decoupled from the gradient", Number(0.0, 100.0))
-    grad_clip: float = setting(1.0, "largest global norm of the gradient, which is scaled down to it", positive())
+    b2: float = setting(0.999, "decay of the gradient's running square", Number(0.0, 1.0, below=True))
+    eps: float = setting(1e-8, "number added to the root of the running square", positive(1.0))
+    weight_decay: float = setting(1e-4, "weight decay, times lr, decoupled from the gradient", Number(0.0, 100.0))
+    grad_clip: float = setting(1.0, "largest global norm of the gradient; a larger one is scaled down", positive())
