@@ -89,7 +89,7 @@ def test_list(command_line, capsys, arguments):
         ([CONFIG, "--config.sampling.steps=many"], ["--config.sampling.steps=many"]),
         ([CONFIG, "--config.exploration.enabled=maybe"], ["--config.exploration.enabled=maybe"]),
         (["--config=no/such.py"], ["no/such.py"]),
-        (["--config=nosuch:model=emoji"], ["config: nosuch: no such file; accepted: a path, alignprop, ddpo, "]),
+        (["--config=nosuch:model=emoji"], ["config: nosuch: no such file; accepted: a path, alignprop, "]),
         (["--config=no/such.py", "--config.seed=1"], ["no/such.py"]),
         (["--list=papers"], ["--list='papers'", "accepted: all, configs, methods, "]),
         ([CONFIG, "--wrokdir=x"], ["wrokdir"]),

@@ -24,7 +24,7 @@ def test_settings_of_words(script):
 
 @pytest.mark.slow
 def test_the_network_alone(script, make_config, tmp_path):
-    """Compiled for a device of this machine, as if it were not there: the gradient has the network's products, and more."""
+    """Compiled for this machine as if it were not there: the gradient has the network's products, and more."""
     there = backend.Absent("cpu", None, (jax.devices()[0],), 2**34, {}, "1 x none")
     with backend.absent(there):
         experiment = Experiment.build(checked(make_config("ddpo")), weights=False)
