@@ -5,15 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import sample_rewards
 
-from diffexp_jax import parallel
+from diffexp_jax import command, parallel, train
 from diffexp_jax.algorithms import METHODS, Inputs, Setup, denoising
+from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.sampling import load_process
 from diffexp_jax.sampling.flow import SCHEDULER as FLOW
 from diffexp_jax.settings import checked
 from tests.support import images_alone as alone
+from tests.support.runs import PLAIN, assert_same_run, rows_of
 from tests.support.tiny import SCHEDULER, nonzero_lora, policy_of
 
 FROM_IMAGES = ("rwr", "nft", "awm")
@@ -127,3 +130,66 @@ def test_learns_brightness(make_config, method, prediction):
         state, _ = update(state, frozen, Inputs(batch, steps, key, samples))
     print(rewards)
     assert rewards[-1] > rewards[0] + 2e-3
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.slow  # three runs
+@pytest.mark.parametrize("method", FROM_IMAGES)
+def test_a_run_goes_on_bit_for_bit(make_config, tmp_path, method):
+    """Stopped while it explores, and gone on with to where it no longer does; without noise in the sampler's steps."""
+    changes = PLAIN | {"exploration.iterations": 3, "sampling.eta": 0.0}
+    train.run(make_config(method, changes), tmp_path / "whole")
+    for iterations in (2, 4):
+        train.run(make_config(method, changes | {"iterations": iterations}), tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    rows = rows_of(tmp_path / "whole")
+    assert all(row["grad_norm"] > 0 and row["reward/std"] > 0 for row in rows[1:])
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+
+
+@pytest.mark.slow  # a run
+@pytest.mark.parametrize("method", FROM_IMAGES)
+def test_exploration_off_is_plain(make_config, tmp_path, method):
+    changes = PLAIN | {"iterations": 1}
+    neutral = {"exploration.w_low": 3.0, "exploration.weight_range": (1.0, 1.0)}
+    for name, more in (("off", {"exploration.enabled": False}), ("neutral", neutral), ("on", {})):
+        train.run(make_config(method, changes | more), tmp_path / name)
+    assert_same_run(tmp_path / "off", tmp_path / "neutral")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "on", tmp_path / "off")
+
+
+@pytest.mark.slow  # a run
+@pytest.mark.parametrize("method", FROM_IMAGES)
+def test_nan_stops_the_run(make_config, tmp_path, capsys, monkeypatch, method):
+    """The reward is NaN from the start: it is said in a line, the exit code is 1, and nothing of it is saved."""
+    monkeypatch.setattr(sample_rewards, "FACTOR", [np.nan])
+    config = make_config(method, PLAIN | {"reward": "jax:sample_rewards:scaled_brightness"})
+    with pytest.raises(SystemExit) as stop:
+        command.guarded(train.run, config, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "error: iteration 1: loss nan" in said and "Traceback" not in said
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"0"}
+
+
+@pytest.mark.parametrize(
+    "key, bad, said",
+    [
+        ("rwr.temperature", 0.0, "rwr.temperature=0.0: wants more than 0"),
+        ("rwr.quantile", 1.0, "rwr.quantile=1.0: wants at least 0, less than 1"),
+        ("rwr.weighting", "softmax", "rwr.weighting='softmax': accepted: exponential, quantile"),
+        ("nft.strength", -1.0, "nft.strength=-1.0: wants more than 0"),
+        ("nft.timestep_fraction", 1.5, "nft.timestep_fraction=1.5: wants more than 0, at most 1"),
+        ("awm.timesteps", 0, "awm.timesteps=0: wants 1..1000"),
+        ("awm.power", 2.0, "awm.power=2.0: wants more than 0, at most 1"),
+        ("batch.group", 1, "batch.group=1: {method} compares samples of a prompt; wants at least 2"),
+    ],
+)
+def test_bad_settings(make_config, key, bad, said):
+    """Each mistake is one line."""
+    for method in [key.split(".")[0]] if key.split(".")[0] in METHODS else FROM_IMAGES:
+        with pytest.raises(InputError) as error:
+            checked(make_config(method, {key: bad}))
+        assert str(error.value).startswith(said.format(method=method)) and "\n" not in str(error.value)

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from diffexp_jax import parallel, train
+from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import HostError, InputError
 from diffexp_jax.parallel import hosts as hosts_module
 from diffexp_jax.run.checkpoint import read_lora
@@ -40,10 +41,13 @@ SETTINGS |= {"batch.samples_per_forward": 2, "checkpoint.every": 1, "checkpoint.
 
 
 def settings_for(algorithm: str, tiny_settings: dict) -> dict:
-    """With a reward in plain Python too, where the method takes one."""
-    if algorithm == "ddpo":
-        return tiny_settings | SETTINGS | {"reward": f"{tiny_settings['reward']}+python:sample_rewards:bright_and_long"}
-    return tiny_settings | SETTINGS
+    """With a reward in plain Python too, where the method takes one; groups are such that four devices share them."""
+    settings = tiny_settings | SETTINGS
+    if METHODS[algorithm].needs.groups:
+        settings |= {"batch.group": 2, f"{algorithm}.updates": 1}
+    if algorithm in ("ddpo", "nft"):
+        settings |= {"reward": f"{tiny_settings['reward']}+python:sample_rewards:bright_and_long"}
+    return settings
 
 
 def run_on(folder: Path, algorithm: str, settings: dict, *, hosts: int, devices: int) -> Path:
@@ -126,7 +130,9 @@ def test_two_hosts_do_what_one_does(on_one, tiny_settings, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(1, 4), (2, 2), (4, 1)], ids=lambda layout: "{} x {}".format(*layout))
-@pytest.mark.parametrize("on_one, algorithm", [("ddpo", "ddpo"), ("alignprop", "alignprop")], indirect=["on_one"])
+@pytest.mark.parametrize(
+    "on_one, algorithm", [(name, name) for name in ("ddpo", "alignprop", "rwr", "nft", "awm")], indirect=["on_one"]
+)
 def test_any_layout_does_what_one_device_does(on_one, algorithm, layout, tiny_settings, tmp_path):
     hosts, devices = layout
     settings = settings_for(algorithm, tiny_settings)
