@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Needs, Policy, Setup
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Policy, Setup
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
@@ -109,7 +109,6 @@ class RWR(Method):
     """RWR: reward-weighted likelihood of the model's own images (Lee et al. 2023; Black et al. 2024)."""
 
     name: ClassVar[str] = "rwr"
-    needs: ClassVar[Needs] = Needs(groups=True)
     updates: int = setting(1, "optimizer updates in a pass, each on batch.samples / updates images", whole(1, 4096))
     inner_epochs: int = setting(
         5, "passes over an iteration's images, each at other timesteps and noise", whole(1, 4096)
@@ -151,6 +150,10 @@ class RWR(Method):
         Number(0.0, 1e6),
         about="Lee et al. take pretraining images. Those of the untuned model take their place, for twice the work.",
     )
+
+    @property
+    def compares_groups(self) -> bool:
+        return self.per_prompt
 
     @property
     def trains_guided(self) -> bool:

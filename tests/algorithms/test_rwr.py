@@ -96,3 +96,4 @@ def test_passes():
     assert RWR().passes(50, True) == {"to sample": 1.0}
     assert RWR(prior_weight=0.01).passes(50, True)["to sample by the untuned model"] == 1.0
     assert RWR().trains_guided and not RWR(guided=False).trains_guided
+    assert RWR().compares_groups and not RWR(per_prompt=False).compares_groups  # then any images will do

@@ -285,13 +285,12 @@ def test_real_sizes(device, method, changes, model, remat, reward):
     config = CONFIGS[method].get_config(f"model={model},reward={reward},prompts=animals")
     config.update_from_flattened_dict({"model.remat": remat, "eval.rewards": (), "batch.samples": 4} | changes)
     config.batch.samples_per_forward = min(config.batch.samples_per_forward, 2)
-    needs = METHODS[method].needs
-    if needs.groups:
+    if METHODS[method]().compares_groups:
         config.update_from_flattened_dict({"batch.group": 4, f"{method}.updates": 1})
     if needs.features:
         config.update_from_flattened_dict({f"{method}.features": "aesthetic", f"{method}.updates": 1})
     texts = lower_all(device, config, without=() if method == "ddpo" else ("evaluate",))  # it is the same for all
-    programs = {"update"} if needs.reward_gradient else {"sample", "update"}
+    programs = {"update"} if METHODS[method].needs.reward_gradient else {"sample", "update"}
     assert texts.keys() == programs | {"explore"} | ({"evaluate"} if method == "ddpo" else set())
     where = "sample" if changes else "update"  # where the gradient is made
     assert FUSED[device][1] in texts[where]

@@ -43,7 +43,7 @@ SETTINGS |= {"batch.samples_per_forward": 2, "checkpoint.every": 1, "checkpoint.
 def settings_for(algorithm: str, tiny_settings: dict) -> dict:
     """With a reward in plain Python too, where the method takes one; groups are such that four devices share them."""
     settings = tiny_settings | SETTINGS
-    if METHODS[algorithm].needs.groups:
+    if METHODS[algorithm]().compares_groups:
         settings |= {"batch.group": 2, f"{algorithm}.updates": 1}
     if algorithm in ("ddpo", "nft"):
         settings |= {"reward": f"{tiny_settings['reward']}+python:sample_rewards:bright_and_long"}
