@@ -19,6 +19,7 @@ FEW = PLAIN | {"iterations": 2, "batch.samples": 8, "batch.samples_per_forward":
 CHANGES = {
     "ddpo": {"ddpo.updates": 1, "ddpo.gradient": "twopass"},
     "dpok": {"dpok.updates": 1},
+    "rwr": {"rwr.updates": 1, "rwr.inner_epochs": 2},
     "seiko": {"seiko.updates": 1, "seiko.inner_epochs": 2, "seiko.fit_epochs": 3, "seiko.buffer": 12},
 }
 SAME = ("reward/mean", "reward/std", "grad_norm", "lora_norm")
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.parametrize("method", METHODS)]
 
 
 def settings_of(method, tiny_settings):
-    group = {"batch.group": 2} if METHODS[method].needs.groups else {}
+    group = {"batch.group": 2} if METHODS[method]().compares_groups else {}
     return tiny_settings | FEW | LINEAR | group | CHANGES.get(method, {})
 
 

@@ -287,7 +287,7 @@ def test_real_sizes(device, method, changes, model, remat, reward):
     config.batch.samples_per_forward = min(config.batch.samples_per_forward, 2)
     if METHODS[method]().compares_groups:
         config.update_from_flattened_dict({"batch.group": 4, f"{method}.updates": 1})
-    if needs.features:
+    if METHODS[method].needs.features:
         config.update_from_flattened_dict({f"{method}.features": "aesthetic", f"{method}.updates": 1})
     texts = lower_all(device, config, without=() if method == "ddpo" else ("evaluate",))  # it is the same for all
     programs = {"update"} if METHODS[method].needs.reward_gradient else {"sample", "update"}
