@@ -18,7 +18,7 @@ def get_config(argument: str | None = None):
         config.iterations = 36
         config.optim.lr = 2.4e-2
         config.optim.schedule = "linear"
-        config.ddpo.timestep_fraction = 0.8  # few steps: the gradient of the last but one is 25 times the first's
+        config.ddpo.timestep_fraction = 0.8  # few steps: the second-to-last has 25 times the first's gradient
         config.ddpo.clip = 3e-3  # of a mean over 512 numbers: as wide as 1e-4 of SD 1.5's mean over 16,384
         config.ddpo.stats_min_count = 4  # each of the 135 prompts comes up every other iteration
     return config

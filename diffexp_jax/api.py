@@ -64,7 +64,7 @@ def fine_tune(config: ConfigDict, workdir: str | Path) -> Evaluator:
     Everything that the run makes is in `workdir`, as on the command line: metrics, checkpoints, pictures, report.html.
 
     Raises:
-      InputError: a setting that cannot work; Stopped: Ctrl-C, after which the same call goes on.
+      InputError: a setting that cannot work; Stopped: Ctrl-C, after which the same call resumes.
     """
     folder = paths.local("workdir", workdir)
     train.run(config, folder)

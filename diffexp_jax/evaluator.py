@@ -1,4 +1,4 @@
-"""A model that can be sampled and scored: that of a run, of a run that goes on, or one without a run.
+"""A model that can be sampled and scored: that of a run, of a run that is still training, or one without a run.
 
 model = Evaluator.of_run("runs/x")
 images = model.images(["a dog riding a bike"], seed=0)

@@ -6,7 +6,7 @@ python scripts/analyse.py --pages --readme README.md --out docs/evidence/results
 
 The second compares any runs: NAME=FOLDER, a run or a folder with a subfolder seedN for each; the first is the baseline.
 The numbers of an experiment's runs are copied to OUT/sweeps: another machine can analyse them, and a copy of
-that folder is a sweep to go on with.
+that folder is a sweep that resumes.
 
 --pages and --readme write documents from all results in --out, also without an experiment to read. Each experiment also
 gets one HTML file with pictures, beside its runs: SWEEPS/experiments/NAME.html, or OUT/NAME.html.

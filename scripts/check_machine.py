@@ -5,7 +5,7 @@
 
 It prints a row for each check, with what to do below one that failed, and writes all of it as JSON. The exit code is 1
 if any failed. Results are compared with those of a CPU in float32, which are stored in tools/machine/; they are made
-anew by `JAX_PLATFORMS=cpu python scripts/check_machine.py --write_reference`. Random numbers come from numpy's
+again by `JAX_PLATFORMS=cpu python scripts/check_machine.py --write_reference`. Random numbers come from numpy's
 RandomState, whose streams numpy has frozen (those of its newer generators it has not), and from jax.random, which is
 the same on every device.
 """
@@ -175,5 +175,5 @@ if __name__ == "__main__":
     add("--out", type=Path, default=Path("check_machine.json"), help="the .json file to write")
     add("--full", action="store_true", help="also run SD 1.5 and SDXL at real size, on an accelerator")
     add("--only", default="", metavar="REGEX", help="run the checks alone whose names have such a part")
-    add("--write_reference", action="store_true", help="make the stored float32 results anew, on a CPU")
+    add("--write_reference", action="store_true", help="make the stored float32 results again, on a CPU")
     command.guarded(main, parser.parse_args())

@@ -1,4 +1,4 @@
-r"""Runs an experiment's arms over seeds, and goes on where it was stopped; `configs/sweeps.py` has the experiments.
+r"""Runs an experiment's arms over seeds, and resumes where it was stopped; `configs/sweeps.py` has the experiments.
 
 python scripts/sweep.py --experiment fig4_ddpo_pickscore --model emoji --seeds 3 --out runs/sweeps
 python scripts/sweep.py --experiment fig1 --seeds 5 --out runs/sweeps --print slurm > fig1.sbatch
@@ -99,7 +99,7 @@ def processes(asked: int | None, n_runs: int, kind: str, n_devices: int) -> tupl
 
 
 def places(parallel: int, n_gpus: int) -> list[dict[str, str]]:
-    """What each of the runs that go on at once finds in its environment: its GPU, and its part of that one's memory.
+    """What each of the runs at once finds in its environment: its GPU, and its part of that one's memory.
 
     Args:
       n_gpus: that the runs share out; 0 where they choose for themselves.
@@ -137,7 +137,7 @@ def note(out: Path, experiments: dict[str, dict]) -> None:
 
 
 def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], places: Sequence[dict[str, str]]) -> None:
-    """Works through all commands, a run at each place; a run that fails is named, and the others go on.
+    """Works through all commands, a run at each place; a run that fails is named, and the others continue.
 
     Raises SystemExit: 1 where a run failed; 130, 143 or 129 where SIGINT, SIGTERM or SIGHUP stopped it.
     """
@@ -167,7 +167,7 @@ def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], pl
             bar.set_postfix_str(f"{len(runs) - runs_left - len(failed)} of {len(runs)} runs done")
     if received:
         stop(active, received[0])
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         sys.exit(128 + received[0])
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again", file=sys.stderr)
@@ -175,7 +175,7 @@ def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], pl
 
 
 def done_of(run: Run, unfinished: bool) -> int:
-    """An unfinished run without checkpoints begins anew, whatever numbers of it were kept."""
+    """An unfinished run without checkpoints begins again, whatever numbers of it were kept."""
     if unfinished and not (run.workdir / "checkpoints").exists():
         return 0
     rows = read_metrics(run.workdir)

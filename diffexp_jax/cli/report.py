@@ -1,4 +1,4 @@
-"""Writes the report of a run anew, or a page of two runs side by side; each is one file that needs nothing else.
+"""Writes the report of a run again, or a page of two runs side by side; each is one file that needs nothing else.
 
 python scripts/report.py --workdir runs/a
 python scripts/report.py --workdir runs/a --beside runs/b --out a-and-b.html

@@ -225,7 +225,7 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[ImageReward, di
 
     Args:
       path: the checkpoint's file.
-      dtype: of the weights and of the arithmetic; the head is float32 all the same.
+      dtype: of the weights and of the arithmetic; the head is always float32.
 
     Raises:
       InputError: a file is missing, broken or refused, or its tensors do not fit the sizes.

@@ -37,7 +37,7 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[CLIP, dict[st
 
     Args:
       folder: where the files are.
-      dtype: of the weights and of the arithmetic; features and `logit_scale` are float32 all the same.
+      dtype: of the weights and of the arithmetic; features and `logit_scale` are always float32.
 
     Returns:
       The network and its parameters.
@@ -59,7 +59,7 @@ def load_image_tower(
       folder: holds config.json and the weights.
       tensors: the weights where they are not the folder's safetensors; names of other parts than the image's are
         passed over.
-      dtype: of the weights and of the arithmetic; features are float32 all the same.
+      dtype: of the weights and of the arithmetic; features are always float32.
 
     Raises:
       InputError: a file is missing or broken, or its tensors do not fit the config.

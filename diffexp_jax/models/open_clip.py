@@ -182,7 +182,7 @@ def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> tuple[clip.CLIP, dict
 
     Args:
       path: the file; its sizes are those of open_clip_config.json beside it, or ViT-H-14's if there is none.
-      dtype: of the weights and of the arithmetic; features and `logit_scale` are float32 all the same.
+      dtype: of the weights and of the arithmetic; features and `logit_scale` are always float32.
 
     Raises:
       InputError: a file is missing, broken or refused, or its tensors do not fit the sizes.

@@ -81,7 +81,7 @@ def agree(value: int) -> int:
 
 
 def together(work: Callable[[], T]) -> T:
-    """work() on every host. Where it raises on one, all raise: nobody goes on alone, or waits for one who has stopped.
+    """work() on every host. Where it raises on one, all raise: none continues alone or waits for one that stopped.
 
     Raises:
       What work raised here; elsewhere an error of the same kind (HostError for an unexpected one) that names the host.

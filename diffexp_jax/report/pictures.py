@@ -63,7 +63,7 @@ def _left_out(unreadable: Sequence[str], *, others: int) -> list[str]:
 
 
 def _thinned(paths: Sequence[Path], most: int) -> list[Path]:
-    """Every, every second, every fourth ... and the last: a run that goes on mostly keeps what it has."""
+    """Every, every second, every fourth ... and the last: a run that continues keeps most of what it has."""
     stride = 1
     while len(paths[::stride]) >= most < len(paths):
         stride *= 2

@@ -23,7 +23,7 @@ from diffexp_jax.settings import Settings, flat, read_config
 
 REPORT = "report.html"
 ABOUT = "about.json"
-_SECONDS = 10.0  # that a page is left as it is while a run goes on
+_SECONDS = 10.0  # that a page is left as it is while a run continues
 
 
 class RunFiles(NamedTuple):
@@ -210,7 +210,7 @@ def setting_parts(settings: Mapping[str, Any]) -> list[str | Part]:
 def machine_parts(about: Mapping[str, Any]) -> list[str | Part]:
     """Versions, and the devices of the last start."""
     if not about:
-        return [f"Not known: the folder has no {ABOUT}, which this version writes when a run begins or goes on."]
+        return [f"Not known: the folder has no {ABOUT}, which this version writes when a run begins or resumes."]
     return [Facts([*about["devices"].items(), *about["versions"].items()])]
 
 

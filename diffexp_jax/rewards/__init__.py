@@ -56,7 +56,7 @@ def load_reward(
     Args:
       text: names in `BUILTINS`, and where their weights are unless the package ships them: a path, or
         hub:ORGANISATION/NAME.
-      dtype: of the weights and of the networks' arithmetic; rewards are float32 all the same. Networks in float32
+      dtype: of the weights and of the networks' arithmetic; rewards are always float32. Networks in float32
         multiply in full float32 on any device.
       weights: of the parts of a sum, in its order; none: those of `BUILTINS`, and 1 for a function.
       temperature: of textnorm, in the wrapped reward's units.

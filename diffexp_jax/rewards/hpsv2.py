@@ -18,7 +18,7 @@ from diffexp_jax.rewards.reward import Builtin, Cutting, Reward, Tokenize, of_pi
 
 
 def load(path: Path, *, dtype: DTypeLike = jnp.float32) -> Reward:
-    """cos(image, text): 0.2 to 0.35 or so with the published weights (tables print it times 100).
+    """cos(image, text): about 0.2 to 0.35 with the published weights (tables print it times 100).
 
     v2.0 and v2.1 are different weights; their scores are not comparable. Images are made square by black borders, not
     by a crop, as the published scoring does (`img_score.py`; antialiased, as torchvision does it since 0.17).

@@ -19,7 +19,7 @@ SCALES = {"logit": lambda factor: factor, "logit/26": lambda factor: factor / 26
 
 
 def load(folder: Path, *, scale: str = "logit", dtype: DTypeLike = jnp.float32) -> Reward:
-    """exp(logit_scale) cos(image, text): 18 to 26 or so with the published weights.
+    """exp(logit_scale) cos(image, text): about 18 to 26 with the published weights.
 
     Args:
       folder: a CLIPModel and its CLIPTokenizer as transformers writes them (yuvalkirstain/PickScore_v1, say).

@@ -34,7 +34,7 @@ _FIRST_HOST = ocp.options.MultiprocessingOptions(primary_host=0, active_processe
 class Checkpoints:
     """The folder WORKDIR/checkpoints; a context that closes it.
 
-    Writes go on beside the iterations, one at a time. What was handed over is copied first: the next update reuses the
+    Writes run beside the iterations, one at a time. What was handed over is copied first: the next update reuses the
     memory of its state. Every host may make one: what is not the first's does nothing.
 
     Args:

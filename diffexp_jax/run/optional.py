@@ -24,7 +24,7 @@ def attempt(what: str, work: Callable[..., T], *args: Any, **options: Any) -> T 
         cause = what, getattr(error, "strerror", None) or reason
         if cause not in _said:
             _said.add(cause)
-            logging.warning("%s: failed (%s); the run goes on without", what, reason)
+            logging.warning("%s: failed (%s); the run continues without", what, reason)
     return None
 
 

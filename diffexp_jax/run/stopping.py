@@ -1,5 +1,5 @@
 """How a run is asked to stop: SIGTERM (a scheduler), SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end it after the
-iteration that goes on.
+current iteration.
 
 The iteration may be one long program, and Python's own handlers wait until it is done. So a thread hears the signals:
 it says what will happen, and ends the process when the time is over or when it is asked again.

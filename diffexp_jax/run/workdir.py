@@ -1,4 +1,4 @@
-"""The folder of a run: which runs may be in it or go on there, its config.json and identity.json, and its lock."""
+"""The folder of a run: which runs may be in it or resume there, its config.json and identity.json, and its lock."""
 
 import contextlib
 import json
@@ -31,9 +31,9 @@ class Plan(NamedTuple):
 
 
 def plan(workdir: Path, settings: Settings) -> Plan:
-    """Checks, without writing anything, that a run of these settings can be in the workdir, or go on there.
+    """Checks, without writing anything, that a run of these settings can be in the workdir, or resume there.
 
-    What a run began with goes on: its type of numbers where `model.dtype` is "auto", and its last exploring iteration,
+    What a run began with stays: its type of numbers where `model.dtype` is "auto", and its last exploring iteration,
     whatever `iterations` is now.
 
     Raises:

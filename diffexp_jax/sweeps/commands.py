@@ -86,7 +86,7 @@ def slurm_script(left: Sequence[tuple[Run, list[list[str]]]], out: Path, *, name
         f"#SBATCH --job-name={name}",
         f"#SBATCH --array=0-{len(left) - 1}",
         f"#SBATCH --output={out}/slurm-%A_%a.log",
-        "#SBATCH --requeue  # a run that is stopped goes on where it was",
+        "#SBATCH --requeue  # a stopped run resumes",
         "# Add what your cluster wants: partition, time, GPUs.",
         "set -e",
         'case "$SLURM_ARRAY_TASK_ID" in',

@@ -156,7 +156,7 @@ def telling_reward(results: Mapping[str, Any]) -> str:
 
 
 def pages(folder: Path, every: Results) -> dict[Path, str]:
-    """The index and a page for each experiment, {file: text}: tables are written anew, the prose stays.
+    """The index and a page for each experiment, {file: text}: tables are written again, the prose stays.
 
     Raises:
       InputError: the index or a page lacks its markers, or a page is of an experiment that has no results.
@@ -177,5 +177,5 @@ def pages(folder: Path, every: Results) -> dict[Path, str]:
 
 
 def readme(text: str, every: Results, *, where: str = "README.md") -> str:
-    """The README with its table of results over seeds written anew."""
+    """The README with its table of results over seeds written again."""
     return between(text, README, brief_overview(every, "docs/evidence/results"), where)

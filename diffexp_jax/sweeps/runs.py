@@ -92,7 +92,7 @@ def read_runs(folder: Path) -> dict[int, Seed]:
 
 
 def keep(experiment: Experiment, sweeps: Path, to: Path) -> None:
-    """Copies what an experiment's numbers are made of, and what a sweep on another machine goes on from.
+    """Copies what an experiment's numbers are made of, and what a sweep on another machine resumes from.
 
     Of each run its settings, metrics and final evaluation; the base model's evaluation; what the arms are.
     """

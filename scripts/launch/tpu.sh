@@ -24,7 +24,7 @@ create() {
   on all "git clone -q $(printf %q "${repository:?REPOSITORY: the git address of this code}") diffexp_jax && cd diffexp_jax && python3 -m venv .venv \
     && .venv/bin/pip install -q -r requirements.txt && .venv/bin/pip install -q 'jax[tpu]==0.10.2' \
     && sudo mkdir -p /mnt/runs && sudo chmod a+w /mnt/runs"
-  # the first worker alone writes, and reads what a run goes on from
+  # the first worker alone writes, and reads what a run resumes from
   [[ -z ${BUCKET:-} ]] || on 0 "gcsfuse --implicit-dirs $(printf %q "$BUCKET") /mnt/runs"
 }
 

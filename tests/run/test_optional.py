@@ -50,9 +50,9 @@ def test_a_failure_is_said_once_for_each_cause(caplog):
             assert optional.attempt("images", fail, error) is None, n
         optional.attempt("images", fail, OSError(errno.ENOSPC, "No space", "b"))
     assert [record.getMessage() for record in caplog.records] == [
-        "images: failed (ValueError: no); the run goes on without",
-        "images: failed ([Errno 28] No space: 'a'); the run goes on without",
-        "images: failed (KeyError: 0); the run goes on without",
+        "images: failed (ValueError: no); the run continues without",
+        "images: failed ([Errno 28] No space: 'a'); the run continues without",
+        "images: failed (KeyError: 0); the run continues without",
     ]
     assert optional.attempt("images", lambda a, b: a + b, 1, b=2) == 3
     with pytest.raises(KeyboardInterrupt):
@@ -69,7 +69,7 @@ def nothing_can_be_drawn(monkeypatch):
 
 
 SAID = [
-    f"{what}: failed (RuntimeError: cannot be drawn); the run goes on without"
+    f"{what}: failed (RuntimeError: cannot be drawn); the run continues without"
     for what in ("images", "curves.png", "report.html")
 ]
 
@@ -92,7 +92,7 @@ def test_a_run_whose_pictures_and_reports_all_fail(nothing_can_be_drawn, make_co
     assert [row["iteration"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3]
     assert (tmp_path / train.LORA_FILE).exists() and not (tmp_path / report.REPORT).exists()
     said = [record.getMessage() for record in caplog.records]
-    assert [line for line in said if "goes on without" in line] == SAID
+    assert [line for line in said if "continues without" in line] == SAID
 
 
 def test_a_full_disk_while_a_picture_is_written(tmp_path):
@@ -217,7 +217,7 @@ def test_weights_and_biases_that_goes_away(tmp_path, monkeypatch, caplog, at):
         for n in range(3):
             writer.write(n, {"loss": 0.5})
     (record,) = caplog.records
-    assert record.getMessage() == ("Weights & Biases (log.wandb): failed (no network); the run goes on without")
+    assert record.getMessage() == ("Weights & Biases (log.wandb): failed (no network); the run continues without")
     assert len(read_metrics(tmp_path)) == 3
 
 
@@ -230,4 +230,4 @@ def test_a_run_that_began_there_goes_on_without(tmp_path, monkeypatch, caplog, k
     (tmp_path / "wandb-id.txt").write_text(kept, encoding="latin-1")
     with MetricsWriter(tmp_path, wandb={}) as writer:
         writer.write(0, {"loss": 0.5})
-    assert "goes on without" in caplog.text and len(read_metrics(tmp_path)) == 1
+    assert "continues without" in caplog.text and len(read_metrics(tmp_path)) == 1

@@ -412,7 +412,7 @@ time.sleep(60)
     with pytest.raises(SystemExit) as stop:
         run_all([waits], ["print('begun')"], places=[{}])
     assert stop.value.code == code
-    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert "stopped; the same command continues" in capsys.readouterr().err
     assert (tmp_path / "run0" / "log.txt").read_text().endswith(f"stopped cleanly by {int(number)}\n")
     assert not (tmp_path / "run1").exists()
 

@@ -104,7 +104,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--stages",
         default="vae,diffusion,diffusion_hard,clip,aesthetic,judge",
-        help="in order; vae_decoder and diffusion_hard go on from finished ones",
+        help="in order; vae_decoder and diffusion_hard continue from finished ones",
     )
     add("--workdir", type=Path, default=Path("runs/pretrain_emoji"), help="where checkpoints and the log go")
     add("--out", type=Path, default=pretraining.ASSETS, help="where the finished weights go")

@@ -9,7 +9,7 @@ a run that nobody disturbed, bit for bit. So must those of runs whose files were
 full, read-only or gone, once that is mended, whose reports could not be drawn, and which two programs took over at
 once: all cases are in fault_cases.py. Mounting a small disk wants root.
 
---out grows as the campaign goes, and the same command goes on where it was stopped: take a new file for a new campaign.
+--out grows as the campaign goes, and the same command resumes where it was stopped: take a new file for a new campaign.
 With --folder the next start is some minutes faster, with --seconds it stops by itself, with --only it tries these cases
 alone. 100 kills take half an hour on two cores that do nothing else, and each further damage of every kind some two
 minutes, four where hosts are stopped.

@@ -72,8 +72,8 @@ SETTINGS = {
     "optim.grad_clip": 1e6,  # so that Adam's first mean is the gradient
 }
 # AlignProp's gradient is that of the last two steps: by the network's weights, and by its input. Through all 8 a few
-# samples' gradients blow up on the way, and how far hangs on rounding: rounding the weights alone to bfloat16 moves it
-# by 0.04 to 3.5 of its length, from batch to batch; that of two steps by 0.02 to 0.08.
+# samples' gradients blow up, and how far depends on rounding: rounding the weights to bfloat16 moves it by 0.04 to
+# 3.5 of its length, from batch to batch; that of two steps by 0.02 to 0.08.
 LIVE_STEPS = 2
 METHODS = {
     "alignprop": {"prompts": "animals_unseen_with_article", "optim.lr": 1e-2, "optim.weight_decay": 0.0}
