@@ -14,7 +14,8 @@ from ml_collections.config_dict import placeholder
 def default() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # seed of everything random: same seed, same run
-    config.algorithm = placeholder(str)  # how to fine-tune: alignprop, ddpo, draft, dpok, rwr, nft, awm, seiko
+    # How to fine-tune: alignprop, ddpo, draft, dpok, prdp, rwr, nft, awm, entropy, seiko
+    config.algorithm = placeholder(str)
     # Number of devices that a CPU counts as; None: one per core, as the batch and the memory allow
     config.cpu_devices = placeholder(int)
     # The paper gives no number. Exploration ends at three quarters of it (`exploration.fraction`): of 100 iterations of
@@ -205,6 +206,19 @@ def default() -> ml_collections.ConfigDict:
     # Minibatches of 256 random states that the gradient of each of those steps is the mean over
     config.dpok.value_batches = 5
 
+    # PRDP: the log-ratios of a prompt's samples are made to differ as their rewards do (Deng et al. 2024).
+    config.prdp = ml_collections.ConfigDict()
+    config.prdp.updates = 1  # optimizer updates an epoch, each on whole prompts
+    config.prdp.inner_epochs = 10  # passes over an iteration's samples; 10 with 45 prompts, 1 with 100,000 in the paper
+    # How far a step's log-prob may move from the sampling policy's; 1e-4 with 100,000 prompts in the paper
+    config.prdp.clip = 1e-6
+    config.prdp.old_log_prob = "auto"  # what the importance ratio is relative to, see ddpo.old_log_prob
+    # Share of the steps, from the noise on, that the update learns from, see ddpo.timestep_fraction
+    config.prdp.timestep_fraction = 1.0
+    # In the paper rewards are a cosine (HPSv2, PickScore without its factor), and beta is 3e-5 with 45 prompts, 3e-6
+    # with 100,000. The log-ratios that it weighs are means over steps and a latent's numbers.
+    config.prdp.beta = 3e-5  # weight of the KL to the untuned model, in the reward's units
+
     # RWR: reward-weighted likelihood of the model's own images (Lee et al. 2023; Black et al. 2024).
     config.rwr = ml_collections.ConfigDict()
     config.rwr.updates = 1  # optimizer updates in a pass, each on batch.samples / updates images
@@ -265,6 +279,18 @@ def default() -> ml_collections.ConfigDict:
     config.awm.average_rate = 1e-3  # what each update adds to the decay of that average
     config.awm.average_most = 0.3  # largest decay of that average
     config.awm.guided = False  # whether the guided output is what is trained, see nft.guided
+
+    # Entropy-regularised control: the reward's gradient less the KL of the paths (Uehara et al. 2024a).
+    config.entropy = ml_collections.ConfigDict()
+    # How many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all
+    config.entropy.truncation = "per_step"
+    config.entropy.truncation_k = 1  # for "fixed": that many
+    # Whether the gradient goes through the later steps' networks, as published, see alignprop.input_gradient
+    config.entropy.input_gradient = True
+    # The KL is a sum over the steps, a mean over a latent's numbers. 1 is what SEIKO's code has (0.01 of each). The
+    # larger it is, the more the images stay as diverse as the untuned model's, and the less is gained.
+    # Weight of the KL between the tuned and the untuned model's paths, in the reward's units
+    config.entropy.alpha = 1.0
 
     # SEIKO: the gradient of a reward that is learnt from few queries of the true one (Uehara et al. 2024b).
     config.seiko = ml_collections.ConfigDict()

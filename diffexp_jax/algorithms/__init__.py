@@ -13,12 +13,14 @@ from diffexp_jax.algorithms.awm import AWM
 from diffexp_jax.algorithms.ddpo import DDPO
 from diffexp_jax.algorithms.dpok import DPOK
 from diffexp_jax.algorithms.draft import DRaFT
+from diffexp_jax.algorithms.entropy import Entropy
 from diffexp_jax.algorithms.nft import NFT
+from diffexp_jax.algorithms.prdp import PRDP
 from diffexp_jax.algorithms.rwr import RWR
 from diffexp_jax.algorithms.seiko import SEIKO
 
 __all__ = ["METHODS", "Algorithm", "Batch", "Inputs", "Method", "Needs", "Policy", "Samples", "Setup"]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (AlignProp, DDPO, DRaFT, DPOK, RWR, NFT, AWM, SEIKO)
+    method.name: method for method in (AlignProp, DDPO, DRaFT, DPOK, PRDP, RWR, NFT, AWM, Entropy, SEIKO)
 }

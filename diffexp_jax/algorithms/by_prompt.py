@@ -31,6 +31,12 @@ def advantages(
     return (own - mean) / ((rewards.std() if global_std else std) + EPSILON)
 
 
+def above_the_others(own: Float[Array, "B"], same: Bool[Array, "B N"], rewards: Float[Array, "N"]) -> Float[Array, "B"]:
+    """r less the mean of the prompt's other rewards, of which there is at least one: leave-one-out."""
+    others = same.sum(1) - 1
+    return own - (jnp.where(same, rewards, 0.0).sum(1) - own) / others
+
+
 def exponential_weights(
     own: Float[Array, "B"], same: Bool[Array, "B N"], rewards: Float[Array, "N"], *, temperature: float
 ) -> Float[Array, "B"]:

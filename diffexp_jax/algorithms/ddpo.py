@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from diffexp_jax.algorithms import by_prompt
 from diffexp_jax.algorithms.algorithm import (
     Algorithm,
     Inputs,
@@ -53,38 +54,32 @@ def step_loss(
     return loss + kl_weight * transition_kl(process, *outputs, step.x_t, step.step).mean()
 
 
-def group_advantages(
-    rewards: Float[Array, "B"], everything: Float[Array, "N"], *, group: int, kind: str, clip: float
-) -> Float[Array, "B"]:
-    """How much better a sample is than the others of its prompt, which follow each other in groups.
-
-    "group": (r - mean) / (std + 1e-4) of the group, clipped to +-clip (GRPO, Shao et al. 2024). "group_mean": the same
-    with the std of all rewards of the iteration, `everything` (Flow-GRPO, Liu et al. 2025). "loo": r less the mean of
-    the others in the group (leave-one-out, Kool et al. 2019), neither scaled nor clipped.
-    """
-    of_prompt = rewards.reshape(-1, group)
-    above = of_prompt - of_prompt.mean(1, keepdims=True)
-    if kind == "loo":
-        return (above * group / (group - 1)).reshape(-1)
-    std = of_prompt.std(1, keepdims=True) if kind == "group" else everything.std()
-    return jnp.clip(above / (std + 1e-4), -clip, clip).reshape(-1)
-
-
-def compared_rewards(
+def compared(
     stats: PromptStats,
-    prompt_id: Int[Array, "B"],
-    rewards: Float[Array, "B"],
-    everything: Float[Array, "N"],
+    own: tuple[Int[Array, "B"], Float[Array, "B"]],
+    all_samples: tuple[Int[Array, "N"], Float[Array, "N"]],
     *,
     kind: str,
-    group: int,
     clip: float,
     min_count: int,
 ) -> Float[Array, "B"]:
-    """The advantages of a device's samples: `kind` is a word of ADVANTAGES, `everything` all devices' rewards."""
+    """The advantages of a device's samples; `kind` is one of ADVANTAGES.
+
+    "prompt": `state.advantages`. Else of the iteration alone: "group" is (r - mean) / (std + 1e-4) of the prompt's rewards
+    (GRPO, Shao et al. 2024), "group_mean" the same with the std of all rewards (Flow-GRPO, Liu et al. 2025), both at most
+    `clip`; "loo" is r less the mean of the prompt's other rewards (leave-one-out, Kool et al. 2019).
+
+    Args:
+      own, all_samples: prompt ids and rewards of the device's samples, and of those of all devices.
+    """
+    (prompt_id, rewards), (all_ids, everything) = own, all_samples
     if kind == "prompt":
         return advantages(stats, prompt_id, rewards, batch_rewards=everything, min_count=min_count, clip=clip)
-    return group_advantages(rewards, everything, group=group, kind=kind, clip=clip)
+    same = by_prompt.of_one_prompt(prompt_id, all_ids)
+    if kind == "loo":
+        return by_prompt.above_the_others(rewards, same, everything)
+    adv = by_prompt.advantages(rewards, same, everything, global_std=kind == "group_mean")
+    return jnp.clip(adv, -clip, clip)
 
 
 def ddpo(
@@ -115,7 +110,7 @@ def ddpo(
       inner_epochs: passes over an iteration's samples.
       clip: of the importance ratio (1e-4: log-probs are means over a latent's entries).
       advantage_clip, stats_buffer, stats_min_count: see `state.advantages`.
-      advantage: "prompt" for those, else see `group_advantages`.
+      advantage: see `compared`.
       kl_weight: factor of the mean over the steps of each one's KL to the untuned model, in the loss.
       old_log_prob: what the ratio is relative to, see `several_updates`.
       one_pass: make the gradient while sampling, see `one_pass.py`; for a single update an iteration.
@@ -129,14 +124,14 @@ def ddpo(
 
     loss = partial(step_loss, process=policy.process, clip=clip, kl_weight=kl_weight)
     rule = PolicyGradient(policy, optimizer, loss, reference=(lambda extra: None) if kl_weight else None)
-    compared = partial(compared_rewards, kind=advantage, group=group, clip=advantage_clip, min_count=stats_min_count)
+    kinds = dict(kind=advantage, clip=advantage_clip, min_count=stats_min_count)
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
 
     def update(state, frozen, inputs: Inputs):
         batch, samples = inputs.batch, inputs.samples
         prompt_ids, rewards = (across_devices(x, group) for x in (batch.prompt_id, samples.rewards))
         stats = update_stats(state.extra, prompt_ids, rewards)
-        adv = compared(stats, batch.prompt_id, samples.rewards, rewards)
+        adv = compared(stats, (batch.prompt_id, samples.rewards), (prompt_ids, rewards), **kinds)
         if one_pass:
             loss, grads = -jax.lax.pmean(adv.mean(), AXIS), gradient_of_loss(samples.gradients, adv)  # at ratios of 1
             state, metrics = stepped(optimizer, state, loss, grads, (samples.rewards, samples.parts), stats)

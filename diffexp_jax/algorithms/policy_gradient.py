@@ -44,7 +44,7 @@ class Minibatch(NamedTuple):
     """What one optimizer step is made of."""
 
     trajectory: Trajectory  # a leading axis [chunks]
-    weight: Float[Array, "chunks T B"]
+    weight: Any  # [chunks T B], or where the method weighs, a tree of such arrays
     old_log_prob: Float[Array, "chunks T B"] | None
 
 
@@ -58,18 +58,19 @@ class PolicyGradient(NamedTuple):
     one that is trained, by the reference). Else it is None.
 
     `weigh(log_prob, old_log_prob, weight)`, all [T, B], gives the weights [T, B] that the loss gets in place of those
-    that the samples had: once for each update, from the log-probs of all steps and samples that it is made of on a
-    device, a prompt's group together. So a loss may couple steps and samples: see `slopes_of`.
+    that the samples had, which may be a tree of arrays: once for each update, from the log-probs of all steps and
+    samples that it is made of on a device, a prompt's group together. So a loss may couple steps and samples: see
+    `slopes_of`. At an iteration's first update these log-probs are the sampling program's.
     """
 
     policy: Policy
     optimizer: optax.GradientTransformation
     loss: Callable[..., Float[Array, ""]]
     reference: Callable[[Any], Any] | None = None
-    weigh: Callable[[Array, Array, Array], Float[Array, "T B"]] | None = None
+    weigh: Callable[[Array, Array, Any], Float[Array, "T B"]] | None = None
 
 
-def slopes_of(loss: Callable[[Array, Array, Array], Float[Array, ""]]) -> Callable[..., Float[Array, "T B"]]:
+def slopes_of(loss: Callable[[Array, Array, Any], Float[Array, ""]]) -> Callable[..., Float[Array, "T B"]]:
     """A `PolicyGradient.weigh`, for any scalar loss(log_prob, old_log_prob, weight) of all steps and samples, [T, B].
 
     With `weighted_log_prob` as the method's loss, its gradient is followed: d loss = sum_tb (d loss / d log p_tb) d log
@@ -185,20 +186,20 @@ def minibatch_gradient(
     return jax.lax.pmean(means, AXIS), log_prob
 
 
-def minibatches(
-    trajectory: Trajectory, weight: Float[Array, "chunks m"] | Float[Array, "chunks T m"], *, n_updates: int
-) -> Minibatch:
+def minibatches(trajectory: Trajectory, weight: Any, *, n_updates: int) -> Minibatch:
     """The samples' chunks shared out to the updates, [updates, chunks, ...]; a sample's weight is that of its steps."""
-    weight = jnp.broadcast_to(weight if weight.ndim == 3 else weight[:, None], trajectory.log_prob.shape)
+    shape = trajectory.log_prob.shape
+    weight = jax.tree.map(lambda x: jnp.broadcast_to(x if x.ndim == 3 else x[:, None], shape), weight)
     return chunked(Minibatch(trajectory, weight, trajectory.log_prob), n_updates)
 
 
 def weighed(
-    weigh: Callable[[Array, Array, Array], Array], log_prob: Float[Array, "chunks T m"], minibatch: Minibatch
+    weigh: Callable[[Array, Array, Any], Array], log_prob: Float[Array, "chunks T m"], minibatch: Minibatch
 ) -> Minibatch:
     """The minibatch with `PolicyGradient.weigh`'s weights; `log_prob` is of the LoRA before the update."""
     old = log_prob if minibatch.old_log_prob is None else minibatch.old_log_prob
-    whole = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in (log_prob, old, minibatch.weight))  # [T, chunks * m]
+    of_all = log_prob, old, minibatch.weight
+    whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1), of_all)  # [T, chunks * m]
     chunks, n_steps, m = log_prob.shape
     return minibatch._replace(weight=weigh(*whole).reshape(n_steps, chunks, m).swapaxes(0, 1))
 
@@ -224,7 +225,7 @@ def several_updates(
     Returns:
       What the updates have changed, {"loss", "grad_norm"} of each update, log-ratios.
     """
-    n = len(minibatches.weight)
+    n, newest = len(minibatches.old_log_prob), minibatches.old_log_prob if rule.weigh else None
     recomputes = old_log_prob == "recomputed" and n * epochs > 1
     visits = schedule(n, epochs, recomputes=recomputes, weighs=rule.weigh is not None)
     always_learns, learns = visits.learns.all(), np.flatnonzero(visits.learns)
@@ -235,7 +236,7 @@ def several_updates(
         trained, old, newest = carry
         minibatch = jax.tree.map(lambda x: x[visit.minibatch], minibatches._replace(old_log_prob=old))
         if rule.weigh:
-            minibatch = weighed(rule.weigh, newest, minibatch)
+            minibatch = weighed(rule.weigh, newest[visit.minibatch], minibatch)
         known = None if always_learns and not recomputes else visit
         (loss, grads), log_prob = minibatch_gradient(rule, trained.lora, fixed, minibatch, known)
         change, opt_state = rule.optimizer.update(grads, trained.opt_state, trained.lora)
@@ -246,10 +247,9 @@ def several_updates(
         if not always_learns:
             new = jax.tree.map(lambda kept, new: jnp.where(visit.learns, new, kept), trained, new)
         log_ratio = jnp.zeros_like(log_prob) if before is None else log_prob - before
-        newest = log_prob if rule.weigh else None
+        newest = newest.at[visit.minibatch].set(log_prob) if rule.weigh else None
         return (new, old, newest), ({"loss": loss, "grad_norm": optax.tree.norm(grads)}, log_ratio)
 
-    newest = jnp.zeros(minibatches.weight.shape[1:]) if rule.weigh else None
     (trained, *_), found = jax.lax.scan(one_visit, (trained, minibatches.old_log_prob, newest), visits)
     means, log_ratio = jax.tree.map(lambda x: x[learns].reshape(epochs, n, *x.shape[1:]), found)
     return trained, means, log_ratio
@@ -260,7 +260,7 @@ def updated(
     state: TrainState,
     frozen: Any,
     samples: Samples,
-    weight: Float[Array, "chunks m"] | Float[Array, "chunks T m"],
+    weight: Any,
     extra: Any,
     *,
     clip: float,
@@ -268,7 +268,10 @@ def updated(
     inner_epochs: int,
     old_log_prob: str,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """What `Algorithm.update` returns, once the samples' weights are known; `extra` is the next state's."""
+    """What `Algorithm.update` returns, once the samples' weights are known; `extra` is the next state's.
+
+    `weight` is [chunks, m] or [chunks, T, m], of `weigh` a tree of these.
+    """
     trained, means, log_ratio = several_updates(
         rule,
         Trained(state.lora, state.opt_state),

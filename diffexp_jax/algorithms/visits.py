@@ -7,14 +7,13 @@ Of two updates, "sampled" and "current":     "recomputed":                    "r
 
     minibatch  learns  notes old             minibatch  learns  notes old     minibatch  learns  notes old
         0       yes       no                     1        no       yes            1        no       yes
-        1       yes       no                     0       yes       yes            0        no       yes
-                                                 1       yes       no             0       yes       no
-                                                                                  1        no       no
+        1       yes       no                     0       yes       yes            0       yes       yes
+                                                 1       yes       no             1        no       no
                                                                                   1       yes       no
 
 "recomputed": the first minibatch finds its old log-probs in its own first update, before which nothing has moved; the
-others are visited once before it. So each of them costs a forward pass more. With `weigh` each update costs one more,
-which finds the log-probs of all steps and samples that it weighs by.
+others are visited once before it. So each of them costs a forward pass more. With `weigh` each update but the first
+costs one more, which finds the log-probs of all steps and samples that it weighs by; the first one's are of sampling.
 """
 
 from typing import NamedTuple
@@ -36,6 +35,7 @@ def schedule(n_updates: int, epochs: int, *, recomputes: bool, weighs: bool) -> 
     rows = [(i, False, True) for i in range(1, n_updates)] if recomputes else []
     for update in range(n_updates * epochs):
         i, notes_old = update % n_updates, recomputes and update == 0
-        rows += [(i, False, notes_old), (i, True, False)] if weighs else [(i, True, notes_old)]
+        rows += [(i, False, False)] if weighs and update else []
+        rows += [(i, True, notes_old)]
     minibatch, *flags = zip(*rows, strict=True)
     return Visit(np.array(minibatch, np.int32), *(np.array(flag, bool) for flag in flags))

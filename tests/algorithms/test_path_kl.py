@@ -9,9 +9,10 @@ import pytest
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy
 from diffexp_jax.algorithms.alignprop import alignprop
-from diffexp_jax.algorithms.ddpo import ddpo, group_advantages
+from diffexp_jax.algorithms.ddpo import compared, ddpo
 from diffexp_jax.algorithms.draft import draft
 from diffexp_jax.algorithms.reward_gradient import sampled
+from diffexp_jax.algorithms.state import init_stats
 from diffexp_jax.errors import InputError
 from diffexp_jax.sampling import Context, gaussian_kl, initial_latents, load_process, step_noise, transition_kl
 from diffexp_jax.sampling.flow import SCHEDULER as FLOW
@@ -230,11 +231,12 @@ def test_ddpos_settings(make_config):
 )
 def test_advantages_of_groups_literal(kind, expected):
     """Of two prompts with three samples each: means 2 and 3.333333, stds 0.816497 and 2.177324, 1.774302 of all."""
-    rewards = jnp.array([1.0, 3.0, 2.0, 2.0 / 3.0, 10.0 / 3.0, 6.0])
-    found = group_advantages(rewards, rewards, group=3, kind=kind, clip=5.0)
+    samples = jnp.array([4, 4, 4, 1, 1, 1]), jnp.array([1.0, 3.0, 2.0, 2.0 / 3.0, 10.0 / 3.0, 6.0])
+    found, clipped = (
+        compared(init_stats(5, 1), samples, samples, kind=kind, clip=clip, min_count=1) for clip in (5.0, 1.0)
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    clipped = group_advantages(rewards, rewards, group=3, kind=kind, clip=1.0)
-    assert float(jnp.abs(clipped).max()) == (4.0 if kind == "loo" else 1.0)
+    assert float(jnp.abs(clipped).max()) == pytest.approx(4.0 if kind == "loo" else 1.0)
 
 
 @pytest.mark.parametrize("name", ["alignprop", "draft"])

@@ -21,8 +21,8 @@ NO, YES = False, True
         (1, NO, NO, [(0, YES, NO), (1, YES, NO)]),
         (1, YES, NO, [(1, NO, YES), (0, YES, YES), (1, YES, NO)]),
         (2, YES, NO, [(1, NO, YES), (0, YES, YES), (1, YES, NO), (0, YES, NO), (1, YES, NO)]),
-        (1, NO, YES, [(0, NO, NO), (0, YES, NO), (1, NO, NO), (1, YES, NO)]),
-        (1, YES, YES, [(1, NO, YES), (0, NO, YES), (0, YES, NO), (1, NO, NO), (1, YES, NO)]),
+        (1, NO, YES, [(0, YES, NO), (1, NO, NO), (1, YES, NO)]),
+        (1, YES, YES, [(1, NO, YES), (0, YES, YES), (1, NO, NO), (1, YES, NO)]),
     ],
 )
 def test_the_visits_of_two_updates(epochs, recomputes, weighs, rows):

@@ -32,6 +32,8 @@ METHOD_SETTINGS = {
     "alignprop": ("alignprop", {"truncation": "fixed", "truncation_k": 4}),
     "alignprop, activations kept": ("alignprop", {"truncation": "fixed", "truncation_k": 4}),
     "draft": ("draft", {"k": 4}),
+    "entropy": ("entropy", {"truncation": "none", "alpha": 0.5}),
+    "prdp": ("prdp", {"inner_epochs": 2, "beta": 1.0, "clip": 0.01}),
 }
 
 
@@ -58,7 +60,7 @@ def iteration(name, *, skips):
         process=PROCESS,
     )
     n = N // jax.device_count()
-    sizes = dict(n_samples=n, n_chunks=2, n_prompts=3, n_steps=len(W_T), lora_size=3)
+    sizes = dict(n_samples=n, n_chunks=2, n_prompts=3, n_steps=len(W_T), lora_size=3, group=2)
     key = partial(parallel.stream, 0)
     setup = Setup(policy, optax.sgd(1.0), **sizes, remat="kept" not in name, full_float32=True, stream=key)
     method, changes = METHOD_SETTINGS[name]

@@ -1,0 +1,35 @@
+"""PRDP: the log-ratios of a prompt's samples are made to differ as their rewards do.
+
+    python -m diffexp_jax.train --config configs/prdp.py:model=sd15,reward=hpsv2:DIR,prompts=animals --workdir runs/prdp
+
+Arguments (all optional): model, reward, prompts, explore; see arguments.py. The numbers are those of the paper's
+experiment with 45 prompts. With 100,000 prompts it has an iteration of 64 prompts x 8 images, one update, beta 3e-6,
+clip 1e-4, 1,000 iterations. It trains all weights at 1e-5; LoRA wants about 30 times that, as DDPO's.
+"""
+
+from configs.arguments import structured
+from configs.models import MINIATURES
+
+
+def get_config(argument: str | None = None):
+    config, chosen = structured(argument)
+    config.algorithm = "prdp"
+    config.iterations = 100
+    config.batch.group = 16  # images of each prompt: all pairs of them are compared
+    config.batch.samples = 512  # 32 prompts
+    config.sampling.guidance = 5.0
+    config.sampling.eta = 1.0
+    config.optim.lr = 3e-4
+    config.prdp.inner_epochs = 10  # updates an iteration, each on all pairs
+    config.prdp.beta = 3e-5  # the reward is a cosine: differences / beta are about 1,000, so the gradient clip binds
+    config.prdp.clip = 1e-6
+    if chosen["model"] in MINIATURES:  # as DDPO there
+        config.iterations = 36
+        config.batch.group = 4
+        config.batch.samples = 64
+        config.optim.lr = 2.4e-2
+        config.optim.schedule = "linear"
+        config.prdp.inner_epochs = 2
+        config.prdp.clip = 3e-3  # of a mean over 512 numbers
+        config.prdp.timestep_fraction = 0.8
+    return config
