@@ -65,9 +65,9 @@ def compared(
 ) -> Float[Array, "B"]:
     """The advantages of a device's samples; `kind` is one of ADVANTAGES.
 
-    "prompt": `state.advantages`. Else of the iteration alone: "group" is (r - mean) / (std + 1e-4) of the prompt's rewards
-    (GRPO, Shao et al. 2024), "group_mean" the same with the std of all rewards (Flow-GRPO, Liu et al. 2025), both at most
-    `clip`; "loo" is r less the mean of the prompt's other rewards (leave-one-out, Kool et al. 2019).
+    "prompt": `state.advantages`. Else of the iteration alone: "group" is (r - mean) / (std + 1e-4) of the prompt's
+    rewards (GRPO, Shao et al. 2024), "group_mean" the same with the std of all rewards (Flow-GRPO, Liu et al. 2025),
+    both at most `clip`; "loo" is r less the mean of the prompt's other rewards (leave-one-out, Kool et al. 2019).
 
     Args:
       own, all_samples: prompt ids and rewards of the device's samples, and of those of all devices.
