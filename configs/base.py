@@ -44,7 +44,7 @@ def default() -> ml_collections.ConfigDict:
     # latent a step is kept); also each "block" of the UNet. DDPO's gradient is of one step at a time: "none" is "step".
     config.model.remat = "step"  # "none", "step" or "block"
 
-    # Of the model's scheduler_config.json, in its words; None: as in the file.
+    # Overrides of the model's scheduler_config.json, by its names; None: as in the file.
     # A model that was saved with DPM++ or Euler may want timestep_spacing="leading", steps_offset=1,
     # set_alpha_to_one=False (docs/use/models.md).
     config.model.scheduler = ml_collections.ConfigDict()
@@ -72,13 +72,13 @@ def default() -> ml_collections.ConfigDict:
     config.reward_weights = ()  # weights of the parts of a sum, in their order; (): those of DRaFT and PRDP
     config.reward_dtype = "float32"  # of the trained reward's networks: "float32", "bfloat16", "float16"
 
-    # Of a reward that is plain Python: python:..., jpeg_compressibility.
+    # How a reward in plain Python is called: python:..., jpeg_compressibility.
     config.host_reward = ml_collections.ConfigDict()
     # Seconds that a call may take (on samples_per_forward images) before the run stops
     config.host_reward.timeout = 600.0
     config.host_reward.workers = 4  # threads that call the reward at once
 
-    # Of a reward that is written as textnorm(...), Kim et al. 2024.
+    # Rewards that are written as textnorm(...), Kim et al. 2024.
     config.textnorm = ml_collections.ConfigDict()
     # Temperature of the softmax over prompts, in the reward's units (a cosine wants about 0.01)
     config.textnorm.temperature = 1.0

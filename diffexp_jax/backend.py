@@ -32,7 +32,7 @@ _absent: Absent | None = None
 
 @contextlib.contextmanager
 def absent(devices: Absent) -> Iterator[None]:
-    """For as long as the context lasts all that is asked here is about these devices."""
+    """Makes every question here be about these devices, for as long as the context lasts."""
     global _absent
     before, _absent = _absent, devices
     try:
@@ -42,17 +42,17 @@ def absent(devices: Absent) -> Iterator[None]:
 
 
 def absent_devices() -> Absent | None:
-    """Those that programs are made for, if not for the devices at hand: then arrays are shapes."""
+    """The devices that programs are compiled for where these are not there; None: the ones that are."""
     return _absent
 
 
 def device_count() -> int:
-    """Of all hosts."""
+    """The number of devices of all hosts."""
     return len(_absent.devices) if _absent else jax.device_count()
 
 
 def local_device_count() -> int:
-    """Of this host."""
+    """The number of devices of this host."""
     return len(_absent.devices) if _absent else jax.local_device_count()
 
 
@@ -80,7 +80,7 @@ def host_memory() -> int:
 
 
 def processor() -> str:
-    """Its name, and the widest vectors that it has."""
+    """The CPU's name, and the widest vectors that it has."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -79,6 +79,6 @@ def located(config: str) -> str:
 
 
 def _files() -> list[Path]:
-    """Of each name the one that Python would take."""
+    """{name: the file that Python would take}."""
     files = {file.stem: file for folder in reversed(list(package().__path__)) for file in Path(folder).glob("*.py")}
     return sorted(files.values())

@@ -113,7 +113,7 @@ class Experiment(NamedTuple):
         return target_layers(self.settings.lora.targets, self.sampler.pipeline.lora_targets)
 
     def initial_lora(self) -> Any:
-        """Where fine-tuning starts."""
+        """The LoRA that fine-tuning starts from."""
         key, pipeline, lora = parallel.stream(self.settings.seed, "lora"), self.sampler.pipeline, self.settings.lora
         options = {"rank": lora.rank, "alpha": lora.alpha, "targets": self.lora_layers, "prefix": pipeline.lora_prefix}
         return initial_lora(key, pipeline.base, path=lora.path, **options)

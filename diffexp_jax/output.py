@@ -10,7 +10,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """For as long as the context lasts stdout and stderr may close: a broken ssh connection, a `tee` that is killed.
+    """Lets stdout and stderr close while the context lasts: a broken ssh connection, a `tee` that is killed.
 
     From the first write that fails on, what goes there is dropped, whoever writes it, also at the program's very end.
     """
@@ -27,7 +27,7 @@ def lasting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def above_bars() -> Iterator[None]:
-    """For as long as the context lasts what is printed stands above tqdm's progress bars, in whole lines."""
+    """Prints above tqdm's progress bars, in whole lines, for as long as the context lasts."""
     before, sys.stdout = sys.stdout, (ours := _AboveBars(sys.stdout))
     try:
         yield

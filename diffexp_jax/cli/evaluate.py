@@ -108,7 +108,7 @@ def save_pairs(path: Path, before: np.ndarray, after: np.ndarray, captions: list
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Of the command line; None: that of the program."""
+    """The flags of a command line; None: the program's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--workdir", type=Path, required=True, help="of the run")

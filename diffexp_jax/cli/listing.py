@@ -13,12 +13,12 @@ from diffexp_jax.settings import Settings, by_key
 
 
 def methods() -> dict[str, str]:
-    """By name, what each is."""
+    """{name: what the method is}."""
     return {name: (method.__doc__ or "").partition("\n")[0] for name, method in METHODS.items()}
 
 
 def rewards() -> dict[str, str]:
-    """By what is written for one."""
+    """{what a user writes for a reward: what it is}."""
     own = {
         "textnorm(REWARD)": "a reward as the softmax over contrastive prompts (Kim et al. 2024)",
         "jax:MODULE:FUNCTION": "your own function in JAX, with a gradient",
@@ -30,7 +30,7 @@ def rewards() -> dict[str, str]:
 
 
 def models() -> dict[str, str]:
-    """By the name in a config's argument model=NAME."""
+    """{NAME of a config's argument model=NAME: what the model is}."""
     places = {name: settings["model.path"] for name, settings in config_files.module("models").MODELS.items()}
     return {name: "shipped with the package" if path in SHIPPED else path for name, path in places.items()} | {
         "(--config.model.path=)": "a folder in diffusers' format, a .safetensors file, or hub:ORGANISATION/NAME",
@@ -38,18 +38,18 @@ def models() -> dict[str, str]:
 
 
 def prompts() -> dict[str, str]:
-    """By name: how many, and the first."""
+    """{name: how many prompts the set has, and the first}."""
     sets = {name: f"{len(prompts)} prompts, such as {prompts.texts[0]!r}" for name, prompts in PROMPTS.items()}
     return sets | {"prompt:TEXT": "a single prompt", "FILE": FORMATS}
 
 
 def configs() -> dict[str, str]:
-    """By the file's name: what it says of itself."""
+    """{name of a config file: what it says of itself}."""
     return {name: (config_files.module(name).__doc__ or "").partition("\n")[0] for name in config_files.names()}
 
 
 def settings() -> dict[str, str]:
-    """By dotted key: what each means, its default and the numbers that it may be."""
+    """{dotted key: what the setting means, its default and the numbers that it may be}."""
 
     def described(known: Setting) -> str:
         accepted = f"; {known.accepted}" if isinstance(known.accepted, Number) else ""

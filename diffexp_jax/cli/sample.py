@@ -151,7 +151,7 @@ def shown_rows(n: int, n_variants: int) -> np.ndarray:
 
 
 def n_columns(n: int, n_variants: int) -> int:
-    """Of a grid of n images of each variant that is about as high as wide; an image's variants stay side by side."""
+    """The columns of a grid of n images that is about as high as wide; an image's variants stay side by side."""
     return n_variants * max(round((n * n_variants) ** 0.5 / n_variants), 1)
 
 

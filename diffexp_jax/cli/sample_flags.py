@@ -14,7 +14,7 @@ from diffexp_jax.settings.training import SCOPES
 
 
 def arguments(about: str, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Of the command line, whose help begins with `about`; words None: those of the program."""
+    """The flags of a command line, whose help begins with `about`; words None: the program's own."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prompt", action="append", default=[], help="a prompt (repeat for several)")

@@ -186,7 +186,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Of the command line; None: that of the program."""
+    """The flags of a command line; None: the program's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--reward", action="append", required=True, help="as the config's `reward` (repeat for more)")

@@ -26,7 +26,7 @@ _CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 
 
 class Cost(NamedTuple):
-    """Of one program on one device; bytes by XLA's memory analysis."""
+    """What one program needs on one device; bytes by XLA's memory analysis."""
 
     name: str
     flops: float  # of an iteration

@@ -41,7 +41,7 @@ def _count(jaxpr: Jaxpr, fixed: Sequence[bool]) -> tuple[float, float]:
 
 
 def _operations(eqn: Any, fixed: Sequence[bool]) -> tuple[float, float]:
-    """As `_count`, of an equation whose inputs are `fixed` or not."""
+    """Counts as `_count` does, for an equation whose inputs are `fixed` or not."""
     name, shapes = eqn.primitive.name, [getattr(var.aval, "shape", ()) for var in eqn.invars]
     if name == "dot_general":
         contracted = math.prod(shapes[0][axis] for axis in eqn.params["dimension_numbers"][0][0])

@@ -67,7 +67,7 @@ FORMS = f"{', '.join(KINDS)}, and a number of devices: v5e:4"
 
 @contextlib.contextmanager
 def compiling_for(target: str) -> Iterator[backend.Absent]:
-    """For as long as the context lasts programs are made for devices that are not there, and arrays are shapes.
+    """Compiles programs for devices that are not there, for as long as the context lasts; arrays are shapes.
 
     Args:
       target: KIND or KIND:DEVICES, of `KINDS`.

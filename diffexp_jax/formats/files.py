@@ -76,7 +76,7 @@ class Weights(Mapping[str, np.ndarray]):
             raise InputError(f"{path}: tensor {name} is not readable ({first_line(error)})") from None
 
     def file_of(self, name: str) -> Path:
-        """Where a tensor is, for errors."""
+        """The file that a tensor is in, for errors."""
         return self._where[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -97,7 +97,7 @@ class Renamed(Mapping[str, np.ndarray]):
         return self._tensors[self._names[name]]
 
     def file_of(self, name: str) -> Path | None:
-        """Where a tensor is, for errors; None where that is not known."""
+        """The file that a tensor is in, for errors; None where that is not known."""
         inner = getattr(self._tensors, "file_of", None)
         return inner and inner(self._names[name])
 
@@ -225,7 +225,7 @@ def file_or_folder(path: str, *, what: str, wanted: Sequence[str] = _PARTS) -> P
 
 
 def tokenizer_folder(path: str, *, what: str) -> Path:
-    """As `file_or_folder`, of a folder with tokenizers and nothing else of the repository."""
+    """Finds a folder as `file_or_folder` does, with tokenizers and nothing else of the repository."""
     names = ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json")
     wanted = [f"{folder}{name}" for folder in ("", "tokenizer/", "tokenizer_2/") for name in names]
     return file_or_folder(path, what=what, wanted=wanted)

@@ -47,7 +47,7 @@ class TextOutput:
 
 
 def eot_positions(ids: Int[Array, "B L"], eos_token_id: int) -> Int[Array, " B"]:
-    """Where each prompt's end-of-text token is: the first position that holds `eos_token_id`.
+    """The position of each prompt's end-of-text token: the first that holds `eos_token_id`.
 
     Configs from before transformers 4.31 carry a meaningless 2 there; they mean the highest id of the prompt.
     """

@@ -87,7 +87,7 @@ def initial_lora(
     path: str | Path | None = None,
     prefix: str = UNET,
 ) -> dict[str, Any]:
-    """Where fine-tuning starts: `init_lora`, or a collection that under alpha / rank does what the file at `path` does.
+    """The LoRA to start from: `init_lora`, or a collection that under alpha / rank does what the file at `path` does.
 
     A file of a smaller rank is filled up with columns of A as `init_lora` draws them and zero rows of B; so are targets
     that the file leaves out. Further layers of the file are trained too.

@@ -107,7 +107,7 @@ def _shape_of(rows: Callable[[np.ndarray], Iterable[np.ndarray]], x: Any) -> jax
 
 @functools.cache
 def _layout() -> tuple[list[jax.Device], jax.sharding.Sharding, int]:
-    """Where a mapped program has the rows of its arrays: the devices of this host's rows, and of all, how many."""
+    """The layout of a mapped program's rows: the devices of this host's rows, and the number of all rows."""
     rows = pmap(lambda row: row)(np.arange(backend.local_device_count()))
     devices = {int(np.asarray(shard.data)[0]): shard.device for shard in rows.addressable_shards}
     return [device for _, device in sorted(devices.items())], rows.sharding, len(rows)
@@ -134,7 +134,7 @@ def sample_index(n_samples: int, *, group: int = 1) -> Int[np.ndarray, "devices 
 
 @functools.cache
 def _places() -> Int[np.ndarray, " devices"]:
-    """Where on the axis "data" this host's devices are: on a TPU pod they need not follow each other."""
+    """The places of this host's devices on the axis "data": on a TPU pod they need not follow each other."""
     return np.asarray(pmap(lambda _: jax.lax.axis_index(AXIS))(np.arange(backend.local_device_count())))
 
 

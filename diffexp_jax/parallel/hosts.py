@@ -108,7 +108,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def _told(error: BaseException) -> str:
-    """Its kind and first line; what others raise is made of it."""
+    """An error's kind and first line, from which the other hosts make theirs."""
     name, line = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, OSError):
         name = "OSError"  # whatever kind of it
@@ -206,7 +206,7 @@ def joined(settings: HostSettings) -> Iterator[None]:
 
 
 def _completed(settings: HostSettings) -> HostSettings:
-    """With what the environment says where the settings say nothing."""
+    """The settings, completed by what the environment says."""
 
     def from_environment(name: str) -> int | None:
         text = os.environ.get(name)

@@ -28,7 +28,7 @@ _LOST = re.compile("closed by peer|reset by peer|[Cc]onnection|UNAVAILABLE|heart
 
 
 class Watch:
-    """Of one host; a context that stops it.
+    """A thread of one host that notices when another has gone; a context that stops it.
 
     Args:
       timeout: seconds after which a host that says nothing counts as gone.

@@ -71,7 +71,7 @@ class ModelConfig(NamedTuple):
     zero_uncond: bool  # the unconditional embedding is zeros, not the encoders' of ""
 
     def dtype(self, part: str, dtype: DTypeLike) -> DTypeLike:
-        """Of a part in a model of this dtype: SDXL's VAE overflows in float16; bfloat16 has float32's range."""
+        """A part's dtype in a model of this one: SDXL's VAE overflows in float16; bfloat16 has float32's range."""
         # diffusers asks its SDXL pipelines alone for the key
         kept = part == "vae" and self.family.added and self.vae.force_upcast and jnp.dtype(dtype) == jnp.float16
         return jnp.float32 if kept else dtype

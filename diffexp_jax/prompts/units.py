@@ -46,7 +46,7 @@ def unit_ids(tokenizers: Sequence[Any], prompts: PromptSet, unit: str) -> Int[np
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Of each text: the characters that a token covers, token by token; none, (0, 0), of special ones."""
+    """For each text the characters that each token covers; special ones cover none, (0, 0)."""
     encoded = tokenizer(
         [text[:LONGEST] for text in texts],
         padding="max_length",
@@ -62,7 +62,7 @@ def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[tuple[int, int]]]
 
 
 def _numbers(tokens: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Int[np.ndarray, "L"]:
-    """Of each token the number of the first span that it overlaps, counted from 1; 0 where there is none."""
+    """For each token the number of the first span that it overlaps, counted from 1; 0 where there is none."""
     hits = ((n for n, (first, last) in enumerate(spans, 1) if start < last and first < end) for start, end in tokens)
     return np.array([next(found, 0) for found in hits], np.int32)
 

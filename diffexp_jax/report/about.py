@@ -27,7 +27,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what computes; of packages that are installed."""
+    """The versions of Python and of the installed packages that compute."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

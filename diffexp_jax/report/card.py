@@ -162,5 +162,5 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _plain(words: str) -> str:
-    """In one line of markdown, without a meaning of its own."""
+    """A text as one line of markdown, without a meaning of its own."""
     return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(str(words).split()))

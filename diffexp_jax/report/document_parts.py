@@ -9,7 +9,7 @@ from diffexp_jax.report import Table
 
 
 def markdown(table: Table) -> list[str]:
-    """Its lines; none where it has no rows."""
+    """A table's lines of Markdown; none where it has no rows."""
     if not table.rows:
         return []
     return [f"| {' | '.join(row)} |" for row in (table.header, ["---"] * len(table.header), *table.rows)]

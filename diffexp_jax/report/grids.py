@@ -97,7 +97,7 @@ def _layout(about: Any) -> tuple[int, int, int, int, tuple[str, ...]]:
 
 
 def _corner(n: int, columns: int, width: int, height: int) -> tuple[int, int]:
-    """Where the n-th picture's upper left corner is: (x, y)."""
+    """The n-th picture's upper left corner, (x, y)."""
     return _GAP + n % columns * (width + _GAP), _GAP + n // columns * (height + _TEXT)
 
 

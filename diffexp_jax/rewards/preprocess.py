@@ -16,7 +16,7 @@ from diffexp_jax.models.clip_config import CLIP_MEAN, CLIP_STD
 
 
 class Statistics(NamedTuple):
-    """Of red, green and blue in [0,1]: what a network's pixels are normalised by."""
+    """Mean and deviation of red, green and blue in [0,1] that a network's pixels are normalised by."""
 
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
@@ -46,12 +46,12 @@ def longest_to(size: int, h: int, w: int) -> tuple[int, int]:
 
 
 def floor_half(spare: int) -> int:
-    """Where a centre crop begins that leaves out `spare` pixels: transformers' rule."""
+    """The first pixel of a centre crop that leaves out `spare` pixels, by transformers' rule."""
     return spare // 2
 
 
 def round_half(spare: int) -> int:
-    """Where a centre crop begins by torchvision's rule, a pixel from `floor_half` for 3, 7, 11, ..."""
+    """The first pixel of a centre crop by torchvision's rule: a pixel from `floor_half` for 3, 7, 11, ..."""
     return round(spare / 2)
 
 

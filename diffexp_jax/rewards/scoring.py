@@ -113,7 +113,7 @@ class Scorers:
 
     @classmethod
     def load(cls, specs: Sequence[str], *, batch: int, **options: Any) -> "Scorers":
-        """Those that specs ask for; options as of `load_reward`.
+        """The scorers that specs ask for; options as of `load_reward`.
 
         Raises:
           InputError: two have the same name; or as `load_reward`.

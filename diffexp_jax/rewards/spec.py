@@ -19,7 +19,7 @@ class Part(NamedTuple):
 
     @property
     def bare(self) -> str:
-        """As the user wrote it, without textnorm()."""
+        """The spec as the user wrote it, without textnorm()."""
         return f"{self.name}:{self.location}" if self.location else self.name
 
     @property
@@ -42,7 +42,7 @@ class Spec(NamedTuple):
 
     @property
     def without_locations(self) -> str:
-        """It without where the weights are: "hpsv2:a.pt+python:m:f" -> "hpsv2+python:m:f"."""
+        """The spec without its paths: "hpsv2:a.pt+python:m:f" -> "hpsv2+python:m:f"."""
         parts = [(part, part.bare if part.name in FUNCTIONS else part.name) for part in self.parts]
         return "+".join(f"textnorm({name})" if part.normed else name for part, name in parts)
 

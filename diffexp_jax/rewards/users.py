@@ -179,7 +179,7 @@ def apart(returned: Any) -> tuple[Any, Mapping[Any, Any]]:
 
 
 def info_names(info: Mapping[Any, Any]) -> dict[str, Any]:
-    """Its values by the names of a reward's parts: "info/KEY"."""
+    """The values of a reward's info by the names of its parts: "info/KEY"."""
     return {f"info/{key}": value for key, value in info.items()}
 
 

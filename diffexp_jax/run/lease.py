@@ -80,7 +80,7 @@ class Lease:
         return found
 
     def _keep(self) -> None:
-        """In the thread: writes the lease anew, now and then."""
+        """Writes the lease again now and then, in the thread."""
         last, count = time.monotonic(), 0
         while self._error is None and not self._end.wait(RENEW):
             found = self._look()

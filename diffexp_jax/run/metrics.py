@@ -119,7 +119,7 @@ class MetricsWriter:
 
 
 def grid_path(workdir: Path, iteration: int) -> Path:
-    """Where a run's image grid after this iteration is."""
+    """The file of a run's image grid after this iteration."""
     return workdir / "images" / f"{iteration:06d}.png"
 
 
@@ -192,7 +192,7 @@ class _TensorBoard:
         self._try(self._writer.close)
 
     def _try(self, work: Callable[[], Any]) -> None:
-        """Where writing fails nothing more is tried: tensorboardX does so when the program ends, with a traceback."""
+        """Writes; after a failure nothing more, where tensorboardX would print a traceback at the program's end."""
         if self._events._closed:
             return
         try:

@@ -65,7 +65,7 @@ class StopRequests:
         self._number = self._number or number
 
     def _listen(self) -> None:
-        """In the thread: Python writes the number of every signal to the socket, whatever the main thread does."""
+        """Listens, in the thread: Python writes each signal's number to the socket, whatever the main thread does."""
         number = self._next(None)
         if number is None:
             return
@@ -101,7 +101,7 @@ class StopRequests:
 
 
 def signals() -> list[int]:
-    """Those that ask to stop here: under nohup a closed terminal does not."""
+    """The signals that ask to stop here: under nohup a closed terminal does not."""
     return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 

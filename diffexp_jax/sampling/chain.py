@@ -26,7 +26,7 @@ class Trajectory(NamedTuple):
     context: Context
 
     def first(self, n: int | None) -> "Trajectory":
-        """Its first n steps, noise first; None: all."""
+        """The first n steps of a chain, noise first; None: all."""
         x_tm1, log_prob, steps = jax.tree.map(lambda x: x[:n], (self.x_tm1, self.log_prob, self.steps))
         return self._replace(x_tm1=x_tm1, log_prob=log_prob, steps=steps)
 

@@ -70,7 +70,7 @@ def shifted(level: Float[np.ndarray, "T"] | float, shift: float) -> Float[np.nda
 
 
 def timesteps(n_steps: int, *, n_train: int, shift: float) -> Float[np.ndarray, "T"]:
-    """As diffusers: evenly spaced from 1 to the smallest shifted level, and then shifted (again).
+    """The timesteps of diffusers: evenly spaced from 1 to the smallest shifted level, then shifted (again).
 
     Raises:
       InputError: more steps than the schedule has, or none.

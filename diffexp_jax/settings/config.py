@@ -37,7 +37,7 @@ def changed(settings: Settings, changes: Mapping[str, Any], names: Mapping[str, 
 
 
 def _checked(values: Mapping[str, Any], names: Mapping[str, str]) -> Settings:
-    """Of {dotted key: value}, see `parsed`."""
+    """The settings of {dotted key: value}, see `parsed`."""
     values = {key: _as_field(value) for key, value in values.items()}
     known = {key: setting for key, setting, _ in by_key(Settings())}
     for key in values:

@@ -8,7 +8,7 @@ from diffexp_jax.models.precision import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class HostReward:
-    """Of a reward that is plain Python: python:..., jpeg_compressibility."""
+    """How a reward in plain Python is called: python:..., jpeg_compressibility."""
 
     timeout: float = setting(
         600.0,

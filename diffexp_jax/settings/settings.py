@@ -115,7 +115,7 @@ class Settings:
 
     @property
     def optimizer_updates(self) -> int:
-        """Of the whole run."""
+        """The number of optimizer updates in the whole run."""
         return self.iterations * self.method.updates * self.method.inner_epochs
 
     def split_among(self, devices: int) -> Split:

@@ -16,7 +16,7 @@ GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
 
 @dataclass(frozen=True, kw_only=True)
 class Scheduler:
-    """Of the model's scheduler_config.json, in its words; None: as in the file.
+    """Overrides of the model's scheduler_config.json, by its names; None: as in the file.
 
     A model that was saved with DPM++ or Euler may want timestep_spacing="leading", steps_offset=1,
     set_alpha_to_one=False (docs/use/models.md).
@@ -107,7 +107,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class TextNorm:
-    """Of a reward that is written as textnorm(...), Kim et al. 2024."""
+    """Rewards that are written as textnorm(...), Kim et al. 2024."""
 
     temperature: float = setting(
         1.0, "temperature of the softmax over prompts, in the reward's units (a cosine wants about 0.01)", positive()

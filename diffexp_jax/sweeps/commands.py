@@ -56,7 +56,7 @@ def final_command(run: Run, out: Path, *, samples_per_prompt: int, many: int, ba
 def commands_left(
     runs: Sequence[Run], *, cpu_devices: int | None, samples_per_prompt: int, base_samples: int
 ) -> list[tuple[Run, list[list[str]]]]:
-    """Of every run that is not done the commands, in order; the base model's are with the first run that shares it.
+    """The commands of every run that is not done, in order; the base model's are with the first run that shares it.
 
     Args:
       samples_per_prompt: images of a final evaluation, or as many as the run's own evaluations have, if more.
@@ -102,7 +102,7 @@ def _shown(path: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Of the programs that a sweep starts: they are of the same source as it is."""
+    """The environment of the programs that a sweep starts, which are of the same source as it is."""
     here, beside = Path(__file__).parents[2], Path(config_files.module("base").__file__).parents[1]
     paths = [*dict.fromkeys([str(here), str(beside)]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}

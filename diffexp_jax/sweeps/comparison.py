@@ -97,7 +97,7 @@ def final_level(y: Sequence[float]) -> float:
 
 
 def gain_level(y: Sequence[float], share: float = 0.9) -> float:
-    """Where the curve has gained this share of all that it gains from its first point to its last."""
+    """The level at which a curve has gained this share of what it gains from its first point to its last."""
     return y[0] + share * (y[-1] - y[0])
 
 

@@ -112,7 +112,7 @@ def brief_overview(every: Results, folder: str) -> str:
 
 
 def comparisons(every: Results) -> Results:
-    """Those of DiffExp with plain fine-tuning over two seeds or more: one says too little."""
+    """The comparisons of DiffExp with plain fine-tuning over two seeds or more: one says too little."""
     return [
         results
         for results in every
@@ -123,14 +123,14 @@ def comparisons(every: Results) -> Results:
 
 
 def label(results: Mapping[str, Any]) -> list[str]:
-    """Its name, which leads to its page, with what its command sets; and how many seeds it has."""
+    """An experiment's name as a link to its page, with what its command sets; and how many seeds it has."""
     given = "".join(f", `{key}={value}`" for key, value in results["overrides"].items())
     seeds = results["arms"]["diffexp"]["summary"]["paired"]
     return [f"[{results['name']}]({results['name']}.md){given}", str(seeds)]
 
 
 def compared_cells(results: Mapping[str, Any], prompts: str, what: str) -> list[str]:
-    """Of one reward on one prompt set: the model before, the final ones of both arms, and their difference."""
+    """Cells for one reward on one prompt set: the model before, the final ones of both arms, and their difference."""
     without, explored = (results["arms"][arm]["summary"] for arm in ("baseline", "diffexp"))
     base = results["base"].get(prompts, {}).get(what)
     finals = [cell(side["final"].get(prompts, {}).get(what), what) for side in (without, explored)]

@@ -102,7 +102,7 @@ def load_model(args: argparse.Namespace, settings: Settings) -> Evaluator:
 
 
 def measured(model: Evaluator, task: Task, *, n: int, **options: Any) -> dict[str, Any]:
-    """Of n images a prompt {"means": {what: mean and error}, "prompts": [P], "per_prompt": {what: [P]}}.
+    """The scores of n images a prompt, {"means": {what: mean and error}, "prompts": [P], "per_prompt": {what: [P]}}.
 
     Options are those of `Evaluator.evaluate`.
     """

@@ -51,7 +51,7 @@ def panels(results: Mapping[str, Any]) -> list:
 
 
 def pictures(results: Mapping[str, Any], experiment: runs.Experiment) -> list:
-    """Of the baseline and each other arm side by side, the first seed that both have."""
+    """Pictures of the baseline beside each other arm, of the first seed that both have."""
     parts = []
     baseline = results["arms"][results["baseline"]]["seeds"] if results["baseline"] in results["arms"] else {}
     for arm, content in results["arms"].items():

@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def usual_name(experiment: str) -> str:
-    """Of an experiment that has several."""
+    """The usual name of an experiment that has several."""
     return config_files.module("paper").ALIASES.get(experiment, experiment)
 
 
@@ -110,7 +110,7 @@ def settings_that_matter(settings: Settings) -> dict[str, Any]:
 
 
 def run_name(settings: Settings) -> str:
-    """Of the folder with an arm's seeds: what it is in words, and the digest of its settings."""
+    """The name of the folder with an arm's seeds: what it is in words, and the digest of its settings."""
     model = short_name(Path(settings.model.path).name)
     words = (
         settings.algorithm,
@@ -122,7 +122,7 @@ def run_name(settings: Settings) -> str:
 
 
 def base_file(settings: Settings, *, explored: bool) -> str:
-    """Of the base model's evaluation; its folder is named after what decides how it is sampled and scored."""
+    """The file of the base model's evaluation, in a folder named after what decides how it is sampled and scored."""
     decisive = ("model", "sampling", "eval", "reward", *(("exploration",) if explored else ()))
     matter = settings_that_matter(settings) | {"eval.every": None, "exploration.enabled": explored}
     chosen = {key: x for key, x in matter.items() if key.split(".")[0] in decisive}
@@ -191,5 +191,5 @@ def of_seed(run: Run, seed: int) -> Run:
 
 
 def file_name(experiment: str, model: str | None, overrides: Mapping[str, Any]) -> str:
-    """Of the file that says which runs are an experiment's arms."""
+    """The name of the file that says which runs are an experiment's arms."""
     return "-".join((experiment, *([model] if model else []), *([digest(dict(overrides))[:6]] if overrides else [])))

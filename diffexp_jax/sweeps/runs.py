@@ -130,7 +130,7 @@ def names_of(seed: Seed) -> Names:
 
 
 def curves(seed: Seed) -> dict[str, dict[str, list[float]]]:
-    """Of every evaluation, and of the training reward: columns of numbers."""
+    """The curves of every evaluation, and of the training reward: columns of numbers."""
     spent = ("reward_queries", "unet_evaluations")
     evaluated = [row for row in seed.rows if any(name.startswith("eval/") for name in row)]
     trained = [row for row in seed.rows if "reward/mean" in row]

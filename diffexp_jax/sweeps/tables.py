@@ -59,7 +59,7 @@ def all_tables(results: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], header: Sequence[str]) -> Table:
-    """Of the final models, a row for each arm, and one for the model before fine-tuning."""
+    """A row for each arm's final models, and one for the model before fine-tuning."""
     base = results["base"]
     first = [cell([base[p][w], None, None] if w in base.get(p, {}) else None, w) for p, w in columns]
     rows = [["before", "-", *first]] if base else []

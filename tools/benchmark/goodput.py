@@ -34,7 +34,7 @@ class Cluster(NamedTuple):
 
     @property
     def mean_between_failures(self) -> float:
-        """Of any host."""
+        """The mean time between failures of any host."""
         return self.mtbf / self.hosts
 
 
@@ -68,7 +68,7 @@ def best_interval(cluster: Cluster) -> float:
 
 
 def table(cluster: Cluster, iterations: int, intervals: Sequence[int], *, draws: int, seed: int) -> str:
-    """Of the intervals that fit into the run, the best one marked."""
+    """A table of the intervals that fit into the run, the best one marked."""
     rows = {every: goodput(cluster, iterations, every, draws=draws, seed=seed) for every in intervals}
     best = max(rows, key=lambda every: rows[every][0])
     lines = [

@@ -155,7 +155,7 @@ def parts_of(path: Any) -> Callable:
 
 
 def random_parts(name: str) -> Callable:
-    """As `parts_of`, of a published model's sizes with random weights and embeddings; SDXL's pooled ones too."""
+    """`parts_of` in a published model's sizes, with random weights and embeddings; SDXL's pooled ones too."""
     _, configs = sizes.PIPELINES[name]
 
     def make(texts):
@@ -206,7 +206,7 @@ class Trainer:
             self.steps.append((torch.tensor(t, device=DEVICE), a_t, a_prev, std, w))
 
     def mean(self, x: torch.Tensor, step: tuple, both: torch.Tensor) -> torch.Tensor:
-        """Of p(x_{t-1} | x_t), by the guided noise."""
+        """The mean of p(x_{t-1} | x_t), by the guided noise."""
         t, *_, w = step
         inputs, context = (x, both[: len(x)]) if w == 1 else (torch.cat([x, x]), both)
         inputs = inputs.to(DTYPE).contiguous(memory_format=torch.channels_last)

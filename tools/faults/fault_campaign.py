@@ -221,7 +221,7 @@ def read(path: Path) -> dict[str, list]:
 
 
 def write(path: Path, found: dict[str, list]) -> None:
-    """As json, a trial a line."""
+    """Writes json, a trial a line."""
     parts = [f'"{kind}": [\n' + ",\n".join(map(json.dumps, trials)) + "\n]" for kind, trials in found.items()]
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 

@@ -163,7 +163,7 @@ def fill_up(disk: Path) -> None:
 
 
 def make_read_only(disk: Path) -> None:
-    """By a second mount over the first, which the kernel would not change while a file is open to be written."""
+    """Mounts a second time over the first, which the kernel would not change while a file is open to be written."""
     subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
 

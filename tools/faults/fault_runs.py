@@ -234,7 +234,7 @@ def state(workdir: Path) -> dict[str, Any]:
 
 
 def differences(workdir: Path, expected: Path) -> list[str]:
-    """In what a run differs from another one, bit for bit: its last state, its LoRA, its metrics; [] in nothing."""
+    """What differs between two runs, bit for bit: the last state, the LoRA, the metrics; [] for nothing."""
     found = []
     if state(workdir) != state(expected):
         found.append("the last state")

@@ -106,7 +106,7 @@ DECISIVE = ("algorithm", "model", "prompts", "reward", "reward_dtype", "sampling
 
 
 def decisive_settings() -> dict[str, Any]:
-    """Those of AlignProp's stored results, by key: they are stored beside the results, and a test compares them."""
+    """The settings of AlignProp's stored results, by key: stored beside the results, and compared by a test."""
     config = settings("alignprop", "model=emoji,explore=false", SETTINGS | METHODS["alignprop"])
     flat = flatten_dict(config.to_dict(), sep=".")
     return {key: value for key, value in flat.items() if key.partition(".")[0] in DECISIVE}
@@ -155,12 +155,12 @@ class Run(NamedTuple):
         return self.update(state, batch, self.sample(state, batch))
 
     def images(self, state: Any, batch: Batch) -> np.ndarray:
-        """Of the batch's prompts and noise, [SAMPLES,H,W,3] in [0,1]."""
+        """The images of the batch's prompts and noise, [SAMPLES,H,W,3] in [0,1]."""
         images = self.generate(self.frozen.model, state.lora, batch.context, batch.key, self.steps)
         return parallel.unshard(images)[:SAMPLES]
 
     def brightness(self, state: Any, n_batches: int) -> np.ndarray:
-        """Of the images of noise that is not trained on."""
+        """The brightness of the images of noise that is not trained on."""
         images = [self.images(state, self.batch(it)) for it in range(1000, 1000 + n_batches)]
         return brightness(np.concatenate(images).astype(np.float64))
 
@@ -179,7 +179,7 @@ def emoji_run(method: str, dtype: str, old_log_prob: str) -> Run:
 
 @functools.cache
 def emoji_results(dtype: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Of AlignProp's update, from a LoRA of random numbers: some pixels of its images, and its gradient."""
+    """Results of AlignProp's update from a LoRA of random numbers: some pixels of its images, and its gradient."""
     run = emoji_run("alignprop", dtype, "recomputed")
     state, batch = run.start(run.random_lora()), run.batch(0)
     images = run.images(state, batch)

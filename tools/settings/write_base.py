@@ -67,7 +67,7 @@ def _names(section: Any, field: str) -> list[str]:
 
 
 def setting_lines(key: str, known: Setting, explained: dict[str, str]) -> Iterator[str]:
-    """Of one setting: what is to be known of it, and its default and meaning in a line."""
+    """The lines of one setting: what is to be known of it, and its default and meaning in a line."""
     meaning, before = known.meaning, explained.get(known.about)
     if before:
         meaning += f", see {before}"
@@ -137,7 +137,7 @@ def page_lines(section: Any, prefix: str, explained: dict[str, str]) -> Iterator
 
 
 def accepted(known: Setting) -> str:
-    """Its numbers or words; "" where a function decides. Large upper ends only keep out nonsense and are not shown."""
+    """What a setting may be; "" where a function decides. Large upper ends only keep out nonsense and are not shown."""
     if isinstance(known.accepted, Number):
         low, high, above = known.accepted.low, known.accepted.high, known.accepted.above
         text = "any number" if low < -NONSENSE else f"more than {low:g}" if above else f"{low:g} or more"
@@ -151,7 +151,7 @@ def cell(text: str) -> str:
 
 
 def linked(text: str) -> str:
-    """For a page in docs/use/."""
+    """A text whose names of pages are links from docs/use/."""
     return re.sub(r"docs/([\w/-]+)\.md", r"[\1](../\1.md)", text)
 
 

@@ -134,7 +134,7 @@ def statistics(
     rewards: Float[np.ndarray, "P n"],
     succeeds: Bool[np.ndarray, "P n"],
 ) -> dict[str, list]:
-    """Of each prompt's n images."""
+    """Statistics of each prompt's n images, {name: [P]}."""
     found = {"success": succeeds.mean(1), "mean": rewards.mean(1), "std": rewards.std(1)}
     found["best"] = best_of(rewards, BEST_OF)
     if features is not None:

@@ -71,7 +71,7 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def gradients(experiment: Experiment, n_prompts: int, n: int, *, seed: int) -> Float[np.ndarray, "T D"]:
-    """Of each step the policy gradient, the mean over all images.
+    """The policy gradient of each step, the mean over all images.
 
     Args:
       n_prompts: evenly spaced ones of the training prompts, or all.
