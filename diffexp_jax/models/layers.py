@@ -4,8 +4,9 @@ Every submodule carries the name that the PyTorch checkpoints use, dots included
 parameter joined by dots *is* its checkpoint name (see `convert.py`).
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Num
 
 from diffexp_jax import backend
 from diffexp_jax.models.convolution import conv, conv3x3_half, conv3x3_same
-from diffexp_jax.models.low_rank import low_rank, merged_product
+from diffexp_jax.models.low_rank import Pair, low_rank, merged_product
 from diffexp_jax.models.norms import Norm, normalise
 
 # ----------------------------------------------------------------------------------------------------------- functions
@@ -123,13 +124,19 @@ def param(layer: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -
 
 def product(layer: nn.Module, x: Float[Array, "*B in"], kernel: Float[Array, "in out"]) -> Float[Array, "*B out"]:
     """x W, and (x A) B where the variable collection "lora" holds A and B for the layer."""
-    if not layer.has_variable("lora", "A"):
+    pair = _pair(layer)
+    if pair is None:
         return x @ kernel
-    a, b = (layer.get_variable("lora", name) for name in ("A", "B"))
-    a, b = a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:])  # a 1x1 convolution's are [1, 1, ...]
     if x.dtype == jnp.float32 and backend.platform() == "cpu":
-        return merged_product(x, kernel, a, b)
-    return (x @ kernel + low_rank(x, a, b)).astype(x.dtype)
+        return merged_product(x, kernel, *pair)
+    return (x @ kernel + low_rank(x, [pair])[0]).astype(x.dtype)
+
+
+def _pair(layer: nn.Module) -> Pair | None:
+    if not layer.has_variable("lora", "A"):
+        return None
+    a, b = (layer.get_variable("lora", name) for name in ("A", "B"))
+    return Pair(a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:]))  # a 1x1 convolution's are [1, 1, ...]
 
 
 class Dense(nn.Module):
@@ -151,6 +158,18 @@ class Dense(nn.Module):
         if self.use_bias:
             y = y + param(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
+
+
+def of_the_same(x: Float[Array, "*B in"], layers: Sequence[Dense]) -> list[Float[Array, "*B features"]]:
+    """[layer(x) for layer in layers] without bias; on an accelerator as one product where all of them have LoRA."""
+    pairs = [_pair(layer) for layer in layers]
+    if backend.platform() == "cpu" or None in pairs:
+        return [layer(x) for layer in layers]
+    dtype = layers[0].dtype
+    x, kernels = x.astype(dtype), [layer.get_variable("params", "kernel").astype(dtype) for layer in layers]
+    ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
+    ys = jnp.split(x @ jnp.concatenate(kernels, axis=1), ends[:-1], axis=-1)
+    return [(y + own).astype(dtype) for y, own in zip(ys, low_rank(x, pairs), strict=True)]
 
 
 class GroupNorm(nn.Module):

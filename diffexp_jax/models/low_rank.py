@@ -1,5 +1,9 @@
 """Products with LoRA's low-rank matrices: (x A) B with float32's digits, whatever type and machine x is on."""
 
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -30,47 +34,63 @@ def _merged_bwd(saved, g):
 merged_product.defvjp(_merged_fwd, _merged_bwd)
 
 
-def low_rank(
-    x: Float[Array, "*B in"], a: Float[Array, "in rank"], b: Float[Array, "rank out"]
-) -> Float[Array, "*B out"]:
-    """(x A) B in float32, whatever type x has: full products, not an accelerator's faster ones (TF32, bfloat16)."""
-    if x.dtype == jnp.bfloat16 and a.shape[1] <= MOST_OUTER:
-        return _low_rank_of_bfloat16(x, a, b)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(jnp.matmul(x.astype(jnp.float32), a, precision=highest), b, precision=highest)
+class Pair(NamedTuple):
+    """A layer's low-rank update, float32: it adds (x A) B."""
+
+    a: Float[Array, "in rank"]
+    b: Float[Array, "rank out"]
+
+
+def low_rank(x: Float[Array, "*B in"], pairs: Sequence[Pair]) -> list[Float[Array, "*B out"]]:
+    """(x A) B of each pair, in float32 whatever type x has: full products, not an accelerator's faster ones (TF32)."""
+    if x.dtype == jnp.bfloat16 and max(pair.a.shape[1] for pair in pairs) <= MOST_OUTER:
+        return _low_rank_of_bfloat16(x, pairs)
+    x, highest = x.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    return [jnp.matmul(jnp.matmul(x, a, precision=highest), b, precision=highest) for a, b in pairs]
 
 
 MOST_OUTER = 16  # a rank up to which (x A) B is a sum of outer products
 
 
 @jax.custom_vjp
-def _low_rank_of_bfloat16(x, a, b):
+def _low_rank_of_bfloat16(x, pairs):
     """(x A) B for x in bfloat16: float32's digits from the units that multiply bfloat16.
 
-    x is exact in bfloat16, and so is the gradient that comes back; what they are multiplied with is split into three
+    x is exact in bfloat16, and so are the gradients that come back; what they are multiplied with is split into three
     bfloat16 numbers, whose products are added in float32. The product with B has as few terms as the rank: as a sum of
     outer products it becomes part of what reads it. Full float32 products run beside a GPU's matrix units; on an H100
-    layers with them take 1.1 to 2.8 times as long (docs/evidence/accelerators.md).
+    layers with them take 1.1 to 2.8 times as long (docs/evidence/accelerators.md). What several layers do to the same x
+    is one product, and so is the gradient of x.
     """
-    return _low_rank_fwd(x, a, b)[0]
+    return _low_rank_fwd(x, pairs)[0]
 
 
-def _low_rank_fwd(x, a, b):
-    h = _exact_product(x, a)
-    return _outer(h, b), (x, h, a, b)
+def _low_rank_fwd(x, pairs):
+    hs = _split(_exact_product(x, jnp.concatenate([pair.a for pair in pairs], axis=1)), pairs)
+    return [_outer(h, pair.b) for h, pair in zip(hs, pairs, strict=True)], (x, hs, pairs)
 
 
-def _low_rank_bwd(saved, g):
-    x, h, a, b = saved
-    g = g.astype(x.dtype)  # exact: the sum that it is the gradient of was rounded to that type
-    rows, slopes = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    dh = _exact_product(g, b.T)
-    da = _exact_product(rows.T, dh.reshape(len(rows), -1))
-    db = _exact_product(slopes.T, h.reshape(len(rows), -1)).T
-    return _outer(dh, a.T).astype(x.dtype), da, db
+def _low_rank_bwd(saved, gs):
+    x, hs, pairs = saved
+    gs = [g.astype(x.dtype) for g in gs]  # exact: the sums that they are gradients of were rounded to that type
+    dh = jnp.concatenate([_exact_product(g, pair.b.T) for g, pair in zip(gs, pairs, strict=True)], axis=-1)
+    da = _split(_exact_product(_rows(x).T, _rows(dh)), pairs)
+    db = [_exact_product(_rows(g).T, _rows(h)).T for g, h in zip(gs, hs, strict=True)]
+    dx = _outer(dh, jnp.concatenate([pair.a for pair in pairs], axis=1).T).astype(x.dtype)
+    return dx, [Pair(*both) for both in zip(da, db, strict=True)]
 
 
 _low_rank_of_bfloat16.defvjp(_low_rank_fwd, _low_rank_bwd)
+
+
+def _rows(x: Float[Array, "*B n"]) -> Float[Array, "rows n"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _split(x: Float[Array, "*B ranks"], pairs: Sequence[Pair]) -> list[Float[Array, "*B rank"]]:
+    """Each pair's own columns."""
+    ends = list(itertools.accumulate(pair.a.shape[1] for pair in pairs))
+    return jnp.split(x, ends[:-1], axis=-1)
 
 
 def _exact_product(x: Float[Array, "*B in"], y: Float[Array, "in n"]) -> Float[Array, "*B n"]:

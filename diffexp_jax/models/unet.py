@@ -14,6 +14,7 @@ from diffexp_jax.models.layers import (
     ResnetBlock,
     Upsample,
     geglu,
+    of_the_same,
     pointwise_conv,
     timestep_embedding,
 )
@@ -28,11 +29,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S C"], context: Float[Array, "B L D"] | None = None) -> Float[Array, "B S C"]:
-        context = x if context is None else context
         width = x.shape[-1]
-        q = Dense(width, use_bias=False, dtype=self.dtype, name="to_q")(x)
-        k = Dense(width, use_bias=False, dtype=self.dtype, name="to_k")(context)
-        v = Dense(width, use_bias=False, dtype=self.dtype, name="to_v")(context)
+        to_q, to_k, to_v = (Dense(width, False, self.dtype, name=f"to_{name}") for name in "qkv")
+        if context is None:
+            q, k, v = of_the_same(x, (to_q, to_k, to_v))
+        else:
+            q, (k, v) = to_q(x), of_the_same(context, (to_k, to_v))
         return Dense(width, dtype=self.dtype, name="to_out.0")(attention(q, k, v, self.heads))
 
 

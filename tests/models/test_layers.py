@@ -1,10 +1,14 @@
 """The building blocks against torch's own, and the hand-written gradient of the 3x3 convolution."""
 
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffexp_jax import backend
 from diffexp_jax.models import convolution, layers, low_rank
 
 
@@ -261,18 +265,57 @@ def test_the_low_rank_update_by_products_of_bfloat16_has_float32s_digits():
     """What an accelerator multiplies is bfloat16; the result and all gradients are those of full float32 products."""
     x, g = (normal(i, 2, 40, n).astype(jnp.bfloat16).astype(jnp.float32) for i, n in ((0, 48), (1, 56)))
     a, b = normal(2, 48, 4), normal(3, 4, 56)
-    text = str(jax.make_jaxpr(low_rank.low_rank)(x.astype(jnp.bfloat16), a, b))
+    text = str(jax.make_jaxpr(one_pair)(x.astype(jnp.bfloat16), a, b))
     assert "bf16[48,12]" in text and "HIGHEST" not in text
 
     def all_of(x, a, b):
-        out, pull_back = jax.vjp(low_rank.low_rank, x, a, b)
+        out, pull_back = jax.vjp(one_pair, x, a, b)
         return out, *pull_back(g)
 
     exact = all_of(x, a, b)
     for own, want, digits in zip(all_of(x.astype(jnp.bfloat16), a, b), exact, (1e-6, 2**-8, 1e-6, 1e-6), strict=True):
         assert np.linalg.norm(own.astype(jnp.float32) - want) <= digits * np.linalg.norm(want)
     sixteen = [normal(i, *shape) for i, shape in enumerate([(5, 48), (48, 32), (32, 56)])]
-    assert "HIGHEST" in str(jax.make_jaxpr(low_rank.low_rank)(sixteen[0].astype(jnp.bfloat16), *sixteen[1:]))  # rank 32
+    assert "HIGHEST" in str(jax.make_jaxpr(one_pair)(sixteen[0].astype(jnp.bfloat16), *sixteen[1:]))  # rank 32
+
+
+def one_pair(x, a, b):
+    return low_rank.low_rank(x, [low_rank.Pair(a, b)])[0]
+
+
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (2, 3)])
+def test_layers_of_the_same_input_as_one_product(monkeypatch, ranks):
+    """Of an accelerator, in bfloat16: as each for itself, and with the gradients of each, of all samples and of one."""
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    x, dtype = normal(0, 2, 5, 8).astype(jnp.bfloat16), jnp.bfloat16
+    params = {str(i): {"kernel": normal(1 + i, 8, 6 + i).astype(dtype)} for i, _ in enumerate(ranks)}
+    lora = {str(i): {"A": normal(5 + i, 8, r), "B": normal(9 + i, r, 6 + i)} for i, r in enumerate(ranks)}
+
+    class Several(nn.Module):
+        together: bool
+
+        @nn.compact
+        def __call__(self, x):
+            dense = [layers.Dense(6 + i, False, dtype, name=str(i)) for i, _ in enumerate(ranks)]
+            return layers.of_the_same(x, dense) if self.together else [layer(x) for layer in dense]
+
+    @partial(jax.jit, static_argnums=0)
+    def found(together, params, lora, x):
+        def loss(lora, x):
+            ys = Several(together).apply({"params": params, "lora": lora}, x)
+            return sum(jnp.sin(y.astype(jnp.float32)).sum() for y in ys), ys
+
+        each = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0))(lora, x)[0]
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(lora, x), each
+
+    ours, theirs = found(True, params, lora, x), found(False, params, lora, x)
+    for own, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        digits = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7}[own.dtype.type]
+        own, want = (np.asarray(x, np.float32) for x in (own, want))
+        assert np.linalg.norm(own - want) <= digits * np.linalg.norm(want)
+    dots = str(jax.make_jaxpr(partial(Several(True).apply, {"params": params, "lora": lora}))(x)).count("dot_general")
+    assert dots == 2  # W and A
+    assert set(Several(True).init(jax.random.key(0), x)) == {"params"}
 
 
 def test_the_merged_product_and_its_gradients():
