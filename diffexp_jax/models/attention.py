@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from diffexp_jax import backend
 
 MAX_LOGITS = 2**20  # per image and head that `attention` may hold at once without a fused kernel: 4 MB in float32
-MIN_FUSED_LOGITS = 2**18  # fewer of them are not worth a fused kernel: 512 tokens to 512, or CLIP's 257 to 257
+MIN_FUSED_LOGITS = 70_000  # fewer of them are not worth a fused kernel: CLIP's 257 to 257; 1024 pixels to 77 are
 
 
 def attention(
@@ -27,8 +27,8 @@ def attention(
 
     Exact in five ways: `attention_on_cpu`; on GPUs cuDNN's fused kernel and on TPUs, in bfloat16, `attention_on_tpu`,
     which never hold the logits; blocks of queries one after another where there are more than MAX_LOGITS logits; all at
-    once. The last two are float32 within, see `_in_float32`. Causal or masked attention (prompts: some 77 tokens) is
-    all at once in the type of q.
+    once. The last two are float32 within, see `_in_float32`, but for bfloat16 factors of products where all is at once.
+    Causal or masked attention (prompts: some 77 tokens) is all at once in the type of q.
     """
 
     def split(x):
@@ -51,7 +51,7 @@ def attention(
     elif logits > MAX_LOGITS:
         out = _attention_in_blocks(q, k, v)
     else:
-        out = _in_float32(q, k, v)
+        out = (_products_of_bfloat16 if q.dtype == jnp.bfloat16 else _in_float32)(q, k, v)
     return out.reshape(*out.shape[:2], -1).astype(dtype)
 
 
@@ -107,6 +107,44 @@ def _in_float32(
     fused kernels keep it in float32.
     """
     return jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+
+
+@jax.custom_vjp
+def _products_of_bfloat16(
+    q: Float[Array, "B Lq heads d"], k: Float[Array, "B Lk heads d"], v: Float[Array, "B Lk heads d"]
+) -> Float[Array, "B Lq heads d"]:
+    """As `_in_float32`, with factors of products rounded to bfloat16, as fused kernels do; sums stay float32.
+
+    The gradient makes the weights again from queries and keys, in float32: what it keeps is half as large as one of
+    them, and their slopes are differences of large numbers.
+    """
+    return _bfloat16_fwd(q, k, v)[0]
+
+
+def _product(equation: str, *factors: Array) -> Array:
+    return jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
+
+
+def _weights(q: Array, k: Array) -> Float[Array, "B heads Lq Lk"]:
+    return jax.nn.softmax(_product("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5)
+
+
+def _bfloat16_fwd(q, k, v):
+    out = _product("bhqk,bkhd->bqhd", _weights(q, k).astype(q.dtype), v)
+    return out.astype(q.dtype), (q, k, v)
+
+
+def _bfloat16_bwd(saved, g):
+    q, k, v = saved
+    weights, slopes = _weights(q, k), _product("bqhd,bkhd->bhqk", g, v)
+    dlogits = weights * (slopes - (weights * slopes).sum(-1, keepdims=True)) * q.shape[-1] ** -0.5
+    dlogits, weights = dlogits.astype(q.dtype), weights.astype(q.dtype)
+    dq, dk = _product("bhqk,bkhd->bqhd", dlogits, k), _product("bhqk,bqhd->bkhd", dlogits, q)
+    dv = _product("bhqk,bqhd->bkhd", weights, g)
+    return tuple(x.astype(q.dtype) for x in (dq, dk, dv))
+
+
+_products_of_bfloat16.defvjp(_bfloat16_fwd, _bfloat16_bwd)
 
 
 def _attention_in_blocks(

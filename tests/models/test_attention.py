@@ -125,7 +125,7 @@ def test_which_attention_is_fused(monkeypatch):
         (1024, 1024, jnp.float16, {}),
         (4096, 77, jnp.bfloat16, {}),
         (1024, 77, jnp.bfloat16, {}),
-        (257, 257, jnp.bfloat16, {}),
+        (257, 257, jnp.bfloat16, {}),  # too few logits to be worth it
         (1024, 1024, jnp.bfloat16, {"is_causal": True}),
         (1024, 1024, jnp.float32, {}),
     ]:
@@ -141,8 +141,7 @@ def test_which_attention_is_fused(monkeypatch):
             78,
             ["key_value_seq_lengths", "query_seq_lengths"],
         ),  # a prompt's odd length has no gradient there
-        ("xla", 1024, 77, []),  # too few logits to be worth it
-        ("xla", 257, 257, []),
+        ("cudnn", 1024, 78, ["key_value_seq_lengths", "query_seq_lengths"]),
         ("xla", 1024, 1024, ["is_causal"]),
         ("xla", 1024, 1024, []),
     ]
@@ -172,6 +171,22 @@ def test_the_gradient_of_unfused_attention_survives_bfloat16(monkeypatch, most):
         return jax.nn.dot_product_attention(*split).reshape(2, 16, 12)
 
     assert error(lambda *args: attention.attention(*args, 3)) < 0.01 < 0.05 < error(jaxs)
+
+
+def test_unfused_attention_in_bfloat16(monkeypatch):
+    """Values and all gradients, of all samples and of each, against float32; float32 is as it was."""
+    monkeypatch.setattr(attention.backend, "platform", lambda: "gpu")
+    args = [x.astype(jnp.bfloat16) for x in (*qkv(16, 12), normal(3, 2, 16, 12))]
+
+    def found(q, k, v, g):
+        out, pull_back = jax.vjp(lambda *args: attention.attention(*args, 3), q, k, v)
+        each = jax.vmap(lambda *args: jax.vjp(lambda *x: attention.attention(*x, 3), *args[:3])[1](args[3]))
+        return out, *pull_back(g), *(x[:, 0] for x in each(*(x[:, None] for x in (q, k, v, g))))
+
+    ours, exact = jax.jit(found)(*args), jax.jit(found)(*(x.astype(jnp.float32) for x in args))
+    for own, want in zip(ours, exact, strict=True):
+        assert own.dtype == jnp.bfloat16
+        assert np.linalg.norm(own - want) < 4e-3 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("lq, lk", [(6, 5), (5, 6), (7, 7), (6, 6)])
