@@ -64,6 +64,7 @@ def _fwd(x, shift, scale, bias, norm):
 def _bwd(norm, saved, g):
     """With y = scale xhat + bias: dx = rstd (scale dy - mean(scale dy) - xhat mean(scale dy xhat))."""
     x, shift, mean, rstd, scale, bias = saved
+    mean, rstd = jax.lax.optimization_barrier((mean, rstd))  # or XLA looks each channel's group up in a small array
 
     def dy_and_xhat(x, g):
         xhat, dy = (x.astype(jnp.float32) - mean) * rstd, g.astype(jnp.float32)
