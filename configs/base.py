@@ -147,7 +147,7 @@ def default() -> ml_collections.ConfigDict:
     config.alignprop.kl_weight = 0.0
     # How many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all
     config.alignprop.truncation = "uniform"
-    config.alignprop.truncation_k = 1  # for "fixed": that many
+    config.alignprop.truncation_k = 1  # number of last steps for "fixed"
     # False: a step's gradient goes through the linear part of the later steps alone, as in DRTune (Wu et al. 2024).
     # Through ten or more networks a few samples' gradients blow up (docs/evidence/results/input_gradient.md).
     config.alignprop.input_gradient = True  # whether the gradient goes through the later steps' networks, as published
@@ -201,9 +201,9 @@ def default() -> ml_collections.ConfigDict:
     config.dpok.reward_weight = 10.0  # factor of the policy gradient's loss
     config.dpok.kl_weight = 0.01  # factor of the penalty for leaving the untuned model
     config.dpok.value_baseline = True  # whether a value function is subtracted from the reward
-    config.dpok.value_lr = 1e-4  # learning rate of that function (AdamW, weight decay 0.01)
-    config.dpok.value_steps = 1  # AdamW steps that it takes each iteration; published: one for 10 images
-    # Minibatches of 256 random states that the gradient of each of those steps is the mean over
+    config.dpok.value_lr = 1e-4  # learning rate of the value function (AdamW, weight decay 0.01)
+    config.dpok.value_steps = 1  # AdamW steps of the value function each iteration; published: one for 10 images
+    # Minibatches of 256 random states that each gradient of the value function is the mean over
     config.dpok.value_batches = 5
 
     # PRDP: the log-ratios of a prompt's samples are made to differ as their rewards do (Deng et al. 2024).
@@ -225,12 +225,12 @@ def default() -> ml_collections.ConfigDict:
     config.rwr.inner_epochs = 5  # passes over an iteration's images, each at other timesteps and noise
     # "exponential": exp(r / temperature) over its mean. "quantile": 1 for images at that quantile or above, else 0 (the
     # paper's sparse form), over its mean.
-    config.rwr.weighting = "exponential"  # of an image by its reward: "exponential" or "quantile"
+    config.rwr.weighting = "exponential"  # weight of an image by its reward: "exponential" or "quantile"
     # Published: an inverse temperature of 0.2, on LAION's aesthetic score and on kilobytes of JPEG. Other rewards have
     # other units; with `standardised` it is in standard deviations, and 1 is a good start.
-    config.rwr.temperature = 5.0  # of the exponential, in the reward's units
+    config.rwr.temperature = 5.0  # temperature of the exponential, in the reward's units
     config.rwr.standardised = False  # whether rewards are first divided by their iteration's standard deviation
-    config.rwr.quantile = 0.9  # of "quantile"
+    config.rwr.quantile = 0.9  # quantile from which an image counts, for "quantile"
     # Whether an image is weighed among those of its prompt (else among all of the iteration)
     config.rwr.per_prompt = True
     # False: of the output for the prompt alone, for half of the work; then guidance in sampling no longer fits what was
@@ -249,15 +249,15 @@ def default() -> ml_collections.ConfigDict:
     config.nft.timestep_fraction = 0.99
     config.nft.strength = 1.0  # how far the two outputs lean towards the trained one and away from it: the paper's beta
     config.nft.advantage_clip = 5.0  # largest advantage, in standard deviations
-    config.nft.global_std = True  # whether that is all images' deviation (else the prompt's own)
-    config.nft.kl_weight = 1e-4  # factor of |output - the untuned model's|^2; 0: not made
+    config.nft.global_std = True  # whether advantages are in all images' deviation (else the prompt's own)
+    config.nft.kl_weight = 1e-4  # factor of |output - the untuned model's|^2 in the loss; 0: none
     # An epsilon model's error of x_0 is that of its output times sqrt((1 - alpha_bar) / alpha_bar), which is 13 at
     # Stable Diffusion's first step of 50 and 0.04 at its last. A flow model's is the noise level, at most 1.
     config.nft.weighting = "x_0"  # of noise levels, by the error of: "x_0", as published, or the network's "output"
     config.nft.old_start = 0  # optimizer updates up to which the sampling policy is the newest one
-    config.nft.old_rate = 1e-3  # what each later one adds to the decay of its average
+    config.nft.old_rate = 1e-3  # what each later update adds to the decay of the average
     # Published for most rewards: 0, 1e-3, 0.5. For text in images: 75, 7.5e-3, 0.999.
-    config.nft.old_most = 0.5  # largest decay of that average
+    config.nft.old_most = 0.5  # largest decay of the average
     # False, as published: the output for the prompt alone, whatever guidance samples, for half of the work.
     config.nft.guided = False  # whether the guided output is what is trained
 
@@ -269,22 +269,22 @@ def default() -> ml_collections.ConfigDict:
     config.awm.timesteps = 6
     # Share of the sampler's steps, from the noise on, that noise levels are drawn from
     config.awm.timestep_fraction = 0.9
-    config.awm.power = 0.25  # of the squared error in the log-likelihood; 1: the squared error
+    config.awm.power = 0.25  # power of the squared error in the log-likelihood
     config.awm.clip = 1.0  # how far the importance ratio may be from 1, of several updates
     config.awm.advantage_clip = 5.0  # advantage, in standard deviations, that counts as 1
-    config.awm.global_std = True  # whether that is all images' deviation (else the prompt's own)
+    config.awm.global_std = True  # whether advantages are in all images' deviation (else the prompt's own)
     # Published: 1e-3 for GenEval, 3e-3 for text in images, 1e-4 for PickScore.
-    config.awm.kl_weight = 1e-3  # factor of |output - the untuned model's|^2; 0: not made
+    config.awm.kl_weight = 1e-3  # factor of |output - the untuned model's|^2 in the loss; 0: none
     config.awm.average_weight = 1.0  # factor of |output - that of an average of the LoRA's past|^2; 0: no average
-    config.awm.average_rate = 1e-3  # what each update adds to the decay of that average
-    config.awm.average_most = 0.3  # largest decay of that average
+    config.awm.average_rate = 1e-3  # what each update adds to the decay of the average
+    config.awm.average_most = 0.3  # largest decay of the average
     config.awm.guided = False  # whether the guided output is what is trained, see nft.guided
 
     # Entropy-regularised control: the reward's gradient less the KL of the paths (Uehara et al. 2024a).
     config.entropy = ml_collections.ConfigDict()
     # How many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all
     config.entropy.truncation = "per_step"
-    config.entropy.truncation_k = 1  # for "fixed": that many
+    config.entropy.truncation_k = 1  # number of last steps for "fixed"
     # Whether the gradient goes through the later steps' networks, as published, see alignprop.input_gradient
     config.entropy.input_gradient = True
     # The KL is a sum over the steps, a mean over a latent's numbers. 1 is what SEIKO's code has (0.01 of each). The
@@ -301,7 +301,7 @@ def default() -> ml_collections.ConfigDict:
     config.seiko.inner_epochs = 10  # how often a round climbs on all of its prompts
     # How many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all
     config.seiko.truncation = "uniform"
-    config.seiko.truncation_k = 1  # for "fixed": that many
+    config.seiko.truncation_k = 1  # number of last steps for "fixed"
     # Whether the gradient goes through the later steps' networks, as published, see alignprop.input_gradient
     config.seiko.input_gradient = True
     # "reward": those of the trained reward's own network. Else a reward by name, as pickscore:PATH, of which only the
@@ -311,16 +311,17 @@ def default() -> ml_collections.ConfigDict:
     # queries drawn with replacement. "none": not at all.
     config.seiko.optimism = "ucb"  # how the learnt reward is raised where little is known
     config.seiko.bonus = 0.01  # factor of the bound of "ucb"
-    config.seiko.ridge = 1e-3  # added to the diagonal of the covariance of "ucb"
+    config.seiko.ridge = 1e-3  # number added to the diagonal of the covariance of "ucb"
     config.seiko.bonus_limit = 10.0  # largest bound of "ucb"
-    config.seiko.kl_weight = 0.01  # of the path KL to the model that the round began with
+    config.seiko.kl_weight = 0.01  # factor of the path KL to the model that the round began with
     config.seiko.fit_epochs = 300  # passes over the queries of a round's fit
-    config.seiko.fit_batch = 512  # queries at a time of the fit
+    config.seiko.fit_batch = 512  # queries in a minibatch of the fit
     config.seiko.fit_lr = 1e-3  # Adam's learning rate of the fit
-    config.seiko.buffer = 16384  # newest queries kept
-    config.seiko.label_noise = 0.0  # std of noise added to the true reward; 0.1 in the paper
+    config.seiko.buffer = 16384  # number of newest queries that are kept
+    config.seiko.label_noise = 0.0  # std of the noise added to the true reward; 0.1 in the paper
     config.seiko.loss_coefficient = 0.01  # factor of the loss
-    config.seiko.reward_target = "auto"  # as of alignprop.reward_target: "auto", "none" or a number
+    # What rewards are pulled to, as alignprop.reward_target: "auto", "none" or a number
+    config.seiko.reward_target = "auto"
 
     # Evaluations between iterations, without exploration.
     config.eval = ml_collections.ConfigDict()

@@ -95,7 +95,7 @@ class Truncating(Method):
         'how many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all',
         TRUNCATIONS,
     )
-    truncation_k: int = setting(1, 'for "fixed": that many', whole(1, 1000))
+    truncation_k: int = setting(1, 'number of last steps for "fixed"', whole(1, 1000))
     input_gradient: bool = setting(
         True,
         "whether the gradient goes through the later steps' networks, as published",

@@ -145,21 +145,21 @@ class AWM(Method):
     timestep_fraction: float = setting(
         0.9, "share of the sampler's steps, from the noise on, that noise levels are drawn from", positive(1.0)
     )
-    power: float = setting(0.25, "of the squared error in the log-likelihood; 1: the squared error", positive(1.0))
+    power: float = setting(0.25, "power of the squared error in the log-likelihood", positive(1.0))
     clip: float = setting(1.0, "how far the importance ratio may be from 1, of several updates", positive())
     advantage_clip: float = setting(5.0, "advantage, in standard deviations, that counts as 1", positive())
-    global_std: bool = setting(True, "whether that is all images' deviation (else the prompt's own)")
+    global_std: bool = setting(True, "whether advantages are in all images' deviation (else the prompt's own)")
     kl_weight: float = setting(
         1e-3,
-        "factor of |output - the untuned model's|^2; 0: not made",
+        "factor of |output - the untuned model's|^2 in the loss; 0: none",
         Number(0.0, 1e6),
         about="Published: 1e-3 for GenEval, 3e-3 for text in images, 1e-4 for PickScore.",
     )
     average_weight: float = setting(
         1.0, "factor of |output - that of an average of the LoRA's past|^2; 0: no average", Number(0.0, 1e6)
     )
-    average_rate: float = setting(1e-3, "what each update adds to the decay of that average", Number(0.0, 1.0))
-    average_most: float = setting(0.3, "largest decay of that average", Number(0.0, 1.0))
+    average_rate: float = setting(1e-3, "what each update adds to the decay of the average", Number(0.0, 1.0))
+    average_most: float = setting(0.3, "largest decay of the average", Number(0.0, 1.0))
     guided: bool = setting(
         False,
         "whether the guided output is what is trained",

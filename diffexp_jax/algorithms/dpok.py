@@ -264,12 +264,12 @@ class DPOK(PolicyMethod):
     reward_weight: float = setting(10.0, "factor of the policy gradient's loss", Number(0.0, 1e6))
     kl_weight: float = setting(0.01, "factor of the penalty for leaving the untuned model", Number(0.0, 1e6))
     value_baseline: bool = setting(True, "whether a value function is subtracted from the reward")
-    value_lr: float = setting(1e-4, "learning rate of that function (AdamW, weight decay 0.01)", positive(1.0))
+    value_lr: float = setting(1e-4, "learning rate of the value function (AdamW, weight decay 0.01)", positive(1.0))
     value_steps: int = setting(
-        1, "AdamW steps that it takes each iteration; published: one for 10 images", whole(1, 10**4)
+        1, "AdamW steps of the value function each iteration; published: one for 10 images", whole(1, 10**4)
     )
     value_batches: int = setting(
-        5, "minibatches of 256 random states that the gradient of each of those steps is the mean over", whole(1, 10**4)
+        5, "minibatches of 256 random states that each gradient of the value function is the mean over", whole(1, 10**4)
     )
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:

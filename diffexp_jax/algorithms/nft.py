@@ -132,8 +132,10 @@ class NFT(Method):
         1.0, "how far the two outputs lean towards the trained one and away from it: the paper's beta", positive(100.0)
     )
     advantage_clip: float = setting(5.0, "largest advantage, in standard deviations", positive())
-    global_std: bool = setting(True, "whether that is all images' deviation (else the prompt's own)")
-    kl_weight: float = setting(1e-4, "factor of |output - the untuned model's|^2; 0: not made", Number(0.0, 1e6))
+    global_std: bool = setting(True, "whether advantages are in all images' deviation (else the prompt's own)")
+    kl_weight: float = setting(
+        1e-4, "factor of |output - the untuned model's|^2 in the loss; 0: none", Number(0.0, 1e6)
+    )
     weighting: str = setting(
         "x_0",
         'of noise levels, by the error of: "x_0", as published, or the network\'s "output"',
@@ -144,10 +146,10 @@ class NFT(Method):
         """,
     )
     old_start: int = setting(0, "optimizer updates up to which the sampling policy is the newest one", whole(0))
-    old_rate: float = setting(1e-3, "what each later one adds to the decay of its average", Number(0.0, 1.0))
+    old_rate: float = setting(1e-3, "what each later update adds to the decay of the average", Number(0.0, 1.0))
     old_most: float = setting(
         0.5,
-        "largest decay of that average",
+        "largest decay of the average",
         Number(0.0, 1.0),
         about="""
         Published for most rewards: 0, 1e-3, 0.5. For text in images: 75, 7.5e-3, 0.999.

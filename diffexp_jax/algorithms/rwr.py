@@ -115,7 +115,7 @@ class RWR(Method):
     )
     weighting: str = setting(
         "exponential",
-        'of an image by its reward: "exponential" or "quantile"',
+        'weight of an image by its reward: "exponential" or "quantile"',
         WEIGHTINGS,
         about="""
         "exponential": exp(r / temperature) over its mean. "quantile": 1 for images at that quantile or above, else 0
@@ -124,7 +124,7 @@ class RWR(Method):
     )
     temperature: float = setting(
         5.0,
-        "of the exponential, in the reward's units",
+        "temperature of the exponential, in the reward's units",
         positive(),
         about="""
         Published: an inverse temperature of 0.2, on LAION's aesthetic score and on kilobytes of JPEG. Other rewards
@@ -132,7 +132,7 @@ class RWR(Method):
         """,
     )
     standardised: bool = setting(False, "whether rewards are first divided by their iteration's standard deviation")
-    quantile: float = setting(0.9, 'of "quantile"', Number(0.0, 1.0, below=True))
+    quantile: float = setting(0.9, 'quantile from which an image counts, for "quantile"', Number(0.0, 1.0, below=True))
     per_prompt: bool = setting(
         True, "whether an image is weighed among those of its prompt (else among all of the iteration)"
     )

@@ -214,16 +214,18 @@ class SEIKO(Truncating):
         """,
     )
     bonus: float = setting(1e-2, 'factor of the bound of "ucb"', Number(0.0, 1e6))
-    ridge: float = setting(1e-3, 'added to the diagonal of the covariance of "ucb"', positive())
+    ridge: float = setting(1e-3, 'number added to the diagonal of the covariance of "ucb"', positive())
     bonus_limit: float = setting(10.0, 'largest bound of "ucb"', positive())
-    kl_weight: float = setting(0.01, "of the path KL to the model that the round began with", Number(0.0, 1e6))
+    kl_weight: float = setting(0.01, "factor of the path KL to the model that the round began with", Number(0.0, 1e6))
     fit_epochs: int = setting(300, "passes over the queries of a round's fit", whole(1, 2**20))
-    fit_batch: int = setting(512, "queries at a time of the fit", whole(1, 2**20))
+    fit_batch: int = setting(512, "queries in a minibatch of the fit", whole(1, 2**20))
     fit_lr: float = setting(1e-3, "Adam's learning rate of the fit", positive())
-    buffer: int = setting(16384, "newest queries kept", whole(1, 2**24))
-    label_noise: float = setting(0.0, "std of noise added to the true reward; 0.1 in the paper", Number(0.0, 1e6))
+    buffer: int = setting(16384, "number of newest queries that are kept", whole(1, 2**24))
+    label_noise: float = setting(0.0, "std of the noise added to the true reward; 0.1 in the paper", Number(0.0, 1e6))
     loss_coefficient: float = setting(0.01, "factor of the loss", positive())
-    reward_target: str = setting("auto", 'as of alignprop.reward_target: "auto", "none" or a number')
+    reward_target: str = setting(
+        "auto", 'what rewards are pulled to, as alignprop.reward_target: "auto", "none" or a number'
+    )
 
     def check(self, n_steps: int) -> None:
         super().check(n_steps)
