@@ -84,6 +84,9 @@ def default() -> ml_collections.ConfigDict:
     config.textnorm.temperature = 1.0
     # Json file {prompt: [contrastive prompts]}; None: swap animals and activities
     config.textnorm.contrast = placeholder(str)
+    # Of reward="textnorm(A)+textnorm(B)+...": what the models disagree about is rewarded less (Kim et al. 2024).
+    # Factor of the variance among several textnorm(...), subtracted from their mean; 0: their sum
+    config.textnorm.uncertainty = 0.0
 
     # How many images an iteration draws, and how they are shared out.
     config.batch = ml_collections.ConfigDict()

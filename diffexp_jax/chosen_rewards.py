@@ -31,7 +31,12 @@ def load_rewards(settings: Settings, *, weights: bool = True) -> tuple[str, Rewa
     """
     specs, usual, reported = settings.reported_rewards, settings.reward_dtype, settings.eval.reward_dtype
     norm, host = settings.textnorm, settings.host_reward
-    options = {"shapes_only": not weights, "temperature": norm.temperature, "contrast": norm.contrast}
+    options = {
+        "shapes_only": not weights,
+        "temperature": norm.temperature,
+        "contrast": norm.contrast,
+        "uncertainty": norm.uncertainty,
+    }
     options |= {"timeout": host.timeout, "workers": host.workers}
     if len({spec.name for spec in specs}) < len(specs):
         texts = ", ".join(spec.text for spec in specs)
@@ -42,6 +47,12 @@ def load_rewards(settings: Settings, *, weights: bool = True) -> tuple[str, Rewa
         reward = load_reward(spec, weights=part_weights, dtype=dtype, **options)
         return reward if weights else reward._replace(params=_shapes_of(reward.params))
 
+    parts = settings.trained_reward.parts
+    if norm.uncertainty and (len(parts) < 2 or not all(part.normed for part in parts)):
+        raise InputError(
+            f"textnorm.uncertainty={norm.uncertainty}: the reward {settings.reward!r} has no variance among models; "
+            "wants several joined by +, each in textnorm(...)"
+        )
     trained = load(settings.trained_reward, usual)
     if settings.method.needs.reward_gradient and trained.start:
         others = ", ".join(name for name, method in METHODS.items() if not method.needs.reward_gradient)

@@ -47,6 +47,7 @@ def load_reward(
     weights: Sequence[float] = (),
     temperature: float = 1.0,
     contrast: str | Path | None = None,
+    uncertainty: float = 0.0,
     timeout: float = 600.0,
     workers: int = 4,
     shapes_only: bool = False,
@@ -61,6 +62,7 @@ def load_reward(
       weights: of the parts of a sum, in its order; none: those of `BUILTINS`, and 1 for a function.
       temperature: of textnorm, in the wrapped reward's units.
       contrast: a json file of textnorm's contrastive prompts; None: made by swapping animals and activities.
+      uncertainty: of a sum of textnorm(...) alone: factor of their variance, which is subtracted from their mean.
       timeout, workers: seconds and threads of a reward that is plain Python, see `host_reward`.
       shapes_only: where the weights are not there, shapes of the published ones do: for a dry run.
 
@@ -88,6 +90,8 @@ def load_reward(
         return rewards[names[0]]
     # textnorm's share of 0 to 1 is another unit than its reward's
     usual = [BUILTINS[part.name].weight if part.name in BUILTINS and not part.normed else 1.0 for part in parts]
+    if uncertainty and all(part.normed for part in parts):
+        return ensemble(rewards, tuple(weights) or [1.0 / len(parts)] * len(parts), uncertainty=uncertainty)
     return ensemble(rewards, tuple(weights) or usual)
 
 

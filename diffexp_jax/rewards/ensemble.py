@@ -2,21 +2,27 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import jax.numpy as jnp
+
 from diffexp_jax.errors import InputError
 from diffexp_jax.rewards.reward import HostScores, Reward, Scores
 
 
-def ensemble(rewards: Mapping[str, Reward], weights: Sequence[float]) -> Reward:
+def ensemble(rewards: Mapping[str, Reward], weights: Sequence[float], *, uncertainty: float = 0.0) -> Reward:
     """sum_i weight_i r_i; the parts are the r_i, unweighted, under their names, and theirs as name/part.
 
     Args:
       rewards: by name, in the order of the weights.
       weights: one per reward.
+      uncertainty: lambda of sum_i weight_i r_i - lambda var_i(r_i): what the rewards disagree about earns less (Kim et
+        al. 2024). They then have one unit, as those of textnorm do. The variance is a part, "variance".
 
     Raises:
-      InputError: another number of weights than of rewards.
+      InputError: another number of weights than of rewards, or the uncertainty of a reward that is plain Python.
     """
     weights = tuple(weights)
+    if uncertainty and any(reward.start for reward in rewards.values()):
+        raise InputError(f"{'+'.join(rewards)}: the variance of rewards wants all of them in JAX")
     if len(weights) != len(rewards):
         raise InputError(f"{len(weights)} weights for {len(rewards)} rewards ({'+'.join(rewards)}); wants one for each")
     weight_of = dict(zip(rewards, weights, strict=True))
@@ -25,6 +31,9 @@ def ensemble(rewards: Mapping[str, Reward], weights: Sequence[float]) -> Reward:
         total = sum(weight_of[name] * score for name, (score, _) in scores.items())
         parts = {name: score for name, (score, _) in scores.items()}
         parts |= {f"{name}/{part}": x for name, (_, inner) in scores.items() for part, x in inner.items()}
+        if uncertainty:
+            parts["variance"] = jnp.var(jnp.stack([score for score, _ in scores.values()]), axis=0)
+            total -= uncertainty * parts["variance"]
         return total, parts
 
     def start(images, tokens) -> Callable[[], HostScores]:

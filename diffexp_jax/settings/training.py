@@ -117,6 +117,14 @@ class TextNorm:
         "json file {prompt: [contrastive prompts]}; None: swap animals and activities",
         paths.local_or_none,
     )
+    uncertainty: float = setting(
+        0.0,
+        "factor of the variance among several textnorm(...), subtracted from their mean; 0: their sum",
+        Number(0.0, 1e6),
+        about="""
+        Of reward="textnorm(A)+textnorm(B)+...": what the models disagree about is rewarded less (Kim et al. 2024).
+        """,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

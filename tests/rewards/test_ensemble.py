@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffexp_jax.chosen_rewards import load_rewards
 from diffexp_jax.cli import score
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.pictures import read_picture
@@ -20,6 +21,7 @@ from diffexp_jax.rewards.preprocess import as_floats
 from diffexp_jax.rewards.reward import of_pixels
 from diffexp_jax.rewards.scoring import batches_by_shape, make_scorer
 from diffexp_jax.rewards.textnorm import from_file, swapped, textnorm
+from diffexp_jax.settings import checked
 from tests.support import ROOT
 
 
@@ -55,6 +57,34 @@ def test_the_parts_sum_to_the_whole(weights, path):
     np.testing.assert_array_equal(parts["mine/length"], [4, 6])
     np.testing.assert_allclose(total, sum(f * parts[name] for f, name in zip(weights, rewards, strict=True)), rtol=1e-6)
     assert len(parts) == 6
+
+
+@pytest.mark.parametrize("path", ["score", "score_prepared"])
+def test_what_rewards_disagree_about_earns_less(path):
+    """r + 1, r + 3 and r + 5 of r = 2 and 6: the mean r + 3, the variance 8 / 3, of which a quarter is subtracted."""
+    rewards = {"a": constant(1), "b": constant(3), "c": constant(5)}
+    reward = ensemble(rewards, [1 / 3] * 3, uncertainty=0.25)
+    images = {name: IMAGES for name in "abc"} if path == "score_prepared" else IMAGES
+    total, parts = getattr(reward, path)(reward.params, images, reward.tokenize(TEXTS))
+    np.testing.assert_allclose(parts["variance"], [8 / 3, 8 / 3], rtol=1e-6)
+    np.testing.assert_allclose(total, [5 - 2 / 3, 9 - 2 / 3], rtol=1e-6)
+
+
+def test_the_variance_is_of_textnorms_alone(make_config, tiny_clip):
+    """A sum of others, and a single one, have none: the trained reward is refused, another is what it was."""
+    norm = f"textnorm(pickscore:{tiny_clip})"
+    two = f"{norm}+textnorm(clip_similarity:{tiny_clip})"
+    found = load_reward(two, uncertainty=0.5)
+    images = np.random.default_rng(0).uniform(size=(1, 16, 16, 3)).astype(np.float32)
+    total, parts = found.score(found.params, images, found.tokenize(["a dog"]))
+    each = np.array([parts["textnorm_pickscore"], parts["textnorm_clip_similarity"]])
+    np.testing.assert_allclose(total, each.mean(0) - 0.5 * each.var(0), rtol=1e-5)
+    alone = load_reward(norm, uncertainty=0.5)
+    assert alone.score(alone.params, images, alone.tokenize(["a dog"]))[1].keys() == {"raw"}
+    for reward in (norm, f"{norm}+clip_similarity:{tiny_clip}"):
+        settings = checked(make_config("ddpo", {"reward": reward, "textnorm.uncertainty": 0.5}))
+        with pytest.raises(InputError, match="textnorm.uncertainty=0.5: the reward .* has no variance among models"):
+            load_rewards(settings)
 
 
 def test_gradient_of_an_ensemble():

@@ -151,8 +151,8 @@ def test_keys_that_an_older_version_did_not_know(tmp_path):
     config, notes = workdir.plan(tmp_path, settings(iterations=120))
     assert config.exploration.iterations == 36  # of the 48 that it began with
     assert notes[-1] == (
-        "the run began in an older version: exploration.iterations, textnorm.contrast, textnorm.temperature had the "
-        "defaults"
+        "the run began in an older version: exploration.iterations, textnorm.contrast, textnorm.temperature, "
+        "textnorm.uncertainty had the defaults"
     )
     with pytest.raises(InputError, match=r"textnorm.temperature \(1.0 there, 0.5 here\)"):
         workdir.plan(tmp_path, settings(textnorm__temperature=0.5))
