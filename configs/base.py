@@ -178,6 +178,9 @@ def default() -> ml_collections.ConfigDict:
     # As in Flow-GRPO (Liu et al. 2025): a mean over the steps, of means over a latent's numbers. Each update then
     # evaluates the untuned model too, and is made in two passes.
     config.ddpo.kl_weight = 0.0  # factor of each step's KL to the untuned model, in the loss; 0: none
+    # A log-prob's gradient grows as its step's noise shrinks: each step's is divided by that factor. The loss is linear
+    # in the log-ratio, up to ddpo.clip (a log-hinge). Made in two passes.
+    config.ddpo.proportionate = False  # whether every step counts alike, as in PCPO (Lee and Ye 2025)
     config.ddpo.advantage_clip = 5.0  # largest advantage, in standard deviations
     config.ddpo.stats_buffer = 32  # newest rewards kept per prompt
     config.ddpo.stats_min_count = 16  # rewards of a prompt before its own mean and std are used

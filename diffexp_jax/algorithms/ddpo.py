@@ -29,7 +29,7 @@ from diffexp_jax.algorithms.state import PromptStats, TrainState, advantages, in
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, setting, whole
 from diffexp_jax.parallel import AXIS
-from diffexp_jax.sampling import Process, transition_kl
+from diffexp_jax.sampling import Process, Steps, transition_kl
 
 
 def clipped_ratio_loss(
@@ -41,14 +41,50 @@ def clipped_ratio_loss(
     return jnp.maximum(-adv * ratio, -adv * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)).mean()
 
 
-def step_loss(
-    log_prob: Float[Array, "B"], outputs: Any, step: Transition, *, process: Process, clip: float, kl_weight: float
+def log_hinge_loss(
+    log_prob: Float[Array, "B"], old_log_prob: Float[Array, "B"], adv: Float[Array, "B"], *, clip: float
 ) -> Float[Array, ""]:
-    """`clipped_ratio_loss`, and kl_weight times the step's KL to the untuned model where there is a weight.
+    """mean of max(0, clip |A| - A log rho), rho = p / p_old (PCPO, Lee and Ye 2025, arXiv 2509.25774).
 
-    `outputs` are then the network's guided ones: of the LoRA that is trained, of the untuned model.
+    The gradient is that of -A log p, until log rho has moved by `clip` to where the advantage leads.
     """
-    loss = clipped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
+    chex.assert_equal_shape((log_prob, old_log_prob, adv))
+    return jnp.maximum(0.0, clip * jnp.abs(adv) - adv * (log_prob - old_log_prob)).mean()
+
+
+def equal_steps(process: Process, steps: Steps) -> Float[Array, "T"]:
+    """Weights of mean 1 by which every step's network output counts alike (PCPO): w_t = sigma_t / C_t, scaled.
+
+    C_t is the slope of the step's mean in the network's output: a log-prob's gradient in the output is C_t / sigma_t
+    times a standard normal number. The mean of 1 is ours.
+    """
+
+    def slope(row):
+        zero = jnp.zeros((1, 1, 1, 1))
+        (at_1, std), (at_0, _) = process.transition(zero, zero + 1.0, row), process.transition(zero, zero, row)
+        return jnp.abs(at_1 - at_0).mean() / std
+
+    weights = 1.0 / jax.vmap(slope)(steps)
+    return weights / weights.mean()
+
+
+def step_loss(
+    log_prob: Float[Array, "B"],
+    outputs: Any,
+    step: Transition,
+    *,
+    process: Process,
+    clip: float,
+    kl_weight: float,
+    proportionate: bool,
+) -> Float[Array, ""]:
+    """`clipped_ratio_loss`, or where `proportionate` `log_hinge_loss`; and kl_weight times the KL to the untuned model.
+
+    Where there is a kl_weight, `outputs` are the network's guided ones: of the LoRA that is trained, of the untuned
+    model.
+    """
+    of_ratio = log_hinge_loss if proportionate else clipped_ratio_loss
+    loss = of_ratio(log_prob, step.old_log_prob, step.weight, clip=clip)
     if not kl_weight:
         return loss
     return loss + kl_weight * transition_kl(process, *outputs, step.x_t, step.step).mean()
@@ -96,6 +132,7 @@ def ddpo(
     stats_min_count: int,
     advantage: str = "prompt",
     kl_weight: float = 0.0,
+    proportionate: bool = False,
     old_log_prob: str = "sampled",
     one_pass: bool = False,
     n_trained: int | None = None,
@@ -108,10 +145,8 @@ def ddpo(
       n_updates: optimizer updates an iteration, each on its own share of the samples.
       n_chunks: forward passes that a device's samples are split into; a multiple of n_updates.
       inner_epochs: passes over an iteration's samples.
-      clip: of the importance ratio (1e-4: log-probs are means over a latent's entries).
-      advantage_clip, stats_buffer, stats_min_count: see `state.advantages`.
-      advantage: see `compared`.
-      kl_weight: factor of the mean over the steps of each one's KL to the untuned model, in the loss.
+      clip, kl_weight, proportionate: see `step_loss`, and `equal_steps` (1e-4: log-probs are means over a latent).
+      advantage, advantage_clip, stats_buffer, stats_min_count: see `compared`.
       old_log_prob: what the ratio is relative to, see `several_updates`.
       one_pass: make the gradient while sampling, see `one_pass.py`; for a single update an iteration.
       n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
@@ -119,10 +154,9 @@ def ddpo(
     """
 
     def init(lora) -> TrainState:
-        stats = init_stats(n_prompts, stats_buffer)
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), stats)
+        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), init_stats(n_prompts, stats_buffer))
 
-    loss = partial(step_loss, process=policy.process, clip=clip, kl_weight=kl_weight)
+    loss = partial(step_loss, process=policy.process, clip=clip, kl_weight=kl_weight, proportionate=proportionate)
     rule = PolicyGradient(policy, optimizer, loss, reference=(lambda extra: None) if kl_weight else None)
     kinds = dict(kind=advantage, clip=advantage_clip, min_count=stats_min_count)
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
@@ -136,7 +170,9 @@ def ddpo(
             loss, grads = -jax.lax.pmean(adv.mean(), AXIS), gradient_of_loss(samples.gradients, adv)  # at ratios of 1
             state, metrics = stepped(optimizer, state, loss, grads, (samples.rewards, samples.parts), stats)
         else:
-            state, metrics = updated(rule, state, frozen, samples, chunked(adv, n_chunks), stats, **updates)
+            of_step = equal_steps(policy.process, inputs.steps)[:n_trained, None] if proportionate else 1.0
+            weight = chunked(adv, n_chunks)[:, None] * of_step  # [chunks, T or 1, m]
+            state, metrics = updated(rule, state, frozen, samples, weight, stats, **updates)
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return state, metrics
 
@@ -176,6 +212,14 @@ class DDPO(PolicyMethod):
         evaluates the untuned model too, and is made in two passes.
         """,
     )
+    proportionate: bool = setting(
+        False,
+        "whether every step counts alike, as in PCPO (Lee and Ye 2025)",
+        about="""
+        A log-prob's gradient grows as its step's noise shrinks: each step's is divided by that factor. The loss is
+        linear in the log-ratio, up to ddpo.clip (a log-hinge). Made in two passes.
+        """,
+    )
     advantage_clip: float = setting(5.0, "largest advantage, in standard deviations", positive())
     stats_buffer: int = setting(32, "newest rewards kept per prompt", whole(1, 2**20))
     stats_min_count: int = setting(16, "rewards of a prompt before its own mean and std are used", whole(1, 2**20))
@@ -200,8 +244,9 @@ class DDPO(PolicyMethod):
         return passes | ({"of the untuned model": share} if self.kl_weight else {})
 
     def check(self, n_steps: int) -> None:
-        if self.gradient == "onepass" and self.kl_weight:
-            raise InputError(f"ddpo.gradient='onepass': wants ddpo.kl_weight=0, not {self.kl_weight}")
+        for key in ("kl_weight", "proportionate"):
+            if self.gradient == "onepass" and getattr(self, key):
+                raise InputError(f"ddpo.gradient='onepass': wants ddpo.{key}={type(getattr(self, key))()}")
         if self.gradient == "onepass" and self.has_several_updates:
             raise InputError(
                 "ddpo.gradient='onepass': wants ddpo.updates=1 and ddpo.inner_epochs=1: after an update the samples' "
@@ -214,7 +259,7 @@ class DDPO(PolicyMethod):
         """What `gradient` means for this many samples a device and numbers that are trained."""
         if self.gradient != "auto":
             return self.gradient == "onepass"
-        possible = not self.has_several_updates and not self.kl_weight
+        possible = not (self.has_several_updates or self.kl_weight or self.proportionate)
         return possible and 4 * n_samples * lora_size <= MOST_BYTES
 
     def make(self, setup: Setup) -> Algorithm:
@@ -224,6 +269,7 @@ class DDPO(PolicyMethod):
             **self.keywords(setup),
             advantage=self.advantage,
             kl_weight=self.kl_weight,
+            proportionate=self.proportionate,
             advantage_clip=self.advantage_clip,
             stats_buffer=self.stats_buffer,
             stats_min_count=self.stats_min_count,
