@@ -92,6 +92,22 @@ def test_pages_that_are_named_are_there():
             assert (ROOT / page).exists(), f"{path}: {page}"
 
 
+def paragraphs(text: str) -> list[str]:
+    """The running text of a document, list items alone: without code, tables, headings and what programs wrote."""
+    text = re.sub(r"<!-- (\w+)(: .+?)? -->.*?<!-- /\1.*?-->", "", text, flags=re.S)
+    text = re.sub(r"^```.*?^```", "\n", text, flags=re.M | re.S)
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:[-*] |\|))", text)
+    return [part.strip() for part in parts if part.strip() and not part.strip().startswith(("|", "#", "<"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paragraphs_are_short(path):
+    """At most five lines of 120 characters, and no interval: tables have those."""
+    for paragraph in paragraphs(path.read_text()):
+        assert len(paragraph) <= 600, paragraph
+        assert not re.search(r"\[[+-]?[\d.]+, [+-]?[\d.]+\]", paragraph), paragraph
+
+
 def test_the_readme_is_short():
     """At most 120 lines of at most 120 characters; tables have longer ones."""
     lines = (ROOT / "README.md").read_text().splitlines()
