@@ -8,14 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from diffexp_jax import parallel
+from diffexp_jax import parallel, train
 from diffexp_jax.algorithms import Batch, Inputs
 from diffexp_jax.algorithms.alignprop import live_steps
 from diffexp_jax.algorithms.optimizer import averaged, make_optimizer, with_new_moments
 from diffexp_jax.algorithms.seiko import SEIKO, Climb, climb_loss, seiko
 from diffexp_jax.errors import InputError
+from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.sampling import initial_latents, step_noise
 from diffexp_jax.settings import Settings
+from tests.support.runs import PLAIN
 from tests.support.two_numbers import CONTEXT, GROUP, LORA, POLICY, PROCESS, SHAPE, STEPS, N, T, network
 
 P = int(np.prod(SHAPE))
@@ -188,3 +190,20 @@ def test_what_a_round_costs():
 def test_a_target_that_is_none_is_refused_by_its_own_name():
     with pytest.raises(InputError, match="seiko.reward_target='high'"):
         SEIKO(reward_target="high").check(20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimism", ["ucb", "bootstrap"])
+def test_learns_brightness(make_config, tiny_clip, tmp_path, optimism):
+    """On a real, tiny model, by a reward in plain Python, which the features of a random CLIP stand for."""
+    settings = PLAIN | {"reward": "python:sample_rewards:brightness_of_bytes", "iterations": 6, "sampling.eta": 1.0}
+    settings |= {"batch.samples": 32, "batch.samples_per_forward": 16, "exploration.enabled": False}
+    settings |= {"optim.lr": 1e-2, "optim.weight_decay": 0.0, "seiko.loss_coefficient": 1.0}
+    settings |= {"seiko.features": f"pickscore:{tiny_clip}", "seiko.optimism": optimism, "seiko.fit_batch": 16}
+    settings |= {"seiko.updates": 1, "seiko.inner_epochs": 4, "seiko.fit_epochs": 100, "seiko.truncation_k": 3}
+    settings |= {"seiko.buffer": 256}
+    train.run(make_config("seiko", settings), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")[1:]
+    assert rows[-1]["reward/mean"] > rows[0]["reward/mean"] + 0.5
+    assert [row["reward_queries"] for row in rows] == [32 * n for n in range(1, 7)]
+    assert rows[-1]["surrogate/queries"] == 192

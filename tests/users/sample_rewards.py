@@ -18,6 +18,11 @@ def brightness(images):
     return images.mean((1, 2, 3))
 
 
+def brightness_of_bytes(images, prompts):
+    """For python: bytes [B,H,W,3]; in percent, 0 for grey."""
+    return 100.0 * (images.mean((1, 2, 3)) / 255 - 0.5)
+
+
 def undefined(images):
     """For jax: not a number for any image, though it has a gradient."""
     return images.mean((1, 2, 3)) * jnp.nan
