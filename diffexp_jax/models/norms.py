@@ -80,7 +80,7 @@ def _bwd(norm, saved, g):
     if norm.groups is None:
         mean_dy, mean_dy_xhat = ((scale * of_each).mean(-1, keepdims=True) for of_each in (dy, dy * xhat))
     else:
-        of_channels = _means_of_channels(dy, dy * xhat)
+        of_channels = _means_of_channels(dy, dy * xhat, by_rows=True)
         mean_dy, mean_dy_xhat = (_of_groups(scale * of_each, norm.groups) for of_each in of_channels)
         # the second reading: else XLA would write dy and xhat at the first, in float32, and read them
         dy, xhat = dy_and_xhat(*jax.lax.optimization_barrier((x, g)))
@@ -111,15 +111,21 @@ def statistics(x: Array, shift: Array | None, norm: Norm) -> tuple[Array, Array]
     return mean - (0.0 if shift is None else shift), jnp.maximum(var, 0.0)
 
 
-def _means_of_channels(*arrays: Float[Array, "B *S C"]) -> list[Float[Array, "B *ones C"]]:
-    """Each array's means over space, by one reduction of them all, so that what they are made of is read once."""
+def _means_of_channels(*arrays: Float[Array, "B *S C"], by_rows: bool = False) -> list[Float[Array, "B *ones C"]]:
+    """Each array's means over space, by one reduction of them all, so that what they are made of is read once.
+
+    `by_rows`: over the last axis of space first, and then the others. XLA for GPUs takes what the arrays are made of
+    into such a reduction where it would write the arrays and read them otherwise, if they take some arithmetic.
+    """
 
     def add(xs, ys):
         return tuple(x + y for x, y in zip(xs, ys, strict=True))
 
-    sums = jax.lax.reduce(arrays, (np.float32(0.0),) * len(arrays), add, _space(arrays[0]))
-    n_pixels = math.prod(arrays[0].shape[1:-1])
-    return [jnp.expand_dims(total / n_pixels, _space(arrays[0])) for total in sums]
+    space, pixels = _space(arrays[0]), arrays[0].shape[1:-1]
+    sums = jax.lax.reduce(arrays, (np.float32(0.0),) * len(arrays), add, space[-1:] if by_rows else space)
+    if by_rows:
+        sums = [row.sum(space[:-1]) for row in jax.lax.optimization_barrier(sums)]
+    return [jnp.expand_dims(total / math.prod(pixels), space) for total in sums]
 
 
 def _mean(x: Float[Array, "B *S C"], norm: Norm) -> Array:
