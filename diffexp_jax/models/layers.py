@@ -4,7 +4,6 @@ Every submodule carries the name that the PyTorch checkpoints use, dots included
 parameter joined by dots *is* its checkpoint name (see `convert.py`).
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, Num
 
 from diffexp_jax import backend
 from diffexp_jax.models.convolution import conv, conv3x3_half, conv3x3_same
-from diffexp_jax.models.low_rank import Pair, low_rank, merged_product
+from diffexp_jax.models.low_rank import Pair, joint_product, low_rank, merged_product
 from diffexp_jax.models.norms import Norm, normalise
 
 # ----------------------------------------------------------------------------------------------------------- functions
@@ -160,16 +159,15 @@ class Dense(nn.Module):
         return y
 
 
-def of_the_same(x: Float[Array, "*B in"], layers: Sequence[Dense]) -> list[Float[Array, "*B features"]]:
+def of_the_same(x: Float[Array, "*B in"], layers: Sequence[Dense]) -> list[Float[Array, "*B _"]]:
     """[layer(x) for layer in layers] without bias; on an accelerator as one product where all of them have LoRA."""
     pairs = [_pair(layer) for layer in layers]
     if backend.platform() == "cpu" or None in pairs:
         return [layer(x) for layer in layers]
     dtype = layers[0].dtype
     x, kernels = x.astype(dtype), [layer.get_variable("params", "kernel").astype(dtype) for layer in layers]
-    ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
-    ys = jnp.split(x @ jnp.concatenate(kernels, axis=1), ends[:-1], axis=-1)
-    return [(y + own).astype(dtype) for y, own in zip(ys, low_rank(x, pairs), strict=True)]
+    both = zip(joint_product(x, kernels), low_rank(x, pairs), strict=True)
+    return [(y + own).astype(dtype) for y, own in both]
 
 
 class GroupNorm(nn.Module):

@@ -34,6 +34,21 @@ def _merged_bwd(saved, g):
 merged_product.defvjp(_merged_fwd, _merged_bwd)
 
 
+@jax.custom_vjp
+def joint_product(x: Float[Array, "*B in"], kernels: Sequence[Float[Array, "in _"]]) -> list[Float[Array, "*B _"]]:
+    """x W of each W, as one product. Its gradient is one product for each: to join them would be a copy of them all."""
+    return _split(x @ jnp.concatenate(kernels, axis=1), kernels)
+
+
+def _joint_bwd(saved, gs):
+    x, kernels = saved
+    dx = sum(g @ kernel.T for g, kernel in zip(gs, kernels, strict=True))
+    return dx, [_rows(x).T @ _rows(g) for g in gs]  # of frozen kernels, which the compiler leaves out
+
+
+joint_product.defvjp(lambda x, kernels: (joint_product(x, kernels), (x, kernels)), _joint_bwd)
+
+
 class Pair(NamedTuple):
     """A layer's low-rank update, float32: it adds (x A) B."""
 
@@ -41,7 +56,7 @@ class Pair(NamedTuple):
     b: Float[Array, "rank out"]
 
 
-def low_rank(x: Float[Array, "*B in"], pairs: Sequence[Pair]) -> list[Float[Array, "*B out"]]:
+def low_rank(x: Float[Array, "*B in"], pairs: Sequence[Pair]) -> list[Float[Array, "*B _"]]:
     """(x A) B of each pair, in float32 whatever type x has: full products, not an accelerator's faster ones (TF32)."""
     if x.dtype == jnp.bfloat16 and max(pair.a.shape[1] for pair in pairs) <= MOST_OUTER:
         return _low_rank_of_bfloat16(x, pairs)
@@ -66,7 +81,8 @@ def _low_rank_of_bfloat16(x, pairs):
 
 
 def _low_rank_fwd(x, pairs):
-    hs = _split(_exact_product(x, jnp.concatenate([pair.a for pair in pairs], axis=1)), pairs)
+    matrices = [pair.a for pair in pairs]
+    hs = _split(_exact_product(x, jnp.concatenate(matrices, axis=1)), matrices)
     return [_outer(h, pair.b) for h, pair in zip(hs, pairs, strict=True)], (x, hs, pairs)
 
 
@@ -74,9 +90,10 @@ def _low_rank_bwd(saved, gs):
     x, hs, pairs = saved
     gs = [g.astype(x.dtype) for g in gs]  # exact: the sums that they are gradients of were rounded to that type
     dh = jnp.concatenate([_exact_product(g, pair.b.T) for g, pair in zip(gs, pairs, strict=True)], axis=-1)
-    da = _split(_exact_product(_rows(x).T, _rows(dh)), pairs)
+    matrices = [pair.a for pair in pairs]
+    da = _split(_exact_product(_rows(x).T, _rows(dh)), matrices)
     db = [_exact_product(_rows(g).T, _rows(h)).T for g, h in zip(gs, hs, strict=True)]
-    dx = _outer(dh, jnp.concatenate([pair.a for pair in pairs], axis=1).T).astype(x.dtype)
+    dx = _outer(dh, jnp.concatenate(matrices, axis=1).T).astype(x.dtype)
     return dx, [Pair(*both) for both in zip(da, db, strict=True)]
 
 
@@ -87,9 +104,9 @@ def _rows(x: Float[Array, "*B n"]) -> Float[Array, "rows n"]:
     return x.reshape(-1, x.shape[-1])
 
 
-def _split(x: Float[Array, "*B ranks"], pairs: Sequence[Pair]) -> list[Float[Array, "*B rank"]]:
-    """Each pair's own columns."""
-    ends = list(itertools.accumulate(pair.a.shape[1] for pair in pairs))
+def _split(x: Float[Array, "*B all"], matrices: Sequence[Float[Array, "_ _"]]) -> list[Float[Array, "*B _"]]:
+    """The columns of each matrix, of a product with all of them side by side."""
+    ends = list(itertools.accumulate(matrix.shape[1] for matrix in matrices))
     return jnp.split(x, ends[:-1], axis=-1)
 
 
