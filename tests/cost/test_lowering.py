@@ -265,6 +265,15 @@ def test_attention_under_vmap(device, shape, batched):
     assert all(kernel in text for kernel in FUSED[device])
 
 
+@pytest.mark.parametrize("precision", ["tensorfloat32", "float32"])
+def test_attention_at_other_precisions(tpu, precision):
+    """The kernel's products stay as they are: it refuses other precisions."""
+    x = jax.ShapeDtypeStruct((1, 1024, 80), jnp.bfloat16)
+    with jax.default_matmul_precision(precision):
+        text = lower(tpu, jax.grad(lambda x: attention.attention(x, x, x, 2).astype(jnp.float32).sum()), x)
+    assert all(kernel in text for kernel in FUSED["tpu"])
+
+
 # Each method as published, and DDPO in one pass; with each model and device, and each of these with each of the others
 CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in METHODS}
 VARIANTS = [(method, {}) for method in METHODS] + [("ddpo", {"ddpo.updates": 1})]

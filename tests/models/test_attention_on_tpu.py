@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax.cost import flops
+from diffexp_jax.cost import flops, target
 from diffexp_jax.models import attention, attention_on_tpu
 from diffexp_jax.models.attention_on_tpu import blocks_of, splash
 
@@ -117,6 +117,27 @@ def test_any_length_has_blocks(n):
     sizes, queries, keys = blocks_of(n, n, 40)
     assert queries >= n and queries % sizes.block_q == 0 and sizes.block_q <= 512 and queries - n < 128 + n / 4
     assert keys >= n and keys % sizes.block_kv == keys % sizes.block_kv_dkv == 0 and keys - n < 128 + n / 4
+
+
+@pytest.mark.slow  # a minute each, where TPUs' compiler is installed
+@pytest.mark.parametrize("kind", ["v5e", "v6e"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_the_blocks_fit_in_vmem(kind, heads):
+    """Forward and gradient, compiled for TPUs that are not there."""
+    pytest.importorskip("libtpu")
+    (n_queries, n_keys, heads, d), _ = HEADS[heads]
+
+    def slopes(q, k, v):
+        def loss(*args):
+            return attention.attention(*args, heads).astype(jnp.float32).sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    with target.compiling_for(kind) as there:
+        sharding = jax.sharding.SingleDeviceSharding(there.devices[0])
+        q, k = (jax.ShapeDtypeStruct((2, n, heads * d), jnp.bfloat16, sharding=sharding) for n in (n_queries, n_keys))
+        text = jax.jit(slopes).lower(q, k, k).compile().as_text()
+    assert "splash_mha_fwd" in text and "splash_mha_dkv" in text
 
 
 def traced(dtype, lq, lk, **kwargs):
