@@ -1,10 +1,12 @@
 """What the tests share: shape checks of the whole package, fixtures, and the order of the files."""
 
+import dataclasses
 import gc
 import importlib
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,7 +39,7 @@ jaxtyping.install_import_hook(modules, f"{annotations.__name__}.checked")
 
 from diffexp_jax.formats import convert  # noqa: E402
 from diffexp_jax.models.lora import init_lora  # noqa: E402
-from diffexp_jax.pipelines import load_pipeline  # noqa: E402
+from diffexp_jax.pipelines import load_pipeline, stable_diffusion  # noqa: E402
 from diffexp_jax.run import checkpoint  # noqa: E402
 from diffexp_jax.run import workdir as workdirs  # noqa: E402
 from diffexp_jax.settings import parsed  # noqa: E402
@@ -56,6 +58,19 @@ def traced_once(module, *args, original=convert.abstract_params, **kwargs):
 
 
 convert.abstract_params = traced_once
+
+ENCODERS: dict[str, Callable] = {}
+
+
+def with_one_encoder(*args, original=stable_diffusion.build, **kwargs):
+    """As stable_diffusion.build: models of one config encode prompts by one function, which is compiled once."""
+    pipeline, key = original(*args, **kwargs), repr((args, kwargs))
+    if " at 0x" in key:
+        return pipeline
+    return pipeline._replace(encode=ENCODERS.setdefault(key, pipeline.encode))
+
+
+stable_diffusion.build = with_one_encoder
 
 
 def pytest_configure(config):
@@ -88,16 +103,8 @@ def _forget_programs():
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: begun last, one of them would run on beside idle workers."""
-    longest = (
-        "test_train",
-        "test_hosts",
-        "test_lowering",
-        "test_stopping",
-        "test_sample",
-        "test_additions",
-        "test_ddpo",
-    )
-    longest += ("test_alignprop", "test_families", "test_own_rewards_in_training", "test_launch")
+    longest = ("test_train", "test_hosts", "test_lowering", "test_families", "test_additions", "test_ddpo")
+    longest += ("test_alignprop", "test_sample", "test_dry_run", "test_attention", "test_stopping", "test_launch")
     rank = {name: i for i, name in enumerate(longest)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
@@ -135,18 +142,32 @@ def make_config(tiny_settings):
     return make
 
 
+@pytest.fixture(scope="module")
+def _programs() -> dict:
+    """Of the runs of a file, by their settings."""
+    return {}
+
+
 @pytest.fixture
-def programs_once(monkeypatch):
-    """Runs of one config in this test share the first one's programs: tracing them is most of a tiny run's time."""
+def programs_once(monkeypatch, _programs):
+    """Runs of one config, however long, share the first one's programs: tracing them is most of a tiny run's time."""
     from diffexp_jax import train
 
-    made = []
-
     def make_programs(experiment, original=train.make_programs):
-        made.extend([] if made else [original(experiment)])
-        return made[0]
+        config = repr(dataclasses.replace(experiment.settings, iterations=0))
+        if config not in _programs:
+            _programs[config] = original(experiment)
+        return _programs[config]
 
     monkeypatch.setattr(train, "make_programs", make_programs)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs write no report: the second longest part of a tiny one."""
+    from diffexp_jax.report import run
+
+    monkeypatch.setattr(run, "save", lambda workdir, out=None: None)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from diffexp_jax import sampling, train
 from diffexp_jax.algorithms import METHODS, Setup
+from diffexp_jax.cli import sample_flags
 from diffexp_jax.emoji.tokenizer import write_tokenizer
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
@@ -49,13 +50,13 @@ def example(name: str) -> types.ModuleType:
     raise LookupError(name)
 
 
-def check_what_reads_its_run(script, method, config, workdir):
-    """config.json has all of the method's settings: the report, a continued run, evaluate.py and sample.py read it."""
+def check_what_reads_its_run(method, config, workdir):
+    """config.json has all of the method's settings: the report, a continued run, evaluations and sample.py read it."""
     page = (workdir / "report.html").read_text()
     assert re.search(r"<code>grouped.clip</code>.*?>0.5<.*?>0.0001<", page, flags=re.S), "here, and the default"
-    script("evaluate", f"--workdir={workdir}", f"--out={workdir}/eval.json")
-    script("sample", f"--lora={workdir}", "--prompt=a dog", f"--out={workdir}/sampled")
-    assert (workdir / "eval.json").exists() and list((workdir / "sampled").glob("*.png"))
+    assert Evaluator.of_run(workdir).sampler.n_steps == 4
+    flags = sample_flags.arguments("", [f"--lora={workdir}", f"--out={workdir}/sampled"])
+    assert sample_flags.settings_of(flags).sampling.steps == 4
 
     longer = config.copy_and_resolve_references().unlock()
     longer.iterations = 3
@@ -73,7 +74,7 @@ def check_what_reads_its_run(script, method, config, workdir):
 
 
 @pytest.mark.usefixtures("programs_once")
-def test_a_method(monkeypatch, make_config, script, tmp_path):
+def test_a_method(monkeypatch, make_config, tmp_path):
     """Group-relative advantages, and a state of its own: how many samples it has seen."""
     method = example("grouped").Grouped
     monkeypatch.setitem(METHODS, "grouped", method)
@@ -96,7 +97,7 @@ def test_a_method(monkeypatch, make_config, script, tmp_path):
     state = experiment.algorithm().init(experiment.initial_lora())
     _, restored = Checkpoints(tmp_path / "run", keep=1).restore_newest(jax.device_get(state))
     assert restored.extra["seen"] == 16
-    check_what_reads_its_run(script, method, config, tmp_path / "run")
+    check_what_reads_its_run(method, config, tmp_path / "run")
 
     config = config.copy_and_resolve_references()
     config["grouped"] = {"clipp": 0.5}
@@ -178,6 +179,7 @@ def test_a_reward(monkeypatch, tiny_clip):
     np.testing.assert_allclose(total, 3.0 * parts["redness"] + 0.1 * parts["pickscore"], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_process(monkeypatch, make_config, tiny_model, tmp_path):
     """A model's scheduler_config.json names it; a whole run uses it."""
     monkeypatch.setitem(sampling.PROCESSES, "HalfNoiseScheduler", example("half_noise").half_noise)
@@ -225,6 +227,7 @@ def two_lengths(monkeypatch, tmp_path, tiny_model):
     return write_two_lengths(kind, tmp_path / "two_lengths", size)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_kind_of_model(two_lengths, make_config, script, tmp_path):
     """Two tokenizers of different lengths: an update of DDPO with both kinds of exploration, and what reads its run."""
     text = "a dog washing the dishes near a red car"

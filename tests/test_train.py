@@ -28,7 +28,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment, make_optimizer
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines.stable_diffusion import load
-from diffexp_jax.programs import Programs
+from diffexp_jax.programs import Programs, make_explore
 from diffexp_jax.run import checkpoint, progress
 from diffexp_jax.run.metrics import read_metrics, score_of
 from diffexp_jax.settings import checked
@@ -51,7 +51,10 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
 def finished(request, make_config, tmp_path_factory) -> Run:
-    """A whole run of four iterations: three that explore, one that does not; evaluations after 0, 3 and 4."""
+    """A whole run of four iterations: three that explore, one that does not; evaluations after 0, 3 and 4.
+
+    Beside it, `killed`: what is on the disk after the second iteration's row and before its checkpoint.
+    """
     config, workdir, compiled = make_config(request.param), tmp_path_factory.mktemp(request.param) / "run", []
     made = []
     with CompileCounter() as counter, pytest.MonkeyPatch.context() as patch:
@@ -64,30 +67,30 @@ def finished(request, make_config, tmp_path_factory) -> Run:
             made.append(original(*args))
             return made[0]
 
+        def save(self, iteration, *args, original=checkpoint.Checkpoints.save, **options):
+            if iteration == 2:
+                self.wait()  # for the one before, so that nothing changes while it is copied
+                shutil.copytree(workdir, workdir.parent / "killed", ignore=shutil.ignore_patterns("lease.json"))
+            original(self, iteration, *args, **options)
+
         patch.setattr(Experiment, "draw_batch", draw_batch)
         patch.setattr(train, "make_programs", make_programs)
-        keep_images(patch, workdir)
+        patch.setattr(checkpoint.Checkpoints, "save", save)
+        keep_grids(patch, workdir)
         train.run(config, workdir)
         compiled.append(counter.count)
     return Run(request.param, config, workdir, compiled, made[0])
 
 
-def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
-    """Makes a run keep images as numbers in WORKDIR/..: grid-ITERATION.npy, and of what is trained on, images-."""
+def keep_grids(patch: pytest.MonkeyPatch, workdir: Path) -> None:
+    """Makes a run keep its grids as numbers in WORKDIR/../grid-ITERATION.npy, and in live.txt what the devices hold."""
 
     def save_images(workdir_, iteration, images, captions, original=report.save_images):
         np.save(workdir.parent / f"grid-{iteration:06d}.npy", images)
         original(workdir_, iteration, images, captions)
 
     def make_programs(experiment, original=train.make_programs):
-        programs, iterations = original(experiment), itertools.count(1)
-        generate = programs.generate(experiment.sampler.guidance_scales(explore=True))
-
-        def update(state, frozen, inputs):
-            batch = inputs.batch
-            images = generate(frozen.model, state.lora, batch.context, batch.key, inputs.steps)
-            np.save(workdir.parent / f"images-{next(iterations):06d}.npy", parallel.unshard(images))
-            return programs.update(state, frozen, inputs)
+        programs = original(experiment)
 
         def sample(*args):
             gc.collect()  # what another test's run left in cycles is not of this one
@@ -97,9 +100,27 @@ def keep_images(patch: pytest.MonkeyPatch, workdir: Path) -> None:
                 file.write(f"{sum(held.values())}\n")
             return programs.sample(*args)
 
-        return programs._replace(update=update, sample=programs.sample and sample)
+        return programs._replace(sample=programs.sample and sample)
 
     patch.setattr(report, "save_images", save_images)
+    patch.setattr(train, "make_programs", make_programs)
+
+
+def keep_images(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Makes a run keep the images that it is trained on as FOLDER/images-ITERATION.npy."""
+
+    def make_programs(experiment, original=train.make_programs):
+        programs, iterations = original(experiment), itertools.count(1)
+        generate = programs.generate(experiment.sampler.guidance_scales(explore=True))
+
+        def update(state, frozen, inputs):
+            batch = inputs.batch
+            images = generate(frozen.model, state.lora, batch.context, batch.key, inputs.steps)
+            np.save(folder / f"images-{next(iterations):06d}.npy", parallel.unshard(images))
+            return programs.update(state, frozen, inputs)
+
+        return programs._replace(update=update)
+
     patch.setattr(train, "make_programs", make_programs)
 
 
@@ -179,9 +200,18 @@ def test_nothing_is_kept_from_the_iteration_before(finished):
 # ---------------------------------------------------------------------------------------------------------- exploration
 
 
+@pytest.mark.usefixtures("undrawn")
 @ONE
-def test_exploration_off_is_plain_bit_for_bit(finished, make_config, tmp_path):
-    """Off equals a schedule without a step and weights of 1; the run with exploration is another one."""
+def test_exploration_off_is_plain_bit_for_bit(finished, make_config, tmp_path, monkeypatch):
+    """Off equals a schedule without a step and weights of 1; the run with exploration is another one.
+
+    All by the same programs, but for the one that draws weights: the schedule is an argument.
+    """
+
+    def make_programs(experiment):
+        return finished.programs._replace(explore=make_explore(experiment))
+
+    monkeypatch.setattr(train, "make_programs", make_programs)
     changes = PLAIN | {"iterations": 2}
     neutral = {"exploration.w_low": 3.0, "exploration.weight_range": (1.0, 1.0)}
     train.run(make_config(finished.algorithm, changes | {"exploration.enabled": False}), tmp_path / "off")
@@ -194,6 +224,19 @@ def test_exploration_off_is_plain_bit_for_bit(finished, make_config, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
+@pytest.mark.usefixtures("undrawn")
+@ONE
+def test_what_a_killed_run_left_continues_bit_for_bit(finished, tmp_path, monkeypatch, capsys):
+    """The row without its checkpoint goes, and the iteration is done again."""
+    workdir = shutil.copytree(finished.workdir.parent / "killed", tmp_path / "run")
+    assert len(read_metrics(workdir)) == 3 and not (workdir / "checkpoints" / "2").exists()
+    monkeypatch.setattr(train, "make_programs", lambda experiment: finished.programs)  # the same: compiled already
+    train.run(finished.config, workdir)
+    assert "continuing from iteration 1\n" in capsys.readouterr().out
+    assert_same_run(workdir, finished.workdir)
+
+
+@pytest.mark.slow  # two processes that trace everything anew
 @ONE
 def test_a_killed_run_continues_bit_for_bit(finished, tiny_settings, tmp_path):
     """Killed by SIGKILL at a random moment, and started again by the same command."""
@@ -217,6 +260,7 @@ def test_a_killed_run_continues_bit_for_bit(finished, tiny_settings, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_broken_checkpoint_is_set_aside(finished, tmp_path, caplog, monkeypatch):
     """The last whole one is used, it is said so, and the run ends as if nothing had happened."""
     if finished.algorithm == "alignprop":
@@ -326,7 +370,7 @@ def run_with_images(algorithm: str, workdir: str, settings: str) -> None:
     values = json.loads(settings)
     config.update_from_flattened_dict({key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
     with pytest.MonkeyPatch.context() as patch:
-        keep_images(patch, Path(workdir))
+        keep_images(patch, Path(workdir).parent)
         train.run(config, Path(workdir))
     print(f"{jax.device_count()} devices")
 
@@ -359,11 +403,15 @@ def test_a_run_goes_on_with_other_devices(
     def relative(ours, theirs):
         return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
+    (one := tmp_path / "one").mkdir()
+    with monkeypatch.context() as patch:
+        keep_images(patch, one)
+        train.run(make_config(finished.algorithm, PLAIN | {"iterations": 2, "exploration.iterations": 3}), one / "run")
     loras = [load_file(folder / LORA) for folder in (tmp_path / "run", finished.workdir)]
     errors = {"lora": relative(*(np.concatenate([lora[name].ravel() for name in sorted(lora)]) for lora in loras))}
     for iteration in (1, 2):
         name = f"images-{iteration:06d}.npy"
-        ours, theirs = (np.load(folder / name).astype(int) for folder in (tmp_path, finished.workdir.parent))
+        ours, theirs = (np.load(folder / name).astype(int) for folder in (tmp_path, one))
         assert abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 0.01, name
     for row, expected in zip(rows_of(tmp_path / "run"), rows_of(finished.workdir), strict=True):
         assert row.keys() >= expected.keys()  # and an evaluation after the second, which was the last at first

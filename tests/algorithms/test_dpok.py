@@ -108,7 +108,7 @@ def test_an_iteration_is_the_plain_loop(n_chunks, kl_weight, n_trained):
             total += -10.0 * (samples.rewards * ratio).mean() + kl_weight * jnp.square(gap).mean()
         return total / n
 
-    value, grads = jax.value_and_grad(objective)(LORA)
+    value, grads = jax.jit(jax.value_and_grad(objective))(LORA)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     for name, gradient in grads.items():
         assert float(after.lora[name]) == pytest.approx(float(LORA[name] - 0.1 * gradient), rel=1e-4)

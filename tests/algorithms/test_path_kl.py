@@ -202,7 +202,7 @@ def test_ddpos_penalty_is_a_mean_over_the_steps():
             kl += (jnp.square(mean - mean_0) / (2 * std**2)).mean() / two_numbers.T
         return -((rewards - others) * ratio).mean() + 0.3 * kl
 
-    value, grads = jax.value_and_grad(objective)(two_numbers.LORA)
+    value, grads = jax.jit(jax.value_and_grad(objective))(two_numbers.LORA)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
     for name, start in two_numbers.LORA.items():
         assert float(state.lora[name] - start) == pytest.approx(-0.05 * float(grads[name]), rel=1e-3)

@@ -281,15 +281,9 @@ def test_what_a_grid_shows_of_many():
     assert len(shown_rows(500, 1)) == 64
 
 
-def test_sample_explores_as_training_does(script, tiny_model, tmp_path, capsys):
+def test_sample_explores_as_training_does(tiny_model):
     """Without flags by the numbers of configs/base.py."""
-    common = f"--model={tiny_model}", "--prompt=a dog", "--steps=10", "--explore", "--save_npy"
-    script("sample", *common, f"--out={tmp_path / 'usual'}")
-    said, e = capsys.readouterr().out, base.default().exploration
-    assert f"guidance: {e.w_low:g} in the first 1 of 10 steps" in said and e.t_thresh == 900
-    flags = f"--w_low={e.w_low}", f"--t_thresh={e.t_thresh}", f"--unit={e.unit}"
-    script("sample", *common, *flags, "--weight_range", *map(str, e.weight_range), f"--out={tmp_path / 'said'}")
-    names = [path.name for path in (tmp_path / "usual").iterdir()]
-    assert "0000-both.png" in names
-    for name in names:
-        assert (tmp_path / "usual" / name).read_bytes() == (tmp_path / "said" / name).read_bytes()
+    usual, e = sample_settings(model=str(tiny_model)).exploration, base.default().exploration
+    names = ("w_low", "t_thresh", "weight_range", "unit", "scope")
+    assert {name: getattr(usual, name) for name in names} == {name: e[name] for name in names}
+    assert (e.w_low, e.t_thresh) == (1.0, 900)

@@ -7,6 +7,7 @@ heads that cuDNN takes; there are fewer layers, and no weights. The slow tests a
 
 import functools
 import importlib
+import itertools
 import re
 
 import jax
@@ -135,14 +136,9 @@ def make(algorithm, family, dtype, **changes):
 
 
 EVERY = {(algorithm, family, dtype) for algorithm in ("ddpo", "alignprop") for family in PARTS for dtype in HALF}
-SOME = {  # each algorithm, family and type, and each two of them once
-    *(("ddpo", "sd15", "bfloat16"), ("ddpo", "sd2", "float16"), ("ddpo", "sdxl", "bfloat16")),
-    *(("alignprop", "sd15", "float16"), ("alignprop", "sd2", "bfloat16"), ("alignprop", "sdxl", "float16")),
-}
-
-
-FAST = {("gpu", *run) for run in SOME}
-FAST |= {("tpu", "ddpo", "sdxl", "bfloat16"), ("tpu", "alignprop", "sd15", "float16")}
+# Each device, algorithm, family and type; a trace takes five to ten seconds
+FAST = {("gpu", "ddpo", "sdxl", "bfloat16"), ("gpu", "alignprop", "sd15", "float16")}
+FAST |= {("tpu", "alignprop", "sd2", "bfloat16")}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +189,14 @@ REWARDS = ("aesthetic", "pickscore", "hpsv2", "imagereward")  # 257, 257 and 77,
 REWARDS += ("textnorm(pickscore)", "textnorm(imagereward)", "emoji_pickscore", "emoji_aesthetic", "emoji_judge")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "device, dtype",
+    [
+        pytest.param(*case, marks=[] if case in (("gpu", "bfloat16"), ("tpu", "float32")) else pytest.mark.slow)
+        for case in itertools.product(("gpu", "tpu"), ("float32", "bfloat16", "float16"))
+    ],
+    indirect=["device"],
+)
 @pytest.mark.parametrize("spec", REWARDS)
 def test_rewards(device, small_sizes, spec, dtype):
     """Scores, their gradient in the image, and the published path."""
@@ -220,6 +223,7 @@ def products(text: str) -> set[str]:
     return {precision for line in lines for precision in re.findall(r"HIGHEST|HIGH|DEFAULT", line) or ["DEFAULT"]}
 
 
+@pytest.mark.parametrize("device", ["gpu", pytest.param("tpu", marks=pytest.mark.slow)], indirect=True)
 def test_float32_networks_multiply_in_full(device, small_sizes):
     """By default; another setting is what the program asks for."""
     config = make("ddpo", "sd15", "float32")

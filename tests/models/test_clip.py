@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models import clip, clip_files
+from tests.support.tiny import random_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -66,7 +67,7 @@ def test_text_encoder(tmp_path, act, eos_token_id):
     reference = transformers.CLIPTextModel(config)
     tensors = saved(reference, tmp_path)
     module = clip.TextTransformer(clip.CLIPTextConfig.from_dict(config.to_dict()))
-    out = module.apply(loaded(module, tensors, IDS), IDS)
+    out = jax.jit(module.apply)(loaded(module, tensors, IDS), IDS)
     with torch.no_grad():
         expected = reference(torch.tensor(np.asarray(IDS)), output_hidden_states=True)
     assert_close(out.last_hidden_state, expected.last_hidden_state)
@@ -86,7 +87,7 @@ def test_text_encoder_with_projection(tmp_path):
     reference = transformers.CLIPTextModelWithProjection(config)
     tensors = saved(reference, tmp_path)
     module = clip.TextTransformerWithProjection(clip.CLIPTextConfig.from_dict(config.to_dict()))
-    out = module.apply(loaded(module, tensors, IDS), IDS)
+    out = jax.jit(module.apply)(loaded(module, tensors, IDS), IDS)
     with torch.no_grad():
         expected = reference(torch.tensor(np.asarray(IDS)), output_hidden_states=True)
     assert_close(out.penultimate, expected.hidden_states[-2])
@@ -103,7 +104,7 @@ def test_clip_model(tmp_path, act):
     reference = transformers.CLIPModel(config)
     saved(reference, tmp_path)
     module, params = clip_files.load(tmp_path)
-    text, image, scale = module.apply({"params": params}, IDS, PIXELS)
+    text, image, scale = jax.jit(module.apply)({"params": params}, IDS, PIXELS)
     nchw = torch.tensor(np.asarray(PIXELS).transpose(0, 3, 1, 2))
     with torch.no_grad():
         assert_close(text, reference.get_text_features(torch.tensor(np.asarray(IDS))).pooler_output)
@@ -116,22 +117,23 @@ def test_vision_tower(tmp_path):
     reference = transformers.CLIPVisionModel(config)
     tensors = saved(reference, tmp_path)
     module = clip.VisionTransformer(clip.CLIPVisionConfig.from_dict(config.to_dict()))
-    out = module.apply(loaded(module, tensors, PIXELS), PIXELS)
+    out = jax.jit(module.apply)(loaded(module, tensors, PIXELS), PIXELS)
     with torch.no_grad():
         assert_close(out, reference(torch.tensor(np.asarray(PIXELS).transpose(0, 3, 1, 2))).pooler_output)
 
 
 def test_padding_does_not_reach_the_pooled_token():
     module = clip.TextTransformer(clip.CLIPTextConfig.from_dict(TEXT | {"eos_token_id": 36}))
-    params = jax.jit(module.init)(jax.random.key(0), IDS)
+    params = random_weights(jax.eval_shape(module.init, jax.random.key(0), IDS), seed=0)
     long, short = (jax.jit(module.apply)(params, ids).pooled for ids in (IDS[:1], IDS[:1, :4]))
     np.testing.assert_allclose(long, short, atol=1e-5)
 
 
 def test_bfloat16_keeps_float32_parameters_and_features():
     module = clip.CLIP(clip.CLIPConfig.from_dict({"text_config": TEXT, "vision_config": VISION}), jnp.bfloat16)
-    params = jax.jit(module.init)(jax.random.key(0), IDS, PIXELS)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    shapes = jax.eval_shape(module.init, jax.random.key(0), IDS, PIXELS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    params = random_weights(shapes, seed=0)
     features, exact = (
         jax.jit(module.clone(dtype=dtype).apply, static_argnames="method")(params, PIXELS, method="embed_image")
         for dtype in (jnp.bfloat16, jnp.float32)

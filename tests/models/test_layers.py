@@ -53,11 +53,19 @@ SHAPES = [
 @pytest.mark.parametrize("shape, features", SHAPES)
 def test_convolutions_of_3x3_and_their_gradients(name, stride, shape, features):
     x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], features)
-    ours, ours_vjp = jax.vjp(getattr(convolution, name), x, kernel)
-    theirs, their_vjp = jax.vjp(lambda x, kernel: native(x, kernel, stride), x, kernel)
+
+    @partial(jax.jit, static_argnums=0)
+    def all_of(convolve, g):
+        out, pull_back = jax.vjp(convolve, x, kernel)
+        return out, *pull_back(g)
+
+    g = normal(2, *jax.eval_shape(partial(native, stride=stride), x, kernel).shape)
+    (ours, *slopes), (theirs, *wanted) = (
+        all_of(getattr(convolution, name), g),
+        all_of(partial(native, stride=stride), g),
+    )
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    g = normal(2, *theirs.shape)
-    for of, a, b in zip(("input", "kernel"), ours_vjp(g), their_vjp(g), strict=True):
+    for of, a, b in zip(("input", "kernel"), slopes, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5, err_msg=of)
 
 
@@ -331,11 +339,13 @@ def test_the_merged_product_and_its_gradients():
 
         return jax.vmap(jax.grad(one, argnums=(1, 2)), in_axes=(0, None, None))(x, a, b)
 
-    ours, ours_vjp = jax.vjp(low_rank.merged_product, x, kernel, a, b)
-    theirs, their_vjp = jax.vjp(plain, x, kernel, a, b)
-    g = normal(4, *theirs.shape)
-    results = [(ours, *ours_vjp(g), *each(low_rank.merged_product)), (theirs, *their_vjp(g), *each(plain))]
-    for own, want in zip(*results, strict=True):
+    @partial(jax.jit, static_argnums=0)
+    def all_of(function, g):
+        out, pull_back = jax.vjp(function, x, kernel, a, b)
+        return out, *pull_back(g), *each(function)
+
+    g = normal(4, 3, 5, 4)
+    for own, want in zip(all_of(low_rank.merged_product, g), all_of(plain, g), strict=True):
         np.testing.assert_allclose(own, want, rtol=0, atol=2e-5)
 
 

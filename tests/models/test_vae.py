@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from diffexp_jax.formats import convert
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
+from tests.support.tiny import random_weights
 
 # name: (config, height and width of the latents)
 TINY = {
@@ -127,12 +128,14 @@ def test_statistics_of_the_latents():
     plain = AutoencoderKL(VAEConfig.from_dict(tiny))
     known = AutoencoderKL(VAEConfig.from_dict(tiny | {"latents_mean": mean, "latents_std": std}))
     images = jnp.asarray(np.random.default_rng(0).uniform(size=(1, 4, 4, 3)), jnp.float32)
-    params = {"params": plain.init(jax.random.key(0), images)["params"]}
-    latents = known.apply(params, images, method="encode")
-    z = plain.apply(params, images, method="moments")[0]
+    params = random_weights(jax.eval_shape(plain.init, jax.random.key(0), images), seed=0)
+
+    def of(vae, x, method):
+        return jax.jit(vae.apply, static_argnames="method")(params, x, method=method)
+
+    latents, z = of(known, images, "encode"), of(plain, images, "moments")[0]
     np.testing.assert_allclose(latents, (z - np.array(mean)) * 0.5 / np.array(std), rtol=1e-5, atol=1e-6)
-    want = plain.apply(params, z, method="decode_raw")
-    np.testing.assert_allclose(known.apply(params, latents, method="decode"), want, atol=1e-5)
+    np.testing.assert_allclose(of(known, latents, "decode"), of(plain, z, "decode_raw"), atol=1e-5)
 
 
 def test_full_size():

@@ -184,9 +184,17 @@ def test_a_negative_prompt_is_diffusers(make, name, monkeypatch):
     assert np.abs(got - want).max() <= 2e-3 < 0.02 < np.abs(got - images(both, x_T, 7.5)).max()
 
 
-@pytest.mark.parametrize("dtype, most", [pytest.param(jnp.bfloat16, 3e-2, marks=pytest.mark.slow), (jnp.float16, 4e-3)])
-def test_images_in_half_precision(both, dtype, most):
+def in_half_precision(name, dtype):
+    fast = (name, dtype) == ("sdxl", jnp.float16)
+    return pytest.param(name, dtype, 4e-3 if dtype == jnp.float16 else 3e-2, marks=[] if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, most", [in_half_precision(name, dtype) for name in FAMILIES for dtype in (jnp.float16, jnp.bfloat16)]
+)
+def test_images_in_half_precision(make, name, dtype, most):
     """Ten steps from the same noise: a pixel moves by that much at most, on average."""
+    both = make(name)
     model = load_pipeline(both.folder, dtype=dtype)
     assert {x.dtype for x in jax.tree.leaves(model.params["unet"])} == {jnp.dtype(dtype)}
     x_T = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)
@@ -194,7 +202,7 @@ def test_images_in_half_precision(both, dtype, most):
     assert 1e-6 < np.abs(low.astype(np.float32) - images(both, x_T, 5.0)).mean() <= most
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
 def test_lora_goes_to_diffusers_and_back(make, name, tmp_path):
     import torch
 

@@ -90,7 +90,7 @@ def test_the_variance_is_of_textnorms_alone(make_config, tiny_clip):
 def test_gradient_of_an_ensemble():
     reward = ensemble({"a": constant(1), "b": constant(2)}, (2.0, 3.0))
     tokens = reward.tokenize(TEXTS)
-    gradient = jax.grad(lambda x: reward.score(reward.params, x, tokens)[0].sum())(IMAGES)
+    gradient = jax.jit(jax.grad(lambda x: reward.score(reward.params, x, tokens)[0].sum()))(IMAGES)
     np.testing.assert_allclose(gradient.sum((1, 2, 3)), [5 * 4, 5 * 6], rtol=1e-6)
 
 
@@ -168,7 +168,7 @@ def test_textnorm_by_known_numbers():
 def test_textnorm_gradient_is_finite_and_right():
     reward = textnorm(constant(0.0), {"four": ["12", "123456"], "sixsix": ["1234"]}.__getitem__)
     tokens = reward.tokenize(TEXTS)
-    gradient = jax.grad(lambda x: reward.score(reward.params, x, tokens)[0].sum())(IMAGES).sum((1, 2, 3))
+    gradient = jax.jit(jax.grad(lambda x: reward.score(reward.params, x, tokens)[0].sum()))(IMAGES).sum((1, 2, 3))
     p = 1 / (1 + np.exp(2.0))  # of the other prompt, of the second image
     np.testing.assert_allclose(gradient[1], 2 * p * (1 - p), rtol=1e-4)
     assert np.isfinite(gradient).all()

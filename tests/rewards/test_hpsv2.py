@@ -107,7 +107,7 @@ def test_quick_gelu_and_bin(original, tmp_path):
     module, params = open_clip.load(tmp_path / "open_clip_pytorch_model.bin")
     ids = original.tokenizer.SimpleTokenizer()(TEXTS)
     pixels = torch.randn(2, 3, 21, 21)
-    text, image, scale = module.apply({"params": params}, ids.numpy(), pixels.permute(0, 2, 3, 1).numpy())
+    text, image, scale = jax.jit(module.apply)({"params": params}, ids.numpy(), pixels.permute(0, 2, 3, 1).numpy())
     for ours, theirs in ((text, reference.encode_text(ids)), (image, reference.encode_image(pixels))):
         theirs = theirs.detach().numpy()
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())

@@ -114,6 +114,7 @@ def test_number_of_steps(n):
         load_process(FLOW).timesteps(n)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("algorithm", ["ddpo", pytest.param("alignprop", marks=pytest.mark.slow)])
 def test_a_run_on_a_tiny_model(make_config, tiny_model, tmp_path, algorithm):
     """A folder whose scheduler says flow matching is fine-tuned so, by both algorithms, with exploration."""

@@ -19,7 +19,9 @@ from diffexp_jax.errors import InputError, RewardError
 
 
 def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Makes a run keep each iteration's prompts, noise, images and rewards of all hosts as FOLDER/N.npz."""
+    """Makes a run keep each iteration's prompts, noise, rewards and latents of all hosts as FOLDER/N.npz; images where
+    the method does not keep its latents.
+    """
 
     def make_programs(experiment, original=train.make_programs):
         programs = original(experiment)
@@ -28,12 +30,14 @@ def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
         def update(state, frozen, inputs):
             note_memory(folder / f"memory-{jax.process_index()}.json", frozen)
             batch = inputs.batch
-            generate = programs.generate(experiment.sampler.guidance_scales(explore=True))
-            images = generate(frozen.model, state.lora, batch.context, batch.key, inputs.steps)
-            found = {"prompts": batch.prompt_id, "noise": jax.vmap(jax.random.key_data)(batch.key), "images": images}
+            found = {"prompts": batch.prompt_id, "noise": jax.vmap(jax.random.key_data)(batch.key)}
             found |= {"conditioning": batch.context.cond.embedding}
             if inputs.samples:
-                found["rewards"] = inputs.samples.rewards
+                last = parallel.pmap(lambda x_tm1: x_tm1[:, -1].reshape(-1, *x_tm1.shape[3:]))  # of each chunk's steps
+                found |= {"rewards": inputs.samples.rewards, "x_0": last(inputs.samples.trajectory.x_tm1)}
+            else:
+                generate = programs.generate(experiment.sampler.guidance_scales(explore=True))
+                found["images"] = generate(frozen.model, state.lora, batch.context, batch.key, inputs.steps)
             found = parallel.unshard(found)
             if parallel.is_first():
                 np.savez(folder / f"{next(count)}.npz", **found)
