@@ -19,13 +19,12 @@ def get_config(argument: str | None = None):
     config.nft.strength = 1.0  # 0.1 for several rewards at once
     config.nft.kl_weight = 1e-4
     if chosen["model"] in MINIATURES:
-        config.iterations = 36
+        config.iterations = 10
         config.batch.samples = 64
         config.batch.group = 4
         config.optim.lr = 1e-2
-        config.optim.schedule = "linear"
         config.nft.timestep_fraction = 0.3
-        config.eval.every = config.log.images_every = config.checkpoint.every = 12
+        config.eval.every = config.log.images_every = config.checkpoint.every = 5
     else:
         config.batch.samples = 1152
         config.batch.group = 24  # of 48 prompts
