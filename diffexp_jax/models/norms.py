@@ -131,8 +131,8 @@ def _means_of_channels(*arrays: Float[Array, "B *S C"], by_rows: bool = False) -
 def _mean(x: Float[Array, "B *S C"], norm: Norm) -> Array:
     """Of what is normalised together, with x's axes. Over space first: channels stay the minor axis of large arrays."""
     if norm.groups is None:
-        return x.mean(-1, keepdims=True)
-    return _of_groups(x.mean(_space(x), keepdims=True), norm.groups)
+        return jnp.expand_dims(x.mean(-1), -1)
+    return jnp.expand_dims(_of_groups(x.mean(_space(x)), norm.groups), _space(x))
 
 
 def _of_groups(per_channel: Float[Array, "*B C"], groups: int) -> Float[Array, "*B C"]:
