@@ -21,7 +21,8 @@ CHANGES = {
     "dpok": {"dpok.updates": 1},
     "rwr": {"rwr.updates": 1, "rwr.inner_epochs": 2},
     "nft": {"nft.advantage_clip": 1.0},  # else what draws and what pushes nearly cancel, and rounding is a part of it
-    "prdp": {"prdp.clip": 10.0},  # rounding would decide which steps are clipped
+    # Rounding would decide which steps are clipped, and be a part of rewards that are nearly equal
+    "prdp": {"prdp.clip": 10.0, "prdp.beta": 1.0, "reward": "jax:sample_rewards:corner"},
     "entropy": {"entropy.alpha": 0.01},  # see seiko
     "seiko": {
         "seiko.updates": 1,
