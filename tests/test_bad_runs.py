@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diffexp_jax import backend, command, experiment, sampler, train
+from diffexp_jax import backend, chosen_rewards, command, sampler, train
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.settings import checked
 
@@ -76,7 +76,7 @@ def test_files_are_looked_for_before_anything_is_loaded(fails, make_config, tmp_
     for folder in ("a", "b"):
         Path(folder).mkdir()
         Path(folder, "x.txt").write_text("a dog")
-    monkeypatch.setattr(experiment, "load_reward", None)
+    monkeypatch.setattr(chosen_rewards, "load_reward", None)
     monkeypatch.setattr(sampler, "load_pipeline", None)
     assert said in fails(2, command.guarded, train.run, make_config("ddpo", {key: value}), tmp_path / "run")
 
