@@ -95,7 +95,7 @@ def test_a_score_that_is_not_finite(monkeypatch, script, tmp_path, capsys):
     check_scores({"a": np.ones(3), "b": np.zeros(0)})
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, *(pytest.param(x, marks=pytest.mark.slow) for x in (np.inf, -np.inf))])
 def test_pictures_that_are_not_finite(tiny_model, value, monkeypatch):
     """Of sample.py, which wants numbers, and of evaluate.py: as bytes they would be black or white."""
     config = base.default()

@@ -36,7 +36,6 @@ from tests.support import ROOT
 from tests.support.runs import LORA, PLAIN, assert_same_run, contents, program, rows_of
 from tests.support.tiny import CompileCounter
 
-ALGORITHMS = ("alignprop", "ddpo")
 # by both only among the slow tests: ddpo has more state, and the same loop
 ONE = pytest.mark.parametrize("finished", ["ddpo", pytest.param("alignprop", marks=pytest.mark.slow)], indirect=True)
 
@@ -49,7 +48,7 @@ class Run(NamedTuple):
     programs: Programs
 
 
-@pytest.fixture(scope="module", params=ALGORITHMS)
+@pytest.fixture(scope="module", params=[pytest.param("alignprop", marks=pytest.mark.slow), "ddpo"])
 def finished(request, make_config, tmp_path_factory) -> Run:
     """A whole run of four iterations: three that explore, one that does not; evaluations after 0, 3 and 4.
 
@@ -340,6 +339,7 @@ def test_nan_stops_the_run(make_config, tmp_path, capsys, monkeypatch):
     assert contents(workdir / "checkpoints") == before and rows_of(workdir) == rows
 
 
+@pytest.mark.slow  # the methods of one update alone; others see it in the next one
 @pytest.mark.parametrize("finished", ["alignprop"], indirect=True)
 def test_an_update_that_is_not_finite_is_not_saved(finished, tmp_path, monkeypatch):
     """Loss and gradient are those of the weights before it, and finite; what Adam remembers of the past is endless."""

@@ -220,6 +220,7 @@ def test_gradient_is_torchs(tiny, reference, n_live, w):
         assert relative_error(ours, whole) > 0.02
 
 
+@pytest.mark.slow
 def test_gradient_without_the_inputs_is_torchs(four_samples, tiny, reference):
     """DRTune's stop-gradient: the same images and reward, another gradient."""
     detached = Tiny(four_samples, input_gradient=False)

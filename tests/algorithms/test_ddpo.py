@@ -455,6 +455,7 @@ def test_ratio_is_1_before_the_first_update(tiny):
     assert float(metrics["ratio/max_abs_log"][0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_learns_brightness(tiny):
     """On samples never trained on."""
     test_batch, frozen, state = tiny.batch(1000), tiny.frozen_with(1.0), tiny.state

@@ -38,6 +38,7 @@ def trainer(scripts):
     return scripts.peer.Trainer(*parts, size, eta=1.0)
 
 
+@pytest.mark.slow
 def test_the_peer_takes_the_same_steps(trainer):
     """Prompts, guidance, and the mean and std of each step, on the emoji model before its LoRA has learned."""
     model = load_pipeline("emoji")
