@@ -1,6 +1,6 @@
 """Compiles programs of a run for a device that is not there, and writes what its compiler makes of them.
 
-python tools/machine/compile_for.py h100 ddpo:model=sd15,reward=aesthetic network gradient update --out /tmp/hlo \\
+python tools/machine/compile_for.py h100 ddpo:model=sd15,reward=aesthetic network gradient update --out hlo \\
     --set batch.samples=16 batch.samples_per_forward=8 eval.every=0 log.images_every=0
 
 A program is one of the run's ("sample", "update", "evaluate"), or of its network alone, at the run's batch of a forward
