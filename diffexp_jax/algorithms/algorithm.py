@@ -164,6 +164,17 @@ def unchunked(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
+def by_chunks(sample: Callable[[Batch], Samples], batch: Batch, n_chunks: int) -> Samples:
+    """sample(chunk) of each chunk, one after another; what is kept of the chains has the chunks' axis."""
+    samples = jax.lax.map(sample, chunked(batch, n_chunks))
+    return Samples(samples.trajectory, *unchunked((samples.rewards, samples.parts, samples.images)))
+
+
+def first_state(optimizer: optax.GradientTransformation, lora: Any, extra: Any = None) -> TrainState:
+    """What `Algorithm.init` returns."""
+    return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), extra)
+
+
 def zeros_like_output(function: Callable, *args) -> Any:
     """A tree of zeros shaped like the function's output: the start of a sum of such outputs."""
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *args))

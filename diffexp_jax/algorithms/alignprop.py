@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, PRNGKeyArray
 
 from diffexp_jax.algorithms.algorithm import Algorithm, Method, Needs, Policy, Setup, rewarded
-from diffexp_jax.algorithms.reward_gradient import RewardGradient, reward_gradient, sampled
+from diffexp_jax.algorithms.reward_gradient import RewardGradient, reward_gradient, sampled, short_of
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, setting, whole
 
@@ -61,8 +61,7 @@ def alignprop(
     def loss(lora, frozen, chunk, steps, live):
         x_0, penalty, metrics = chain(lora, frozen, chunk, steps, live)
         rewards, parts, _ = rewarded(policy, frozen, x_0, chunk.tokens)
-        per_sample = -rewards if reward_target is None else jnp.abs(reward_target - rewards)
-        return loss_coefficient * per_sample.mean() + penalty, (rewards, parts, metrics)
+        return loss_coefficient * short_of(reward_target, rewards).mean() + penalty, (rewards, parts, metrics)
 
     live = partial(live_steps, truncation=truncation, k=truncation_k)
     return reward_gradient(optimizer, loss, live, n_chunks=n_chunks)

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Needs, Policy, Setup
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Needs, Policy, Setup, first_state
 from diffexp_jax.algorithms.ddpo import clipped_ratio_loss
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
 from diffexp_jax.algorithms.state import TrainState
@@ -95,7 +95,7 @@ def awm(
 
     def init(lora) -> TrainState:
         average = {"average": jax.tree.map(jnp.array, lora)} if has_average else None
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), average)
+        return first_state(optimizer, lora, average)
 
     def loss(lora, fixed: Fixed, chunk: Chunk, i):
         keys = denoising.folded(chunk.key, i)

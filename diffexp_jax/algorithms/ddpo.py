@@ -20,6 +20,7 @@ from diffexp_jax.algorithms.algorithm import (
     Setup,
     across_devices,
     chunked,
+    first_state,
     stepped,
 )
 from diffexp_jax.algorithms.one_pass import gradient_of_loss, sample_with_gradients
@@ -154,7 +155,7 @@ def ddpo(
     """
 
     def init(lora) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), init_stats(n_prompts, stats_buffer))
+        return first_state(optimizer, lora, init_stats(n_prompts, stats_buffer))
 
     loss = partial(step_loss, process=policy.process, clip=clip, kl_weight=kl_weight, proportionate=proportionate)
     rule = PolicyGradient(policy, optimizer, loss, reference=(lambda extra: None) if kl_weight else None)

@@ -24,11 +24,11 @@ from diffexp_jax.algorithms.algorithm import (
     Policy,
     Samples,
     across_devices,
+    by_chunks,
     chunked,
     mean_over,
     reward_metrics,
     rewarded,
-    unchunked,
 )
 from diffexp_jax.algorithms.by_prompt import of_one_prompt
 from diffexp_jax.algorithms.state import TrainState
@@ -96,8 +96,7 @@ def sample(
         latents = Latents(run(lora), run(None) if untuned else None)
         return Samples(latents, *rewarded(policy, frozen, latents.x_0, chunk.tokens))
 
-    samples = jax.lax.map(one, chunked(batch, n_chunks))
-    return Samples(samples.trajectory, *unchunked((samples.rewards, samples.parts, samples.images)))
+    return by_chunks(one, batch, n_chunks)
 
 
 # --------------------------------------------------------------------------------------------------------- noise levels

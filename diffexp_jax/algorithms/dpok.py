@@ -18,7 +18,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Needs, Policy, Setup, chunked
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Needs, Policy, Setup, chunked, first_state
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
 from diffexp_jax.algorithms.policy_settings import PolicyMethod
 from diffexp_jax.algorithms.state import TrainState
@@ -233,7 +233,7 @@ def dpok(
         if value_baseline:
             params = init_value(value_key, math.prod(policy.latent_shape), n_prompts, n_steps)
             extra = Extra(params, value_optimizer.init(params))
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), extra)
+        return first_state(optimizer, lora, extra)
 
     def loss(log_prob, outputs, step: Transition):
         reward = clamped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)

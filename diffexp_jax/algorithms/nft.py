@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Needs, Policy, Setup
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Needs, Policy, Setup, first_state
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
@@ -81,7 +81,7 @@ def nft(
 
     def init(lora) -> TrainState:
         old = jax.tree.map(jnp.array, lora)
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), {"old": old})
+        return first_state(optimizer, lora, {"old": old})
 
     def loss(lora, fixed: Fixed, chunk: Chunk, i):
         t = denoising.shuffled_timesteps(denoising.folded(chunk.key, 0), fixed.steps, i)

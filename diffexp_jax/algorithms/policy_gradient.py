@@ -17,11 +17,11 @@ from jaxtyping import Array, Float
 from diffexp_jax.algorithms.algorithm import (
     Policy,
     Samples,
+    by_chunks,
     chunked,
     mean_over,
     reward_metrics,
     rewarded,
-    unchunked,
 )
 from diffexp_jax.algorithms.ratios import ratio_metrics
 from diffexp_jax.algorithms.state import TrainState
@@ -117,8 +117,7 @@ def sample(
         x_0, trajectory = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, keep_trajectory=True)
         return Samples(trajectory.first(n_trained), *rewarded(policy, frozen, x_0, chunk.tokens))
 
-    samples = jax.lax.map(one, chunked(batch, n_chunks))
-    return Samples(samples.trajectory, *unchunked((samples.rewards, samples.parts, samples.images)))
+    return by_chunks(one, batch, n_chunks)
 
 
 def step_gradient(

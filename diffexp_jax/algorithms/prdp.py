@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Needs, Policy, Setup, chunked
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Needs, Policy, Setup, chunked, first_state
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, sample, slopes_of, updated, weighted_log_prob
 from diffexp_jax.algorithms.policy_settings import PolicyMethod
 from diffexp_jax.algorithms.state import TrainState
@@ -99,7 +99,7 @@ def prdp(
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
 
     def init(lora) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+        return first_state(optimizer, lora)
 
     def update(state, frozen, inputs: Inputs):
         samples = inputs.samples

@@ -17,6 +17,7 @@ from diffexp_jax.algorithms.algorithm import (
     Needs,
     Policy,
     chunked,
+    first_state,
     stepped,
     unchunked,
 )
@@ -65,6 +66,11 @@ def sampled(
     return x_0, kl_weight * path.mean(), {"kl/path": path}
 
 
+def short_of(target: float | None, rewards: Float[Array, "B"]) -> Float[Array, "B"]:
+    """|target - r|, or -r where there is no target: what is to become small."""
+    return -rewards if target is None else jnp.abs(target - rewards)
+
+
 def reward_gradient(
     optimizer: optax.GradientTransformation,
     loss: Loss,
@@ -80,7 +86,7 @@ def reward_gradient(
     """
 
     def init(lora) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+        return first_state(optimizer, lora)
 
     def update(state, frozen, inputs: Inputs):
         live = live_steps(inputs.key, len(inputs.steps.t))

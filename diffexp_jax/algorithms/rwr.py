@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Policy, Setup
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Policy, Setup, first_state
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
@@ -75,7 +75,7 @@ def rwr(
     network, keeps_untuned = policy.network.at_any(guided=guided), prior_weight > 0
 
     def init(lora) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora))
+        return first_state(optimizer, lora)
 
     def loss(lora, fixed: Fixed, chunk: Chunk, i):
         def of_images(x_0, weight, number):

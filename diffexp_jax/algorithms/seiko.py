@@ -25,14 +25,16 @@ from diffexp_jax.algorithms.algorithm import (
     Samples,
     Setup,
     across_devices,
+    by_chunks,
     chunked,
+    first_state,
     reward_metrics,
     rewarded,
     unchunked,
 )
 from diffexp_jax.algorithms.alignprop import Truncating, live_steps, resolved_target
 from diffexp_jax.algorithms.optimizer import with_new_moments
-from diffexp_jax.algorithms.reward_gradient import gradient_over_chunks, sampled
+from diffexp_jax.algorithms.reward_gradient import gradient_over_chunks, sampled, short_of
 from diffexp_jax.algorithms.state import Learnt, TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
 from diffexp_jax.parallel import AXIS
@@ -72,9 +74,8 @@ def climb_loss(
     """(loss, {metric: [B]}) of a chunk; `before` is the LoRA that the round began with."""
     x_0, penalty, seen = sampled(policy, lora, frozen, chunk, steps, live, **climb.chain, reference=before)
     predictions = reward(features_of(policy, frozen, policy.decode(frozen, x_0).clip(0.0, 1.0)))
-    target = climb.reward_target
-    per_sample = -predictions if target is None else jnp.abs(target - predictions)
-    return climb.loss_coefficient * per_sample.mean() + penalty, seen | {"climb/predicted": predictions}
+    loss = climb.loss_coefficient * short_of(climb.reward_target, predictions).mean() + penalty
+    return loss, seen | {"climb/predicted": predictions}
 
 
 def climbed(
@@ -124,8 +125,7 @@ def sample(policy: Policy, state: TrainState, frozen: Any, batch: Batch, steps: 
         rewards, parts, images = rewarded(policy, frozen, x_0, chunk.tokens)
         return Samples(features_of(policy, frozen, images), rewards, parts, images)
 
-    samples = jax.lax.map(one, chunked(batch, n_chunks))
-    return Samples(samples.trajectory, *unchunked((samples.rewards, samples.parts, samples.images)))
+    return by_chunks(one, batch, n_chunks)
 
 
 def seiko(
@@ -154,7 +154,7 @@ def seiko(
 
     def init(lora) -> TrainState:
         learnt = Learnt(surrogate.no_queries(buffer, n_features), networks)
-        return TrainState(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), learnt)
+        return first_state(optimizer, lora, learnt)
 
     def update(state, frozen, inputs: Inputs):
         samples, (for_noise, for_fit) = inputs.samples, jax.random.split(jax.random.fold_in(inputs.key, _CLIMB))
