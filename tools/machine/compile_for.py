@@ -66,10 +66,13 @@ def compile_and_write(program: Program, out: Path) -> str:
     options = backend.absent_devices().compiler_options
     compiled = program.function.lower(*program.args).compile(compiler_options=options)
     out.write_text(compiled.as_text())
-    memory = compiled.memory_analysis()
+    memory, moved = compiled.memory_analysis(), compiled.cost_analysis()["bytes accessed"] / 1e9
     arguments, temporaries = (x / GIB for x in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
     seconds = time.perf_counter() - start
-    return f"{out}: arguments {arguments:.2f} GiB, temporaries {temporaries:.2f} GiB, compiled in {seconds:.0f} s"
+    return (
+        f"{out}: arguments {arguments:.2f} GiB, temporaries {temporaries:.2f} GiB, {moved:.1f} GB read and written with "
+        f"each loop's body counted once, compiled in {seconds:.0f} s"
+    )
 
 
 def settings_of(config: str, changes: Sequence[str]) -> Settings:
