@@ -76,26 +76,29 @@ def attention_of_even_length(
     """
     n_queries, n_keys = q.shape[1], k.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    q, k, v, zeros = _batched_alike(q, k, v)
+    all_of_them = sum(x[:, 0, 0, 0].astype(jnp.int32) for x in (q, k, v))
+    q, k, v = (_depending_on(all_of_them, x) for x in (q, k, v))
     if n_keys % 2:
+        zeros = all_of_them * 0
         kwargs |= {"query_seq_lengths": q.shape[1] + zeros, "key_value_seq_lengths": n_keys + zeros}
     # the output too: so that its gradient has the batch axis
-    return _depending_on(zeros, jax.nn.dot_product_attention(q, k, v, **kwargs))[:, :n_queries]
+    return _depending_on(all_of_them, jax.nn.dot_product_attention(q, k, v, **kwargs))[:, :n_queries]
 
 
-def _batched_alike(*arrays: Float[Array, "B ..."]) -> tuple[Array, ...]:
-    """The arrays and zeros int32 [B], each of which depends on all of the arrays, for `vmap`; XLA removes all of it.
+@jax.custom_vjp
+def _depending_on(numbers: Int[Array, "B"], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """x, and in the backward pass its gradient, as what depends on `numbers`, for `vmap`; XLA removes all of it.
 
     jax 0.10's rule for cuDNN's attention under `vmap` takes queries, keys, values and lengths to be batched, or none
-    of them, and fails where some are (0.11 repeats what is not).
+    of them, and fails where some are (0.11 repeats what is not). What is kept for the gradient are the numbers: of a
+    condition that was made before, XLA would not know that it always holds, and would read and write x once more.
     """
-    zeros = sum(x[:, 0, 0, 0].astype(jnp.int32) * 0 for x in arrays)
-    return *(_depending_on(zeros, x) for x in arrays), zeros
+    return jnp.where(numbers.reshape(-1, *[1] * (x.ndim - 1)) * 0 == 0, x, 0)
 
 
-def _depending_on(zeros: Int[Array, "B"], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """x, as something that depends on `zeros`."""
-    return jnp.where(zeros.reshape(-1, *[1] * (x.ndim - 1)) == 0, x, 0)
+_depending_on.defvjp(
+    lambda numbers, x: (_depending_on(numbers, x), numbers), lambda numbers, g: (None, _depending_on(numbers, g))
+)
 
 
 def _in_float32(
