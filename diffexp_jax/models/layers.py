@@ -53,16 +53,33 @@ def _geglu_bwd(x, g):
 geglu.defvjp(lambda x: (geglu(x), x), _geglu_bwd)
 
 
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+@jax.custom_vjp
+def gelu_tanh(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """GELU by tanh (Hendrycks & Gimpel 2016), in float32. Keeps its input alone for the gradient."""
+    return _gelu_tanh(x)
+
+
+gelu_tanh.defvjp(lambda x: (_gelu_tanh(x), x), lambda x, g: jax.vjp(_gelu_tanh, x)[1](g))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": gelu, "silu": jax.nn.silu}
 
 
-def timestep_embedding(t: Num[Array, "B"], width: int) -> Float[Array, "B width"]:
+def timestep_embedding(
+    t: Num[Array, "B"], width: int, freqs: Float[Array, "half"] | None = None
+) -> Float[Array, "B width"]:
     """Sinusoids of the timestep, cosine half first (diffusers: flip_sin_to_cos=True, freq_shift=0).
 
-    `t` is in training-timestep units (0..1000); odd widths get a zero column, as in diffusers.
+    `t` is in training-timestep units (0..1000); odd widths get a zero column, as in diffusers. `freqs` are the angles
+    of t = 1; None: 10000^(-i / half), as the device rounds them.
     """
     half = width // 2
-    freqs = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    if freqs is None:
+        freqs = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * freqs[None]
     emb = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(emb, ((0, 0), (0, width - 2 * half)))
@@ -153,21 +170,24 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B features"]:
         kernel = param(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = product(self, x, kernel.astype(self.dtype))
-        if self.use_bias:
-            y = y + param(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y
+        return self.with_bias(product(self, x, kernel.astype(self.dtype)))
+
+    def with_bias(self, y: Float[Array, "*B features"]) -> Float[Array, "*B features"]:
+        """y + b where the layer has a bias."""
+        if not self.use_bias:
+            return y
+        return y + param(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
 
 
 def of_the_same(x: Float[Array, "*B in"], layers: Sequence[Dense]) -> list[Float[Array, "*B _"]]:
-    """[layer(x) for layer in layers] without bias; on an accelerator as one product where all of them have LoRA."""
+    """[layer(x) for layer in layers]; on an accelerator as one product where all of them have LoRA."""
     pairs = [_pair(layer) for layer in layers]
     if backend.platform() == "cpu" or None in pairs:
         return [layer(x) for layer in layers]
     dtype = layers[0].dtype
     x, kernels = x.astype(dtype), [layer.get_variable("params", "kernel").astype(dtype) for layer in layers]
-    both = zip(joint_product(x, kernels), low_rank(x, pairs), strict=True)
-    return [(y + own).astype(dtype) for y, own in both]
+    both = zip(joint_product(x, kernels), low_rank(x, pairs), layers, strict=True)
+    return [layer.with_bias((y + own).astype(dtype)) for y, own, layer in both]
 
 
 class GroupNorm(nn.Module):
@@ -193,6 +213,18 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
         return normalise(x, *_scale_and_bias(self, x), Norm(None, self.epsilon, self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) scale over the last axis (Zhang & Sennrich 2019), statistics in float32."""
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+        scale = param(self, "scale", nn.initializers.ones, x.shape[-1:])
+        return normalise(x, scale, jnp.zeros(x.shape[-1]), Norm(None, self.epsilon, self.dtype, centred=False))
 
 
 def _scale_and_bias(layer: nn.Module, x: Float[Array, "*B C"]) -> tuple[Float[Array, " C"], Float[Array, " C"]]:

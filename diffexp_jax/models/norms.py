@@ -24,16 +24,20 @@ class Norm(NamedTuple):
     epsilon: float
     dtype: DTypeLike  # of the result
     silu: bool = False  # y sigmoid(y) of the result y
+    centred: bool = True  # False: the mean stays, and the variance is that about 0 (RMSNorm); of tokens alone
 
 
 def normalise(
     x: Float[Array, "B *S C"],
-    scale: Float[Array, " C"],
-    bias: Float[Array, " C"],
+    scale: Float[Array, "*W C"],
+    bias: Float[Array, "*W C"],
     norm: Norm,
     shift: Float[Array, "B C"] | None = None,
 ) -> Float[Array, "B *S C"]:
-    """(x - mean) / sqrt(var + epsilon) scale + bias, by the way that is fast on the machine; of x + shift."""
+    """(x - mean) / sqrt(var + epsilon) scale + bias, by the way that is fast on the machine; of x + shift.
+
+    Scale and bias are a channel's [C], or of each sample [B, 1, C].
+    """
     if shift is not None:
         shift = jnp.expand_dims(shift, _space(x))
     return (plain if backend.platform() == "cpu" else of_few_readings)(x, shift, scale, bias, norm)
@@ -42,7 +46,7 @@ def normalise(
 def plain(x: Array, shift: Array | None, scale: Array, bias: Array, norm: Norm) -> Array:
     """The formula as it stands; jax makes its gradient."""
     x = (x if shift is None else x + shift).astype(jnp.float32)
-    centred = x - _mean(x, norm)
+    centred = x - _mean(x, norm) if norm.centred else x
     var = _mean(jnp.square(centred), norm)
     y = (centred * (jax.lax.rsqrt(var + norm.epsilon) * scale) + bias).astype(norm.dtype)
     return jax.nn.silu(y) if norm.silu else y
@@ -76,9 +80,10 @@ def _bwd(norm, saved, g):
 
     dy, xhat = dy_and_xhat(x, g)
     # what nobody reads XLA leaves out: here mostly both
-    dscale, dbias = (of_each.sum(range(x.ndim - 1)) for of_each in (dy * xhat, dy))
+    dscale, dbias = (_summed(of_each, scale.shape) for of_each in (dy * xhat, dy))
     if norm.groups is None:
         mean_dy, mean_dy_xhat = ((scale * of_each).mean(-1, keepdims=True) for of_each in (dy, dy * xhat))
+        mean_dy = mean_dy if norm.centred else 0.0
     else:
         of_channels = _means_of_channels(dy, dy * xhat, by_rows=True)
         mean_dy, mean_dy_xhat = (_of_groups(scale * of_each, norm.groups) for of_each in of_channels)
@@ -99,6 +104,8 @@ def statistics(x: Array, shift: Array | None, norm: Norm) -> tuple[Array, Array]
     each channel, so that the digits of small differences between large values stay (Chan et al. 1983). It is the pixel
     in the middle, as those at the border saw a convolution's padding.
     """
+    if not norm.centred:
+        return jnp.zeros_like(x[..., :1], jnp.float32), _mean(jnp.square(x.astype(jnp.float32)), norm)
     if norm.groups is None:
         mean = _mean(x.astype(jnp.float32), norm)
         return mean, _mean(jnp.square(x.astype(jnp.float32) - mean), norm)
@@ -139,6 +146,12 @@ def _of_groups(per_channel: Float[Array, "*B C"], groups: int) -> Float[Array, "
     """The mean of each group's channels, for all of them."""
     *lead, channels = per_channel.shape
     return per_channel.reshape(*lead, groups, -1).mean(-1).repeat(channels // groups, axis=-1)
+
+
+def _summed(x: Array, shape: tuple[int, ...]) -> Array:
+    """x summed over the axes along which an array of this shape is repeated beside it."""
+    lead = x.ndim - len(shape)
+    return x.sum([*range(lead), *(lead + i for i, n in enumerate(shape) if n == 1)]).reshape(shape)
 
 
 def _space(x: Array) -> tuple[int, ...]:

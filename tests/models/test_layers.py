@@ -293,10 +293,15 @@ def one_pair(x, a, b):
 
 @pytest.mark.parametrize("ranks", [(2, 2, 2), (2, 3)])
 def test_layers_of_the_same_input_as_one_product(monkeypatch, ranks):
-    """Of an accelerator, in bfloat16: as each for itself, and with the gradients of each, of all samples and of one."""
+    """Of an accelerator, in bfloat16: as each for itself, and with the gradients of each, of all samples and of one.
+
+    The two of them have biases.
+    """
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
     x, dtype = normal(0, 2, 5, 8).astype(jnp.bfloat16), jnp.bfloat16
     params = {str(i): {"kernel": normal(1 + i, 8, 6 + i).astype(dtype)} for i, _ in enumerate(ranks)}
+    if biases := len(ranks) == 2:
+        params = {i: layer | {"bias": normal(7, 6 + int(i)).astype(dtype)} for i, layer in params.items()}
     lora = {str(i): {"A": normal(5 + i, 8, r), "B": normal(9 + i, r, 6 + i)} for i, r in enumerate(ranks)}
 
     class Several(nn.Module):
@@ -304,7 +309,7 @@ def test_layers_of_the_same_input_as_one_product(monkeypatch, ranks):
 
         @nn.compact
         def __call__(self, x):
-            dense = [layers.Dense(6 + i, False, dtype, name=str(i)) for i, _ in enumerate(ranks)]
+            dense = [layers.Dense(6 + i, biases, dtype, name=str(i)) for i, _ in enumerate(ranks)]
             return layers.of_the_same(x, dense) if self.together else [layer(x) for layer in dense]
 
     @partial(jax.jit, static_argnums=0)

@@ -12,7 +12,8 @@ from diffexp_jax.models import layers
 from diffexp_jax.models.norms import Norm, of_few_readings, plain
 
 GROUPS = Norm(4, 1e-5, jnp.float32)
-NORMS = [Norm(None, 1e-5, jnp.float32), Norm(1, 0.1, jnp.float32), GROUPS, GROUPS._replace(silu=True)]
+RMS = Norm(None, 1e-6, jnp.float32, centred=False)
+NORMS = [Norm(None, 1e-5, jnp.float32), Norm(1, 0.1, jnp.float32), GROUPS, GROUPS._replace(silu=True), RMS]
 SHAPE = (2, 6, 5, 12)
 
 
@@ -50,6 +51,17 @@ def test_the_plain_formula_and_its_gradients(norm):
     assert max(errors(results(of_few_readings, norm, args, g), results(plain, norm, args, g))) < 1e-6
 
 
+@pytest.mark.parametrize("norm", [NORMS[0], RMS])
+def test_a_scale_for_each_sample(norm):
+    """As adaptive norms have it: [B, 1, C], with gradients of that shape."""
+    x, scale, bias, g = normal(0, 2, 30, 12, mean=0.5), normal(1, 2, 1, 12), normal(2, 2, 1, 12), normal(3, 2, 30, 12)
+    found = results(of_few_readings, norm, (x, None, scale, bias), g)
+    assert max(errors(found, results(plain, norm, (x, None, scale, bias), g))) < 1e-6
+    assert found[2].shape == found[3].shape == (2, 1, 12)
+    each = [results(plain, norm, (x[i : i + 1], None, scale[i, 0], bias[i, 0]), g[i : i + 1]) for i in range(2)]
+    assert max(errors(found, [jnp.stack(pair).reshape(a.shape) for a, *pair in zip(found, *each, strict=True)])) < 1e-6
+
+
 def test_torchs_with_its_gradients():
     torch = pytest.importorskip("torch")
     args, g = arguments(), normal(3, *SHAPE)
@@ -71,6 +83,14 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_formula(norm):
     for error, of_plain in zip(ours, theirs, strict=True):
         assert error <= 1.01 * of_plain + 1e-6
     assert ours[0] < 2e-3
+
+
+def test_the_root_mean_square_is_torchs():
+    torch = pytest.importorskip("torch")
+    x, _, scale, _ = arguments(shifted=False)
+    wanted = torch.nn.functional.rms_norm(torch.tensor(np.array(x)), (12,), torch.tensor(np.array(scale)), 1e-6)
+    for way in (plain, of_few_readings):
+        np.testing.assert_allclose(way(x, None, scale, jnp.zeros(12), RMS), wanted.numpy(), rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [NORMS[0], GROUPS])
