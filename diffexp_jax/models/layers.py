@@ -70,7 +70,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "g
 
 
 def timestep_embedding(
-    t: Num[Array, "B"], width: int, freqs: Float[Array, "half"] | None = None
+    t: Num[Array, "B"], width: int, freqs: Float[Array, " half"] | None = None
 ) -> Float[Array, "B width"]:
     """Sinusoids of the timestep, cosine half first (diffusers: flip_sin_to_cos=True, freq_shift=0).
 

@@ -34,7 +34,7 @@ LORA_TARGETS = {
 # -------------------------------------------------------------------------------------------------- parts of the blocks
 
 
-def frequencies(width: int) -> Float[np.ndarray, "half"]:
+def frequencies(width: int) -> Float[np.ndarray, " half"]:
     """10000^(-i / half): the sinusoids' angles of t = 1, the same numbers on every machine.
 
     Angles reach 1000, where a last place of a frequency changes an output by 1e-3. In numpy they are torch's but for 2
