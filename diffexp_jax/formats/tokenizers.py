@@ -58,6 +58,30 @@ def load_tokenizer(folder: Path, **settings):
     return tokenizer
 
 
+def load_t5_tokenizer(folder: Path, *, size: int, length: int):
+    """The folder's T5 tokenizer. It ends a prompt with </s>, and begins it with nothing.
+
+    Args:
+      folder: holds tokenizer.json; spiece.model alone, which other programs read, does not do.
+      size: how many tokens the network knows. The published tokenizer has 28 less: networks' tables are filled up.
+      length: tokens of a prompt, its end included.
+
+    Raises:
+      InputError: the file is missing or damaged, or a token is none of the network's.
+    """
+    from transformers import T5Tokenizer  # seconds to import: only where it is used
+
+    path = folder / bpe.WHOLE
+    if not path.is_file():
+        raise InputError(f"{folder}: no {bpe.WHOLE}; wants T5's tokenizer as transformers writes it, in that file")
+    bpe.check_settings(folder)
+    read_json(path)
+    make = partial(T5Tokenizer.from_pretrained, str(folder), model_max_length=length)
+    tokenizer = _made(str(path), make, ("eos", "pad"))
+    _check_ids(tokenizer, size, path)
+    return tokenizer
+
+
 def check_size(tokenizer, size: int, where: Path) -> None:
     """Raises InputError where a tokenizer has not as many tokens as the network embeds: `size`.
 
@@ -65,6 +89,10 @@ def check_size(tokenizer, size: int, where: Path) -> None:
     """
     if len(tokenizer) != size:
         raise InputError(f"{where}: the tokenizer has {len(tokenizer):,} tokens, and the network knows {size:,}")
+    _check_ids(tokenizer, size, where)
+
+
+def _check_ids(tokenizer, size: int, where: Path) -> None:
     if (last := max(tokenizer.get_vocab().values())) >= size:
         raise InputError(f"{where}: a token of the tokenizer has the id {last}, and the network knows 0 to {size - 1}")
 
@@ -73,7 +101,7 @@ def _made(where: str, make: Callable[[], Any], special: Sequence[str] = ("bos", 
     """The tokenizer that `make` gives, once it is known to work.
 
     Args:
-      special: what transformers calls the tokens that begin a prompt, end it, and pad it.
+      special: what transformers calls the tokens that begin a prompt, if one does, end it, and pad it.
 
     Raises:
       InputError: it does not; the message begins with `where`.
@@ -86,8 +114,9 @@ def _made(where: str, make: Callable[[], Any], special: Sequence[str] = ("bos", 
     tokens = [getattr(tokenizer, f"{name}_token_id") for name in special]
     if None in tokens:
         raise InputError(f"{where}: the tokenizer has no {special[tokens.index(None)]}_token")
-    if ids != tokens[:2]:
-        raise InputError(f"{where}: the tokenizer makes {ids!r:.60} of an empty prompt; wants its start and end")
+    if ids != tokens[:-1]:
+        wanted = " and ".join({"bos": "start", "cls": "start"}.get(name, "end") for name in special[:-1])
+        raise InputError(f"{where}: the tokenizer makes {ids!r:.60} of an empty prompt; wants its {wanted}")
     length = tokenizer.model_max_length
     if type(length) is not int or length < 3:
         raise InputError(f"{where}: the tokenizer's model_max_length is {length!r:.40}; wants a whole number from 3 on")
@@ -108,7 +137,8 @@ def token_ids(tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], 
 
 def longer_than(tokenizer, texts: Sequence[str], length: int) -> list[bool]:
     """Whether each of the texts has more tokens than that, start and end included."""
-    some = [text for text in texts if len(text.encode()) > length - 2]  # a token is a byte at least
+    # a token is a character at least, where none is taken apart as "™" is: to T5 it is "TM"
+    some = [text for text in texts if len(text) > length - 2 or not text.isascii()]
     # not verbose: who asks warns of the texts that are cut
     full = tokenizer(some, verbose=False).input_ids if some else []
     long = {text for text, ids in zip(some, full, strict=True) if len(ids) > length}

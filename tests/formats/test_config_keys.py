@@ -10,7 +10,7 @@ import pytest
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.config_keys import Keys, Many, checked
 from diffexp_jax.limits import whole
-from diffexp_jax.models import blip, clip_config, mmdit_config, open_clip, unet_config, vae
+from diffexp_jax.models import blip, clip_config, mmdit_config, open_clip, t5, unet_config, vae
 from diffexp_jax.models.classifier import ClassifierConfig
 from diffexp_jax.models.mmdit_config import MMDiTConfig
 from diffexp_jax.models.unet_config import UNetConfig
@@ -31,6 +31,7 @@ TABLES = {
     "CLIPVisionConfig": clip_config.VISION_KEYS,
     "CLIPConfig": clip_config.CLIP_KEYS,
     "BertConfig": blip.KEYS,
+    "T5Config": t5.KEYS,
 }
 
 
@@ -87,6 +88,7 @@ READERS = {
     "text": (clip_config.CLIPTextConfig.from_dict, {}, clip_config.TEXT_KEYS),
     "vision": (clip_config.CLIPVisionConfig.from_dict, VISION, clip_config.VISION_KEYS),
     "clip": (clip_config.CLIPConfig.from_dict, {"vision_config": VISION}, clip_config.CLIP_KEYS),
+    "t5": (t5.T5Config.from_dict, {"feed_forward_proj": "gated-gelu"}, t5.KEYS),
     "ddim": (load_process, SCHEDULER, ddim.KEYS),
     "flow": (load_process, {"_class_name": flow.SCHEDULER}, flow.KEYS),
     "judge": (ClassifierConfig.from_dict, {"widths": [8, 16]}, None),

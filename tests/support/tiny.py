@@ -63,6 +63,15 @@ INDEX = {
 }
 
 
+def write_t5_tokenizer(folder: Path) -> None:
+    """A T5 tokenizer of a few words and letters, as transformers writes it."""
+    from transformers import T5Tokenizer  # seconds to import
+
+    pieces = ["▁", "a", "T", "M", "▁dog", "▁rid", "ing", "▁bike", "▁cat"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0) for piece in pieces)]
+    T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512).save_pretrained(folder)
+
+
 def random_weights(shapes, seed: int):
     """A tree of such shapes with weights that keep the activations' size, drawn by numpy: nothing to compile."""
     rng = np.random.default_rng(seed)
