@@ -33,15 +33,18 @@ def default() -> ml_collections.ConfigDict:
     # the published model on the hub.
     config.model.tokenizer = placeholder(str)  # tokenizer's files, for a model that is a single file
     # "float32", "bfloat16", "float16", "auto" = bfloat16 on accelerators, float32 on a CPU. LoRA, latents, log-probs
-    # and losses are float32 always, and so is SDXL's VAE in place of float16, in which it overflows.
+    # and losses are float32 always, and so are SDXL's VAE and T5 in place of float16, in which they overflow.
     config.model.dtype = "auto"  # number type of the model's weights and networks
     # How an accelerator multiplies float32 matrices, by jax's names: "default" (TF32 on NVIDIA GPUs, one pass of
     # bfloat16 on TPUs), "bfloat16", "tensorfloat32", "float32" (in full), "auto" = in full where model.dtype is
     # float32.
     config.model.matmul_precision = "auto"  # precision of the networks' matrix products
     config.model.image_size = placeholder(int)  # pixels of an image's side; None: what the model was trained at
+    # Of Stable Diffusion 3 and 3.5, whose published number is 256; most recipes for fine-tuning them take 128.
+    config.model.t5_tokens = placeholder(int)  # tokens that T5 reads of a prompt, its end included; None: as published
     # What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
-    # latent a step is kept); also each "block" of the UNet. DDPO's gradient is of one step at a time: "none" is "step".
+    # latent a step is kept); also each "block" of the network. DDPO's gradient is of one step at a time: "none" is
+    # "step".
     config.model.remat = "step"  # "none", "step" or "block"
 
     # Overrides of the model's scheduler_config.json, by its names; None: as in the file.
@@ -121,8 +124,10 @@ def default() -> ml_collections.ConfigDict:
     config.lora = ml_collections.ConfigDict()
     config.lora.rank = 4  # rank of the update A B that is added to each layer that takes LoRA
     config.lora.alpha = 4.0  # scale of the update: alpha / rank
-    # Of the UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
-    # "convolutions" (of residual blocks and between levels), or single layers of these by name: "to_k".
+    # Of a UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
+    # "convolutions" (of residual blocks and between levels). Of SD3's transformer: "attention" (of image and prompt),
+    # "second_attention" (of SD3.5-medium), "feed_forward", "modulation". Or single layers of these by name: "to_k",
+    # "attn.to_k".
     config.lora.targets = ("attention",)  # which layers take LoRA
     # A LoRA file or folder to start from (diffusers, peft, kohya); None: from nothing
     config.lora.path = placeholder(str)

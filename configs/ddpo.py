@@ -13,7 +13,6 @@ def get_config(argument: str | None = None):
     config, chosen = structured(argument)
     config.algorithm = "ddpo"
     config.sampling.guidance = 5.0
-    config.sampling.eta = 1.0
     if chosen["model"] in MINIATURES:
         config.iterations = 36
         config.optim.lr = 2.4e-2

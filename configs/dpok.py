@@ -18,7 +18,6 @@ def get_config(argument: str | None = None):
     config, chosen = structured(argument)
     config.algorithm = "dpok"
     config.sampling.guidance = 7.5
-    config.sampling.eta = 1.0
     config.optim.lr = 1e-5
     config.optim.weight_decay = 0.0
     config.optim.grad_clip = 0.1

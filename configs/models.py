@@ -8,6 +8,16 @@ _LAPTOP = {
     "eval.prompts": ("animal_activities", "animal_activities_unseen", "animals_with_article"),
     "eval.rewards": ("emoji_judge",),
 }
+_SD3 = {  # 512 pixels; as Flow-GRPO samples it in training, and with the T5 tokens that most recipes take
+    "model.image_size": 512,
+    "model.t5_tokens": 128,
+    "model.remat": "block",
+    "model.vae_slice": 1,
+    "sampling.steps": 10,
+    "sampling.eta": 0.7,
+    "exploration.t_thresh": 980,  # one step of ten: timesteps are denser at the noise, and three are above 900
+    "batch.samples_per_forward": 1,
+}
 MODELS = {
     "emoji": {"model.path": "emoji"} | _LAPTOP,
     # Objects are missing more, and more unequally. Half of the steps for more seeds in the same time; the threshold at
@@ -29,5 +39,8 @@ MODELS = {
         "model.vae_slice": 1,
         "batch.samples_per_forward": 1,
     },
+    "sd3m": {"model.path": "stabilityai/stable-diffusion-3-medium-diffusers"} | _SD3,
+    "sd35m": {"model.path": "stabilityai/stable-diffusion-3.5-medium"} | _SD3,
+    "sd35l": {"model.path": "stabilityai/stable-diffusion-3.5-large"} | _SD3,
 }
 MINIATURES = ("emoji", "emoji_hard")  # shipped: their prompts and rewards are the emoji world's

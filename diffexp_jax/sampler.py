@@ -146,5 +146,5 @@ def pipeline_options(settings: Settings) -> dict[str, Any]:
     m = settings.model
     options = {"image_size": m.image_size, "remat_blocks": m.remat == "block", "vae_slice": m.vae_slice}
     options |= {"revision": m.revision, "variant": m.variant, "tokenizer": m.tokenizer}
-    options |= {"scheduler": m.scheduler.overrides}
+    options |= {"scheduler": m.scheduler.overrides, "t5_tokens": m.t5_tokens}
     return {"dtype": settings.dtype, "matmul_precision": m.matmul_precision} | options

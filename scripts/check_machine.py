@@ -123,12 +123,9 @@ def write_reference() -> None:
     if backend.platform() != "cpu":
         raise InputError("--write_reference: wants a CPU, whose float32 is the reference: JAX_PLATFORMS=cpu")
     images, gradient = models.emoji_results("float32")
-    arrays = (
-        images
-        | {"emoji/gradient": gradient}
-        | machine_tiny.tiny_results("SD 1.5", "float32")
-        | machine_tiny.tiny_results("SDXL", "float32")
-    )
+    arrays = images | {"emoji/gradient": gradient}
+    for name in machine_tiny.TINY:
+        arrays |= machine_tiny.tiny_results(name, "float32")
     arrays = {name: np.asarray(x, np.float32) for name, x in arrays.items()}
     arrays["emoji/settings"] = np.asarray(json.dumps(models.decisive_settings(), sort_keys=True))
     np.savez_compressed(REFERENCE, **arrays)

@@ -10,6 +10,7 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
+from configs.models import MODELS
 from diffexp_jax import chosen_rewards, command, settings, train
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.cli import train as cli_train
@@ -172,7 +173,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, command_line, script,
 def test_the_real_program_says_one_line(tmp_path):
     done = run_program("-m", "diffexp_jax.train", f"{CONFIG}:model=sd99", "--workdir=x", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: config argument model='sd99': accepted: emoji, emoji_hard, sd15, sd21, sdxl\n"
+    assert done.stderr == "error: config argument model='sd99': accepted: " + ", ".join(MODELS) + "\n"
     assert not (tmp_path / "x").exists()
 
 

@@ -47,6 +47,7 @@ def arguments(about: str, words: Sequence[str] | None = None) -> argparse.Namesp
     )
     add("--dtype", choices=DTYPES, help="of the weights and networks (default: float32)")
     add("--image_size", type=int, help="pixels of a side (default: what the model was trained at)")
+    add("--t5_tokens", type=int, help="tokens that T5 reads of a prompt (default: as published)")
     add("--steps", type=int, help="DDIM steps, 1..1000 (default: 50)")
     add("--guidance", type=float, help="classifier-free guidance scale; 1 is none (default: 7.5)")
     add("--negative_prompt", help="what guidance leads away from (default: from no prompt)")

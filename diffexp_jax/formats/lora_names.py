@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 from diffexp_jax.formats.original_names import unet_names
 
-UNET = "unet."  # before the names of a UNet's layers, in the files that diffusers writes; "transformer." is the other
+UNET, TRANSFORMER = (
+    "unet.",
+    "transformer.",
+)  # before the names of a network's layers, in the files that diffusers writes
 _PEFT = "base_model.model."  # in those that peft itself writes
 # Of data-parallel training, of torch.compile, of the original code; and kohya's
 _WRAPPERS = (_PEFT, "module.", "_orig_mod.", "model.", "diffusion_model.", "lora_unet_")
@@ -20,7 +23,8 @@ _ENDINGS = {
     ".up.weight": "B",
     ".alpha": "alpha",
 }
-_TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.", "text_model.")
+_TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+_TEXT += ("text_model.",)
 # What tensors of other kinds are called, in whole or in part
 _OTHERS = {
     r"lora_magnitude_vector|dora_scale": "DoRA",
@@ -40,11 +44,13 @@ _NETWORKS = {
         r"^unet\.|(down|up)_blocks|mid_block|(in|out)put_blocks|middle_block",
         "a LoRA of a UNet (Stable Diffusion)",
     ),
-    "transformer.": (
+    TRANSFORMER: (
         r"^(transformer|lora_transformer)|(double|single)_?(transformer_)?blocks|joint_blocks",
         "a LoRA of a transformer model (SD 3, FLUX)",
     ),
 }
+# A transformer's layers in the original code, whose queries, keys and values are one layer
+_ORIGINAL = r"joint_blocks|(double|single)_blocks"
 
 
 class Tensor(NamedTuple):
@@ -84,8 +90,10 @@ def network_of(prefix: str) -> str:
 
 def kind_of(name: str, prefix: str = UNET) -> str | None:
     """What a file with such a tensor is, where it is none of the kinds that `parse` knows of this network."""
-    networks = [pair for network, pair in _NETWORKS.items() if network != prefix]
-    return next((kind for pattern, kind in (*_OTHERS.items(), *networks) if re.search(pattern, name)), None)
+    kinds = [*_OTHERS.items(), *(pair for network, pair in _NETWORKS.items() if network != prefix)]
+    if prefix == TRANSFORMER:
+        kinds.append((_ORIGINAL, "a LoRA under the original code's names of layers (joint_blocks, double_blocks)"))
+    return next((kind for pattern, kind in kinds if re.search(pattern, name)), None)
 
 
 def spellings(layers: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Sizes of published CLIPs, in the form of transformers' config.json, for where the files are not there."""
+"""Sizes of published CLIPs and T5s, in the form of transformers' config.json, for where the files are not there."""
 
 TEXT_L = {  # CLIP L/14's: SD 1.5's text encoder and SDXL's first
     "hidden_size": 768,
@@ -10,6 +10,23 @@ TEXT_L = {  # CLIP L/14's: SD 1.5's text encoder and SDXL's first
     "projection_dim": 768,
     "vocab_size": 49408,
     "eos_token_id": 2,
+}
+TEXT_G = TEXT_L | {  # open_clip's bigG: SDXL's second text encoder and SD3's
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+T5_XXL = {  # version 1.1, its encoder
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
 }
 
 CLIP_L14 = {

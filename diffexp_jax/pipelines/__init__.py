@@ -17,7 +17,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files
 from diffexp_jax.formats.config_keys import shown
 from diffexp_jax.models.lora import target_layers
-from diffexp_jax.pipelines import families, single_file, sizes, stable_diffusion
+from diffexp_jax.pipelines import families, single_file, sizes, stable_diffusion, stable_diffusion_3
 from diffexp_jax.pipelines.pipeline import (
     Conditioning,
     Pipeline,
@@ -60,6 +60,14 @@ PIPELINES: dict[str, Kind] = {
         family.parts, stable_diffusion.load, families.read_jsons, stable_diffusion.shapes, stable_diffusion.LORA_TARGETS
     )
     for name, family in families.FAMILIES.items()
+} | {
+    "StableDiffusion3Pipeline": Kind(
+        stable_diffusion_3.PARTS,
+        stable_diffusion_3.load,
+        stable_diffusion_3.read_jsons,
+        stable_diffusion_3.shapes,
+        stable_diffusion_3.LORA_TARGETS,
+    )
 }
 
 
@@ -82,8 +90,8 @@ def load_pipeline(
       variant: "fp16" prefers the half-precision weight files where there are both.
       tokenizer: of a single file, see `single_file.load`.
       weights: False gives shapes in their place and no tokenizers; published models need no files then (`sizes.py`).
-      **options: of the kind; Stable Diffusion's are image_size (pixels of a square image's side; default: what the
-        UNet was trained at) and those of `stable_diffusion.build`.
+      **options: of the kind, those of its `build`: image_size (pixels of a square image's side; default: what the model
+        was trained at) and others.
 
     Raises:
       InputError: a file is missing or broken, its tensors do not fit, or a config asks for what is not implemented.

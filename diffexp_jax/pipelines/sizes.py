@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffexp_jax.models.sizes import TEXT_L
+from diffexp_jax.models.sizes import T5_XXL, TEXT_G, TEXT_L
 
 _VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}
 _SCHEDULER = {
@@ -23,6 +23,21 @@ def _blocks(*kinds: str) -> dict[str, list[str]]:
     return {
         "down_block_types": [kind.format("Down") for kind in kinds],
         "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
+    }
+
+
+def _sd3(depth: int, **transformer: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Stable Diffusion 3 of so many blocks, each with as many heads of 64."""
+    transformer |= {"num_layers": depth, "num_attention_heads": depth, "caption_projection_dim": 64 * depth}
+    quantised = {"use_quant_conv": False, "use_post_quant_conv": False}
+    vae = _VAE | {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609} | quantised
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+    texts = {"text_encoder": TEXT_L, "text_encoder_2": TEXT_G, "text_encoder_3": T5_XXL}
+    return {"_class_name": "StableDiffusion3Pipeline"}, {
+        "transformer": transformer,
+        "vae": vae,
+        **texts,
+        "scheduler": scheduler,
     }
 
 
@@ -95,16 +110,13 @@ PIPELINES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             },
             "vae": _VAE | {"scaling_factor": 0.13025, "force_upcast": True},
             "text_encoder": TEXT_L,
-            "text_encoder_2": TEXT_L
-            | {
-                "hidden_size": 1280,
-                "intermediate_size": 5120,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 20,
-                "hidden_act": "gelu",
-                "projection_dim": 1280,
-            },
+            "text_encoder_2": TEXT_G,
             "scheduler": _SCHEDULER,
         },
     ),
+    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(24, pos_embed_max_size=192),
+    "stabilityai/stable-diffusion-3.5-medium": _sd3(
+        24, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13))
+    ),
+    "stabilityai/stable-diffusion-3.5-large": _sd3(38, pos_embed_max_size=192, qk_norm="rms_norm"),
 }

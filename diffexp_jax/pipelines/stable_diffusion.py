@@ -103,6 +103,7 @@ def build(
     matmul_precision: str = "auto",
     remat_blocks: bool = False,
     vae_slice: int = 32,
+    t5_tokens: int | None = None,
     scheduler: Mapping[str, Any] = {},
 ) -> Pipeline:
     """The functions of such a model, without weights or tokenizers.
@@ -110,6 +111,7 @@ def build(
     `matmul_precision` is one of `precision.MATMUL_PRECISIONS`; `remat_blocks` is the UNet's `remat`; `vae_slice` is
     how many images are decoded at once; `scheduler` has what is to be otherwise than scheduler_config.json says.
     """
+    check_without_t5(t5_tokens)
     family, scale = config.family, config.vae.downsampling
     side = latent_side(config, image_size)
     pixels = side * scale
@@ -121,8 +123,7 @@ def build(
 
     def encode(params, ids):
         outputs = [net.apply({"params": params[part]}, x) for (part, net), x in zip(encoders.items(), ids, strict=True)]
-        embedding = jnp.concatenate([getattr(out, family.hidden) for out in outputs], axis=-1)  # [B, L, D]
-        embedding = embedding.astype(jnp.float32)
+        embedding = jnp.concatenate([getattr(out, family.hidden) for out in outputs], axis=-1).astype(jnp.float32)
         if not family.added:
             return TextEmbedding(embedding)
         sizes = jnp.array([pixels, pixels, 0, 0, pixels, pixels], jnp.float32)  # uncropped, of the size that is wanted
@@ -154,6 +155,12 @@ def build(
         lora_targets=LORA_TARGETS,
         lora_prefix=UNET,
     )
+
+
+def check_without_t5(t5_tokens: int | None) -> None:
+    """Raises InputError where so many tokens of T5 are asked for, of a model that has none."""
+    if t5_tokens is not None:
+        raise InputError(f"model.t5_tokens={t5_tokens}: the model has no T5; wants None")
 
 
 def latent_side(config: ModelConfig, image_size: int | None) -> int:

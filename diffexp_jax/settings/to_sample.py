@@ -20,6 +20,7 @@ KEYS = {
     "tokenizer": "model.tokenizer",
     "dtype": "model.dtype",
     "image_size": "model.image_size",
+    "t5_tokens": "model.t5_tokens",
     "steps": "sampling.steps",
     "guidance": "sampling.guidance",
     "eta": "sampling.eta",

@@ -73,7 +73,7 @@ class Model:
         ("auto", *DTYPES),
         about="""
         "float32", "bfloat16", "float16", "auto" = bfloat16 on accelerators, float32 on a CPU. LoRA, latents, log-probs
-        and losses are float32 always, and so is SDXL's VAE in place of float16, in which it overflows.
+        and losses are float32 always, and so are SDXL's VAE and T5 in place of float16, in which they overflow.
         """,
     )
     matmul_precision: str = setting(
@@ -91,13 +91,21 @@ class Model:
         "pixels of an image's side; None: what the model was trained at",
         whole(8, 8192, optional=True, multiple=8),
     )
+    t5_tokens: int | None = setting(
+        None,
+        "tokens that T5 reads of a prompt, its end included; None: as published",
+        whole(2, 512, optional=True),
+        about="""
+        Of Stable Diffusion 3 and 3.5, whose published number is 256; most recipes for fine-tuning them take 128.
+        """,
+    )
     remat: str = setting(
         "step",
         '"none", "step" or "block"',
         ("none", "step", "block"),
         about="""
         What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
-        latent a step is kept); also each "block" of the UNet. DDPO's gradient is of one step at a time: "none" is
+        latent a step is kept); also each "block" of the network. DDPO's gradient is of one step at a time: "none" is
         "step".
         """,
     )
@@ -198,8 +206,10 @@ class LoRA:
         "which layers take LoRA",
         lambda name, value: check_lora_targets(value),
         about="""
-        Of the UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
-        "convolutions" (of residual blocks and between levels), or single layers of these by name: "to_k".
+        Of a UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
+        "convolutions" (of residual blocks and between levels). Of SD3's transformer: "attention" (of image and prompt),
+        "second_attention" (of SD3.5-medium), "feed_forward", "modulation". Or single layers of these by name: "to_k",
+        "attn.to_k".
         """,
     )
     path: str | None = setting(

@@ -15,7 +15,7 @@ from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.rewards import load_reward
 from diffexp_jax.settings import checked
 
-SD15, SD21, SDXL = sizes.PIPELINES
+SD15, SD21, SDXL, *_ = sizes.PIPELINES
 
 # ---------------------------------------------------------------------------------------------------------------- FLOPs
 

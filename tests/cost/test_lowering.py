@@ -288,6 +288,11 @@ REAL_SIZES = [
     for j, model in enumerate(MODELS)
     for k, device in enumerate(DEVICES)
 ]
+REAL_SIZES += [
+    pytest.param(method, {}, "sd35m", device, remat, "pickscore")
+    for method, remat in (("ddpo", "block"), ("draft", "step"), ("alignprop", "block"))
+    for device in DEVICES
+]
 
 
 @pytest.mark.slow  # half a minute to two each

@@ -1,7 +1,13 @@
-"""Tiny transformers of Stable Diffusion 3 and 3.5 that diffusers makes, and the published sizes."""
+"""Tiny models of Stable Diffusion 3 and 3.5 that diffusers makes, and the published sizes."""
 
 import numpy as np
 
+from tests.support.pipelines import tokenizers
+from tests.support.tiny import write_t5_tokenizer
+
+PROMPTS = ["a dog riding a bike", "an ant"]
+CLIPS = [dict(hidden_size=16, projection_dim=12), dict(hidden_size=24, projection_dim=16, hidden_act="gelu")]
+T5 = dict(d_model=48, d_kv=8, d_ff=24, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
 SHAPE = (12, 20, 16)  # of latents
 SIZES = dict(sample_size=16, num_layers=3, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=48)
 SIZES |= dict(caption_projection_dim=32, pooled_projection_dim=28, pos_embed_max_size=24)
@@ -53,3 +59,37 @@ def channels_first(x):
     import torch
 
     return torch.tensor(np.moveaxis(np.asarray(x), -1, 1).copy())
+
+
+def pipeline(name, folder, *, with_t5):
+    """diffusers' tiny pipeline of random weights: 8x8x16 latents, 16x16 images, prompts of 32 tokens."""
+    import diffusers
+    import torch
+    import transformers
+
+    network = transformer(TINY[name] | dict(sample_size=8))
+    torch.manual_seed(1)
+    tokens = tokenizers(folder / "clip", 2)
+    sizes = dict(intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=32)
+    sizes |= dict(vocab_size=len(tokens[0]), eos_token_id=tokens[0].eos_token_id, initializer_range=0.3)
+    clips = [
+        transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**sizes | clip)).eval() for clip in CLIPS
+    ]
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=1.5305,
+        shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    t5 = t5_tokenizer = None
+    if with_t5:
+        write_t5_tokenizer(folder / "t5")
+        t5_tokenizer = transformers.T5Tokenizer.from_pretrained(folder / "t5")
+        t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(t5_tokenizer), **T5)).eval()
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=network, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
+        text_encoder=clips[0], tokenizer=tokens[0], text_encoder_2=clips[1], tokenizer_2=tokens[1],
+        text_encoder_3=t5, tokenizer_3=t5_tokenizer,
+    )  # fmt: skip
