@@ -39,12 +39,17 @@ def _normal_cdf(x: Array) -> Array:
 @jax.custom_vjp
 def geglu(x: Float[Array, "*B twice"]) -> Float[Array, "*B half"]:
     """The first half times the second's GELU (Shazeer 2020), in float32. Keeps its input alone for the gradient."""
-    h, gate = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    h, gate = _halves(x)
     return (h * gelu(gate)).astype(x.dtype)
 
 
+def _halves(x: Float[Array, "*B twice"]) -> tuple[Float[Array, "*B half"], ...]:
+    """In float32. Cast before they are split, a TPU's product would write all of x in float32."""
+    return tuple(half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
+
+
 def _geglu_bwd(x, g):
-    h, gate = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    h, gate = _halves(x)
     cdf = _normal_cdf(gate)
     slope = cdf + gate * jnp.exp(-0.5 * gate * gate) / math.sqrt(2 * math.pi)
     return (jnp.concatenate([g * gate * cdf, g * h * slope], axis=-1).astype(x.dtype),)
