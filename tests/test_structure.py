@@ -1,6 +1,7 @@
 """What keeps the code readable, read from the code itself: who imports whom, settings that do something, equations."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -57,10 +58,11 @@ BELOW = {
 BELOW |= dict.fromkeys(("api", "sweeps", "cli"), set(BELOW) - {"__init__"})  # what people type: all of it
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """The dotted names of everything that a file imports, at its top or in a function; not those of `__main__`."""
     names, tree = set(), ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if not ast.unparse(node).startswith("if __name__ ==")]
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}

@@ -231,6 +231,7 @@ def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_reward_in_plain_python(make_config):
     """It samples chunk by chunk, so an iteration is as much work as of a reward in JAX."""
     work = {}

@@ -77,6 +77,7 @@ def test_rematerialisation_of_steps():
     assert most > 1.5 * least
 
 
+@pytest.mark.slow
 def test_rematerialisation_of_blocks():
     one_level = {"block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"], "layers_per_block": 1}
     config = UNetConfig.from_dict(UNET | one_level | {"up_block_types": ["CrossAttnUpBlock2D"]})

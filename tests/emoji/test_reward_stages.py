@@ -132,6 +132,7 @@ def test_an_attacked_image_stays_an_image():
     np.testing.assert_array_equal(brighter.max((1, 2, 3)), 1)
 
 
+@pytest.mark.slow
 def test_the_shipped_reward_stands_an_attack():
     """Before it was trained on attacked images, 5 % of these captions and 65 % of these objects were told."""
     folder = pretraining.ASSETS / "reward_clip"

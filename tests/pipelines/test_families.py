@@ -184,14 +184,9 @@ def test_a_negative_prompt_is_diffusers(make, name, monkeypatch):
     assert np.abs(got - want).max() <= 2e-3 < 0.02 < np.abs(got - images(both, x_T, 7.5)).max()
 
 
-def in_half_precision(name, dtype):
-    fast = (name, dtype) == ("sdxl", jnp.float16)
-    return pytest.param(name, dtype, 4e-3 if dtype == jnp.float16 else 3e-2, marks=[] if fast else pytest.mark.slow)
-
-
-@pytest.mark.parametrize(
-    "name, dtype, most", [in_half_precision(name, dtype) for name in FAMILIES for dtype in (jnp.float16, jnp.bfloat16)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, most", [(jnp.float16, 4e-3), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_images_in_half_precision(make, name, dtype, most):
     """Ten steps from the same noise: a pixel moves by that much at most, on average."""
     both = make(name)

@@ -58,6 +58,7 @@ def test_a_signal_ends_the_run_after_the_iteration(make_config, tmp_path, monkey
         assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("programs_once")
 def test_a_request_in_the_last_iteration_lets_the_run_end(make_config, tmp_path, monkeypatch):
     """It is complete then: the report and the LoRA are there, and the exit code is 0."""

@@ -45,6 +45,7 @@ def run_script(folder, *flags):
     return done.stdout, json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_quick_rows(tmp_path):
     """Parity with the stored results, and nothing that learns."""
     said, report = run_script(tmp_path, "--only", "devices|versions|float32 products|SD 1.5, float32")
