@@ -67,7 +67,7 @@ def alignprop(
     return reward_gradient(optimizer, loss, live, n_chunks=n_chunks)
 
 
-def resolved_target(setting: str, published: float | None, *, key: str = "alignprop.reward_target") -> float | None:
+def resolved_target(setting: str, published: float | None, *, key: str) -> float | None:
     """The number that the setting stands for, None for none; `published` is the reward's, `key` the setting's name.
 
     Raises:
@@ -119,10 +119,9 @@ class Truncating(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignProp(Truncating, RewardGradient):
-    """AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023)."""
+class Pulling(Truncating):
+    """A method that pulls rewards to a number, or up, as AlignProp does."""
 
-    name: ClassVar[str] = "alignprop"
     loss_coefficient: float = setting(0.01, "factor of the loss", positive())
     reward_target: str = setting(
         "auto",
@@ -135,7 +134,18 @@ class AlignProp(Truncating, RewardGradient):
 
     def check(self, n_steps: int) -> None:
         super().check(n_steps)
-        resolved_target(self.reward_target, None)
+        self.target(None)
+
+    def target(self, published: float | None) -> float | None:
+        """`resolved_target` of the setting."""
+        return resolved_target(self.reward_target, published, key=f"{self.name}.reward_target")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignProp(Pulling, RewardGradient):
+    """AlignProp: the reward's gradient through the sampling chain (Prabhudesai et al. 2023)."""
+
+    name: ClassVar[str] = "alignprop"
 
     def make(self, setup: Setup) -> Algorithm:
         return alignprop(
@@ -144,5 +154,5 @@ class AlignProp(Truncating, RewardGradient):
             **self.keywords(setup),
             kl_weight=self.kl_weight,
             loss_coefficient=self.loss_coefficient,
-            reward_target=resolved_target(self.reward_target, setup.reward_target),
+            reward_target=self.target(setup.reward_target),
         )

@@ -20,9 +20,10 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Needs, Policy, Setup, first_state
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Needs, Policy, Setup, first_state
 from diffexp_jax.algorithms.ddpo import clipped_ratio_loss
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
+from diffexp_jax.algorithms.denoising_settings import DenoisingMethod
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
 
@@ -130,15 +131,11 @@ def awm(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AWM(Method):
+class AWM(DenoisingMethod):
     """AWM: advantage-weighted matching, a policy gradient by the loss of pretraining (Xue et al. 2025)."""
 
     name: ClassVar[str] = "awm"
     needs: ClassVar[Needs] = Needs(groups=True)
-    updates: int = setting(1, "optimizer updates in a pass, each on batch.samples / updates images", whole(1, 4096))
-    inner_epochs: int = setting(
-        1, "passes over an iteration's images, each at other timesteps and noise", whole(1, 4096)
-    )
     timesteps: int = setting(
         6, "noise levels at which each image is learnt, one of each of so many parts of the sampler's", whole(1, 1000)
     )
@@ -160,17 +157,6 @@ class AWM(Method):
     )
     average_rate: float = setting(1e-3, "what each update adds to the decay of the average", Number(0.0, 1.0))
     average_most: float = setting(0.3, "largest decay of the average", Number(0.0, 1.0))
-    guided: bool = setting(
-        False,
-        "whether the guided output is what is trained",
-        about="""
-        False, as published: the output for the prompt alone, whatever guidance samples, for half of the work.
-        """,
-    )
-
-    @property
-    def trains_guided(self) -> bool:
-        return self.guided
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
         share = self.inner_epochs * self.timesteps / n_steps
@@ -185,12 +171,8 @@ class AWM(Method):
         return awm(
             setup.policy,
             setup.optimizer,
-            n_chunks=setup.n_chunks,
-            n_updates=self.updates,
-            inner_epochs=self.inner_epochs,
+            **self.keywords(setup),
             strata={"n": self.timesteps, "fraction": self.timestep_fraction},
-            group=setup.group,
-            guided=self.guided,
             advantage_clip=self.advantage_clip,
             global_std=self.global_std,
             decay={"start": 0, "rate": self.average_rate, "most": self.average_most},

@@ -20,8 +20,9 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Needs, Policy, Setup, first_state
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Needs, Policy, Setup, first_state
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
+from diffexp_jax.algorithms.denoising_settings import DenoisingMethod
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
 
@@ -116,15 +117,11 @@ def nft(
 
 
 @dataclass(frozen=True, kw_only=True)
-class NFT(Method):
+class NFT(DenoisingMethod):
     """DiffusionNFT: towards good images and away from bad ones, on the forward process (Zheng et al. 2025)."""
 
     name: ClassVar[str] = "nft"
     needs: ClassVar[Needs] = Needs(groups=True)
-    updates: int = setting(1, "optimizer updates in a pass, each on batch.samples / updates images", whole(1, 4096))
-    inner_epochs: int = setting(
-        1, "passes over an iteration's images, each at other timesteps and noise", whole(1, 4096)
-    )
     timestep_fraction: float = setting(
         0.99, "share of the sampler's timesteps, drawn at random, at which each image is learnt", positive(1.0)
     )
@@ -155,17 +152,6 @@ class NFT(Method):
         Published for most rewards: 0, 1e-3, 0.5. For text in images: 75, 7.5e-3, 0.999.
         """,
     )
-    guided: bool = setting(
-        False,
-        "whether the guided output is what is trained",
-        about="""
-        False, as published: the output for the prompt alone, whatever guidance samples, for half of the work.
-        """,
-    )
-
-    @property
-    def trains_guided(self) -> bool:
-        return self.guided
 
     def n_timesteps(self, n_steps: int) -> int:
         """At how many of the sampler's timesteps each image is learnt."""
@@ -180,12 +166,8 @@ class NFT(Method):
         return nft(
             setup.policy,
             setup.optimizer,
-            n_chunks=setup.n_chunks,
-            n_updates=self.updates,
-            inner_epochs=self.inner_epochs,
+            **self.keywords(setup),
             n_timesteps=self.n_timesteps(setup.n_steps),
-            group=setup.group,
-            guided=self.guided,
             weighting=self.weighting,
             strength=self.strength,
             advantage_clip=self.advantage_clip,

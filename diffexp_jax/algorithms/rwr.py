@@ -17,8 +17,9 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Method, Policy, Setup, first_state
+from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Policy, Setup, first_state
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
+from diffexp_jax.algorithms.denoising_settings import DenoisingMethod
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
 from diffexp_jax.parallel import AXIS
@@ -105,11 +106,10 @@ def rwr(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RWR(Method):
+class RWR(DenoisingMethod):
     """RWR: reward-weighted likelihood of the model's own images (Lee et al. 2023; Black et al. 2024)."""
 
     name: ClassVar[str] = "rwr"
-    updates: int = setting(1, "optimizer updates in a pass, each on batch.samples / updates images", whole(1, 4096))
     inner_epochs: int = setting(
         5, "passes over an iteration's images, each at other timesteps and noise", whole(1, 4096)
     )
@@ -155,10 +155,6 @@ class RWR(Method):
     def compares_groups(self) -> bool:
         return self.per_prompt
 
-    @property
-    def trains_guided(self) -> bool:
-        return self.guided
-
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
         return {"to sample": 1.0} | ({"to sample by the untuned model": 1.0} if self.prior_weight else {})
 
@@ -166,11 +162,7 @@ class RWR(Method):
         return rwr(
             setup.policy,
             setup.optimizer,
-            n_chunks=setup.n_chunks,
-            n_updates=self.updates,
-            inner_epochs=self.inner_epochs,
-            group=setup.group,
-            guided=self.guided,
+            **self.keywords(setup),
             prior_weight=self.prior_weight,
             weighting=self.weighting,
             temperature=self.temperature,

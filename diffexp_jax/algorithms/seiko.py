@@ -32,7 +32,7 @@ from diffexp_jax.algorithms.algorithm import (
     rewarded,
     unchunked,
 )
-from diffexp_jax.algorithms.alignprop import Truncating, live_steps, resolved_target
+from diffexp_jax.algorithms.alignprop import Pulling, live_steps
 from diffexp_jax.algorithms.optimizer import with_new_moments
 from diffexp_jax.algorithms.reward_gradient import gradient_over_chunks, sampled, short_of
 from diffexp_jax.algorithms.state import Learnt, TrainState
@@ -180,7 +180,7 @@ def seiko(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SEIKO(Truncating):
+class SEIKO(Pulling):
     """SEIKO: the gradient of a reward that is learnt from few queries of the true one (Uehara et al. 2024b)."""
 
     name: ClassVar[str] = "seiko"
@@ -222,14 +222,6 @@ class SEIKO(Truncating):
     fit_lr: float = setting(1e-3, "Adam's learning rate of the fit", positive())
     buffer: int = setting(16384, "number of newest queries that are kept", whole(1, 2**24))
     label_noise: float = setting(0.0, "std of the noise added to the true reward; 0.1 in the paper", Number(0.0, 1e6))
-    loss_coefficient: float = setting(0.01, "factor of the loss", positive())
-    reward_target: str = setting(
-        "auto", 'what rewards are pulled to, as alignprop.reward_target: "auto", "none" or a number'
-    )
-
-    def check(self, n_steps: int) -> None:
-        super().check(n_steps)
-        resolved_target(self.reward_target, None, key="seiko.reward_target")
 
     @property
     def noise_is_for(self) -> str:
@@ -252,7 +244,7 @@ class SEIKO(Truncating):
             self.inner_epochs,
             partial(live_steps, truncation=self.truncation, k=self.truncation_k),
             self.loss_coefficient,
-            resolved_target(self.reward_target, setup.reward_target, key="seiko.reward_target"),
+            self.target(setup.reward_target),
             chain,
         )
         bound = {"optimism": self.optimism, "alpha": self.bonus, "ridge": self.ridge, "most": self.bonus_limit}

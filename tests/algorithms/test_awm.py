@@ -10,19 +10,10 @@ from diffexp_jax.algorithms.awm import AWM, log_likelihood
 from diffexp_jax.algorithms.ddpo import clipped_ratio_loss
 from diffexp_jax.algorithms.denoising import folded
 from tests.support import images_alone as alone
+from tests.support.images_alone import LEVEL, NOISE, OTHER, OUT, X_0
 
 SLOW = pytest.mark.slow  # a program each
-# x_0, noise, outputs of two policies, two samples each; noise levels
-X_0, NOISE, OUT, OTHER = np.array(
-    [
-        [0.0, 0.3, -0.27, -0.89, -0.45, -0.99, 0.06, 1.34],
-        [-0.49, -0.62, 0.49, 0.36, 0.11, -0.93, -0.03, 0.7],
-        [-1.34, -0.46, -1.9, -1.29, -1.84, -0.24, -1.27, 0.27],
-        [0.16, -0.19, -2.52, -0.54, -0.05, 0.11, -1.53, -0.48],
-    ],
-    np.float32,
-).reshape(4, 2, 2, 2, 1)
-LEVEL, ADV = np.array([0.9, 0.4], np.float32), np.array([0.3, -1.0], np.float32)
+ADV = np.array([0.3, -1.0], np.float32)
 
 
 @pytest.mark.parametrize(

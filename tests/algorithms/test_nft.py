@@ -8,19 +8,11 @@ import torch
 from diffexp_jax.algorithms.denoising import folded, rising
 from diffexp_jax.algorithms.nft import NFT, negative_aware_loss, probability
 from tests.support import images_alone as alone
+from tests.support.images_alone import LEVEL, NOISE, OUT, X_0
+from tests.support.images_alone import OTHER as OLD
 
 SLOW = pytest.mark.slow  # a program each
-# x_0, noise, outputs of the trained and of the old policy, two samples each; noise levels, advantages
-X_0, NOISE, OUT, OLD = np.array(
-    [
-        [0.0, 0.3, -0.27, -0.89, -0.45, -0.99, 0.06, 1.34],
-        [-0.49, -0.62, 0.49, 0.36, 0.11, -0.93, -0.03, 0.7],
-        [-1.34, -0.46, -1.9, -1.29, -1.84, -0.24, -1.27, 0.27],
-        [0.16, -0.19, -2.52, -0.54, -0.05, 0.11, -1.53, -0.48],
-    ],
-    np.float32,
-).reshape(4, 2, 2, 2, 1)
-LEVEL, ADV = np.array([0.9, 0.4], np.float32), np.array([1.5, -7.0], np.float32)
+ADV = np.array([1.5, -7.0], np.float32)
 
 
 @pytest.mark.parametrize(

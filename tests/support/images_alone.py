@@ -29,6 +29,18 @@ UNTUNED = {"a": 0.5, "b": 0.1, "c": 0.2}
 CONTEXT = Context(*(np.random.default_rng(i).standard_normal((N, 1, 1)).astype(np.float32) for i in range(2)))
 KEYS = parallel.sample_keys(jax.random.key(3), N)
 
+# Of two samples: x_0, noise, outputs of the trained policy and of another; noise levels
+X_0, NOISE, OUT, OTHER = np.array(
+    [
+        [0.0, 0.3, -0.27, -0.89, -0.45, -0.99, 0.06, 1.34],
+        [-0.49, -0.62, 0.49, 0.36, 0.11, -0.93, -0.03, 0.7],
+        [-1.34, -0.46, -1.9, -1.29, -1.84, -0.24, -1.27, 0.27],
+        [0.16, -0.19, -2.52, -0.54, -0.05, 0.11, -1.53, -0.48],
+    ],
+    np.float32,
+).reshape(4, 2, 2, 2, 1)
+LEVEL = np.array([0.9, 0.4], np.float32)
+
 
 def evaluate(frozen, lora, x_t, step, cond):
     lora = UNTUNED if lora is None else lora
