@@ -9,9 +9,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from diffexp_jax.algorithms import by_prompt
+from diffexp_jax.algorithms import extremes
+from diffexp_jax.algorithms.advantages import KINDS, with_advantages
 from diffexp_jax.algorithms.algorithm import (
     Algorithm,
     Inputs,
@@ -26,11 +27,12 @@ from diffexp_jax.algorithms.algorithm import (
 from diffexp_jax.algorithms.one_pass import gradient_of_loss, sample_with_gradients
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
 from diffexp_jax.algorithms.policy_settings import PolicyMethod
-from diffexp_jax.algorithms.state import PromptStats, TrainState, advantages, init_stats, update_stats
+from diffexp_jax.algorithms.proportionate import equal_steps, log_hinge_loss
+from diffexp_jax.algorithms.state import TrainState, init_stats, update_stats
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, setting, whole
 from diffexp_jax.parallel import AXIS
-from diffexp_jax.sampling import Process, Steps, transition_kl
+from diffexp_jax.sampling import Process, transition_kl
 
 
 def clipped_ratio_loss(
@@ -42,33 +44,6 @@ def clipped_ratio_loss(
     return jnp.maximum(-adv * ratio, -adv * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)).mean()
 
 
-def log_hinge_loss(
-    log_prob: Float[Array, "B"], old_log_prob: Float[Array, "B"], adv: Float[Array, "B"], *, clip: float
-) -> Float[Array, ""]:
-    """mean of max(0, clip |A| - A log rho), rho = p / p_old (PCPO, Lee and Ye 2025, arXiv 2509.25774).
-
-    The gradient is that of -A log p, until log rho has moved by `clip` to where the advantage leads.
-    """
-    chex.assert_equal_shape((log_prob, old_log_prob, adv))
-    return jnp.maximum(0.0, clip * jnp.abs(adv) - adv * (log_prob - old_log_prob)).mean()
-
-
-def equal_steps(process: Process, steps: Steps) -> Float[Array, "T"]:
-    """Weights of mean 1 by which every step's network output counts alike (PCPO): w_t = sigma_t / C_t, scaled.
-
-    C_t is the slope of the step's mean in the network's output: a log-prob's gradient in the output is C_t / sigma_t
-    times a standard normal number. The mean of 1 is ours.
-    """
-
-    def slope(row):
-        zero = jnp.zeros((1, 1, 1, 1))
-        (at_1, std), (at_0, _) = process.transition(zero, zero + 1.0, row), process.transition(zero, zero, row)
-        return jnp.abs(at_1 - at_0).mean() / std
-
-    weights = 1.0 / jax.vmap(slope)(steps)
-    return weights / weights.mean()
-
-
 def step_loss(
     log_prob: Float[Array, "B"],
     outputs: Any,
@@ -78,8 +53,10 @@ def step_loss(
     clip: float,
     kl_weight: float,
     proportionate: bool,
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`clipped_ratio_loss`, or where `proportionate` `log_hinge_loss`; and kl_weight times the KL to the untuned model.
+
+    The metric "kl/step" is that KL, a mean over the samples.
 
     Where there is a kl_weight, `outputs` are the network's guided ones: of the LoRA that is trained, of the untuned
     model.
@@ -87,36 +64,9 @@ def step_loss(
     of_ratio = log_hinge_loss if proportionate else clipped_ratio_loss
     loss = of_ratio(log_prob, step.old_log_prob, step.weight, clip=clip)
     if not kl_weight:
-        return loss
-    return loss + kl_weight * transition_kl(process, *outputs, step.x_t, step.step).mean()
-
-
-def compared(
-    stats: PromptStats,
-    own: tuple[Int[Array, "B"], Float[Array, "B"]],
-    all_samples: tuple[Int[Array, "N"], Float[Array, "N"]],
-    *,
-    kind: str,
-    clip: float,
-    min_count: int,
-) -> Float[Array, "B"]:
-    """The advantages of a device's samples; `kind` is one of ADVANTAGES.
-
-    "prompt": `state.advantages`. Else of the iteration alone: "group" is (r - mean) / (std + 1e-4) of the prompt's
-    rewards (GRPO, Shao et al. 2024), "group_mean" the same with the std of all rewards (Flow-GRPO, Liu et al. 2025),
-    both at most `clip`; "loo" is r less the mean of the prompt's other rewards (leave-one-out, Kool et al. 2019).
-
-    Args:
-      own, all_samples: prompt ids and rewards of the device's samples, and of those of all devices.
-    """
-    (prompt_id, rewards), (all_ids, everything) = own, all_samples
-    if kind == "prompt":
-        return advantages(stats, prompt_id, rewards, batch_rewards=everything, min_count=min_count, clip=clip)
-    same = by_prompt.of_one_prompt(prompt_id, all_ids)
-    if kind == "loo":
-        return by_prompt.above_the_others(rewards, same, everything)
-    adv = by_prompt.advantages(rewards, same, everything, global_std=kind == "group_mean")
-    return jnp.clip(adv, -clip, clip)
+        return loss, {}
+    kl = transition_kl(process, *outputs, step.x_t, step.step).mean()
+    return loss + kl_weight * kl, {"kl/step": kl}
 
 
 def ddpo(
@@ -138,20 +88,18 @@ def ddpo(
     one_pass: bool = False,
     n_trained: int | None = None,
     group: int = 1,
+    keep: int | None = None,
 ) -> Algorithm:
     """Makes the algorithm.
 
     Args:
       n_prompts: size of the prompt set, for the per-prompt statistics.
-      n_updates: optimizer updates an iteration, each on its own share of the samples.
+      n_updates, inner_epochs: optimizer updates a pass over the samples, each on its own share; passes an iteration.
       n_chunks: forward passes that a device's samples are split into; a multiple of n_updates.
-      inner_epochs: passes over an iteration's samples.
       clip, kl_weight, proportionate: see `step_loss`, and `equal_steps` (1e-4: log-probs are means over a latent).
-      advantage, advantage_clip, stats_buffer, stats_min_count: see `compared`.
-      old_log_prob: what the ratio is relative to, see `several_updates`.
+      advantage, advantage_clip, stats_buffer, stats_min_count, group, keep: see `with_advantages`.
+      old_log_prob, n_trained: see `several_updates`; and `sample`, of the steps that are learnt from.
       one_pass: make the gradient while sampling, see `one_pass.py`; for a single update an iteration.
-      n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
-      group: see `Setup`.
     """
 
     def init(lora) -> TrainState:
@@ -159,21 +107,23 @@ def ddpo(
 
     loss = partial(step_loss, process=policy.process, clip=clip, kl_weight=kl_weight, proportionate=proportionate)
     rule = PolicyGradient(policy, optimizer, loss, reference=(lambda extra: None) if kl_weight else None)
-    kinds = dict(kind=advantage, clip=advantage_clip, min_count=stats_min_count)
+    kinds = dict(kind=advantage, clip=advantage_clip, min_count=stats_min_count, group=group, keep=keep)
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
 
     def update(state, frozen, inputs: Inputs):
         batch, samples = inputs.batch, inputs.samples
         prompt_ids, rewards = (across_devices(x, group) for x in (batch.prompt_id, samples.rewards))
         stats = update_stats(state.extra, prompt_ids, rewards)
-        adv = compared(stats, (batch.prompt_id, samples.rewards), (prompt_ids, rewards), **kinds)
+        samples, adv = with_advantages(stats, batch.prompt_id, samples, (prompt_ids, rewards), n_updates, **kinds)
         if one_pass:
             loss, grads = -jax.lax.pmean(adv.mean(), AXIS), gradient_of_loss(samples.gradients, adv)  # at ratios of 1
             state, metrics = stepped(optimizer, state, loss, grads, (samples.rewards, samples.parts), stats)
         else:
-            of_step = equal_steps(policy.process, inputs.steps)[:n_trained, None] if proportionate else 1.0
-            weight = chunked(adv, n_chunks)[:, None] * of_step  # [chunks, T or 1, m]
+            of_step = equal_steps(policy.process, inputs.steps) if proportionate else jnp.ones(len(inputs.steps.t))
+            weight = chunked(adv, len(samples.trajectory.x_T))[:, None] * of_step[:n_trained, None]  # [chunks, T, m]
             state, metrics = updated(rule, state, frozen, samples, weight, stats, **updates)
+            if kl_weight:  # a sum over the steps that are learnt from, in place of their mean
+                metrics["kl/path"] = weight.shape[1] * metrics.pop("kl/step")
         metrics["advantage/own_statistics"] = (stats.seen[prompt_ids] >= stats_min_count).mean()
         return state, metrics
 
@@ -183,8 +133,8 @@ def ddpo(
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
-ADVANTAGES = ("prompt", "group", "group_mean", "loo")
 GRADIENTS = ("auto", "onepass", "twopass")
+TWO_PASSES = {"kl_weight": 0.0, "proportionate": False, "keep": 1.0}  # with other values
 MOST_BYTES = 2 * 2**30  # of the samples' gradients on a device, up to which "auto" makes them while sampling
 
 
@@ -197,7 +147,7 @@ class DDPO(PolicyMethod):
     advantage: str = setting(
         "prompt",
         "what a reward is compared with",
-        ADVANTAGES,
+        KINDS,
         about="""
         "prompt": the mean and std of the prompt's newest rewards, as published. Of the batch.group samples of its
         prompt: "group" their mean and std (GRPO), "group_mean" their mean and the std of all (Flow-GRPO), "loo" the
@@ -221,6 +171,15 @@ class DDPO(PolicyMethod):
         linear in the log-ratio, up to ddpo.clip (a log-hinge). Made in two passes.
         """,
     )
+    keep: float = setting(
+        1.0,
+        "share of each prompt's batch.group images that are learnt from, those whose rewards vary most; 1: all",
+        positive(1.0),
+        about="""
+        As in PODS (Xu et al. 2025): more images are sampled and scored than the update can afford. At least two are
+        kept, the lowest and the highest, and but for "prompt" compared with each other alone. Made in two passes.
+        """,
+    )
     advantage_clip: float = setting(5.0, "largest advantage, in standard deviations", positive())
     stats_buffer: int = setting(32, "newest rewards kept per prompt", whole(1, 2**20))
     stats_min_count: int = setting(16, "rewards of a prompt before its own mean and std are used", whole(1, 2**20))
@@ -237,17 +196,18 @@ class DDPO(PolicyMethod):
 
     @property
     def compares_groups(self) -> bool:
-        return self.advantage != "prompt"
+        return self.advantage != "prompt" or self.keep < 1.0
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
         passes = super().passes(n_steps, full_float32)
         share = self.inner_epochs * self.trained_steps(n_steps) / n_steps
-        return passes | ({"of the untuned model": share} if self.kl_weight else {})
+        passes |= {"of the untuned model": share} if self.kl_weight else {}
+        return {why: n if why == "to sample" else self.keep * n for why, n in passes.items()}
 
     def check(self, n_steps: int) -> None:
-        for key in ("kl_weight", "proportionate"):
-            if self.gradient == "onepass" and getattr(self, key):
-                raise InputError(f"ddpo.gradient='onepass': wants ddpo.{key}={type(getattr(self, key))()}")
+        for key, wanted in TWO_PASSES.items():
+            if self.gradient == "onepass" and getattr(self, key) != wanted:
+                raise InputError(f"ddpo.gradient='onepass': wants ddpo.{key}={wanted}")
         if self.gradient == "onepass" and self.has_several_updates:
             raise InputError(
                 "ddpo.gradient='onepass': wants ddpo.updates=1 and ddpo.inner_epochs=1: after an update the samples' "
@@ -260,7 +220,7 @@ class DDPO(PolicyMethod):
         """What `gradient` means for this many samples a device and numbers that are trained."""
         if self.gradient != "auto":
             return self.gradient == "onepass"
-        possible = not (self.has_several_updates or self.kl_weight or self.proportionate)
+        possible = not self.has_several_updates and all(getattr(self, key) == x for key, x in TWO_PASSES.items())
         return possible and 4 * n_samples * lora_size <= MOST_BYTES
 
     def make(self, setup: Setup) -> Algorithm:
@@ -271,6 +231,7 @@ class DDPO(PolicyMethod):
             advantage=self.advantage,
             kl_weight=self.kl_weight,
             proportionate=self.proportionate,
+            keep=extremes.number_kept(setup.group, self.keep) if self.keep < 1.0 else None,
             advantage_clip=self.advantage_clip,
             stats_buffer=self.stats_buffer,
             stats_min_count=self.stats_min_count,

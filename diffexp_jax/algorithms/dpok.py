@@ -236,8 +236,8 @@ def dpok(
         return first_state(optimizer, lora, extra)
 
     def loss(log_prob, outputs, step: Transition):
-        reward = clamped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip)
-        return reward_weight * reward + kl_weight * divergence(*outputs)
+        gain, kl = clamped_ratio_loss(log_prob, step.old_log_prob, step.weight, clip=clip), divergence(*outputs)
+        return reward_weight * gain + kl_weight * kl, {"distance/untuned": kl}
 
     rule = PolicyGradient(policy, optimizer, loss, reference=lambda extra: None)  # the untuned model
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)

@@ -22,6 +22,7 @@ from diffexp_jax.algorithms.algorithm import (
     mean_over,
     reward_metrics,
     rewarded,
+    zeros_like_output,
 )
 from diffexp_jax.algorithms.ratios import ratio_metrics
 from diffexp_jax.algorithms.state import TrainState
@@ -51,7 +52,8 @@ class Minibatch(NamedTuple):
 class PolicyGradient(NamedTuple):
     """How a method learns from the steps of its samples.
 
-    `loss(log_prob [B], outputs, transition)` is a scalar, whose mean over the steps, samples and devices is followed.
+    `loss(log_prob [B], outputs, transition)` is (a scalar, {metric: scalar}). Its mean over the steps, samples and
+    devices is followed; the metrics' are reported.
 
     `reference(extra)` is a second LoRA, of what the method keeps in `TrainState.extra` (an average, an older one; None
     is the untuned model). Where it is given, `outputs` is the network's guided output [B h w c] by both LoRAs: (by the
@@ -65,7 +67,7 @@ class PolicyGradient(NamedTuple):
 
     policy: Policy
     optimizer: optax.GradientTransformation
-    loss: Callable[..., Float[Array, ""]]
+    loss: Callable[..., tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
     reference: Callable[[Any], Any] | None = None
     weigh: Callable[[Array, Array, Any], Float[Array, "T B"]] | None = None
 
@@ -83,9 +85,11 @@ def slopes_of(loss: Callable[[Array, Array, Any], Float[Array, ""]]) -> Callable
     return weigh
 
 
-def weighted_log_prob(log_prob: Float[Array, "B"], outputs: Any, transition: Transition) -> Float[Array, ""]:
-    """mean of weight log p: the loss whose slopes are the weights."""
-    return (transition.weight * log_prob).mean()
+def weighted_log_prob(
+    log_prob: Float[Array, "B"], outputs: Any, transition: Transition
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """mean of weight log p: the loss whose slopes are the weights; nothing to report."""
+    return (transition.weight * log_prob).mean(), {}
 
 
 class Trained(NamedTuple):
@@ -128,8 +132,10 @@ def step_gradient(
     transition: Transition,
     context: Context,
     visit: Visit | None,
-) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "B"]]:
-    """((loss, its gradient in `lora`), log-prob) of one step; zeros for a gradient, not made, where it does not learn.
+) -> tuple[tuple[dict[str, Float[Array, ""]], Any], Float[Array, "B"]]:
+    """((metrics, the loss' gradient in `lora`), log-prob) of one step; zeros for the first two where it does not learn.
+
+    The metrics are "loss" and the loss' own. What does not learn evaluates no reference, and has no backward pass.
 
     `visit` None: it learns, and its old log-probs are known.
     """
@@ -144,27 +150,29 @@ def step_gradient(
         transition = transition._replace(old_log_prob=log_prob)
     elif visit is not None:
         transition = transition._replace(old_log_prob=jnp.where(visit.notes_old, log_prob, transition.old_log_prob))
-    reference = None
-    if rule.reference:
-        second = rule.reference(fixed.extra)
-        reference = network(fixed.frozen, second, transition.x_t, transition.step, context)
 
-    def loss(log_prob, out):
-        return rule.loss(log_prob, (out, reference) if rule.reference else None, transition)
+    def loss(log_prob, out, reference):
+        value, seen = rule.loss(log_prob, (out, reference) if rule.reference else None, transition)
+        return value, {"loss": value} | seen
 
-    value, slopes = jax.value_and_grad(loss, argnums=(0, 1))(log_prob, out)
+    def learnt():
+        reference = None
+        if rule.reference:
+            second = rule.reference(fixed.extra)
+            reference = network(fixed.frozen, second, transition.x_t, transition.step, context)
+        slopes, seen = jax.grad(loss, argnums=(0, 1), has_aux=True)(log_prob, out, reference)
+        return seen, pull_back(slopes)[0]
+
     if visit is None:
-        (grads,) = pull_back(slopes)
-    else:
-        nothing = jax.tree.map(jnp.zeros_like, lora)
-        grads = jax.lax.cond(visit.learns, lambda: pull_back(slopes)[0], lambda: nothing)
-    return (value, grads), log_prob
+        return learnt(), log_prob
+    nothing = zeros_like_output(loss, log_prob, out, out)[1], jax.tree.map(jnp.zeros_like, lora)
+    return jax.lax.cond(visit.learns, learnt, lambda: nothing), log_prob
 
 
 def minibatch_gradient(
     rule: PolicyGradient, lora: Any, fixed: Fixed, minibatch: Minibatch, visit: Visit | None
-) -> tuple[tuple[Float[Array, ""], Any], Float[Array, "chunks T B"]]:
-    """((loss, gradient), log-probs): mean over chunks, steps and devices, and each step's log-prob under `lora`."""
+) -> tuple[tuple[dict[str, Float[Array, ""]], Any], Float[Array, "chunks T B"]]:
+    """((metrics, gradient), log-probs): mean over chunks, steps and devices, and each step's log-prob under `lora`."""
 
     def over_steps(chunk):
         kept = chunk.trajectory
@@ -222,7 +230,7 @@ def several_updates(
         DDPO-SF).
 
     Returns:
-      What the updates have changed, {"loss", "grad_norm"} of each update, log-ratios.
+      What the updates have changed, metrics of each update, log-ratios.
     """
     n, newest = len(minibatches.old_log_prob), minibatches.old_log_prob if rule.weigh else None
     recomputes = old_log_prob == "recomputed" and n * epochs > 1
@@ -237,7 +245,7 @@ def several_updates(
         if rule.weigh:
             minibatch = weighed(rule.weigh, newest[visit.minibatch], minibatch)
         known = None if always_learns and not recomputes else visit
-        (loss, grads), log_prob = minibatch_gradient(rule, trained.lora, fixed, minibatch, known)
+        (seen, grads), log_prob = minibatch_gradient(rule, trained.lora, fixed, minibatch, known)
         change, opt_state = rule.optimizer.update(grads, trained.opt_state, trained.lora)
         new, before = Trained(optax.apply_updates(trained.lora, change), opt_state), minibatch.old_log_prob
         if recomputes:
@@ -247,7 +255,7 @@ def several_updates(
             new = jax.tree.map(lambda kept, new: jnp.where(visit.learns, new, kept), trained, new)
         log_ratio = jnp.zeros_like(log_prob) if before is None else log_prob - before
         newest = newest.at[visit.minibatch].set(log_prob) if rule.weigh else None
-        return (new, old, newest), ({"loss": loss, "grad_norm": optax.tree.norm(grads)}, log_ratio)
+        return (new, old, newest), (seen | {"grad_norm": optax.tree.norm(grads)}, log_ratio)
 
     (trained, *_), found = jax.lax.scan(one_visit, (trained, minibatches.old_log_prob, newest), visits)
     means, log_ratio = jax.tree.map(lambda x: x[learns].reshape(epochs, n, *x.shape[1:]), found)

@@ -8,8 +8,9 @@ import pytest
 
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy
+from diffexp_jax.algorithms.advantages import compared
 from diffexp_jax.algorithms.alignprop import alignprop
-from diffexp_jax.algorithms.ddpo import compared, ddpo
+from diffexp_jax.algorithms.ddpo import ddpo
 from diffexp_jax.algorithms.draft import draft
 from diffexp_jax.algorithms.reward_gradient import sampled
 from diffexp_jax.algorithms.state import init_stats
@@ -200,9 +201,10 @@ def test_ddpos_penalty_is_a_mean_over_the_steps():
             outs = (two_numbers.network({}, theta, x_t[i], row, two_numbers.CONTEXT) for theta in (lora, None))
             (mean, std), (mean_0, _) = (two_numbers.PROCESS.transition(x_t[i], out, row) for out in outs)
             kl += (jnp.square(mean - mean_0) / (2 * std**2)).mean() / two_numbers.T
-        return -((rewards - others) * ratio).mean() + 0.3 * kl
+        return -((rewards - others) * ratio).mean() + 0.3 * kl, kl
 
-    value, grads = jax.jit(jax.value_and_grad(objective))(two_numbers.LORA)
+    (value, kl), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(two_numbers.LORA)
+    assert float(metrics["kl/path"]) == pytest.approx(two_numbers.T * float(kl), rel=1e-4)  # their sum
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
     for name, start in two_numbers.LORA.items():
         assert float(state.lora[name] - start) == pytest.approx(-0.05 * float(grads[name]), rel=1e-3)

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffexp_jax.algorithms.ddpo import DDPO, ddpo, equal_steps, log_hinge_loss
+from diffexp_jax.algorithms.ddpo import DDPO, ddpo
+from diffexp_jax.algorithms.proportionate import equal_steps, log_hinge_loss
 from diffexp_jax.errors import InputError
 from diffexp_jax.sampling import load_process
 from tests.support import two_numbers

@@ -10,7 +10,8 @@ from diffexp_jax.algorithms.algorithm import Algorithm, across_devices, chunked
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, sample, slopes_of, updated, weighted_log_prob
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.algorithms.visits import schedule
-from tests.support.two_numbers import CONTEXT, GROUP, LORA, POLICY, N, iteration, log_probs, network
+from diffexp_jax.sampling import Network
+from tests.support.two_numbers import CONTEXT, GROUP, LORA, POLICY, N, T, iteration, log_probs, network
 
 NO, YES = False, True
 
@@ -116,7 +117,8 @@ def test_a_second_lora_is_the_networks_own_output_by_it(extra, reference):
     """A loss of the distance to it alone, against jax.grad; the update reads the tree that there was before it."""
 
     def loss(log_prob, outputs, transition):
-        return jnp.square(outputs[0] - outputs[1]).mean()
+        distance = jnp.square(outputs[0] - outputs[1]).mean()
+        return distance, {"twice": 2 * distance}
 
     extra = extra and jax.tree.map(jnp.float32, extra)
     rule = PolicyGradient(POLICY, optax.sgd(RATE), loss, reference=reference)
@@ -129,9 +131,29 @@ def test_a_second_lora_is_the_networks_own_output_by_it(extra, reference):
 
     value, grads = jax.jit(jax.value_and_grad(by_hand))(LORA)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4) and value > 1e-3
+    assert float(metrics["twice"]) == pytest.approx(2 * float(metrics["loss"]), rel=1e-6)
     for name, gradient in grads.items():
         assert float(state.lora[name]) == pytest.approx(float(LORA[name] - RATE * gradient), rel=1e-4)
     assert state.extra == (extra and {"a": 0.0, "b": 0.0})
+
+
+def test_a_visit_that_does_not_learn_evaluates_no_second_lora():
+    """Of two updates and one that only finds old log-probs: 3 steps and 2 chunks, twice."""
+    seen = []
+
+    def counted(frozen, lora, x_t, step, context):
+        if lora is None:
+            jax.debug.callback(lambda: seen.append(1))
+        return network(frozen, lora, x_t, step, context)
+
+    def loss(log_prob, outputs, transition):
+        return jnp.square(outputs[0] - outputs[1]).mean(), {}
+
+    policy = POLICY._replace(network=Network(counted))
+    rule = PolicyGradient(policy, optax.sgd(RATE), loss, reference=lambda extra: None)
+    iterate(rule, n_updates=2, old_log_prob="recomputed")
+    jax.effects_barrier()
+    assert len(seen) == 2 * 2 * T * jax.device_count()
 
 
 # --------------------------------------------------------------------------------------------------------------- groups
