@@ -18,6 +18,8 @@ of paper.py.
 | unknowns_ALGORITHM_REWARD | DiffExp, and other values of what the paper does not give, one changed at a time |
 | steps_ddpo_REWARD | of no exploration: the update learns from the first 80, 60 or 40 % of the steps, not all |
 | tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
+| methods | of no exploration, after DDPO: each method that the paper has no figure of, for the same reward queries |
+| rates_METHOD | such a method, rwr, nft, awm, prdp, entropy or seiko, with a third and three times its learning rate |
 
 Arms of different experiments that come to the same config share their runs. ALGORITHM is ddpo or alignprop, REWARD is
 aesthetic or pickscore.
@@ -106,6 +108,13 @@ def _experiment(shows, arms, baseline="baseline", explored_evaluation=False):
     return {"shows": shows, "baseline": baseline, "arms": arms, "explored_evaluation": explored_evaluation}
 
 
+def _alone(method, changes=()):
+    """A method by its own config, without exploration, for 768 reward queries of the miniature."""
+    return f"{method}.py:explore=false", {"iterations": 12} | dict(changes)
+
+
+_OTHERS = ("rwr", "nft", "awm", "prdp", "entropy", "seiko")
+_RATES = {"baseline": {}} | {f"lr_x{factor}": times("optim.lr", factor) for factor in (0.33, 3)}
 _STEPS = {"all": {"ddpo.timestep_fraction": 1.0}}
 _STEPS |= {f"first_{100 * share:.0f}": {"ddpo.timestep_fraction": share} for share in (0.8, 0.6, 0.4)}
 _FIG1 = {"eval.rewards": held_out}
@@ -179,5 +188,17 @@ SWEEPS = {
             _tuning(f"fig4_{algorithm}_{reward}", algorithm),
         )
         for algorithm, reward in _METHODS
+    },
+    "methods": _experiment(
+        "what each method learns from 768 reward queries, without exploration",
+        {method: _alone(method) for method in ("ddpo", *_OTHERS)},
+        "ddpo",
+    ),
+    **{
+        f"rates_{method}": _experiment(
+            f"{method} on the miniature, 768 reward queries: its learning rate",
+            {arm: _alone(method, changes) for arm, changes in _RATES.items()},
+        )
+        for method in _OTHERS
     },
 }
