@@ -115,6 +115,9 @@ def default() -> ml_collections.ConfigDict:
     config.exploration.unit = "word"  # Eq. 8: what is weighted together: "word", "token" or "phrase"
     # Eq. 8: a draw for each "image", or for each "prompt", the same for its images of an iteration
     config.exploration.scope = "image"
+    # The others have their prompt as it is, and are compared with the weighted ones. Eq. 7 guides all of them.
+    # Eq. 8: share of an iteration's images, and of each group, whose prompt is weighted; 1 in the paper
+    config.exploration.share = 1.0
     config.exploration.fraction = 0.75  # share of the iterations that explore, from the first; rounded up
     # A run that is continued with more iterations keeps the number that it began with, unless this says another.
     # Number of iterations that explore, from the first; None: by the fraction
@@ -186,6 +189,10 @@ def default() -> ml_collections.ConfigDict:
     # A log-prob's gradient grows as its step's noise shrinks: each step's is divided by that factor. The loss is linear
     # in the log-ratio, up to ddpo.clip (a log-hinge). Made in two passes.
     config.ddpo.proportionate = False  # whether every step counts alike, as in PCPO (Lee and Ye 2025)
+    # As in PODS (Xu et al. 2025): more images are sampled and scored than the update can afford. At least two are kept,
+    # the lowest and the highest, and but for "prompt" compared with each other alone. Made in two passes.
+    # Share of each prompt's batch.group images that are learnt from, those whose rewards vary most; 1: all
+    config.ddpo.keep = 1.0
     config.ddpo.advantage_clip = 5.0  # largest advantage, in standard deviations
     config.ddpo.stats_buffer = 32  # newest rewards kept per prompt
     config.ddpo.stats_min_count = 16  # rewards of a prompt before its own mean and std are used
@@ -234,6 +241,10 @@ def default() -> ml_collections.ConfigDict:
     config.rwr = ml_collections.ConfigDict()
     config.rwr.updates = 1  # optimizer updates in a pass, each on batch.samples / updates images
     config.rwr.inner_epochs = 5  # passes over an iteration's images, each at other timesteps and noise
+    # False: of the output for the prompt alone, for half of the work; then guidance in sampling no longer fits what was
+    # trained (Black et al. 2024, appendix E).
+    # Whether the loss is of the guided output, with a gradient through both halves, as published
+    config.rwr.guided = True
     # "exponential": exp(r / temperature) over its mean. "quantile": 1 for images at that quantile or above, else 0 (the
     # paper's sparse form), over its mean.
     config.rwr.weighting = "exponential"  # weight of an image by its reward: "exponential" or "quantile"
@@ -244,10 +255,6 @@ def default() -> ml_collections.ConfigDict:
     config.rwr.quantile = 0.9  # quantile from which an image counts, for "quantile"
     # Whether an image is weighed among those of its prompt (else among all of the iteration)
     config.rwr.per_prompt = True
-    # False: of the output for the prompt alone, for half of the work; then guidance in sampling no longer fits what was
-    # trained (Black et al. 2024, appendix E).
-    # Whether the loss is of the guided output, with a gradient through both halves, as published
-    config.rwr.guided = True
     # Lee et al. take pretraining images. Those of the untuned model take their place, for twice the work.
     # Factor of the same loss on images of the untuned model (Lee et al. 2023's beta); 0: none are made
     config.rwr.prior_weight = 0.0
@@ -256,6 +263,8 @@ def default() -> ml_collections.ConfigDict:
     config.nft = ml_collections.ConfigDict()
     config.nft.updates = 1  # optimizer updates in a pass, each on batch.samples / updates images
     config.nft.inner_epochs = 1  # passes over an iteration's images, each at other timesteps and noise
+    # False, as published: the output for the prompt alone, whatever guidance samples, for half of the work.
+    config.nft.guided = False  # whether the guided output is what is trained
     # Share of the sampler's timesteps, drawn at random, at which each image is learnt
     config.nft.timestep_fraction = 0.99
     config.nft.strength = 1.0  # how far the two outputs lean towards the trained one and away from it: the paper's beta
@@ -269,13 +278,12 @@ def default() -> ml_collections.ConfigDict:
     config.nft.old_rate = 1e-3  # what each later update adds to the decay of the average
     # Published for most rewards: 0, 1e-3, 0.5. For text in images: 75, 7.5e-3, 0.999.
     config.nft.old_most = 0.5  # largest decay of the average
-    # False, as published: the output for the prompt alone, whatever guidance samples, for half of the work.
-    config.nft.guided = False  # whether the guided output is what is trained
 
     # AWM: advantage-weighted matching, a policy gradient by the loss of pretraining (Xue et al. 2025).
     config.awm = ml_collections.ConfigDict()
     config.awm.updates = 1  # optimizer updates in a pass, each on batch.samples / updates images
     config.awm.inner_epochs = 1  # passes over an iteration's images, each at other timesteps and noise
+    config.awm.guided = False  # whether the guided output is what is trained, see nft.guided
     # Noise levels at which each image is learnt, one of each of so many parts of the sampler's
     config.awm.timesteps = 6
     # Share of the sampler's steps, from the noise on, that noise levels are drawn from
@@ -289,7 +297,6 @@ def default() -> ml_collections.ConfigDict:
     config.awm.average_weight = 1.0  # factor of |output - that of an average of the LoRA's past|^2; 0: no average
     config.awm.average_rate = 1e-3  # what each update adds to the decay of the average
     config.awm.average_most = 0.3  # largest decay of the average
-    config.awm.guided = False  # whether the guided output is what is trained, see nft.guided
 
     # Entropy-regularised control: the reward's gradient less the KL of the paths (Uehara et al. 2024a).
     config.entropy = ml_collections.ConfigDict()
@@ -315,6 +322,8 @@ def default() -> ml_collections.ConfigDict:
     config.seiko.truncation_k = 1  # number of last steps for "fixed"
     # Whether the gradient goes through the later steps' networks, as published, see alignprop.input_gradient
     config.seiko.input_gradient = True
+    config.seiko.loss_coefficient = 0.01  # factor of the loss
+    config.seiko.reward_target = "auto"  # "auto", "none" or a number, see alignprop.reward_target
     # "reward": those of the trained reward's own network. Else a reward by name, as pickscore:PATH, of which only the
     # features are read: for rewards that have none, as a function in plain Python.
     config.seiko.features = "reward"  # whose image features the learnt reward reads
@@ -330,9 +339,6 @@ def default() -> ml_collections.ConfigDict:
     config.seiko.fit_lr = 1e-3  # Adam's learning rate of the fit
     config.seiko.buffer = 16384  # number of newest queries that are kept
     config.seiko.label_noise = 0.0  # std of the noise added to the true reward; 0.1 in the paper
-    config.seiko.loss_coefficient = 0.01  # factor of the loss
-    # What rewards are pulled to, as alignprop.reward_target: "auto", "none" or a number
-    config.seiko.reward_target = "auto"
 
     # Evaluations between iterations, without exploration.
     config.eval = ml_collections.ConfigDict()

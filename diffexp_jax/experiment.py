@@ -219,22 +219,24 @@ class Experiment(NamedTuple):
         if explore is not None:
             drawn_for = ids if self.sampler.exploration.scope == "prompt" else np.arange(n)
             keys = parallel.keys_of(parallel.stream(seed, "weights", it), drawn_for)
-            cond = self.reweighted(explore, batch.context.cond, ids, keys)
+            units = self.sampler.weighted_units(self.units[ids])
+            cond = self.reweighted(explore, batch.context.cond, units, keys)
             batch = batch._replace(context=batch.context._replace(cond=cond))
         return batch
 
     def reweighted(
-        self, explore: Callable[..., Conditioning], cond: Conditioning, ids: Int[np.ndarray, " N"], keys: Any
+        self, explore: Callable[..., Conditioning], cond: Conditioning, units: Int[np.ndarray, "N L"], keys: Any
     ) -> Conditioning:
-        """Conditioning that lies on the devices, of the training prompts with these indices, by Eq. 8.
+        """Conditioning that lies on the devices, of prompts with these units, by Eq. 8.
 
         Args:
           explore: `programs.make_explore`'s.
+          units: zeros leave a prompt as it is.
           keys: [N]; the same key draws the same weights for a prompt.
         """
-        null = jax.tree.map(lambda x: np.broadcast_to(x, (len(ids), *x.shape)), self.sampler.empty)
-        group = self.settings.batch.group
-        return explore(cond, *parallel.shard((null, self.units[ids], keys), len(ids), group=group))
+        n, group = len(units), self.settings.batch.group
+        null = jax.tree.map(lambda x: np.broadcast_to(x, (n, *x.shape)), self.sampler.empty)
+        return explore(cond, *parallel.shard((null, units, keys), n, group=group))
 
 
 def check_noise(experiment: Experiment) -> None:

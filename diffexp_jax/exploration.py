@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 
@@ -40,6 +41,16 @@ def sample_phrase_weights(
     chosen = jax.random.randint(unit_key, (), 1, jnp.maximum(unit_ids.max(), 1) + 1)
     weight = jax.random.uniform(weight_key, (), minval=weight_range[0], maxval=weight_range[1])
     return jnp.where(unit_ids == chosen, weight, 1.0)
+
+
+def has_weights(n_samples: int, *, share: float) -> Bool[np.ndarray, " N"]:
+    """Which samples of an iteration have prompt weights: this share of any that follow each other, hence of a group.
+
+    The others have weights of 1, and the same guidance, as the steps of all samples are taken together. The paper has
+    no such share (it is 1 there).
+    """
+    so_far = np.floor(share * np.arange(n_samples + 1) + 1e-6)  # 1e-6: 0.1 x 30 is less than 3 in floats
+    return np.diff(so_far) > 0
 
 
 def reweight_prompt(

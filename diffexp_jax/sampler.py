@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from diffexp_jax import backend, parallel
 from diffexp_jax.errors import InputError
-from diffexp_jax.exploration import guidance_schedule, sample_phrase_weights
+from diffexp_jax.exploration import guidance_schedule, has_weights, sample_phrase_weights
 from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, zero_conditioning
 from diffexp_jax.prompts import PromptSet, one_prompt
 from diffexp_jax.sampling import Steps
@@ -100,6 +100,10 @@ class Sampler(NamedTuple):
             more = f" (and {len(texts) - 1} others)" if texts[1:] else ""
             logging.warning("prompt cut to %d tokens: %.100r%s", longest, texts[0], more)
         return cond
+
+    def weighted_units(self, units: Int[np.ndarray, "N L"]) -> Int[np.ndarray, "N L"]:
+        """The units of an iteration's samples; zeros, so that nothing is weighted, where `share` leaves one out."""
+        return np.where(has_weights(len(units), share=self.exploration.share)[:, None], units, 0)
 
     def reweighted(
         self, prompts: PromptSet, rows: np.ndarray, cond: Conditioning, *, seed: int

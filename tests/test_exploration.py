@@ -9,7 +9,13 @@ import pytest
 
 from diffexp_jax import parallel
 from diffexp_jax.experiment import Experiment
-from diffexp_jax.exploration import exploring_iterations, guidance_schedule, reweight_prompt, sample_phrase_weights
+from diffexp_jax.exploration import (
+    exploring_iterations,
+    guidance_schedule,
+    has_weights,
+    reweight_prompt,
+    sample_phrase_weights,
+)
 from diffexp_jax.settings import checked
 
 T = jnp.array([981, 901, 900, 881, 1])
@@ -140,11 +146,11 @@ def test_exploring_iterations(fraction, expected):
 
 @pytest.fixture(scope="module")
 def scopes(make_config):
-    """{scope: {iteration: (prompt ids, Eq. 8's weights of 16 images)}} of the five training prompts."""
+    """{scope: [(prompt ids, units, Eq. 8's weights of 16 images) of two iterations]} of the five training prompts."""
     config = make_config("ddpo", {"eval.every": 0, "batch.samples": 16}).unlock()
     experiment, drawn = Experiment.build(checked(config)), {}
-    for scope in ("image", "prompt"):
-        e = replace(experiment.sampler.exploration, scope=scope)
+    for name in ("image", "prompt", "half of image", "half of prompt"):
+        e = replace(experiment.sampler.exploration, scope=name.split()[-1], share=0.5 if "half" in name else 1.0)
         this = experiment._replace(sampler=experiment.sampler._replace(exploration=e))
         seen = []
 
@@ -154,7 +160,7 @@ def scopes(make_config):
             return cond
 
         ids = [np.asarray(this.draw_batch(it, explore).prompt_id[0]) for it in (0, 1)]
-        drawn[scope] = [(i, *map(np.asarray, pair)) for i, pair in zip(ids, seen, strict=True)]
+        drawn[name] = [(i, *map(np.asarray, pair)) for i, pair in zip(ids, seen, strict=True)]
     return drawn
 
 
@@ -179,6 +185,30 @@ def test_a_draw_for_each_prompt(scopes):
     drawn = [{i: weights[ids == i].max() for i in set(ids)} for ids, _, weights in scopes["prompt"]]
     assert len(set(drawn[0].values())) == len(drawn[0])
     assert all(drawn[0][prompt] != drawn[1][prompt] for prompt in drawn[0].keys() & drawn[1].keys())
+
+
+@pytest.mark.parametrize(
+    "share, expected",
+    [
+        (1.0, [1, 1, 1, 1, 1, 1, 1, 1]),
+        (0.75, [0, 1, 1, 1, 0, 1, 1, 1]),  # three of each group of four
+        (0.5, [0, 1, 0, 1, 0, 1, 0, 1]),
+        (0.3, [0, 0, 0, 1, 0, 0, 1, 0]),
+        (0.0, [0, 0, 0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_a_share_of_the_samples_has_weights(share, expected):
+    np.testing.assert_array_equal(has_weights(8, share=share), np.array(expected, bool))
+    assert has_weights(300, share=share).sum() == round(300 * share)
+
+
+def test_images_without_weights_have_the_prompt_as_it_is(scopes):
+    """Half of them; the others have the weights that they have where all are weighted."""
+    for scope in ("image", "prompt"):
+        (_, units, half), (_, _, everything) = scopes[f"half of {scope}"][1], scopes[scope][1]
+        np.testing.assert_array_equal(units[::2], 0)
+        np.testing.assert_array_equal(half[::2], 1.0)
+        np.testing.assert_array_equal(half[1::2], everything[1::2])
 
 
 def test_three_quarters_of_an_odd_number():

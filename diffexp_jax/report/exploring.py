@@ -102,12 +102,13 @@ def schedule_drawing(low: float, high: float, threshold: int, schedule: Mapping[
 
 def _weight_parts(settings: Mapping[str, Any], prompt: Mapping[str, Any] | None) -> list[str | Part]:
     low, high = settings["exploration.weight_range"]
-    unit = settings["exploration.unit"]
+    unit, share = settings["exploration.unit"], settings["exploration.share"]
     if low == high == 1:
         return ["**Prompt weights (Eq. 8).** None: the range of the weights is 1 to 1."]
     parts: list[str | Part] = [
         f"**Prompt weights (Eq. 8).** One {unit} of a prompt, drawn at random, gets a weight that is uniform between "
         f"{low:g} and {high:g}; everything else has weight 1."
+        + (f" Of each group's images {share:.0%} have weights." if share < 1 else "")
     ]
     if prompt is None:
         return parts

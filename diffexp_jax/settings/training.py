@@ -182,6 +182,14 @@ class Exploration:
         'Eq. 8: a draw for each "image", or for each "prompt", the same for its images of an iteration',
         SCOPES,
     )
+    share: float = setting(
+        1.0,
+        "Eq. 8: share of an iteration's images, and of each group, whose prompt is weighted; 1 in the paper",
+        Number(0.0, 1.0),
+        about="""
+        The others have their prompt as it is, and are compared with the weighted ones. Eq. 7 guides all of them.
+        """,
+    )
     fraction: float = setting(
         0.75, "share of the iterations that explore, from the first; rounded up", Number(0.0, 1.0)
     )

@@ -310,12 +310,13 @@ def test_report_of_a_run_that_has_just_begun(tmp_path):
         ({"exploration.iterations": None}, "The first 8 of 10 iterations explore.", 1),
         ({"exploration.t_thresh": 1000}, "None: no timestep is above 1000, guidance is 5 throughout.", 0),
         ({"exploration.w_low": 0.0, "exploration.unit": "token"}, "its 2 tokens:", 1),
+        ({"exploration.share": 0.5}, "Of each group's images 50% have weights.", 1),
     ],
 )
 def test_what_is_said_of_exploration(changes, said, drawings):
     settings = {"sampling.guidance": 5.0, "exploration.enabled": True, "exploration.w_low": 1.0, "iterations": 10}
     settings |= {"exploration.t_thresh": 900, "exploration.weight_range": (1.0, 1.5), "exploration.unit": "word"}
-    settings |= {"exploration.iterations": 8, "exploration.fraction": 0.75} | changes
+    settings |= {"exploration.iterations": 8, "exploration.fraction": 0.75, "exploration.share": 1.0} | changes
     text = "".join(map(page.html_of, exploring.exploration_parts(settings, ABOUT)))
     assert said in text and text.count('<figure class="drawing">') == drawings
     assert "".join(map(page.html_of, exploring.exploration_parts(settings, {}))).count("<mark") == 0
