@@ -110,7 +110,7 @@ def _experiment(shows, arms, baseline="baseline", explored_evaluation=False):
 
 def _alone(method, changes=()):
     """A method by its own config, without exploration, for 768 reward queries of the miniature."""
-    return f"{method}.py:explore=false", {"iterations": 12} | dict(changes)
+    return f"{method}.py:explore=false", {"iterations": 12, "batch.samples": 64} | dict(changes)
 
 
 _OTHERS = ("rwr", "nft", "awm", "prdp", "entropy", "seiko")
