@@ -110,7 +110,8 @@ def _experiment(shows, arms, baseline="baseline", explored_evaluation=False):
 
 def _alone(method, changes=()):
     """A method by its own config, without exploration, for 768 reward queries of the miniature."""
-    return f"{method}.py:explore=false", {"iterations": 12, "batch.samples": 64} | dict(changes)
+    size = {"iterations": 12, "batch.samples": 64, "eval.every": 1, "checkpoint.every": 1}
+    return f"{method}.py:explore=false", size | dict(changes)
 
 
 _OTHERS = ("rwr", "nft", "awm", "prdp", "entropy", "seiko")

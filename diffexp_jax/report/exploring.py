@@ -108,7 +108,7 @@ def _weight_parts(settings: Mapping[str, Any], prompt: Mapping[str, Any] | None)
     parts: list[str | Part] = [
         f"**Prompt weights (Eq. 8).** One {unit} of a prompt, drawn at random, gets a weight that is uniform between "
         f"{low:g} and {high:g}; everything else has weight 1."
-        + (f" Of each group's images {share:.0%} have weights." if share < 1 else "")
+        + (f" That is so in {share:.0%} of the images; the others have their prompt as it is." if share < 1 else "")
     ]
     if prompt is None:
         return parts

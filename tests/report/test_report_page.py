@@ -310,7 +310,7 @@ def test_report_of_a_run_that_has_just_begun(tmp_path):
         ({"exploration.iterations": None}, "The first 8 of 10 iterations explore.", 1),
         ({"exploration.t_thresh": 1000}, "None: no timestep is above 1000, guidance is 5 throughout.", 0),
         ({"exploration.w_low": 0.0, "exploration.unit": "token"}, "its 2 tokens:", 1),
-        ({"exploration.share": 0.5}, "Of each group's images 50% have weights.", 1),
+        ({"exploration.share": 0.5}, "That is so in 50% of the images; the others have their prompt as it is.", 1),
     ],
 )
 def test_what_is_said_of_exploration(changes, said, drawings):
