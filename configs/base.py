@@ -309,6 +309,9 @@ def default() -> ml_collections.ConfigDict:
     # larger it is, the more the images stay as diverse as the untuned model's, and the less is gained.
     # Weight of the KL between the tuned and the untuned model's paths, in the reward's units
     config.entropy.alpha = 1.0
+    # For sampling.eta below 1: with 1 a chain forgets where it began. The mean is kept beside the LoRA, and all
+    # sampling here begins around it. A LoRA file has no place for it: it is a second file, FILE.x_T.npy.
+    config.entropy.start = False  # whether the mean of x_T is learnt too, one for all prompts
 
     # SEIKO: the gradient of a reward that is learnt from few queries of the true one (Uehara et al. 2024b).
     config.seiko = ml_collections.ConfigDict()

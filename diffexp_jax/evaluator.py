@@ -125,7 +125,7 @@ class Evaluator:
         return cls(
             sampler=sampler,
             params=parallel.share(sampler.pipeline.sampling_params),
-            lora=parallel.replicate(scaled(tuned, scale * lora_scale)),
+            lora=parallel.replicate(scaled(tuned, scale * lora_scale, others=lora_scale)),
             generate=make_generate(sampler.pipeline, form=bytes_and_finite if strict else as_bytes, **options),
             generate_floats=make_generate(sampler.pipeline, form=floats_and_finite, **options),
             batch=batch,

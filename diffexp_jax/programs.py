@@ -20,7 +20,7 @@ from diffexp_jax.pipelines import Conditioning, Pipeline
 from diffexp_jax.rewards import Reward
 from diffexp_jax.rewards.host import joined
 from diffexp_jax.rewards.scoring import add_scores
-from diffexp_jax.sampling import Scales, initial_latents, rollout
+from diffexp_jax.sampling import Scales, initial_latents, moved, rollout
 
 
 class Programs(NamedTuple):
@@ -137,7 +137,7 @@ def make_generate(
 
     def one(network, params, lora, steps, chunk):
         context, keys, x_T = chunk
-        x_T = initial_latents(keys, pipeline.latent_shape) if x_T is None else x_T
+        x_T = moved(initial_latents(keys, pipeline.latent_shape) if x_T is None else x_T, lora)
         x_0, _ = rollout(pipeline.process, partial(network, params, lora), x_T, context, steps, keys)
         return form(pipeline.decode(params, x_0))
 

@@ -210,6 +210,22 @@ def test_seeds_depend_on_nothing_else(model):
         model.images(PAIR[:1], latents=latents)
 
 
+@pytest.mark.slow
+def test_a_mean_of_x_t_that_was_learnt(model):
+    """Images begin around it, with the same noise; the untuned model's do not."""
+    mean = np.random.default_rng(0).standard_normal((8, 8, 4)).astype(np.float32)
+    around = model.with_lora(parallel.replicate({**parallel.first(model.lora), "x_T": mean}))
+    latents = np.asarray(initial_latents(parallel.sample_keys(parallel.stream(3, "sample"), 2), (8, 8, 4)))
+    images, expected = around.images(PAIR, seed=3), model.images(PAIR, seed=3, latents=latents + mean)
+    np.testing.assert_allclose(images.astype(int), expected, atol=1)
+    assert np.abs(images - model.images(PAIR, seed=3).astype(int)).max() > 2
+    plain = model.untuned().images(PAIR, seed=3).astype(int)
+    np.testing.assert_allclose(around.untuned().images(PAIR, seed=3), plain, atol=1)
+    other = model.with_lora(parallel.replicate({**parallel.first(model.lora), "x_T": mean[:4]}))
+    with pytest.raises(InputError, match=r"the LoRA's x_T is of latents \(4, 8, 4\), these are \(8, 8, 4\); wants the"):
+        other.images(PAIR, seed=3)
+
+
 def test_images_as_numbers(model):
     floats = model.images(PAIR, floats=True)
     assert floats.dtype == np.float32 and floats.min() >= 0.0 and floats.max() <= 1.0

@@ -7,17 +7,22 @@ It maximises
 by the reward's gradient through a chain with noise, where p_0 is the untuned model. At the optimum x_0 has the density
 p_0(x_0) exp(r / alpha), up to a factor: images are drawn towards the reward without collapsing onto its largest.
 
-Deviation: the paper also learns the distribution of x_T. Where the chain forgets where it began, as with eta = 1, the
-value of every x_T is the same, and the standard normal is the right one (Domingo-Enrich et al. 2025, Adjoint Matching).
+The paper also learns the distribution of x_T. Where the chain forgets where it began, as with eta = 1, the value of
+every x_T is the same, and the standard normal is the right one (Domingo-Enrich et al. 2025, Adjoint Matching). For
+smaller eta `start` learns its mean m, with - alpha |m|^2 / 2 in the objective: KL(N(m, 1) || N(0, 1)). Deviation: the
+paper learns a second diffusion for x_T, of any shape and for each prompt.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax.numpy as jnp
+
 from diffexp_jax.algorithms.algorithm import Algorithm, Needs, Setup
 from diffexp_jax.algorithms.alignprop import TRUNCATIONS, Truncating, alignprop
 from diffexp_jax.limits import positive, setting
+from diffexp_jax.sampling import START
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,15 @@ class Entropy(Truncating):
         TRUNCATIONS,
     )
 
+    start: bool = setting(
+        False,
+        "whether the mean of x_T is learnt too, one for all prompts",
+        about="""
+        For sampling.eta below 1: with 1 a chain forgets where it began. The mean is kept beside the LoRA, and all
+        sampling here begins around it. A LoRA file has no place for it: it is a second file, FILE.x_T.npy.
+        """,
+    )
+
     @property
     def noise_is_for(self) -> str:
         return "the KL of its paths"
@@ -50,4 +64,8 @@ class Entropy(Truncating):
 
     def make(self, setup: Setup) -> Algorithm:
         given = self.keywords(setup) | {"kl_weight": self.alpha, "loss_coefficient": 1.0, "reward_target": None}
-        return alignprop(setup.policy, setup.optimizer, **given)
+        algorithm = alignprop(setup.policy, setup.optimizer, **given)
+        if not self.start:
+            return algorithm
+        mean = jnp.zeros(setup.policy.latent_shape)
+        return algorithm._replace(init=lambda lora: algorithm.init({**lora, START: mean}))

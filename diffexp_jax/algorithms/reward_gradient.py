@@ -24,7 +24,7 @@ from diffexp_jax.algorithms.algorithm import (
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.limits import Number, setting
 from diffexp_jax.parallel import AXIS
-from diffexp_jax.sampling import Steps, differentiable, fixed, initial_latents, rollout
+from diffexp_jax.sampling import Steps, differentiable, fixed, initial_latents, moved, rollout, start_of
 
 # (LoRA, frozen arrays, a chunk of the batch, steps, live steps) -> the loss, and (rewards, parts, {metric: [B]})
 Loss = Callable[[Any, Any, Batch, Steps, Array], tuple[Array, tuple[Array, dict[str, Array], dict[str, Array]]]]
@@ -47,8 +47,9 @@ def sampled(
 
     The second is kl_weight times the mean over the samples of the KL between the paths of the tuned model and a
     reference, KL(p || p_ref) = sum_t |mu - mu_ref|^2 / (2 sigma_t^2), both at the tuned model's x_t and under the same
-    guidance (Uehara et al. 2024a, b; a mean over a latent's numbers, see `sampling.rollout`). Where there is a weight,
-    a step costs one more pass of the network, and a live one another in the backward pass.
+    guidance (Uehara et al. 2024a, b; a mean over a latent's numbers, see `sampling.rollout`), and where the mean m of
+    x_T is learnt, of that between N(m, 1) and N(0, 1). Where there is a weight, a step costs one more pass of the
+    network, and a live one another in the backward pass.
 
     Args:
       live, remat, input_gradient: see `sampling.rollout` and `sampling.differentiable`.
@@ -58,12 +59,14 @@ def sampled(
     denoise, other = differentiable(policy.network, frozen, lora, **options), None
     if kl_weight:
         other = differentiable(policy.network.map(fixed), (frozen, reference), None, **options)
-    x_T = initial_latents(chunk.key, policy.latent_shape)
+    x_T = moved(initial_latents(chunk.key, policy.latent_shape), lora)
     x_0, kl = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, live=live, reference=other)
     if kl is None:
         return x_0, jnp.zeros(()), {}
-    path = kl.sum(0)
-    return x_0, kl_weight * path.mean(), {"kl/path": path}
+    seen = {"kl/path": kl.sum(0)}
+    if (mean := start_of(lora)) is not None:  # KL(N(m, 1) || N(0, 1)) = m^2 / 2, a mean over the numbers as the path's
+        seen["kl/start"] = jnp.full(len(x_0), jnp.square(mean).mean() / 2)
+    return x_0, kl_weight * sum(seen.values()).mean(), seen
 
 
 def short_of(target: float | None, rewards: Float[Array, "B"]) -> Float[Array, "B"]:

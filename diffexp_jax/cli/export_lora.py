@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diffexp_jax import command
 from diffexp_jax.errors import InputError, first_line
-from diffexp_jax.models.lora import LORA_FILE, save_lora
+from diffexp_jax.models.lora import BESIDE, LORA_FILE, file_beside, save_lora
 from diffexp_jax.report import card
 from diffexp_jax.report.run import lora_prefix
 from diffexp_jax.run import checkpoint
@@ -72,7 +72,7 @@ def push(folder: Path, repository: str, iteration: int, *, private: bool) -> str
     api = huggingface_hub.HfApi()
     try:
         url = api.create_repo(repository, private=private or None, exist_ok=True)
-        names = [LORA_FILE, card.README, *card.PICTURES]
+        names = [LORA_FILE, *(file_beside(Path(LORA_FILE), name).name for name in BESIDE), card.README, *card.PICTURES]
         message = f"LoRA after iteration {iteration}"
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names, commit_message=message)
     except Exception as error:  # of many libraries: no login, no right to write there, no network, offline

@@ -2,7 +2,8 @@
 
 The collection mirrors the parameter tree: {..., "to_q": {"A": [in, rank], "B": [rank, out]}}, with
 [height, width, in, rank] and [1, 1, rank, out] for a convolution. `layers.Dense` and `layers.Conv` add (x A) B where
-they find a pair; base weights are never touched.
+they find a pair; base weights are never touched. Arrays that lie beside the layers, at the top, are what else was
+learnt with them: "x_T", see `sampling.moved`.
 """
 
 import json
@@ -19,14 +20,16 @@ from jaxtyping import Array, PRNGKeyArray
 from safetensors.numpy import save
 
 from diffexp_jax import paths
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, first_line
 from diffexp_jax.formats import lora_files, lora_names
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.formats.lora_files import LORA_FILE, METADATA
 from diffexp_jax.formats.lora_names import UNET
 
-__all__ = ["LORA_FILE", "TARGETS", "init_lora", "initial_lora", "load_lora", "save_lora", "scaled", "target_layers"]
+__all__ = ["BESIDE", "LORA_FILE", "TARGETS", "file_beside", "init_lora", "initial_lora", "load_lora", "save_lora"]
+__all__ += ["scaled", "split", "target_layers"]
 
+BESIDE = ("x_T",)  # arrays that a file beside a LoRA's may hold
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention
 
 
@@ -99,6 +102,7 @@ def initial_lora(
     if path is None:
         return fresh
     loaded, scale = load_lora(path, params, prefix=prefix)
+    loaded, _ = split(loaded)  # what a method learns beside the layers begins anew
     factor, flat = scale * rank / alpha, traverse_util.flatten_dict(fresh)
     pairs = traverse_util.flatten_dict(loaded)
     for i, layer in enumerate(sorted({name[:-1] for name in pairs})):
@@ -113,11 +117,26 @@ def initial_lora(
     return traverse_util.unflatten_dict(flat)
 
 
-def scaled(lora: Mapping[str, Any] | None, scale: float) -> Mapping[str, Any] | None:
-    """The collection as `layers.Dense` wants it: the factor scale = alpha / rank multiplied into every B."""
-    if scale == 1.0:
+def scaled(lora: Mapping[str, Any] | None, scale: float, *, others: float = 1.0) -> Mapping[str, Any] | None:
+    """The collection as `layers.Dense` wants it: the factor scale = alpha / rank multiplied into every B.
+
+    `others` is the factor of the arrays beside the layers.
+    """
+    if scale == others == 1.0:
         return lora
-    return jax.tree_util.tree_map_with_path(lambda path, x: x * scale if path[-1].key == "B" else x, lora)
+    factors = {"A": 1.0, "B": scale}
+    return jax.tree_util.tree_map_with_path(lambda path, x: x * factors.get(path[-1].key, others), lora)
+
+
+def split(lora: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The layers of a collection, and the arrays that lie beside them."""
+    others = {name for name, x in lora.items() if not isinstance(x, Mapping)}
+    return {name: x for name, x in lora.items() if name not in others}, {name: lora[name] for name in others}
+
+
+def file_beside(path: Path, name: str) -> Path:
+    """Of an array beside the layers whose LoRA has this file: latents are [channels, height, width] there."""
+    return path.with_name(f"{path.stem}.{name}.npy")
 
 
 def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float, prefix: str = UNET) -> None:
@@ -125,10 +144,21 @@ def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float, prefix
 
     The tensors are PREFIX<module>.lora_A.weight [rank, in] and .lora_B.weight [out, rank], where the prefix is "unet."
     or what diffusers calls another network (`Pipeline.lora_prefix`). alpha stands in the header, in the keys of peft's
-    LoraConfig, where diffusers writes and reads it.
+    LoraConfig, where diffusers writes and reads it. Arrays beside the layers have files of their own (`file_beside`),
+    of which diffusers does not know: a warning says so.
     """
-    tensors, modules = {}, []
-    for (*path_to, leaf), value in sorted(traverse_util.flatten_dict(lora).items()):
+    path, tensors, modules = Path(path), {}, []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layers, others = split(lora)
+    for name in BESIDE:
+        beside = file_beside(path, name)
+        if name not in others:
+            beside.unlink(missing_ok=True)  # of the LoRA that lay here before
+            continue
+        with replaced(beside) as partial, open(partial, "wb") as file:
+            np.save(file, np.asarray(others[name], np.float32).transpose(2, 0, 1))
+        logging.warning("%s: in diffusers add it to the noise that sampling begins with", beside)
+    for (*path_to, leaf), value in sorted(traverse_util.flatten_dict(layers).items()):
         modules.append(".".join(path_to))
         value = np.asarray(value, np.float32)
         axes = (1, 0) if value.ndim == 2 else (3, 2, 0, 1)  # torch keeps outputs first
@@ -136,8 +166,6 @@ def save_lora(path: str | Path, lora: Mapping[str, Any], *, alpha: float, prefix
     rank = next(len(value) for name, value in tensors.items() if ".lora_A." in name)
     adapter = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(set(modules))}
     adapter = {f"{prefix}{key}": value for key, value in adapter.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as partial:  # not by save_file: that makes files that nobody but their owner can read
         partial.write_bytes(_sorted_header(save(tensors, {"format": "pt", METADATA: json.dumps(adapter)})))
 
@@ -162,8 +190,8 @@ def load_lora(path: str | Path, params: Mapping[str, Any], *, prefix: str = UNET
       prefix: what diffusers writes before the names of its layers, `Pipeline.lora_prefix`.
 
     Returns:
-      The collection and its scale, alpha / rank. Where layers have different scales, each is multiplied into its
-      layer's B, and the scale that is returned is 1.
+      The collection, with what `save_lora` wrote beside it, and its scale, alpha / rank. Where layers have different
+      scales, each is multiplied into its layer's B, and the scale that is returned is 1.
 
     Raises:
       InputError: not a LoRA file, one of another kind than plain LoRA, or its tensors do not fit the network.
@@ -187,11 +215,24 @@ def load_lora(path: str | Path, params: Mapping[str, Any], *, prefix: str = UNET
         flat[*names, "A"], flat[*names, "B"] = a, b
         alpha = tensors[parts["alpha"]] if "alpha" in parts else None
         scales[names] = lora_files.scale_of(path, settings, layer, a.shape[-1], alpha)
-    if len(set(scales.values())) == 1:
-        return traverse_util.unflatten_dict(flat), next(iter(scales.values()))
-    for names, scale in scales.items():
-        flat[*names, "B"] = flat[*names, "B"] * np.float32(scale)
-    return traverse_util.unflatten_dict(flat), 1.0
+    scale = next(iter(scales.values()))
+    if len(set(scales.values())) > 1:
+        for names, of_layer in scales.items():
+            flat[*names, "B"] = flat[*names, "B"] * np.float32(of_layer)
+        scale = 1.0
+    others = {name: file for name in BESIDE if (file := file_beside(path, name)).is_file()}
+    return traverse_util.unflatten_dict(flat) | {name: _latents(file) for name, file in others.items()}, scale
+
+
+def _latents(file: Path) -> np.ndarray:
+    """[height, width, channels] of a file that `save_lora` wrote beside a LoRA's."""
+    try:
+        value = np.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: no array of numpy ({first_line(error)})") from None
+    if value.ndim != 3:
+        raise InputError(f"{file}: shape {value.shape}; wants [channels, height, width]")
+    return _finite(file, "x_T", value).astype(np.float32).transpose(1, 2, 0)
 
 
 def _finite(path: Path, name: str, value: np.ndarray) -> np.ndarray:

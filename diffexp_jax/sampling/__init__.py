@@ -13,10 +13,13 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats.config_keys import shown
 from diffexp_jax.sampling import ddim, flow
 from diffexp_jax.sampling.chain import (
+    START,
     Trajectory,
     check_latents,
     initial_latents,
+    moved,
     rollout,
+    start_of,
     step_log_prob,
     step_noise,
     transition_kl,
@@ -40,10 +43,13 @@ __all__ = ["PROCESSES", "Process", "gaussian_kl", "gaussian_log_prob", "load_pro
 __all__ += ["CLASSIFIER_FREE", "EMBEDDED", "Context", "Denoise", "Guidance", "Network", "Scales", "Steps"]
 __all__ += ["classifier_free_guidance", "LiveDenoise", "differentiable", "fixed"]
 __all__ += [
+    "START",
     "Trajectory",
     "check_latents",
     "initial_latents",
+    "moved",
     "rollout",
+    "start_of",
     "step_log_prob",
     "step_noise",
     "transition_kl",

@@ -1,5 +1,6 @@
 """Sampling as one `lax.scan` over the steps; the differentiable variant is the same function."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.sampling.gradient import LiveDenoise
 from diffexp_jax.sampling.guidance import Context, Denoise, Steps
 from diffexp_jax.sampling.process import Process, gaussian_kl, gaussian_log_prob, sample_noise
+
+START = "x_T"  # beside a LoRA's layers: the mean of x_T [h, w, c], where that was learnt (`entropy.start`)
 
 
 class Trajectory(NamedTuple):
@@ -38,6 +41,26 @@ class Trajectory(NamedTuple):
 def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
     """x_T for each sample's key."""
     return sample_noise(jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys), shape)
+
+
+def start_of(lora: Any) -> Float[Array, "h w c"] | None:
+    """The mean of x_T that was learnt with a LoRA; None: none was."""
+    return lora.get(START) if isinstance(lora, Mapping) else None
+
+
+def moved(x_T: Float[Array, "B h w c"], lora: Any) -> Float[Array, "B h w c"]:
+    """x_T around the mean that was learnt with the LoRA, where one was, of standard normal numbers.
+
+    Raises:
+      InputError: the mean is of latents of another size.
+    """
+    mean = start_of(lora)
+    if mean is None:
+        return x_T
+    if mean.shape != x_T.shape[1:]:
+        sizes = f"of latents {mean.shape}, these are {x_T.shape[1:]}"
+        raise InputError(f"the LoRA's {START} is {sizes}; wants the image_size that it was trained at")
+    return x_T + mean
 
 
 def check_latents(latents: Any, shape: tuple[int, ...], name: str = "latents") -> None:

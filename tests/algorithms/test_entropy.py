@@ -11,7 +11,7 @@ from diffexp_jax import parallel
 from diffexp_jax.algorithms import Batch, Inputs, Policy, Setup
 from diffexp_jax.algorithms.entropy import Entropy
 from diffexp_jax.errors import InputError
-from diffexp_jax.sampling import Context, load_process
+from diffexp_jax.sampling import START, Context, load_process
 from diffexp_jax.settings import checked, parsed
 from tests.support.tiny import SCHEDULER, network_of
 
@@ -19,7 +19,7 @@ from tests.support.tiny import SCHEDULER, network_of
 
 T, CURVE, BEST = 6, 3.0, 1.5  # reward -CURVE / 2 (x_0 - BEST)^2
 PROCESS = load_process(SCHEDULER)
-STEPS = PROCESS.make_steps(PROCESS.timesteps(T), np.ones(T, np.float32), eta=1.0)
+STEPS, FEW_NOISE = (PROCESS.make_steps(PROCESS.timesteps(T), np.ones(T, np.float32), eta=eta) for eta in (1.0, 0.3))
 
 
 def network(frozen, lora):
@@ -44,30 +44,33 @@ NORMAL = Policy(
 )
 
 
-def transition(i, lora=None):
+def transition(i, steps=STEPS, lora=None):
     """(a, b, sigma) of x_{t-1} = a x_t + b + sigma z at step i."""
-    row, x = jax.tree.map(lambda column: column[i], STEPS), jnp.array([0.0, 1.0]).reshape(2, 1, 1, 1)
+    row, x = jax.tree.map(lambda column: column[i], steps), jnp.array([0.0, 1.0]).reshape(2, 1, 1, 1)
     mean, std = PROCESS.transition(x, network(None, lora)(x, row, None), row)
     return float(mean[1, 0, 0, 0] - mean[0, 0, 0, 0]), float(mean[0, 0, 0, 0]), float(std)
 
 
-def moments(transitions):
-    """(mean, std) of x_0."""
-    mean, var = 0.0, 1.0
+def moments(transitions, mean=0.0):
+    """(mean, std) of x_0, where x_T has this mean."""
+    var = 1.0
     for a, b, std in transitions:
         mean, var = a * mean + b, a**2 * var + std**2
     return mean, var**0.5
 
 
-def optimum(alpha):
-    """The transitions under the best control, by dynamic programming: the value of x_t is a parabola -p/2 (x - q)^2."""
+def optimum(alpha, steps):
+    """The transitions under the best control, by dynamic programming: the value of x_t is a parabola -p/2 (x - q)^2.
+
+    And the mean m of x_T for which that value less alpha m^2 / 2 is largest.
+    """
     p, q, found = CURVE, BEST, []
     for i in reversed(range(T)):
-        a, _, std = transition(i)
+        a, _, std = transition(i, steps)
         share = p / (p + alpha / std**2)  # by which the mean a x moves towards q
         found.append(((1 - share) * a, share * q, std))
         p, q = p * (1 - share) * a**2, q / a
-    return found[::-1]
+    return found[::-1], p * q / (p + alpha)
 
 
 def algorithm(alpha, policy, optimizer, n, n_chunks=1, **settings):
@@ -76,12 +79,23 @@ def algorithm(alpha, policy, optimizer, n, n_chunks=1, **settings):
     return Entropy(alpha=alpha, **settings).make(setup)
 
 
-@pytest.mark.parametrize("alpha", [0.5, pytest.param(5.0, marks=pytest.mark.slow)])
-def test_it_finds_the_best_control(alpha):
-    """Mean and spread of the images: drawn to the reward's best the more, the less the KL weighs."""
+@pytest.mark.parametrize(
+    "alpha, steps, start",
+    [
+        (0.5, STEPS, False),
+        pytest.param(5.0, STEPS, False, marks=pytest.mark.slow),
+        (0.5, FEW_NOISE, True),
+        pytest.param(0.5, STEPS, True, marks=pytest.mark.slow),
+    ],
+)
+def test_it_finds_the_best_control(alpha, steps, start):
+    """Mean and spread of the images: drawn to the reward's best the more, the less the KL weighs.
+
+    With the best mean of x_T where that is learnt: less of it with eta 1, as the chain forgets it.
+    """
     n, iterations = 512, 400
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, iterations))
-    made = algorithm(alpha, NORMAL, optimizer, n, truncation="none")
+    made = algorithm(alpha, NORMAL, optimizer, n, truncation="none", start=start)
     lora, cond = {"shift": jnp.zeros(T), "slope": jnp.zeros(T)}, np.zeros((n, 1, 1), np.float32)
 
     @jax.jit
@@ -90,17 +104,19 @@ def test_it_finds_the_best_control(alpha):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(0), it), n)
             batch = Batch(jnp.zeros(n, jnp.int32), Context(cond, cond), None, keys)
             update = jax.vmap(made.update, (None, None, None), axis_name=parallel.AXIS, axis_size=1)
-            state, metrics = update(state, {}, Inputs(batch, STEPS, jax.random.key(0)))
+            state, metrics = update(state, {}, Inputs(batch, steps, jax.random.key(0)))
             return jax.tree.map(lambda x: x[0], (state, metrics))
 
         return jax.lax.scan(one, state, jnp.arange(iterations))
 
     state, metrics = trained(made.init(lora))
-    found, best, untuned = (
-        moments(transitions)
-        for transitions in ([transition(i, state.lora) for i in range(T)], optimum(alpha), map(transition, range(T)))
-    )
+    (controlled, mean), own = optimum(alpha, steps), float(state.lora[START].item()) if start else 0.0
+    found = moments([transition(i, steps, state.lora) for i in range(T)], own)
+    best, untuned = moments(controlled, start * mean), moments([transition(i, steps) for i in range(T)])
     assert best[0] - untuned[0] > 0.2 and untuned[1] - best[1] > 0.05
+    if start:
+        assert own == pytest.approx(mean, abs=0.03) and (mean > 1.0) == (steps is FEW_NOISE)
+        assert metrics["kl/start"][-1] == pytest.approx(own**2 / 2, abs=0.02)
     np.testing.assert_allclose(found, best, rtol=0.03)
     assert metrics["kl/path"][0] == 0.0 and metrics["kl/path"][-1] > 0.05
 

@@ -106,6 +106,29 @@ def test_round_trip(params, tmp_path, alpha):
         assert_equal_trees(loaded, collection)
 
 
+def test_what_lies_beside_the_layers_has_a_file_of_its_own(params, tmp_path, caplog):
+    """The mean of x_T: in diffusers' order of axes; a run that starts from the file has none; scaled by itself."""
+    mean, path = np.random.default_rng(0).standard_normal((4, 6, 3)).astype(np.float32), tmp_path / "a.safetensors"
+    collection = random_lora(params)
+    np.testing.assert_array_equal(run(params, collection | {"x_T": mean}), run(params, collection))
+    lora.save_lora(path, collection | {"x_T": mean}, alpha=1.0)
+    assert "a.x_T.npy: in diffusers add it to the noise" in caplog.text
+    np.testing.assert_array_equal(np.load(tmp_path / "a.x_T.npy"), mean.transpose(2, 0, 1))
+    loaded, _ = lora.load_lora(path, params)
+    assert_equal_trees(loaded, collection | {"x_T": mean})
+    np.testing.assert_array_equal(lora.scaled(loaded, 0.5, others=0.25)["x_T"], 0.25 * mean)
+    started = lora.initial_lora(jax.random.key(0), params, rank=RANK, alpha=1.0, path=path)
+    assert_equal_trees(started, collection)
+    for wrong, said in ((b"no", "no array of numpy"), (mean[0], r"shape \(6, 3\)"), (mean * np.nan, "not finite")):
+        (tmp_path / "a.x_T.npy").write_bytes(wrong) if isinstance(wrong, bytes) else np.save(
+            tmp_path / "a.x_T.npy", wrong
+        )
+        with pytest.raises(InputError, match=said):
+            lora.load_lora(path, params)
+    lora.save_lora(path, collection, alpha=1.0)  # another LoRA in its place
+    assert_equal_trees(lora.load_lora(path, params)[0], collection)
+
+
 def test_a_file_without_header_has_alpha_equal_to_the_rank(params, tmp_path):
     collection, path = random_lora(params), tmp_path / "lora.safetensors"
     lora.save_lora(path, collection, alpha=1.5)
