@@ -104,13 +104,30 @@ def default() -> ml_collections.ConfigDict:
     # In training and evaluation. w of Eq. 4 weighs the prompt against it: 1 leaves it out, and a w_low of less than 1
     # leads towards it. Eq. 8 still weighs words against "".
     config.sampling.negative_prompt = ""  # what guidance leads away from, as in diffusers; "": from no prompt
+    # At most 1 for DDIM's steps (Stable Diffusion 1.x, 2.x, XL) and for sampling.noise="cps". Other rules of flow
+    # matching were published with the values at sampling.noise.
     config.sampling.eta = 1.0  # noise of the sampling steps: 0 deterministic, 1 as in DDPM
+    # "sde": Flow-GRPO's, published with eta 0.7. "dance": DanceGRPO's, 0.3. "cps": coefficients-preserving sampling,
+    # 0.8. "precise": 1.5. The last two leave as much noise as each step should, and no noise in the last. DDIM has one
+    # rule: "sde".
+    config.sampling.noise = "sde"  # the rule by which steps of flow matching (SD3, FLUX) add noise
+    # (0, steps - 1) leaves the last step without noise. Methods by log-probs learn from the steps with noise alone.
+    # (first, end): steps that add noise, counted from 0 at the noise; the others are deterministic
+    config.sampling.noise_steps = (0, 1000)
+    # Flow-GRPO-Fast: 3 of noise_steps=(0, 5), of ten steps. The update then costs three steps in place of ten.
+    # Evaluation adds noise at the first ones.
+    config.sampling.window = 0  # so many consecutive ones of them add noise, drawn anew each iteration; 0: all of them
 
     # DiffExp: Eq. 7 for the guidance of the steps, Eq. 8 for the weights of words.
     config.exploration = ml_collections.ConfigDict()
     config.exploration.enabled = True  # whether to explore; False: plain fine-tuning, bit for bit
     config.exploration.w_low = 1.0  # Eq. 7: guidance while t > t_thresh (the paper: "extremely low")
     config.exploration.t_thresh = 900  # Eq. 7: timestep above which guidance is low, 0..1000 (our choice)
+    # "timestep": the model's own. "noise_level": 1000 s of x_t = c ((1 - s) x_0 + s eps), the same noise in all models;
+    # Stable Diffusion's timesteps 900, 800, 700 and 600 are 893, 836, 769 and 696. "steps": the share of the sampling
+    # steps to come, so 900 is the first tenth. Of ten steps of SD 3, which are denser at the noise, three are above
+    # timestep 900.
+    config.exploration.threshold_of = "timestep"  # what t_thresh is, of 1000
     config.exploration.weight_range = (1.0, 1.5)  # Eq. 8: range that the weight is drawn from (our choice)
     config.exploration.unit = "word"  # Eq. 8: what is weighted together: "word", "token" or "phrase"
     # Eq. 8: a draw for each "image", or for each "prompt", the same for its images of an iteration
@@ -178,7 +195,8 @@ def default() -> ml_collections.ConfigDict:
     config.ddpo.old_log_prob = "auto"  # what the importance ratio is relative to
     # 1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
     # gradient and says least about the reward: the fewer the steps, the more so (docs/evidence/results/steps.md).
-    config.ddpo.timestep_fraction = 1.0  # share of the steps, from the noise on, that the update learns from
+    # Share of the steps that add noise, from the first, that the update learns from
+    config.ddpo.timestep_fraction = 1.0
     # "prompt": the mean and std of the prompt's newest rewards, as published. Of the batch.group samples of its prompt:
     # "group" their mean and std (GRPO), "group_mean" their mean and the std of all (Flow-GRPO), "loo" the mean of the
     # others (leave-one-out), unscaled.
@@ -186,6 +204,8 @@ def default() -> ml_collections.ConfigDict:
     # As in Flow-GRPO (Liu et al. 2025): a mean over the steps, of means over a latent's numbers. Each update then
     # evaluates the untuned model too, and is made in two passes.
     config.ddpo.kl_weight = 0.0  # factor of each step's KL to the untuned model, in the loss; 0: none
+    # Of flow matching it is then the distance of the two means without the step's dt in the noise's variance.
+    config.ddpo.kl_by_length = False  # whether each step's KL is times the step's length, as in Flow-GRPO's code
     # A log-prob's gradient grows as its step's noise shrinks: each step's is divided by that factor. The loss is linear
     # in the log-ratio, up to ddpo.clip (a log-hinge). Made in two passes.
     config.ddpo.proportionate = False  # whether every step counts alike, as in PCPO (Lee and Ye 2025)
@@ -214,7 +234,7 @@ def default() -> ml_collections.ConfigDict:
     config.dpok.inner_epochs = 1  # passes over an iteration's samples
     config.dpok.clip = 1e-4  # how far the importance ratio may be from 1
     config.dpok.old_log_prob = "auto"  # what the importance ratio is relative to, see ddpo.old_log_prob
-    # Share of the steps, from the noise on, that the update learns from, see ddpo.timestep_fraction
+    # Share of the steps that add noise, from the first, that the update learns from, see ddpo.timestep_fraction
     config.dpok.timestep_fraction = 1.0
     config.dpok.reward_weight = 10.0  # factor of the policy gradient's loss
     config.dpok.kl_weight = 0.01  # factor of the penalty for leaving the untuned model
@@ -231,7 +251,7 @@ def default() -> ml_collections.ConfigDict:
     # How far a step's log-prob may move from the sampling policy's; 1e-4 with 100,000 prompts in the paper
     config.prdp.clip = 1e-6
     config.prdp.old_log_prob = "auto"  # what the importance ratio is relative to, see ddpo.old_log_prob
-    # Share of the steps, from the noise on, that the update learns from, see ddpo.timestep_fraction
+    # Share of the steps that add noise, from the first, that the update learns from, see ddpo.timestep_fraction
     config.prdp.timestep_fraction = 1.0
     # In the paper rewards are a cosine (HPSv2, PickScore without its factor), and beta is 3e-5 with 45 prompts, 3e-6
     # with 100,000. The log-ratios that it weighs are means over steps and a latent's numbers.

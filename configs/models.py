@@ -15,7 +15,7 @@ _SD3 = {  # 512 pixels; as Flow-GRPO samples it in training, and with the T5 tok
     "model.vae_slice": 1,
     "sampling.steps": 10,
     "sampling.eta": 0.7,
-    "exploration.t_thresh": 980,  # one step of ten: timesteps are denser at the noise, and three are above 900
+    "exploration.threshold_of": "steps",  # one of ten: timesteps are denser at the noise, and three are above 900
     "batch.samples_per_forward": 1,
 }
 MODELS = {

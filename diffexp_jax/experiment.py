@@ -3,6 +3,7 @@
 `Experiment.build` is what a run and its dry run start from. What only samples starts from its first part, `Sampler`.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from diffexp_jax.prompts import load_prompt_sets, load_prompts
 from diffexp_jax.rewards import Reward
 from diffexp_jax.run.fingerprint import fingerprint
 from diffexp_jax.sampler import Sampler
+from diffexp_jax.sampling import Steps
 from diffexp_jax.settings import Settings
 from diffexp_jax.task import Task
 
@@ -176,6 +178,8 @@ class Experiment(NamedTuple):
             n_prompts=len(self.train.texts),
             group=self.settings.batch.group,
             n_steps=self.sampler.n_steps,
+            n_noisy=self.sampler.noise.n_noisy(self.sampler.n_steps),
+            confined=self.sampler.noise.confined(self.sampler.n_steps),
             remat=self.settings.model.remat != "none",
             lora_size=sum(leaf.size for leaf in jax.tree.leaves(self.lora_shapes())),
             full_float32=self.settings.full_float32,
@@ -199,6 +203,18 @@ class Experiment(NamedTuple):
     def explores(self, it: int) -> bool:
         """Whether iteration `it`, counted from 0, explores."""
         return self.sampler.exploration.enabled and it < self.sampler.exploration.iterations
+
+    def all_steps(self) -> dict[tuple[bool, int], Steps]:
+        """The sampling steps of any iteration, by whether it explores and by `noise_from`."""
+        starts = self.sampler.noise.starts(self.sampler.n_steps)
+        kinds = itertools.product((False, True), starts)
+        return {(on, start): self.sampler.steps(explore=on, noise_from=start) for on, start in kinds}
+
+    def noise_from(self, it: int) -> int:
+        """The first step that adds noise in iteration `it`."""
+        starts = self.sampler.noise.starts(self.sampler.n_steps)
+        key = parallel.stream(self.settings.seed, "window", it)
+        return starts[int(jax.random.randint(key, (), 0, len(starts)))] if len(starts) > 1 else starts[0]
 
     def draw_batch(self, it: int, explore: Callable[..., Conditioning] | None) -> Batch:
         """Random prompts of iteration `it` with all that the method needs of them, split among the devices.
@@ -241,7 +257,9 @@ class Experiment(NamedTuple):
 
 def check_noise(experiment: Experiment) -> None:
     """Raises InputError where a step adds no noise, hence has no log-probability, and the method needs it."""
-    if not np.all(np.asarray(experiment.sampler.steps(explore=False).sigma_t) > 0):
+    sampler = experiment.sampler
+    noisy = np.asarray(sampler.steps(explore=False).sigma_t) > 0
+    if noisy.sum() < sampler.noise.n_noisy(sampler.n_steps):
         method = experiment.settings.method.name
         raise InputError(
             f"scheduler_config.json: a step adds no noise, and {method} needs some at every step; "

@@ -5,6 +5,7 @@ method takes them as they are.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,28 @@ def guidance_schedule(
 ) -> Float[Array, "T"]:
     """DiffExp Eq. 7: w(t) = w_low if t > t_thresh else w_high.
 
-    t is in training-timestep units (0..1000) and falls during sampling, so the low scale comes first: diverse
-    layouts while there is mostly noise, then the prompt. Where not `active`, w_high throughout (plain guidance).
+    t is in training-timestep units (0..1000), or another measure of the noise that is left (`measured`), and falls
+    during sampling, so the low scale comes first: diverse layouts while there is mostly noise, then the prompt. Where
+    not `active`, w_high throughout (plain guidance).
     """
     return jnp.where(active & (t > t_thresh), w_low, w_high).astype(jnp.float32)
+
+
+# What t of Eq. 7 counts
+MEASURES = ("timestep", "noise_level", "steps")
+
+
+def measured(
+    t: Num[np.ndarray, "T"], of: str, *, noise_level: Callable[[Num[np.ndarray, "T"]], Float[np.ndarray, "T"]]
+) -> Num[np.ndarray, "T"]:
+    """How much noise is left at each step, from 1000 to 0, by one of MEASURES.
+
+    "timestep": t itself, which is another amount of noise in each kind of model. "noise_level": 1000 s of x_t =
+    c ((1 - s) x_0 + s eps), the same amount in all. "steps": the share of the steps still to come, of 1000.
+    """
+    if of == "noise_level":
+        return 1000.0 * noise_level(t)
+    return 1000.0 * np.arange(len(t), 0, -1) / len(t) if of == "steps" else t
 
 
 def sample_phrase_weights(

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from diffexp_jax import backend, parallel
 from diffexp_jax.errors import InputError
-from diffexp_jax.exploration import guidance_schedule, has_weights, sample_phrase_weights
+from diffexp_jax.exploration import guidance_schedule, has_weights, measured, sample_phrase_weights
 from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, zero_conditioning
 from diffexp_jax.prompts import PromptSet, one_prompt
-from diffexp_jax.sampling import Steps
+from diffexp_jax.sampling import Noise, Steps
 from diffexp_jax.settings import Settings
 from diffexp_jax.settings.training import Exploration
 
@@ -29,6 +29,7 @@ class Sampler(NamedTuple):
     guidance: float
     eta: float
     exploration: Exploration  # its `iterations` is a number
+    noise: Noise = Noise()
 
     @classmethod
     def build(cls, settings: Settings, *, weights: bool = True) -> "Sampler":
@@ -43,7 +44,9 @@ class Sampler(NamedTuple):
         pipeline = load_pipeline(settings.model.path, weights=weights, **pipeline_options(settings))
         empty = encode_empty(pipeline) if weights else jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
         s, exploration = settings.sampling, replace(settings.exploration, iterations=settings.exploring_iterations)
-        sampler = cls(pipeline, empty, pipeline.unconditional(empty), s.steps, s.guidance, s.eta, exploration)
+        uncond = pipeline.unconditional(empty)
+        sampler = cls(pipeline, empty, uncond, s.steps, s.guidance, s.eta, exploration, s.noise_rule)
+        sampler.steps(explore=False)  # what the model's process does not accept
         return sampler.negated(s.negative_prompt) if s.negative_prompt else sampler
 
     def negated(self, negative_prompt: str) -> "Sampler":
@@ -54,12 +57,23 @@ class Sampler(NamedTuple):
         cond = self.encode(one_prompt(negative_prompt))
         return self._replace(uncond=jax.tree.map(lambda x: x[0], cond))
 
-    def steps(self, *, explore: bool) -> Steps:
-        """The sampling steps; guidance follows Eq. 7 where `explore`, else it is constant."""
+    def steps(self, *, explore: bool, noise_from: int | None = None) -> Steps:
+        """The sampling steps; guidance follows Eq. 7 where `explore`, else it is constant.
+
+        `noise_from` is the first that adds noise, None: the first that may (`Noise.starts`).
+        """
         process, e = self.pipeline.process, self.exploration
         t = process.timesteps(self.n_steps)
-        w_t = guidance_schedule(t, w_low=e.w_low, w_high=self.guidance, t_thresh=e.t_thresh, active=explore)
-        return process.make_steps(t, w_t, eta=self.eta)
+        scales = {"w_low": e.w_low, "w_high": self.guidance, "t_thresh": e.t_thresh, "active": explore}
+        w_t = guidance_schedule(self.noise_left(), **scales)
+        eta = self.noise.strengths(self.eta, self.n_steps, noise_from)
+        return process.make_steps(t, w_t, eta=eta, noise=self.noise.kind)
+
+    def noise_left(self) -> Num[np.ndarray, "T"]:
+        """What t_thresh of Eq. 7 is compared with at each step."""
+        process = self.pipeline.process
+        t = process.timesteps(self.n_steps)
+        return measured(t, self.exploration.threshold_of, noise_level=process.noise_level)
 
     def evaluations(self, *, explore: bool) -> int:
         """UNet evaluations of a sample: at each step both halves of the guidance, or the one that counts."""

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     command.quiet_interrupt()  # the imports take seconds
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +45,7 @@ class Run(NamedTuple):
     programs: Programs
     evaluator: Evaluator  # without a LoRA
     frozen: Any
-    plain: Steps
-    explored: Steps
+    steps: Mapping[tuple[bool, int], Steps]  # by whether it explores, and `Experiment.noise_from`; on the devices
     evaluations: Any  # `Sampler.count_evaluations`
     lease: Lease | None  # of the workdir; the first host's
 
@@ -67,9 +67,9 @@ def run(config: ConfigDict | Settings, workdir: Path) -> None:
     parallel.check_same("model, reward or prompts", str(identity))
     with parallel.on_first(lambda: workdirs.claim(workdir, settings, identity, describe(experiment))) as lease:
         programs, frozen = make_programs(experiment), parallel.share(experiment.frozen)
-        plain, explored = (parallel.replicate(experiment.sampler.steps(explore=on)) for on in (False, True))
+        steps = {kind: parallel.replicate(steps) for kind, steps in experiment.all_steps().items()}
         evaluator, count = Evaluator.of_experiment(experiment, programs, frozen), experiment.sampler.count_evaluations()
-        this = Run(settings, workdir, experiment, programs, evaluator, frozen, plain, explored, count, lease)
+        this = Run(settings, workdir, experiment, programs, evaluator, frozen, steps, count, lease)
         state = resume_and_train(this, jax.device_get(programs.algorithm.init(lora)), changes)
 
         # ----------------------------------------------------------------------------------------------------- report
@@ -147,7 +147,7 @@ def iterate(run: Run, state: Any, it: int) -> tuple[Any, dict[str, Any]]:
       FloatingPointError: the loss or the gradient is not finite.
     """
     clock, explore, split = time.perf_counter(), run.experiment.explores(it), run.experiment.split
-    steps = run.explored if explore else run.plain
+    steps = run.steps[explore, run.experiment.noise_from(it)]
     batch = run.experiment.draw_batch(it, run.programs.explore if explore else None)
     sample = run.programs.sample
     samples = jax.block_until_ready(sample(state, run.frozen, batch, steps)) if sample else None

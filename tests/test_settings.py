@@ -21,7 +21,7 @@ TABLE = {key: known.accepted for key, known, _ in by_key(Settings()) if isinstan
 OPTIONAL = {"model.image_size", "model.t5_tokens", "exploration.iterations", "cpu_devices"}  # None
 OPTIONAL |= {"hosts.number", "hosts.index"}
 OPTIONAL |= {"model.scheduler.steps_offset", "model.scheduler.shift"}
-SEVERAL = {"reward_weights", "exploration.weight_range"}
+SEVERAL = {"reward_weights", "exploration.weight_range", "sampling.noise_steps"}
 WORDS = {"alignprop.reward_target"}  # a word or a number; the method reads it
 
 

@@ -45,7 +45,7 @@ BELOW = {
     "task": {"sampler", "pipelines", "rewards", "prompts"},
     "chosen_rewards": {"settings", "algorithms", "rewards", "paths"},
     "experiment": {"settings", "sampler", "algorithms", "pipelines", "models.lora", "rewards", "prompts", "parallel"}
-    | {"run.fingerprint", "task", "chosen_rewards"},
+    | {"run.fingerprint", "task", "chosen_rewards", "sampling"},
     "programs": {"experiment", "algorithms", "exploration", "pipelines", "rewards", "sampling", "parallel"},
     "evaluator": {"programs", "experiment", "sampler", "settings", "rewards", "prompts", "pipelines", "models.lora"}
     | {"task", "sampling", "formats.lora_files", "run.checkpoint", "parallel"},

@@ -83,6 +83,8 @@ class Setup(NamedTuple):
     full_float32: bool  # the model computes in float32 throughout, products too
     stream: Callable[[str], jax.Array]  # the run's key of what this name says
     group: int = 1  # samples of a prompt that follow each other, on one device
+    n_noisy: int | None = None  # of the steps, those that add noise; None: all
+    confined: bool = False  # whether these begin later than the chain, perhaps at another step in each iteration
     n_features: int = 0  # of an image, see `Policy.features`
     reward_target: float | None = None  # what AlignProp pulls the reward to, where that is published
 
@@ -134,11 +136,16 @@ class Method:
         """What needs noise at every step of sampling, in words; "": nothing does."""
         return "their log-probability" if self.needs.step_noise else ""
 
+    @property
+    def learns_of_each_step(self) -> bool:
+        """Whether it keeps something of each step, which then adds noise in every iteration or none."""
+        return False
+
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
         """The passes of the network over the samples besides the gradients', by what they are for in words.
 
-        Of each the share of all steps of all samples that it goes over. Those whose words begin with "to sample" are
-        guided, the others where `trains_guided`.
+        Of each the share of all steps of all samples that it goes over, as if all added noise. Those whose words begin
+        with "to sample" are guided, the others where `trains_guided`.
         """
         return {"to sample": 1.0}
 

@@ -27,7 +27,7 @@ from diffexp_jax.algorithms.algorithm import (
 from diffexp_jax.algorithms.one_pass import gradient_of_loss, sample_with_gradients
 from diffexp_jax.algorithms.policy_gradient import PolicyGradient, Transition, sample, updated
 from diffexp_jax.algorithms.policy_settings import PolicyMethod
-from diffexp_jax.algorithms.proportionate import equal_steps, log_hinge_loss
+from diffexp_jax.algorithms.proportionate import log_hinge_loss, weights_of_steps
 from diffexp_jax.algorithms.state import TrainState, init_stats, update_stats
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import Number, check_number, positive, setting, whole
@@ -51,22 +51,24 @@ def step_loss(
     *,
     process: Process,
     clip: float,
-    kl_weight: float,
-    proportionate: bool,
+    kl_weight: float = 0.0,
+    kl_by_length: bool = False,
+    proportionate: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`clipped_ratio_loss`, or where `proportionate` `log_hinge_loss`; and kl_weight times the KL to the untuned model.
 
     The metric "kl/step" is that KL, a mean over the samples.
 
     Where there is a kl_weight, `outputs` are the network's guided ones: of the LoRA that is trained, of the untuned
-    model.
+    model. `kl_by_length`: the KL is times the step's length dt, so of flow matching it is |dmu|^2 / (2 g^2), without
+    the dt that is in sigma_t^2 = g^2 dt.
     """
     of_ratio = log_hinge_loss if proportionate else clipped_ratio_loss
     loss = of_ratio(log_prob, step.old_log_prob, step.weight, clip=clip)
     if not kl_weight:
         return loss, {}
     kl = transition_kl(process, *outputs, step.x_t, step.step).mean()
-    return loss + kl_weight * kl, {"kl/step": kl}
+    return loss + kl_weight * (kl * step.step.dt if kl_by_length else kl), {"kl/step": kl}
 
 
 def ddpo(
@@ -82,45 +84,45 @@ def ddpo(
     stats_buffer: int,
     stats_min_count: int,
     advantage: str = "prompt",
-    kl_weight: float = 0.0,
-    proportionate: bool = False,
     old_log_prob: str = "sampled",
     one_pass: bool = False,
     n_trained: int | None = None,
+    confined: bool = False,
     group: int = 1,
     keep: int | None = None,
+    **of_loss: Any,
 ) -> Algorithm:
     """Makes the algorithm.
 
     Args:
-      n_prompts: size of the prompt set, for the per-prompt statistics.
       n_updates, inner_epochs: optimizer updates a pass over the samples, each on its own share; passes an iteration.
-      n_chunks: forward passes that a device's samples are split into; a multiple of n_updates.
-      clip, kl_weight, proportionate: see `step_loss`, and `equal_steps` (1e-4: log-probs are means over a latent).
+      n_prompts, n_chunks: see `Setup`; the second is a multiple of n_updates.
+      clip, of_loss: see `step_loss`, and `equal_steps` (1e-4: log-probs are means over a latent).
       advantage, advantage_clip, stats_buffer, stats_min_count, group, keep: see `with_advantages`.
-      old_log_prob, n_trained: see `several_updates`; and `sample`, of the steps that are learnt from.
-      one_pass: make the gradient while sampling, see `one_pass.py`; for a single update an iteration.
+      old_log_prob, one_pass: see `several_updates`; and `one_pass.py`, for a single update an iteration.
+      n_trained, confined: which of a chain's steps are learnt from, see `sample`.
     """
 
     def init(lora) -> TrainState:
         return first_state(optimizer, lora, init_stats(n_prompts, stats_buffer))
 
-    loss = partial(step_loss, process=policy.process, clip=clip, kl_weight=kl_weight, proportionate=proportionate)
+    kl_weight, proportionate = (of_loss.get(name) for name in ("kl_weight", "proportionate"))
+    loss = partial(step_loss, process=policy.process, clip=clip, **of_loss)
     rule = PolicyGradient(policy, optimizer, loss, reference=(lambda extra: None) if kl_weight else None)
-    kinds = dict(kind=advantage, clip=advantage_clip, min_count=stats_min_count, group=group, keep=keep)
+    of_rewards = dict(kind=advantage, clip=advantage_clip, min_count=stats_min_count, group=group, keep=keep)
     updates = dict(clip=clip, n_updates=n_updates, inner_epochs=inner_epochs, old_log_prob=old_log_prob)
 
     def update(state, frozen, inputs: Inputs):
         batch, samples = inputs.batch, inputs.samples
         prompt_ids, rewards = (across_devices(x, group) for x in (batch.prompt_id, samples.rewards))
         stats = update_stats(state.extra, prompt_ids, rewards)
-        samples, adv = with_advantages(stats, batch.prompt_id, samples, (prompt_ids, rewards), n_updates, **kinds)
+        samples, adv = with_advantages(stats, batch.prompt_id, samples, (prompt_ids, rewards), n_updates, **of_rewards)
         if one_pass:
             loss, grads = -jax.lax.pmean(adv.mean(), AXIS), gradient_of_loss(samples.gradients, adv)  # at ratios of 1
             state, metrics = stepped(optimizer, state, loss, grads, (samples.rewards, samples.parts), stats)
         else:
-            of_step = equal_steps(policy.process, inputs.steps) if proportionate else jnp.ones(len(inputs.steps.t))
-            weight = chunked(adv, len(samples.trajectory.x_T))[:, None] * of_step[:n_trained, None]  # [chunks, T, m]
+            of_step = weights_of_steps(policy.process, inputs.steps, n_trained, confined, proportionate)
+            weight = chunked(adv, len(samples.trajectory.x_T))[:, None] * of_step[:, None]  # [chunks, T, m]
             state, metrics = updated(rule, state, frozen, samples, weight, stats, **updates)
             if kl_weight:  # a sum over the steps that are learnt from, in place of their mean
                 metrics["kl/path"] = weight.shape[1] * metrics.pop("kl/step")
@@ -128,7 +130,7 @@ def ddpo(
         return state, metrics
 
     sampled = sample_with_gradients if one_pass else sample
-    return Algorithm(init, partial(sampled, policy, n_chunks=n_chunks, n_trained=n_trained), update)
+    return Algorithm(init, partial(sampled, policy, n_chunks=n_chunks, n_trained=n_trained, confined=confined), update)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -161,6 +163,13 @@ class DDPO(PolicyMethod):
         about="""
         As in Flow-GRPO (Liu et al. 2025): a mean over the steps, of means over a latent's numbers. Each update then
         evaluates the untuned model too, and is made in two passes.
+        """,
+    )
+    kl_by_length: bool = setting(
+        False,
+        "whether each step's KL is times the step's length, as in Flow-GRPO's code",
+        about="""
+        Of flow matching it is then the distance of the two means without the step's dt in the noise's variance.
         """,
     )
     proportionate: bool = setting(
@@ -230,6 +239,7 @@ class DDPO(PolicyMethod):
             **self.keywords(setup),
             advantage=self.advantage,
             kl_weight=self.kl_weight,
+            kl_by_length=self.kl_by_length,
             proportionate=self.proportionate,
             keep=extremes.number_kept(setup.group, self.keep) if self.keep < 1.0 else None,
             advantage_clip=self.advantage_clip,

@@ -212,6 +212,7 @@ def dpok(
     value_key: jax.Array,
     old_log_prob: str = "sampled",
     n_trained: int | None = None,
+    confined: bool = False,
     group: int = 1,
 ) -> Algorithm:
     """Makes the algorithm: the loss is reward_weight times `clamped_ratio_loss`, and kl_weight times `divergence`.
@@ -223,8 +224,7 @@ def dpok(
       value_lr, value_steps, value_batches: of AdamW; its steps an iteration, before the LoRA's; minibatches a step.
       value_key: of the value function's first parameters.
       old_log_prob: what the ratio is relative to, see `several_updates`.
-      n_trained: how many of a chain's steps, from the first, are learnt from; None: all.
-      group: see `Setup`.
+      n_trained, confined, group: see `sample` and `Setup`.
     """
     value_optimizer = decaying_adam(value_lr)
 
@@ -252,7 +252,7 @@ def dpok(
         state, more = updated(rule, state, frozen, samples, weight, extra, **updates)
         return state, metrics | more
 
-    return Algorithm(init, partial(sample, policy, n_chunks=n_chunks, n_trained=n_trained), update)
+    return Algorithm(init, partial(sample, policy, n_chunks=n_chunks, n_trained=n_trained, confined=confined), update)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +271,10 @@ class DPOK(PolicyMethod):
     value_batches: int = setting(
         5, "minibatches of 256 random states that each gradient of the value function is the mean over", whole(1, 10**4)
     )
+
+    @property
+    def learns_of_each_step(self) -> bool:
+        return self.value_baseline
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
         return super().passes(n_steps, full_float32) | {"of the untuned model": self.trained_steps(n_steps) / n_steps}

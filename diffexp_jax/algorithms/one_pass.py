@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from diffexp_jax.algorithms.algorithm import Policy, Samples, chunked, rewarded, unchunked
 from diffexp_jax.parallel import AXIS
-from diffexp_jax.sampling import Context, Network, Steps, initial_latents, step_noise
+from diffexp_jax.sampling import Context, Network, Steps, first_noisy, initial_latents, step_noise
 
 
 def step_and_gradient(
@@ -57,11 +57,23 @@ def step_and_gradient(
 
 
 def sample_with_gradients(
-    policy: Policy, state: Any, frozen: Any, batch: Any, steps: Steps, *, n_chunks: int, n_trained: int | None = None
+    policy: Policy,
+    state: Any,
+    frozen: Any,
+    batch: Any,
+    steps: Steps,
+    *,
+    n_chunks: int,
+    n_trained: int | None = None,
+    confined: bool = False,
 ) -> Samples:
-    """A method's `Algorithm.sample`; a sample has the gradient of its first `n_trained` steps in place of its chain."""
+    """A method's `Algorithm.sample`; a sample has its gradient in place of its chain.
+
+    That is of its first `n_trained` steps, or where `confined` of so many from the first that adds noise.
+    """
     n_steps = len(steps.t)
     n_trained = n_trained or n_steps
+    start = first_noisy(steps) if confined else 0
 
     def one(chunk):
         x_T = initial_latents(chunk.key, policy.latent_shape)
@@ -70,7 +82,7 @@ def sample_with_gradients(
             x_t, total = carry
             i, step = xs
             noise = step_noise(chunk.key, i, policy.latent_shape)
-            is_trained = i < n_trained if n_trained < n_steps else None
+            is_trained = (i >= start) & (i < start + n_trained) if n_trained < n_steps else None
 
             def each(network):
                 one = partial(step_and_gradient, policy, network, frozen, state.lora, step=step, is_trained=is_trained)

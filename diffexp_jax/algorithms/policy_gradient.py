@@ -107,19 +107,27 @@ class Fixed(NamedTuple):
 
 
 def sample(
-    policy: Policy, state: Any, frozen: Any, batch: Any, steps: Steps, *, n_chunks: int, n_trained: int | None = None
+    policy: Policy,
+    state: Any,
+    frozen: Any,
+    batch: Any,
+    steps: Steps,
+    *,
+    n_chunks: int,
+    n_trained: int | None = None,
+    confined: bool = False,
 ) -> Samples:
     """A method's `Algorithm.sample`: trajectories, scored. They keep the chunks' axis.
 
-    Args:
-      n_trained: how many of a chain's steps, from the first, are kept; None: all.
+    They have the first `n_trained` steps of a chain (None: all), or where `confined` those from the first with noise.
     """
 
     def one(chunk):
         denoise = partial(policy.network, frozen, state.lora)
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, trajectory = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key, keep_trajectory=True)
-        return Samples(trajectory.first(n_trained), *rewarded(policy, frozen, x_0, chunk.tokens))
+        kept = trajectory.noisy(n_trained) if confined else trajectory.first(n_trained)
+        return Samples(kept, *rewarded(policy, frozen, x_0, chunk.tokens))
 
     return by_chunks(one, batch, n_chunks)
 

@@ -31,7 +31,7 @@ class PolicyMethod(Method):
     )
     timestep_fraction: float = setting(
         1.0,
-        "share of the steps, from the noise on, that the update learns from",
+        "share of the steps that add noise, from the first, that the update learns from",
         positive(1.0),
         about="""
         1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
@@ -57,7 +57,7 @@ class PolicyMethod(Method):
         return "sampled" if full_float32 and backend.platform() == "cpu" else "recomputed"
 
     def trained_steps(self, n_steps: int) -> int:
-        """How many of a chain's steps are learnt from, at least one."""
+        """How many of so many steps, all that add noise, are learnt from, at least one."""
         return max(1, round(self.timestep_fraction * n_steps))
 
     def keywords(self, setup: Setup) -> dict[str, Any]:
@@ -67,7 +67,8 @@ class PolicyMethod(Method):
             "inner_epochs": self.inner_epochs,
             "clip": self.clip,
             "old_log_prob": self.resolved_old_log_prob(setup.full_float32),
-            "n_trained": self.trained_steps(setup.n_steps),
+            "n_trained": self.trained_steps(setup.n_noisy or setup.n_steps),
+            "confined": setup.confined,
             "n_chunks": setup.n_chunks,
             "n_prompts": setup.n_prompts,
             "group": setup.group,

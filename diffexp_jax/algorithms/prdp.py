@@ -85,12 +85,13 @@ def prdp(
     clip: float,
     old_log_prob: str = "sampled",
     n_trained: int | None = None,
+    confined: bool = False,
     group: int,
 ) -> Algorithm:
     """Makes the algorithm. The metric `loss` is `pair_loss` before an iteration's first update.
 
     Args:
-      n_updates, n_chunks, inner_epochs, old_log_prob, n_trained: as of `ddpo`.
+      n_updates, n_chunks, inner_epochs, old_log_prob, n_trained, confined: as of `ddpo`.
       beta, clip: see `pair_loss`.
       group: see `Setup`.
     """
@@ -113,7 +114,7 @@ def prdp(
         metrics |= dict(zip(("loss", "kl/path"), jax.lax.pmean((first, path), AXIS), strict=True))
         return state, metrics
 
-    return Algorithm(init, partial(sample, policy, n_chunks=n_chunks, n_trained=n_trained), update)
+    return Algorithm(init, partial(sample, policy, n_chunks=n_chunks, n_trained=n_trained, confined=confined), update)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffexp_jax.sampling import Process, Steps
+from diffexp_jax.sampling import Process, Steps, noisy_rows
 
 
 def log_hinge_loss(
@@ -33,3 +33,11 @@ def equal_steps(process: Process, steps: Steps) -> Float[Array, "T"]:
 
     weights = 1.0 / jax.vmap(slope)(steps)
     return weights / weights.mean()
+
+
+def weights_of_steps(
+    process: Process, steps: Steps, n_trained: int | None, confined: bool, proportionate: bool | None
+) -> Float[Array, "T"]:
+    """Of the steps that are learnt from, see `policy_gradient.sample`: `equal_steps`, or ones."""
+    rows = noisy_rows(steps, steps, n_trained) if confined else steps
+    return (equal_steps(process, rows) if proportionate else jnp.ones(len(rows.t)))[:n_trained]

@@ -169,6 +169,8 @@ def evaluations_of(passes: Mapping[str, float], sampling: int, experiment: Exper
     """Evaluations of the network in an iteration, of `Method.passes`; `sampling`: of all steps of all samples."""
     unguided = experiment.split.samples * experiment.sampler.n_steps
     updating = sampling if experiment.settings.method.trains_guided else unguided
+    if experiment.settings.method.needs.step_noise:  # the others learn nothing
+        updating *= experiment.sampler.noise.n_noisy(experiment.sampler.n_steps) / experiment.sampler.n_steps
     return {why: round(n * (sampling if why.startswith("to sample") else updating)) for why, n in passes.items()}
 
 

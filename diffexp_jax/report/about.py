@@ -46,9 +46,9 @@ def devices() -> dict[str, str]:
 
 
 def schedule(experiment: Experiment) -> dict[str, list[float]]:
-    """The timesteps that are sampled, noise first, and the guidance of each while exploring (Eq. 7) [T]."""
+    """Of each step, noise first: what t_thresh of Eq. 7 is compared with, and the guidance while exploring [T]."""
     steps = experiment.sampler.steps(explore=True)
-    return {"t": np.asarray(steps.t).tolist(), "w_t": np.asarray(steps.w_t).tolist()}
+    return {"t": experiment.sampler.noise_left().tolist(), "w_t": np.asarray(steps.w_t).tolist()}
 
 
 def prompt(experiment: Experiment) -> dict[str, Any]:

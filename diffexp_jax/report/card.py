@@ -93,9 +93,11 @@ def _method(settings: Mapping[str, Any]) -> str:
         return f"{name}, without exploration"
     w_low, t_thresh, unit, scope = (settings[f"exploration.{key}"] for key in ("w_low", "t_thresh", "unit", "scope"))
     (low, high), share = settings["exploration.weight_range"], settings["exploration.share"]
+    of = settings.get("exploration.threshold_of", "timestep")
+    t = {"timestep": "t", "noise_level": "1000 x noise level", "steps": "1000 x share of steps to come"}[of]
     return (
         f"{name} with DiffExp's exploration ([Chae et al. 2025]({_PAPER})): in the first "
-        f"{settings['exploration.iterations']} iterations guidance is {w_low:g} while t > {t_thresh}, then "
+        f"{settings['exploration.iterations']} iterations guidance is {w_low:g} while {t} > {t_thresh}, then "
         f"{settings['sampling.guidance']:g}, and a random {unit} of each {scope} is weighted by {low:g} to {high:g}"
         + (f", in {share:.0%} of the images" if share < 1 else "")
     )

@@ -73,15 +73,25 @@ def _schedule_parts(settings: Mapping[str, Any], schedule: Mapping[str, Any] | N
         return [
             f"**Guidance schedule (Eq. 7).** None: no timestep is above {threshold}, guidance is {high:g} throughout."
         ]
-    text = f"**Guidance schedule (Eq. 7).** While t > {threshold} guidance is {low:g}, then {high:g}."
+    t = _MEASURES[settings.get("exploration.threshold_of", "timestep")]
+    text = f"**Guidance schedule (Eq. 7).** While the {t} is above {threshold} guidance is {low:g}, then {high:g}."
     if schedule:
         steps = schedule["t"]
         text += f" {sum(t > threshold for t in steps)} of the {len(steps)} steps are above the threshold."
     legend = [("with exploration", _EXPLORED, "-"), ("without", _PLAIN, "--")]
-    return [text, Legend(legend), schedule_drawing(low, high, threshold, schedule)]
+    return [text, Legend(legend), schedule_drawing(low, high, threshold, schedule, t)]
 
 
-def schedule_drawing(low: float, high: float, threshold: int, schedule: Mapping[str, Any] | None) -> Drawing:
+_MEASURES = {
+    "timestep": "timestep t",
+    "noise_level": "noise level, of 1000,",
+    "steps": "share of steps to come, of 1000,",
+}
+
+
+def schedule_drawing(
+    low: float, high: float, threshold: int, schedule: Mapping[str, Any] | None, t: str = _MEASURES["timestep"]
+) -> Drawing:
     """Guidance over t from noise (1000, left) to picture (0, right), a dot for each step that is known."""
     from matplotlib.figure import Figure
 
@@ -91,12 +101,12 @@ def schedule_drawing(low: float, high: float, threshold: int, schedule: Mapping[
     axis.plot([1000, threshold, threshold, 0], [low, low, high, high], color=_EXPLORED, linewidth=1.8)
     if schedule:
         axis.plot(schedule["t"], schedule["w_t"], ".", color=_EXPLORED, markersize=7)
-    axis.set(xlim=(1020, -20), xlabel="timestep t, from noise to picture", ylabel="guidance w")
+    axis.set(xlim=(1020, -20), xlabel=f"{t.removesuffix(',')}, from noise to picture", ylabel="guidance w")
     axis.set_ylim(min(0.0, low, high) - 0.05 * max(low, high, 1.0), 1.12 * max(low, high, 1.0))
     axis.set_xticks(sorted({threshold} | {t for t in (0, 250, 500, 750, 1000) if abs(t - threshold) >= 100}))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.35)
-    alt = f"Guidance over the timesteps: {low:g} from t = 1000 down to {threshold}, {high:g} from there to 0."
+    alt = f"Guidance over the {t.removesuffix(',')}: {low:g} from 1000 down to {threshold}, {high:g} from there to 0."
     return drawing(figure, alt)
 
 

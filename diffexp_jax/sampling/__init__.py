@@ -16,8 +16,10 @@ from diffexp_jax.sampling.chain import (
     START,
     Trajectory,
     check_latents,
+    first_noisy,
     initial_latents,
     moved,
+    noisy_rows,
     rollout,
     start_of,
     step_log_prob,
@@ -37,17 +39,20 @@ from diffexp_jax.sampling.guidance import (
     Steps,
     classifier_free_guidance,
 )
+from diffexp_jax.sampling.noise import Noise
 from diffexp_jax.sampling.process import Process, gaussian_kl, gaussian_log_prob, sample_noise
 
-__all__ = ["PROCESSES", "Process", "gaussian_kl", "gaussian_log_prob", "load_process", "sample_noise"]
+__all__ = ["PROCESSES", "Noise", "Process", "gaussian_kl", "gaussian_log_prob", "load_process", "sample_noise"]
 __all__ += ["CLASSIFIER_FREE", "EMBEDDED", "Context", "Denoise", "Guidance", "Network", "Scales", "Steps"]
 __all__ += ["classifier_free_guidance", "LiveDenoise", "differentiable", "fixed"]
 __all__ += [
     "START",
     "Trajectory",
     "check_latents",
+    "first_noisy",
     "initial_latents",
     "moved",
+    "noisy_rows",
     "rollout",
     "start_of",
     "step_log_prob",
@@ -58,7 +63,7 @@ __all__ += [
 
 # By the `_class_name` of scheduler_config.json, the scheduler that a model is published with. What the model was
 # trained for decides, not how that scheduler takes its steps.
-PROCESSES: dict[str, Callable[[Mapping[str, Any]], Process]] = {
+PROCESSES: dict[str, Callable[..., Process]] = {
     **dict.fromkeys(ddim.SCHEDULERS, ddim.ddim),
     flow.SCHEDULER: flow.flow_matching,
 }
@@ -70,13 +75,16 @@ SETTINGS += ("clip_sample", "shift")
 _KEYS = {ddim.ddim: ddim.KEYS, flow.flow_matching: flow.KEYS}
 
 
-def load_process(config: Mapping[str, Any], overrides: Mapping[str, Any] = {}, *, old_configs: bool = False) -> Process:
+def load_process(
+    config: Mapping[str, Any], overrides: Mapping[str, Any] = {}, *, old_configs: bool = False, **of_flow: Any
+) -> Process:
     """The process that a diffusers scheduler config asks for.
 
     Args:
       config: scheduler_config.json.
       overrides: settings that are to be otherwise, the user's model.scheduler.KEY.
       old_configs: whether to correct the file as diffusers' StableDiffusionPipeline does.
+      of_flow: arguments of `flow.flow_matching`, for pipelines that have no other process.
 
     Raises:
       InputError: an unknown scheduler, or one with settings that are not implemented, or a setting that it has not.
@@ -85,13 +93,15 @@ def load_process(config: Mapping[str, Any], overrides: Mapping[str, Any] = {}, *
     if not isinstance(name, str) or name not in PROCESSES:
         raise InputError(f"scheduler_config.json: _class_name={shown(name)}; accepted: {', '.join(PROCESSES)}")
     make = PROCESSES[name]
+    if of_flow and make is not flow.flow_matching:
+        raise InputError(f"scheduler_config.json: _class_name={shown(name)}; such a model wants {flow.SCHEDULER}")
     if make in _KEYS:
         for key in overrides:
             if key not in _KEYS[make].read and key not in _KEYS[make].only:
                 raise InputError(f"model.scheduler.{key}: the model's {name} has no such setting; wants None")
     corrections = ddim.CORRECTIONS if old_configs and name in ddim.SCHEDULERS else {}
     try:
-        return make({**config, **corrections, **overrides})
+        return make({**config, **corrections, **overrides}, **of_flow)
     except InputError as error:
         for key in SETTINGS:
             if f" {key}=" in str(error):

@@ -33,9 +33,24 @@ class Trajectory(NamedTuple):
         x_tm1, log_prob, steps = jax.tree.map(lambda x: x[:n], (self.x_tm1, self.log_prob, self.steps))
         return self._replace(x_tm1=x_tm1, log_prob=log_prob, steps=steps)
 
+    def noisy(self, n: int) -> "Trajectory":
+        """n steps from the first that adds noise: a chain that begins with the latents of that step."""
+        kept = noisy_rows((self.x_tm1, self.log_prob, self.steps), self.steps, n)
+        return Trajectory(self.x_t(first_noisy(self.steps)), *kept, self.context)
+
     def x_t(self, i: Int[Array, ""] | int) -> Float[Array, "B h w c"]:
         """The latents that step i (0-based) begins with."""
         return jnp.where(i == 0, self.x_T, self.x_tm1[i - 1])
+
+
+def first_noisy(steps: Steps) -> Int[Array, ""]:
+    """The number of the first step that adds noise; 0 where none does."""
+    return jnp.argmax(steps.sigma_t > 0)
+
+
+def noisy_rows(tree: Any, steps: Steps, n: int) -> Any:
+    """Of arrays [T, ...] the n rows from that of the first step that adds noise."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first_noisy(steps), n), tree)
 
 
 def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B h w c"]:
@@ -99,7 +114,8 @@ def rollout(
 
     Returns:
       x_0, and with `keep_trajectory` the chain, or with a `reference` each step's KL(p_theta || p_reference) [T, B]
-      (`gaussian_kl`), whose sum over the steps is that of the whole paths. Both need sigma_t > 0 at every step.
+      (`gaussian_kl`), whose sum over the steps is that of the whole paths. Log-probs and KL of steps without noise
+      are 0.
     """
 
     def body(x_t, xs):

@@ -35,6 +35,7 @@ class Steps(NamedTuple):
     alpha_bar_prev: Float[Array, "T"]
     sigma_t: Float[Array, "T"]  # std of the noise that the step adds
     w_t: Float[Array, "T"]  # classifier-free guidance scale
+    dt: Float[Array, "T"]  # the step's length, as a share of all timesteps
 
 
 _BETAS = {
@@ -98,6 +99,7 @@ def ddim(config: Mapping[str, Any]) -> Process:
         add_noise=lambda x_0, eps, row: add_noise(x_0, eps, jnp.broadcast_to(row.alpha_bar_t, len(x_0))),
         target=partial(target, prediction_type=schedule.prediction_type),
         training_row=partial(training_row, schedule),
+        noise_level=partial(noise_level, schedule),
         n_train=len(schedule.alpha_bar),
     )
 
@@ -164,13 +166,36 @@ def timesteps(schedule: NoiseSchedule, n_steps: int) -> Int[np.ndarray, "T"]:
     return (np.arange(n_steps)[::-1] * (n // n_steps) + schedule.steps_offset).clip(0, n - 1).astype(np.int32)
 
 
-def make_steps(schedule: NoiseSchedule, t: Int[np.ndarray, "T"], w_t: Float[Array, "T"], *, eta: float) -> Steps:
-    """Everything that the steps of a run need (Song et al. 2021, Eq. 16): sigma_t = eta sqrt(var)."""
+def noise_level(schedule: NoiseSchedule, t: Int[np.ndarray, "T"]) -> Float[np.ndarray, "T"]:
+    """s of x_t = c ((1 - s) x_0 + s eps): sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)), with a = alpha_bar_t."""
+    signal, noise = np.sqrt(schedule.alpha_bar[t]), np.sqrt(1.0 - schedule.alpha_bar[t])
+    return noise / (signal + noise)
+
+
+def make_steps(
+    schedule: NoiseSchedule,
+    t: Int[np.ndarray, "T"],
+    w_t: Float[Array, "T"],
+    *,
+    eta: float | Float[np.ndarray, "T"],
+    noise: str = "sde",
+) -> Steps:
+    """Everything that the steps of a run need (Song et al. 2021, Eq. 16): sigma_t = eta sqrt(var).
+
+    Raises:
+      InputError: an eta of more than 1, or a rule of flow matching for the noise.
+    """
+    if noise != "sde":
+        raise InputError(f"sampling.noise={noise!r}: is for models of flow matching (SD3, FLUX); wants 'sde'")
+    if np.any(np.asarray(eta) > 1.0):
+        raise InputError(f"sampling.eta={np.max(eta):g}: the model's steps are DDIM's, wants 0..1")
     alpha_bar_t = schedule.alpha_bar[t]
-    prev_t = t - len(schedule.alpha_bar) // len(t)
+    length = len(schedule.alpha_bar) // len(t)
+    prev_t = t - length
     alpha_bar_prev = np.where(prev_t >= 0, schedule.alpha_bar[np.maximum(prev_t, 0)], schedule.final_alpha_bar)
     sigma_t = eta * np.sqrt((1.0 - alpha_bar_prev) / (1.0 - alpha_bar_t) * (1.0 - alpha_bar_t / alpha_bar_prev))
-    columns = (jnp.asarray(c, jnp.float32) for c in (alpha_bar_t, alpha_bar_prev, sigma_t, w_t))
+    dt = np.full(len(t), length / len(schedule.alpha_bar))
+    columns = (jnp.asarray(c, jnp.float32) for c in (alpha_bar_t, alpha_bar_prev, sigma_t, w_t, dt))
     return Steps(jnp.asarray(t, jnp.int32), *columns)
 
 

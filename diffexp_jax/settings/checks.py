@@ -28,15 +28,35 @@ def check(settings: Settings) -> None:
     method, group, warmup = settings.method, settings.batch.group, settings.optim.warmup
     method.check(settings.sampling.steps)
     if method.noise_is_for and settings.sampling.eta == 0:
-        raise InputError(
-            f"sampling.eta=0: {method.name} needs steps with noise ({method.noise_is_for}); wants eta in (0, 1]"
-        )
+        raise InputError(f"sampling.eta=0: {method.name} needs steps with noise ({method.noise_is_for}); wants more")
+    check_noise_steps(settings)
     if method.compares_groups and group < 2:
         raise InputError(f"batch.group={group}: {method.name} compares samples of a prompt; wants at least 2")
     if warmup >= settings.optimizer_updates:
         n = settings.optimizer_updates
         raise InputError(f"optim.warmup={warmup}: wants fewer than the run's {n} optimizer updates")
     _ = settings.split
+
+
+def check_noise_steps(settings: Settings) -> None:
+    """Raises InputError where no step adds noise and the method needs some, or a window does not fit."""
+    sampling, method = settings.sampling, settings.method
+    possible, (first, end) = len(sampling.noise_rule.possible(sampling.steps)), sampling.noise_steps
+    if sampling.window > possible:
+        raise InputError(
+            f"sampling.window={sampling.window}: {possible} of sampling.steps={sampling.steps} may add noise "
+            f"(sampling.noise_steps={first},{end}); wants at most so many"
+        )
+    if sampling.window and method.learns_of_each_step:
+        raise InputError(
+            f"sampling.window={sampling.window}: {method.name}'s value function is of each step; wants 0, or "
+            f"{method.name}.value_baseline=False"
+        )
+    if method.noise_is_for and not possible:
+        raise InputError(
+            f"sampling.noise_steps={first},{end}: none of sampling.steps={sampling.steps} adds noise, and "
+            f"{method.name} needs some ({method.noise_is_for})"
+        )
 
 
 MOST_CPU_DEVICES = 8

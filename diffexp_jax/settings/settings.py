@@ -18,7 +18,8 @@ from diffexp_jax.models.precision import DTYPES, is_full_float32
 from diffexp_jax.parallel import HostSettings, Split, split_batch
 from diffexp_jax.rewards import Spec, parsed_spec
 from diffexp_jax.settings.running import Checkpoint, Eval, HostReward, Log
-from diffexp_jax.settings.training import BatchSizes, Exploration, LoRA, Model, Optim, Sampling, TextNorm
+from diffexp_jax.settings.sampling import Sampling
+from diffexp_jax.settings.training import BatchSizes, Exploration, LoRA, Model, Optim, TextNorm
 
 
 @dataclass(frozen=True, kw_only=True)

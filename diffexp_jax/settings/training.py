@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffexp_jax import paths
-from diffexp_jax.limits import Number, check_text, positive, setting, settings_of, whole
+from diffexp_jax.exploration import MEASURES
+from diffexp_jax.limits import Number, positive, setting, settings_of, whole
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
 from diffexp_jax.pipelines import check_lora_targets
 from diffexp_jax.prompts.units import UNITS
 from diffexp_jax.sampling.ddim import PREDICTION_TYPES, SPACINGS
+from diffexp_jax.settings.sampling import GUIDANCE
 
 SCOPES = ("image", "prompt")  # of which each has a draw of Eq. 8
-GUIDANCE = Number(0.0, 100.0)  # 0 is unconditional, 1 none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,30 +150,23 @@ class BatchSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How images are sampled, in training and evaluation."""
-
-    steps: int = setting(50, "sampling steps, 1..1000", whole(1, 1000))
-    guidance: float = setting(5.0, "classifier-free guidance scale w (Eq. 4); 1 is none", GUIDANCE)
-    negative_prompt: str = setting(
-        "",
-        'what guidance leads away from, as in diffusers; "": from no prompt',
-        check_text,
-        about="""
-        In training and evaluation. w of Eq. 4 weighs the prompt against it: 1 leaves it out, and a w_low of less than 1
-        leads towards it. Eq. 8 still weighs words against "".
-        """,
-    )
-    eta: float = setting(1.0, "noise of the sampling steps: 0 deterministic, 1 as in DDPM", Number(0.0, 1.0))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Exploration:
     """DiffExp: Eq. 7 for the guidance of the steps, Eq. 8 for the weights of words."""
 
     enabled: bool = setting(True, "whether to explore; False: plain fine-tuning, bit for bit")
     w_low: float = setting(1.0, 'Eq. 7: guidance while t > t_thresh (the paper: "extremely low")', GUIDANCE)
     t_thresh: int = setting(900, "Eq. 7: timestep above which guidance is low, 0..1000 (our choice)", whole(0, 1000))
+    threshold_of: str = setting(
+        "timestep",
+        "what t_thresh is, of 1000",
+        MEASURES,
+        about="""
+        "timestep": the model's own. "noise_level": 1000 s of x_t = c ((1 - s) x_0 + s eps), the same noise in all
+        models; Stable Diffusion's timesteps 900, 800, 700 and 600 are 893, 836, 769 and 696. "steps": the share of the
+        sampling steps to come, so 900 is the first tenth. Of ten steps of SD 3, which are denser at the noise, three
+        are above timestep 900.
+        """,
+    )
     weight_range: tuple[float, float] = setting(
         (1.0, 1.5), "Eq. 8: range that the weight is drawn from (our choice)", Number(0.0, 100.0, pair=True)
     )

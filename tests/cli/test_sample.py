@@ -27,7 +27,7 @@ from diffexp_jax.prompts import PromptSet
         (["--prompt=a dog", "--steps=1001"], "--steps 1001: wants 1..1000"),
         (["--prompt=a dog", "--t_thresh=-1"], "--t_thresh -1: wants 0..1000"),
         (["--prompt=a dog", "--weight_range", "2", "1"], "--weight_range (2.0, 1.0): wants (low, high) with"),
-        (["--prompt=a dog", "--eta=2"], "--eta 2.0: wants 0..1"),
+        (["--prompt=a dog", "--eta=20"], "--eta 20.0: wants 0..10"),
         (["--prompt=a dog", "--batch=0"], "--batch 0: wants 1..1048576"),
         (["--prompt=a dog", "--image_size=12"], "--image_size 12: wants a multiple of 8, 8..8192"),
         ([], "nothing to sample: give --prompt or --prompts"),

@@ -66,7 +66,8 @@ def test_literal_rows(t, alpha_bar_t, alpha_bar_prev, std):
     steps = make_steps(SD15, 50, eta=1.0)
     step = row(steps, 50 - 1 - t // 20)
     assert step.t == t and all(column.dtype == jnp.float32 for column in step[1:])
-    np.testing.assert_allclose(step[1:], [alpha_bar_t, alpha_bar_prev, std, 1.0], rtol=1.5e-7)  # float32's own error
+    expected = [alpha_bar_t, alpha_bar_prev, std, 1.0, 0.02]
+    np.testing.assert_allclose(step[1:], expected, rtol=1.5e-7)  # float32's own error
 
 
 def test_literal_timesteps():
@@ -252,6 +253,29 @@ def test_the_advice_about_steps_without_noise_leads_out(name, spacing):
         assert np.all(process.make_steps(process.timesteps(n), np.ones(n), eta=1.0).sigma_t > 0), n
 
 
+def test_noise_by_steps():
+    """eta may be of each step; DDIM knows one rule, and no eta of more than 1."""
+    process = load_process(SD15)
+    t = process.timesteps(4)
+    some, all_of_them = (
+        process.make_steps(t, np.ones(4), eta=eta).sigma_t for eta in (np.array([0, 0.5, 0.5, 0]), 0.5)
+    )
+    assert some.tolist() == [0.0, *all_of_them[1:3].tolist(), 0.0]
+    np.testing.assert_allclose(process.make_steps(t, np.ones(4), eta=0.0).dt, 0.25)
+    with pytest.raises(ValueError, match="sampling.eta=1.5: the model's steps are DDIM's, wants 0..1"):
+        process.make_steps(t, np.ones(4), eta=1.5)
+    with pytest.raises(ValueError, match="sampling.noise='cps': is for models of flow matching"):
+        process.make_steps(t, np.ones(4), eta=1.0, noise="cps")
+
+
+def test_noise_levels_at_equal_signal_to_noise():
+    """SD's timesteps as levels of flow matching, where 1 - s and s are the parts of image and noise."""
+    found = load_process(SD15).noise_level(np.array([950, 900, 800, 700, 500]))
+    np.testing.assert_allclose(found, [0.916, 0.893, 0.836, 0.769, 0.618], atol=1e-3)
+    flow = load_process({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    np.testing.assert_allclose(flow.noise_level(np.array([900.0, 0.0])), [0.9, 0.0])
+
+
 def test_the_settings_are_those_of_the_config():
     """An error of one of them says how to override the file."""
     assert set(base.default().model.scheduler) == set(SETTINGS)
@@ -353,7 +377,7 @@ def test_guidance_0_and_1_are_one_half_bit_for_bit(w, picked):
 
 def test_ddim_step_literal():
     """alpha_bar 0.36 -> 0.64, sigma 0.36: x_0 = (1 - 0.8 * 0.5) / 0.6 = 1, sqrt(0.36 - 0.1296) = 0.48."""
-    step = Steps(jnp.int32(1), *map(jnp.float32, (0.36, 0.64, 0.36, 1.0)))
+    step = Steps(jnp.int32(1), *map(jnp.float32, (0.36, 0.64, 0.36, 1.0, 0.25)))
     x_t, out = jnp.ones((1, 1, 1, 1)), jnp.full((1, 1, 1, 1), 0.5)
     mean, std = ddim.ddim_step(x_t, out, step)
     assert float(mean[0, 0, 0, 0]) == pytest.approx(0.8 + 0.48 * 0.5, rel=1e-6) and float(std) == pytest.approx(0.36)

@@ -11,7 +11,7 @@ import pytest
 from diffexp_jax import train
 from diffexp_jax.errors import InputError
 from diffexp_jax.run.metrics import read_metrics
-from diffexp_jax.sampling import gaussian_log_prob, load_process
+from diffexp_jax.sampling import Noise, gaussian_kl, gaussian_log_prob, load_process
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
@@ -20,9 +20,9 @@ def row(steps, i):
     return jax.tree.map(lambda column: column[i], steps)
 
 
-def make(n, eta, config=FLOW):
+def make(n, eta, config=FLOW, **options):
     process = load_process(config)
-    return process, process.make_steps(process.timesteps(n), np.full(n, 4.5, np.float32), eta=eta)
+    return process, process.make_steps(process.timesteps(n), np.full(n, 4.5, np.float32), eta=eta, **options)
 
 
 def normal(seed, *shape):
@@ -54,7 +54,7 @@ def test_literal_levels():
     """Ten steps of shift 1 from 1 to 0.001; the noise of the first step, whose level is 1, is that of the second's."""
     _, steps = make(10, 0.7, FLOW | {"shift": 1.0})
     np.testing.assert_allclose(steps.t, np.linspace(1000, 1, 10), rtol=1e-6)
-    np.testing.assert_allclose(steps.change, [-0.111] * 9 + [-0.001], rtol=1e-5)
+    np.testing.assert_allclose(steps.dt, [0.111] * 9 + [0.001], rtol=1e-5)
     g = 0.7 * np.sqrt([1 / 0.111, 0.889 / 0.111])
     np.testing.assert_allclose(steps.sigma_t[:2], g * np.sqrt(0.111), rtol=1e-5)
     np.testing.assert_allclose(steps.drift[:2], np.square(g) / np.array([2.0, 1.778]), rtol=1e-5)
@@ -101,6 +101,122 @@ def test_the_stochastic_chain_keeps_the_marginals():
     assert float(x_0.std()) == pytest.approx(1.0, abs=0.05)
 
 
+# (std, drift) of each step by SD3's ten levels
+NOISES = {
+    "sde": (
+        0.7,
+        [0.7000, 0.7430, 0.5362, 0.4459, 0.3918, 0.3528, 0.3191, 0.2820, 0.2254, 0.0063],
+        [6.1449, 6.1449, 2.8274, 1.7216, 1.1687, 0.8370, 0.6158, 0.4578, 0.3394, 0.2472],
+    ),
+    "dance": (
+        0.3,
+        [0.0599, 0.0649, 0.0708, 0.0778, 0.0865, 0.0973, 0.1112, 0.1297, 0.1556, 0.0283],
+        [0.0450, 0.0469, 0.0493, 0.0525, 0.0569, 0.0636, 0.0747, 0.0968, 0.1618, 5.0400],
+    ),
+    "cps": (
+        0.8,
+        [0.9131, 0.8686, 0.8157, 0.7517, 0.6727, 0.5727, 0.4421, 0.2644, 0.0085, 0.0],
+        [16.6396, 13.4909, 10.6483, 8.1120, 5.8818, 3.9578, 2.3400, 1.0284, 0.0229, 0.0],
+    ),
+    "precise": (
+        1.5,
+        [0.9601, 0.8392, 0.7256, 0.6382, 0.5625, 0.4858, 0.3926, 0.2548, 0.0089, 0.0],
+        [24.0811, 11.8168, 7.1935, 4.8141, 3.3522, 2.3437, 1.5730, 0.8923, 0.0327, 0.0],
+    ),
+}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_literal_noise(noise):
+    """The numbers of the published implementations, whose means are of one form."""
+    eta, std, drift = NOISES[noise]
+    _, steps = make(10, eta, noise=noise)
+    levels = [1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089]
+    np.testing.assert_allclose(steps.level, levels, atol=5e-5)
+    np.testing.assert_allclose(steps.sigma_t, std, atol=6e-5)
+    np.testing.assert_allclose(steps.drift, drift, atol=6e-5)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_without_noise_every_rule_is_the_ode(noise):
+    _, steps = make(7, 0.0, noise=noise)
+    assert not steps.sigma_t.any() and not steps.drift.any()
+
+
+@pytest.mark.parametrize("noise", ["cps", "precise"])
+@pytest.mark.parametrize("n", [4, 10, 40])
+def test_these_rules_leave_the_noise_of_each_level(noise, n):
+    """By any number of steps: of data that is one point, of which the network knows all, x_s = (1 - s) x_0 + s eps."""
+    process, steps = make(n, NOISES[noise][0], noise=noise)
+    variance, levels = 1.0, np.append(np.asarray(steps.level, np.float64), 0.0)
+    for i in range(n):
+        one = row(steps, i)
+        # the network's velocity is (x - x_0) / s: what the step makes of an x away from the mean
+        (slope, std), zero = process.transition(jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1)) / one.level, one), 0.0
+        at_zero, _ = process.transition(jnp.zeros((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1)), one)
+        variance = float(slope[0, 0, 0, 0]) ** 2 * variance + float(std) ** 2
+        assert float(at_zero[0, 0, 0, 0]) == zero
+        assert variance == pytest.approx(levels[i + 1] ** 2, rel=1e-3, abs=1e-9)
+
+
+def test_noise_that_a_process_has_not():
+    process = load_process(FLOW)
+    with pytest.raises(InputError, match="sampling.eta=1.2: sampling.noise='cps' wants 0..1"):
+        process.make_steps(process.timesteps(4), np.ones(4), eta=1.2, noise="cps")
+
+
+@pytest.mark.parametrize(
+    "noise, possible, starts, strengths",
+    [
+        (Noise(), range(4), range(1), [0.7, 0.7, 0.7, 0.7]),
+        (Noise("cps"), range(3), range(1), [0.7, 0.7, 0.7, 0.0]),
+        (Noise("sde", (0, 3)), range(3), range(1), [0.7, 0.7, 0.7, 0.0]),
+        (Noise("sde", (1, 9)), range(1, 4), range(1, 2), [0.0, 0.7, 0.7, 0.7]),
+        (Noise("sde", (0, 3), 2), range(3), range(2), [0.7, 0.7, 0.0, 0.0]),
+        (Noise("precise", (1, 4), 1), range(1, 3), range(1, 3), [0.0, 0.7, 0.0, 0.0]),
+        (Noise("sde", (4, 9)), range(4, 4), range(4, 5), [0.0] * 4),
+    ],
+)
+def test_which_steps_add_noise(noise, possible, starts, strengths):
+    assert noise.possible(4) == possible and noise.starts(4) == starts
+    assert noise.strengths(0.7, 4).tolist() == strengths
+    assert noise.n_noisy(4) == np.count_nonzero(strengths) and noise.confined(4) == (starts != range(1))
+    last = noise.strengths(0.7, 4, starts[-1])
+    assert np.count_nonzero(last) == noise.n_noisy(4) and not last[: starts[-1]].any()
+
+
+@pytest.mark.parametrize(
+    "tokens, n, sigmas",
+    [
+        (1024, 6, [1.0, 0.9037355780601501, 0.7897047996520996, 0.652489423751831, 0.484218418598175, 0.273003309965]),
+        (4096, 6, [1.0, 0.9404441714286804, 0.8633204698562622, 0.7595109343528748, 0.6122673153877, 0.387119174003]),
+    ],
+)
+def test_the_levels_of_flux(tokens, n, sigmas):
+    """Of 512 and 1024 pixels: shifted by the number of tokens, evenly spaced from 1 to 1/n before."""
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift": 3.0}
+    process = load_process(config, tokens=tokens, to_1_over_n=True)
+    np.testing.assert_allclose(process.timesteps(n), 1000 * np.array(sigmas), rtol=1e-6)
+    schnell = load_process(config | {"use_dynamic_shifting": False, "shift": 1.0}, tokens=tokens, to_1_over_n=True)
+    np.testing.assert_allclose(schnell.timesteps(4), [1000, 750, 500, 250], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_dynamic_levels_are_diffusers(kind):
+    pytest.importorskip("torch")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = FLOW | {"use_dynamic_shifting": True, "time_shift_type": kind, "base_shift": 0.4, "max_shift": 1.3}
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(config)
+    theirs.set_timesteps(9, mu=0.4 + 0.9 / 3840 * (1000 - 256))
+    np.testing.assert_allclose(load_process(config, tokens=1000).timesteps(9), theirs.timesteps, rtol=1e-5)
+
+
+def test_the_number_of_tokens_is_only_for_flow_matching():
+    with pytest.raises(InputError, match="_class_name='DDIMScheduler'; such a model wants FlowMatchEulerDiscrete"):
+        load_process({"_class_name": "DDIMScheduler", "clip_sample": False}, tokens=256)
+
+
 @pytest.mark.parametrize("key", ["use_dynamic_shifting", "use_karras_sigmas", "shift_terminal", "stochastic_sampling"])
 def test_other_levels_are_refused(key):
     with pytest.raises(InputError, match=f"{key}=true is not supported"):
@@ -112,6 +228,14 @@ def test_other_levels_are_refused(key):
 def test_number_of_steps(n):
     with pytest.raises(InputError, match=f"{n} sampling steps; accepted: 1 to 1000"):
         load_process(FLOW).timesteps(n)
+
+
+def test_a_step_without_noise_has_no_log_prob():
+    """Nor a KL, nor a gradient: its ratio is 1 whatever the network says."""
+    x, std = jnp.asarray(normal(0, 2, 2, 2, 1)), jnp.float32(0.0)
+    for of_mean in (lambda m: gaussian_log_prob(x, m, std).sum(), lambda m: gaussian_kl(m, x, std).sum()):
+        value, slope = jax.value_and_grad(of_mean)(x + 1.0)
+        assert float(value) == 0.0 and not slope.any()
 
 
 @pytest.mark.usefixtures("undrawn")

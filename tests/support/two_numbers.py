@@ -1,6 +1,7 @@
 """An iteration of a method by the log-probs of steps, on a network of two numbers; prompts have two samples each."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,12 @@ POLICY = Policy(
 )
 
 
-def iteration(algorithm: Algorithm):
+def iteration(algorithm: Algorithm, steps: Any = STEPS):
     """((x_T, x_{t-1}, log-probs, rewards) in the global order, state after it, metrics)."""
     ids = np.arange(N, dtype=np.int32) // GROUP
     batch = Batch(ids, CONTEXT, ids, parallel.sample_keys(jax.random.key(3), N))
     batch = parallel.shard(batch, N, group=GROUP)
-    state, frozen, steps, key = parallel.replicate((algorithm.init(LORA), {}, STEPS, jax.random.key(0)))
+    state, frozen, steps, key = parallel.replicate((algorithm.init(LORA), {}, steps, jax.random.key(0)))
     samples = parallel.pmap(algorithm.sample)(state, frozen, batch, steps)
     state, metrics = parallel.pmap(algorithm.update)(state, frozen, Inputs(batch, steps, key, samples))
 

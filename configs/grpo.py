@@ -1,0 +1,42 @@
+"""GRPO as flow-matching models are trained by it: DDPO with groups, Flow-GRPO's advantage, and noise in a few steps.
+
+    python -m diffexp_jax.train --config configs/grpo.py:model=emoji,explore=true --workdir runs/grpo
+
+Arguments (all optional): model, reward, prompts, explore; see arguments.py. The settings are those of Flow-GRPO's fast
+recipe (Liu et al. 2025, arXiv 2505.05470, and its code) for Stable Diffusion 3.5 with PickScore: ten steps, noise in
+three of the first five, no guidance in sampling and training, no KL. Without guidance DiffExp's weights of words alone
+explore. The first recipe has guidance, and noise in all steps but the last:
+
+    --config.sampling.guidance=4.5 --config.sampling.noise_steps=0,9 --config.sampling.window=0
+    --config.ddpo.kl_weight=0.04 --config.ddpo.kl_by_length=True
+"""
+
+from configs.arguments import structured
+from configs.models import MINIATURES
+
+
+def get_config(argument: str | None = None):
+    config, chosen = structured(argument)
+    config.algorithm = "ddpo"
+    config.ddpo.advantage = "group_mean"
+    config.ddpo.updates = 2
+    config.ddpo.clip = 1e-4
+    config.optim.ema = 0.987  # what is evaluated is this average; Flow-GRPO's is 0.9 every eight updates
+    config.sampling.window = 3
+    if chosen["model"] in MINIATURES:
+        config.iterations = 36
+        config.batch.group = 4
+        config.optim.lr = 2.4e-2
+        config.optim.schedule = "linear"
+        config.ddpo.clip = 3e-3  # of a mean over 512 numbers: as wide as 1e-4 of SD 1.5's mean over 16,384
+        config.sampling.noise_steps = (0, config.sampling.steps // 2)
+    else:
+        config.batch.samples = 1152
+        config.batch.group = 24  # of 48 prompts
+        config.optim.lr = 3e-4
+        config.lora.rank = 32
+        config.lora.alpha = 64.0
+        config.sampling.steps = 10
+        config.sampling.noise_steps = (0, 5)
+        config.sampling.guidance = 1.0
+    return config
