@@ -40,7 +40,7 @@ def default() -> ml_collections.ConfigDict:
     # float32.
     config.model.matmul_precision = "auto"  # precision of the networks' matrix products
     config.model.image_size = placeholder(int)  # pixels of an image's side; None: what the model was trained at
-    # Of Stable Diffusion 3 and 3.5, whose published number is 256; most recipes for fine-tuning them take 128.
+    # Of Stable Diffusion 3 and 3.5, published with 256 (most recipes for fine-tuning take 128), and of FLUX, 512.
     config.model.t5_tokens = placeholder(int)  # tokens that T5 reads of a prompt, its end included; None: as published
     # What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
     # latent a step is kept); also each "block" of the network. DDPO's gradient is of one step at a time: "none" is
@@ -145,9 +145,9 @@ def default() -> ml_collections.ConfigDict:
     config.lora.rank = 4  # rank of the update A B that is added to each layer that takes LoRA
     config.lora.alpha = 4.0  # scale of the update: alpha / rank
     # Of a UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
-    # "convolutions" (of residual blocks and between levels). Of SD3's transformer: "attention" (of image and prompt),
-    # "second_attention" (of SD3.5-medium), "feed_forward", "modulation". Or single layers of these by name: "to_k",
-    # "attn.to_k".
+    # "convolutions" (of residual blocks and between levels). Of SD3's and FLUX's transformers: "attention" (of image
+    # and prompt), "feed_forward", "modulation", SD3.5-medium's "second_attention". Or single layers of these by name:
+    # "to_k", "attn.to_k".
     config.lora.targets = ("attention",)  # which layers take LoRA
     # A LoRA file or folder to start from (diffusers, peft, kohya); None: from nothing
     config.lora.path = placeholder(str)

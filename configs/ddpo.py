@@ -12,7 +12,6 @@ from configs.models import MINIATURES
 def get_config(argument: str | None = None):
     config, chosen = structured(argument)
     config.algorithm = "ddpo"
-    config.sampling.guidance = 5.0
     if chosen["model"] in MINIATURES:
         config.iterations = 36
         config.optim.lr = 2.4e-2

@@ -18,6 +18,15 @@ _SD3 = {  # 512 pixels; as Flow-GRPO samples it in training, and with the T5 tok
     "exploration.threshold_of": "steps",  # one of ten: timesteps are denser at the noise, and three are above 900
     "batch.samples_per_forward": 1,
 }
+_FLUX = {  # 512 pixels; as Flow-GRPO samples it in training
+    "model.image_size": 512,
+    "model.remat": "block",
+    "model.vae_slice": 1,
+    "sampling.guidance": 3.5,
+    "sampling.eta": 0.9,
+    "exploration.threshold_of": "steps",
+    "batch.samples_per_forward": 1,
+}
 MODELS = {
     "emoji": {"model.path": "emoji"} | _LAPTOP,
     # Objects are missing more, and more unequally. Half of the steps for more seeds in the same time; the threshold at
@@ -42,5 +51,8 @@ MODELS = {
     "sd3m": {"model.path": "stabilityai/stable-diffusion-3-medium-diffusers"} | _SD3,
     "sd35m": {"model.path": "stabilityai/stable-diffusion-3.5-medium"} | _SD3,
     "sd35l": {"model.path": "stabilityai/stable-diffusion-3.5-large"} | _SD3,
+    "flux": {"model.path": "black-forest-labs/FLUX.1-dev", "sampling.steps": 6} | _FLUX,
+    "flux_schnell": {"model.path": "black-forest-labs/FLUX.1-schnell", "sampling.steps": 4, "model.t5_tokens": 256}
+    | _FLUX,
 }
 MINIATURES = ("emoji", "emoji_hard")  # shipped: their prompts and rewards are the emoji world's

@@ -17,7 +17,6 @@ def get_config(argument: str | None = None):
     config.iterations = 100
     config.batch.group = 16  # images of each prompt: all pairs of them are compared
     config.batch.samples = 512  # 32 prompts
-    config.sampling.guidance = 5.0
     config.optim.lr = 3e-4
     config.prdp.inner_epochs = 10  # updates an iteration, each on all pairs
     config.prdp.beta = 3e-5  # the reward is a cosine: differences / beta are about 1,000, so the gradient clip binds

@@ -17,7 +17,6 @@ def get_config(argument: str | None = None):
     config.iterations = 10  # rounds
     config.batch.samples = 10240
     config.batch.group = 16  # each is weighed among all of its prompt in the round, about 230 of 45 prompts
-    config.sampling.guidance = 5.0
     config.optim.lr = 3e-4
     config.rwr.updates = 160  # of 64 images each
     config.rwr.inner_epochs = 5

@@ -14,7 +14,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.exploration import guidance_schedule, has_weights, measured, sample_phrase_weights
 from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, zero_conditioning
 from diffexp_jax.prompts import PromptSet, one_prompt
-from diffexp_jax.sampling import Noise, Steps
+from diffexp_jax.sampling import EMBEDDED, Noise, Steps
 from diffexp_jax.settings import Settings
 from diffexp_jax.settings.training import Exploration
 
@@ -53,7 +53,15 @@ class Sampler(NamedTuple):
         """A sampler whose guidance leads away from this prompt, as diffusers' `negative_prompt`; SDXL gets no zeros.
 
         Eq. 8's null stays the embedding of "": it says how much of a word there is, not what is to be left out.
+
+        Raises:
+          InputError: the model's guidance leads away from nothing.
         """
+        if self.pipeline.guidance is EMBEDDED:
+            raise InputError(
+                f"negative_prompt={negative_prompt[:40]!r}: the model has its guidance as an input, which leads away "
+                "from no prompt; wants none"
+            )
         cond = self.encode(one_prompt(negative_prompt))
         return self._replace(uncond=jax.tree.map(lambda x: x[0], cond))
 

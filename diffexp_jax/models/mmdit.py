@@ -18,6 +18,7 @@ from diffexp_jax.models.layers import Conv, Dense, RMSNorm, gelu_tanh, of_the_sa
 from diffexp_jax.models.lora import TARGETS
 from diffexp_jax.models.mmdit_config import MMDiTConfig
 from diffexp_jax.models.norms import Norm, normalise
+from diffexp_jax.models.rotary import Rotation
 
 TIME_WIDTH = 256  # of the timestep's sinusoids
 EPSILON = 1e-6  # of all norms
@@ -57,10 +58,12 @@ class Embedder(nn.Module):
         return Dense(self.width, dtype=self.dtype, name="linear_2")(h)
 
 
-def embedded_time(t: Num[Array, "*B"], batch: int, width: int, dtype: DTypeLike) -> Float[Array, "B D"]:
-    """The timestep's embedding; t is a scalar or one per sample, 0..1000."""
+def embedded_time(
+    t: Num[Array, "*B"], batch: int, width: int, dtype: DTypeLike, of: str = "timestep"
+) -> Float[Array, "B D"]:
+    """The embedding of the timestep, or of another number; t is a scalar or one per sample, 0..1000."""
     sinusoids = timestep_embedding(jnp.broadcast_to(t, (batch,)), TIME_WIDTH, frequencies(TIME_WIDTH))
-    return Embedder(width, dtype, name="time_text_embed.timestep_embedder")(sinusoids)
+    return Embedder(width, dtype, name=f"time_text_embed.{of}_embedder")(sinusoids)
 
 
 def modulation(temb: Float[Array, "B D"], n: int, dtype: DTypeLike, name: str) -> list[Float[Array, "B 1 D"]]:
@@ -112,7 +115,8 @@ def head(x: Float[Array, "B L D"], temb: Float[Array, "B D"], features: int, dty
 class JointBlock(nn.Module):
     """Joint attention of image and prompt, and a feed-forward for each; diffusers' JointTransformerBlock.
 
-    `dual`: image tokens also attend to themselves alone. `last`: nobody reads the prompt's tokens any more.
+    `dual`: image tokens also attend to themselves alone. `last`: nobody reads the prompt's tokens any more. `turn` says
+    where tokens are, the image's first; None: nothing does.
     """
 
     heads: int
@@ -123,7 +127,11 @@ class JointBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], text: Float[Array, "B L D"], temb: Float[Array, "B D"]
+        self,
+        x: Float[Array, "B S D"],
+        text: Float[Array, "B L D"],
+        temb: Float[Array, "B D"],
+        turn: Rotation | None = None,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B L D"]]:
         width, length, dtype = x.shape[-1], x.shape[1], self.dtype
         dense = partial(Dense, width, dtype=dtype)
@@ -138,6 +146,8 @@ class JointBlock(nn.Module):
             text_shift, text_scale, text_gate, *text_ff = modulation(temb, 6, dtype, "norm1_context")
         of_text = projected(modulated(text, text_shift, text_scale, dtype), name="attn", names=TEXT)
         joined = [jnp.concatenate(both, axis=1) for both in zip(of_image, of_text, strict=True)]
+        if turn is not None:
+            joined[:2] = [turn.turned(part, self.heads) for part in joined[:2]]
         out = attention(*joined, self.heads)  # [B, S + L, D]
 
         h = x + gate * dense(name="attn.to_out.0")(out[:, :length])

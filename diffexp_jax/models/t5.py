@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -23,7 +22,7 @@ from diffexp_jax.formats.config_keys import Keys, checked
 from diffexp_jax.limits import positive, whole
 from diffexp_jax.models.attention import attention
 from diffexp_jax.models.clip_config import GENERIC, ONE_VALUE
-from diffexp_jax.models.layers import Dense, RMSNorm
+from diffexp_jax.models.layers import Dense, RMSNorm, gelu_tanh
 
 _WIDTH = whole(1, 2**17)
 KEYS = Keys(
@@ -108,7 +107,7 @@ class Block(nn.Module):
         x = x + dense(cfg.d_model, name="layer.0.SelfAttention.o")(h)
         h = norm(name="layer.1.layer_norm")(x)
         gate, h = (dense(cfg.d_ff, name=f"layer.1.DenseReluDense.wi_{i}")(h) for i in range(2))
-        return x + dense(cfg.d_model, name="layer.1.DenseReluDense.wo")(jax.nn.gelu(gate, approximate=True) * h)
+        return x + dense(cfg.d_model, name="layer.1.DenseReluDense.wo")(gelu_tanh(gate) * h)
 
 
 class T5Encoder(nn.Module):

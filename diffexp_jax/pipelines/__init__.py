@@ -17,7 +17,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats import files
 from diffexp_jax.formats.config_keys import shown
 from diffexp_jax.models.lora import target_layers
-from diffexp_jax.pipelines import families, single_file, sizes, stable_diffusion, stable_diffusion_3
+from diffexp_jax.pipelines import families, flux, single_file, sizes, stable_diffusion, stable_diffusion_3
 from diffexp_jax.pipelines.pipeline import (
     Conditioning,
     Pipeline,
@@ -67,7 +67,8 @@ PIPELINES: dict[str, Kind] = {
         stable_diffusion_3.read_jsons,
         stable_diffusion_3.shapes,
         stable_diffusion_3.LORA_TARGETS,
-    )
+    ),
+    "FluxPipeline": Kind(flux.PARTS, flux.load, flux.read_jsons, flux.shapes, flux.LORA_TARGETS),
 }
 
 

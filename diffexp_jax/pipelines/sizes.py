@@ -41,6 +41,22 @@ def _sd3(depth: int, **transformer: Any) -> tuple[dict[str, Any], dict[str, dict
     }
 
 
+def _flux(*, guidance: bool) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """FLUX.1: dev has guidance as an input and levels by the image's size, schnell has neither."""
+    vae = _VAE | {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    return {"_class_name": "FluxPipeline"}, {
+        "transformer": {"guidance_embeds": guidance},
+        "vae": vae | {"use_quant_conv": False, "use_post_quant_conv": False},
+        "text_encoder": TEXT_L,
+        "text_encoder_2": T5_XXL,
+        "scheduler": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "shift": 3.0 if guidance else 1.0,
+            "use_dynamic_shifting": guidance,
+        },
+    }
+
+
 # hub id: (model_index.json, {part: its config.json})
 PIPELINES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (
@@ -119,4 +135,6 @@ PIPELINES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         24, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13))
     ),
     "stabilityai/stable-diffusion-3.5-large": _sd3(38, pos_embed_max_size=192, qk_norm="rms_norm"),
+    "black-forest-labs/FLUX.1-dev": _flux(guidance=True),
+    "black-forest-labs/FLUX.1-schnell": _flux(guidance=False),
 }

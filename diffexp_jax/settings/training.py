@@ -97,7 +97,7 @@ class Model:
         "tokens that T5 reads of a prompt, its end included; None: as published",
         whole(2, 512, optional=True),
         about="""
-        Of Stable Diffusion 3 and 3.5, whose published number is 256; most recipes for fine-tuning them take 128.
+        Of Stable Diffusion 3 and 3.5, published with 256 (most recipes for fine-tuning take 128), and of FLUX, 512.
         """,
     )
     remat: str = setting(
@@ -209,9 +209,9 @@ class LoRA:
         lambda name, value: check_lora_targets(value),
         about="""
         Of a UNet: "attention" (the four projections of each), "feed_forward", "projections" (proj_in and proj_out),
-        "convolutions" (of residual blocks and between levels). Of SD3's transformer: "attention" (of image and prompt),
-        "second_attention" (of SD3.5-medium), "feed_forward", "modulation". Or single layers of these by name: "to_k",
-        "attn.to_k".
+        "convolutions" (of residual blocks and between levels). Of SD3's and FLUX's transformers: "attention" (of image
+        and prompt), "feed_forward", "modulation", SD3.5-medium's "second_attention". Or single layers of these by name:
+        "to_k", "attn.to_k".
         """,
     )
     path: str | None = setting(

@@ -293,6 +293,10 @@ REAL_SIZES += [
     for method, remat in (("ddpo", "block"), ("draft", "step"), ("alignprop", "block"))
     for device in DEVICES
 ]
+REAL_SIZES += [
+    pytest.param("ddpo", {}, "flux", "gpu", "block", "pickscore"),
+    pytest.param("draft", {}, "flux_schnell", "tpu", "block", "aesthetic"),
+]
 
 
 @pytest.mark.slow  # half a minute to two each

@@ -10,7 +10,7 @@ import pytest
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.config_keys import Keys, Many, checked
 from diffexp_jax.limits import whole
-from diffexp_jax.models import blip, clip_config, mmdit_config, open_clip, t5, unet_config, vae
+from diffexp_jax.models import blip, clip_config, flux, mmdit_config, open_clip, t5, unet_config, vae
 from diffexp_jax.models.classifier import ClassifierConfig
 from diffexp_jax.models.mmdit_config import MMDiTConfig
 from diffexp_jax.models.unet_config import UNetConfig
@@ -24,6 +24,7 @@ from tests.support.tiny import SCHEDULER, TOWER, UNET, VAE, VISION
 TABLES = {
     "UNet2DConditionModel": unet_config.KEYS,
     "SD3Transformer2DModel": mmdit_config.KEYS,
+    "FluxTransformer2DModel": flux.KEYS,
     "AutoencoderKL": vae.KEYS,
     **dict.fromkeys(ddim.SCHEDULERS, ddim.KEYS),
     "FlowMatchEulerDiscreteScheduler": flow.KEYS,
@@ -60,6 +61,7 @@ def test_defaults_are_the_libraries():
     for ours, theirs, other in (
         (UNetConfig(), diffusers.UNet2DConditionModel, {"sample_size", "down_block_types", "up_block_types"}),
         (MMDiTConfig(), diffusers.SD3Transformer2DModel, set()),
+        (flux.FluxConfig(), diffusers.FluxTransformer2DModel, set()),
         (VAEConfig(), diffusers.AutoencoderKL, {"block_out_channels", "layers_per_block", "shift_factor"}),
     ):
         parameters = inspect.signature(theirs.__init__).parameters
@@ -84,6 +86,7 @@ def test_unknown_keys_are_named_once(caplog):
 READERS = {
     "unet": (UNetConfig.from_dict, UNET, unet_config.KEYS),
     "mmdit": (MMDiTConfig.from_dict, SIZES, mmdit_config.KEYS),
+    "flux": (flux.FluxConfig.from_dict, {}, flux.KEYS),
     "vae": (VAEConfig.from_dict, VAE, vae.KEYS),
     "text": (clip_config.CLIPTextConfig.from_dict, {}, clip_config.TEXT_KEYS),
     "vision": (clip_config.CLIPVisionConfig.from_dict, VISION, clip_config.VISION_KEYS),
