@@ -399,6 +399,13 @@ def default() -> ml_collections.ConfigDict:
     config.hosts.initialization_timeout = 300  # seconds within which all processes have to be there
     config.hosts.heartbeat_timeout = 100  # seconds of silence after which a process counts as gone and the others end
 
+    # How the frozen model lies on the devices; what a run computes does not depend on it.
+    config.parallel = ml_collections.ConfigDict()
+    # For models that one device cannot hold: the gathering takes time. "auto": where a copy of the network would fill
+    # more than a third of a device's memory.
+    # Whether each device holds a part of the network's large weights, and gathers a layer's where it uses it
+    config.parallel.shard_weights = "auto"
+
     # SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end a run after the current iteration, saved. An iteration
     # that takes longer is stopped, and the state before it is saved. Schedulers kill some 30 s after SIGTERM.
     config.stop_grace = 20.0  # seconds that an iteration may take after a signal

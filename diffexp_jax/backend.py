@@ -79,6 +79,14 @@ def host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def device_memory() -> int | None:
+    """Bytes of a device's own memory that programs may take; None: a CPU's devices share the machine's."""
+    if _absent:
+        return _absent.memory if _absent.platform != "cpu" else None
+    limits = jax.local_devices()[0].memory_stats() or {}
+    return limits.get("bytes_limit")
+
+
 def processor() -> str:
     """The CPU's name, and the widest vectors that it has."""
     try:

@@ -124,7 +124,7 @@ class Evaluator:
         batch, options = max(batch // unit, 1) * unit, {"n_chunks": chunks, "lora_scale": 1.0}
         return cls(
             sampler=sampler,
-            params=parallel.share(sampler.pipeline.sampling_params),
+            params=parallel.share(sampler.frozen),
             lora=parallel.replicate(scaled(tuned, scale * lora_scale, others=lora_scale)),
             generate=make_generate(sampler.pipeline, form=bytes_and_finite if strict else as_bytes, **options),
             generate_floats=make_generate(sampler.pipeline, form=floats_and_finite, **options),

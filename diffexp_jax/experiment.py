@@ -103,7 +103,7 @@ class Experiment(NamedTuple):
     @property
     def frozen(self) -> Frozen:
         other = self.features if self.features is not self.trained else None
-        return Frozen(self.sampler.pipeline.sampling_params, self.trained.params, other and other.params)
+        return Frozen(self.sampler.frozen, self.trained.params, other and other.params)
 
     @property
     def lora_scale(self) -> float:

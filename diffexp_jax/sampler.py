@@ -30,6 +30,7 @@ class Sampler(NamedTuple):
     eta: float
     exploration: Exploration  # its `iterations` is a number
     noise: Noise = Noise()
+    shards: bool = False  # whether the devices share out the network's large weights
 
     @classmethod
     def build(cls, settings: Settings, *, weights: bool = True) -> "Sampler":
@@ -45,7 +46,8 @@ class Sampler(NamedTuple):
         empty = encode_empty(pipeline) if weights else jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
         s, exploration = settings.sampling, replace(settings.exploration, iterations=settings.exploring_iterations)
         uncond = pipeline.unconditional(empty)
-        sampler = cls(pipeline, empty, uncond, s.steps, s.guidance, s.eta, exploration, s.noise_rule)
+        shards = settings.parallel.shards(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pipeline.base)))
+        sampler = cls(pipeline, empty, uncond, s.steps, s.guidance, s.eta, exploration, s.noise_rule, shards)
         sampler.steps(explore=False)  # what the model's process does not accept
         return sampler.negated(s.negative_prompt) if s.negative_prompt else sampler
 
@@ -64,6 +66,14 @@ class Sampler(NamedTuple):
             )
         cond = self.encode(one_prompt(negative_prompt))
         return self._replace(uncond=jax.tree.map(lambda x: x[0], cond))
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """The arrays that sampling reads, by the pipeline's parts; the network's as the devices are to hold them."""
+        pipeline, params = self.pipeline, self.pipeline.sampling_params
+        if not self.shards:
+            return params
+        return params | {pipeline.trainable: parallel.shared_out(pipeline.base, backend.device_count())}
 
     def steps(self, *, explore: bool, noise_from: int | None = None) -> Steps:
         """The sampling steps; guidance follows Eq. 7 where `explore`, else it is constant.

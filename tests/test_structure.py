@@ -29,10 +29,11 @@ BELOW = {
     "paths": set(),
     "formats": {"paths", "limits"},
     "parallel": {"formats.json_text", "limits", "backend"},
-    "models": {"formats", "backend", "paths", "limits"},
+    "models": {"formats", "backend", "paths", "limits", "parallel.whole"},
     "sampling": {"formats.config_keys", "limits"},
     "prompts": {"formats", "paths"},
-    "pipelines": {"models", "formats", "sampling", "prompts", "exploration", "paths"},
+    "pipelines": {"models", "formats", "sampling", "prompts", "exploration", "paths", "parallel.gathered_again"}
+    | {"parallel.has_parts"},
     "rewards": {"models", "formats", "emoji.names", "parallel", "paths", "limits"},
     "emoji": {"rewards", "pipelines", "models", "formats", "prompts", "sampling"},
     "algorithms": {"sampling", "parallel.AXIS", "backend", "limits"},

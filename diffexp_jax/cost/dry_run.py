@@ -83,8 +83,8 @@ def programs_of(experiment: Experiment) -> Iterable[Program]:
     """The programs of a run: of an iteration, and of the images between them."""
     programs = make_programs(experiment)
     steps, key = parallel.replicate((experiment.sampler.steps(explore=False), jax.random.key(0)))
-    frozen, lora = on_devices(experiment.frozen), experiment.lora_shapes()
-    state = on_devices(jax.eval_shape(programs.algorithm.init, lora))
+    frozen, lora = parallel.shapes_on_devices(experiment.frozen), experiment.lora_shapes()
+    state = parallel.shapes_on_devices(jax.eval_shape(programs.algorithm.init, lora))
     batch, samples = experiment.draw_batch(0, None), None
     if programs.sample_chunk:
         n = experiment.split.per_forward
@@ -98,15 +98,9 @@ def programs_of(experiment: Experiment) -> Iterable[Program]:
     yield Program("update", programs.update, (state, frozen, Inputs(batch, steps, key, samples)))
     log = experiment.settings.log
     if experiment.settings.eval.every or (log.images and log.images_every):
-        args = (frozen.model, on_devices(lora), batch.context, batch.key, steps)
+        args = (frozen.model, parallel.shapes_on_devices(lora), batch.context, batch.key, steps)
         generate = programs.generate(experiment.sampler.guidance_scales(explore=False))
         yield Program("evaluate", generate, args)
-
-
-def on_devices(tree: Any) -> Any:
-    """Shapes with the leading axis of local devices."""
-    n = backend.local_device_count()
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((n, *s.shape), s.dtype), tree)
 
 
 def cost_of(name: str, function: Any, args: tuple[Any, ...], calls: int = 1) -> Cost:
@@ -156,6 +150,10 @@ def describe(experiment: Experiment) -> list[str]:
         f"latents     {height} x {width} x {channels}, networks in {settings.dtype}, "
         f"remat {model.remat}, VAE slices of {model.vae_slice}",
         *(f"parameters  {n:>15,}  {part}" for part, n in parts.items()),
+        *(
+            ["weights     shared out: each device holds a part of the network's large kernels"]
+            * experiment.sampler.shards
+        ),
         f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {settings.lora.rank}, and twice it in AdamW"
         + (", once as its moving average" if settings.optim.ema else ""),
         f"batch       {experiment.batch_in_words()}",

@@ -17,6 +17,7 @@ from diffexp_jax import backend
 from diffexp_jax.models.convolution import conv, conv3x3_half, conv3x3_same
 from diffexp_jax.models.low_rank import Pair, joint_product, low_rank, merged_product
 from diffexp_jax.models.norms import Norm, normalise
+from diffexp_jax.parallel import whole
 
 # ----------------------------------------------------------------------------------------------------------- functions
 
@@ -138,9 +139,11 @@ def pointwise_conv(features: int, **kwargs) -> Conv:
 def param(layer: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
     """`layer.param` without its check of the shape, which traces `init`: up to a fifth of the time to trace a program.
 
-    Loading has compared the shapes (`convert.from_torch`).
+    Loading has compared the shapes (`convert.from_torch`). What the devices share out is gathered.
     """
-    return layer.get_variable("params", name) if layer.has_variable("params", name) else layer.param(name, init, shape)
+    if not layer.has_variable("params", name):
+        return layer.param(name, init, shape)
+    return whole(layer.get_variable("params", name))
 
 
 def product(layer: nn.Module, x: Float[Array, "*B in"], kernel: Float[Array, "in out"]) -> Float[Array, "*B out"]:
@@ -190,7 +193,7 @@ def of_the_same(x: Float[Array, "*B in"], layers: Sequence[Dense]) -> list[Float
     if backend.platform() == "cpu" or None in pairs:
         return [layer(x) for layer in layers]
     dtype = layers[0].dtype
-    x, kernels = x.astype(dtype), [layer.get_variable("params", "kernel").astype(dtype) for layer in layers]
+    x, kernels = x.astype(dtype), [whole(layer.get_variable("params", "kernel")).astype(dtype) for layer in layers]
     both = zip(joint_product(x, kernels), low_rank(x, pairs), layers, strict=True)
     return [layer.with_bias((y + own).astype(dtype)) for y, own, layer in both]
 

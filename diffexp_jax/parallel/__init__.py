@@ -11,6 +11,7 @@ from diffexp_jax.parallel.devices import (
     pmap,
     replicate,
     sample_index,
+    shapes_on_devices,
     shard,
     shard_local,
     share,
@@ -33,8 +34,10 @@ from diffexp_jax.parallel.hosts import (
     together,
 )
 from diffexp_jax.parallel.randomness import keys_of, sample_keys, stream
+from diffexp_jax.parallel.weights import gathered_again, has_parts, shared_out, whole
 
 __all__ = ["AXIS", "Split", "first", "pmap", "replicate", "sample_index", "shard", "shard_local", "split_batch"]
 __all__ += ["share", "unshard", "unshard_local", "keys_of", "sample_keys", "stream"]
+__all__ += ["gathered_again", "has_parts", "shapes_on_devices", "shared_out", "whole"]
 __all__ += ["HostSettings", "agree", "check_same", "exchange", "from_each", "from_first", "is_first", "joined"]
 __all__ += ["number_of_hosts", "on_first", "own_share", "together"]

@@ -8,6 +8,7 @@ are. Where nothing is compared a group is one sample.
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -71,13 +72,46 @@ def replicate(tree: Any) -> Any:
     return _put(lambda x: (np.array(x)[None] for _ in range(backend.local_device_count())), tree)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Part:
+    """A kernel of which each device holds an even part, cut along one axis; on the host it is all of it."""
+
+    kernel: Any
+    axis: int = field(metadata={"static": True})  # negative: counted from the last
+
+    def of(self, place: int) -> np.ndarray:
+        """The part of the device at this place of the axis "data"."""
+        return np.split(np.asarray(self.kernel), backend.device_count(), self.axis)[place]
+
+
 def share(tree: Any) -> Any:
     """`replicate` for arrays that are read alone, of host arrays: the devices of a CPU read one copy.
 
     That is the host's own where an array begins at a multiple of 64 bytes (`formats.convert.aligned`), so it must not
-    be written any more, nor be donated to a program.
+    be written any more, nor be donated to a program. Of a `Part` each device gets its own.
     """
-    return _put(lambda x: [x[None]] * backend.local_device_count(), tree)
+
+    def one(x):
+        if isinstance(x, Part):
+            return replace(x, kernel=_put(lambda _: (x.of(place)[None] for place in _places_here()), x.kernel))
+        return _put(lambda x: [x[None]] * backend.local_device_count(), x)
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Part))
+
+
+def shapes_on_devices(tree: Any) -> Any:
+    """The shapes of a tree of arrays, or of shapes, as `share` lays it out."""
+    n_local = backend.local_device_count()
+
+    def one(x):
+        if isinstance(x, Part):
+            shape = list(x.kernel.shape)
+            shape[x.axis] //= backend.device_count()
+            return replace(x, kernel=one(jax.ShapeDtypeStruct(tuple(shape), x.kernel.dtype)))
+        return jax.ShapeDtypeStruct((n_local, *x.shape), x.dtype)
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Part))
 
 
 def _put(rows: Callable[[np.ndarray], Iterable[np.ndarray]], tree: Any) -> Any:
@@ -127,9 +161,13 @@ def first(tree: Any) -> Any:
 def sample_index(n_samples: int, *, group: int = 1) -> Int[np.ndarray, "devices samples"]:
     """The global indices of the samples of each of this host's devices, in the order that they have there."""
     n = backend.device_count()
-    devices = np.arange(n) if jax.process_count() == 1 else _places()
     of_group, within = np.divmod(np.arange(n_samples // n), group)
-    return (devices[:, None] + n * of_group) * group + within
+    return (_places_here()[:, None] + n * of_group) * group + within
+
+
+def _places_here() -> Int[np.ndarray, " devices"]:
+    """As `_places`, without a program where there is one host."""
+    return np.arange(backend.device_count()) if jax.process_count() == 1 else _places()
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from diffexp_jax import backend
 from diffexp_jax.limits import positive, setting, whole
 from diffexp_jax.models.precision import DTYPES
 
@@ -58,6 +59,31 @@ class Log:
     wandb: bool = setting(
         False, "whether to send them to Weights & Biases (pip install wandb; WANDB_MODE=offline: no account)"
     )
+
+
+SHARDING = ("auto", "true", "false")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the frozen model lies on the devices; what a run computes does not depend on it."""
+
+    shard_weights: str = setting(
+        "auto",
+        "whether each device holds a part of the network's large weights, and gathers a layer's where it uses it",
+        SHARDING,
+        about="""
+        For models that one device cannot hold: the gathering takes time. "auto": where a copy of the network would fill
+        more than a third of a device's memory.
+        """,
+    )
+
+    def shards(self, size: int) -> bool:
+        """Whether a network of so many bytes is shared out on this machine's devices."""
+        if self.shard_weights != "auto":
+            return self.shard_weights == "true"
+        memory = backend.device_memory()
+        return memory is not None and 3 * size > memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from diffexp_jax.limits import SEED, Number, Setting, one_of, setting, settings_
 from diffexp_jax.models.precision import DTYPES, is_full_float32
 from diffexp_jax.parallel import HostSettings, Split, split_batch
 from diffexp_jax.rewards import Spec, parsed_spec
-from diffexp_jax.settings.running import Checkpoint, Eval, HostReward, Log
+from diffexp_jax.settings.running import Checkpoint, Eval, HostReward, Log, Parallel
 from diffexp_jax.settings.sampling import Sampling
 from diffexp_jax.settings.training import BatchSizes, Exploration, LoRA, Model, Optim, TextNorm
 
@@ -90,6 +90,7 @@ class Settings:
         paths.local_or_none,
     )
     hosts: HostSettings = HostSettings()
+    parallel: Parallel = Parallel()
     stop_grace: float = setting(
         20.0,
         "seconds that an iteration may take after a signal",

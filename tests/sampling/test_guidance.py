@@ -10,7 +10,7 @@ import pytest
 
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS, Batch, Inputs, Policy, Setup
-from diffexp_jax.cost import dry_run, flops
+from diffexp_jax.cost import flops
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.pipelines import Pipeline, encode_empty, load_pipeline
 from diffexp_jax.programs import make_generate, make_programs
@@ -187,7 +187,7 @@ def test_a_runs_evaluation_knows_its_guidance(make_config):
             checked(make_config("ddpo", {"sampling.guidance": scale, "exploration.w_low": 5.0}))
         )
         pipeline, batch = experiment.sampler.pipeline, experiment.draw_batch(0, None)
-        params, lora = dry_run.on_devices((experiment.frozen.model, experiment.lora_shapes()))
+        params, lora = parallel.shapes_on_devices((experiment.frozen.model, experiment.lora_shapes()))
         steps = parallel.replicate(experiment.sampler.steps(explore=False))
         generate = make_programs(experiment).generate(steps.w_t[0])
         latents = np.zeros((*batch.key.shape, *pipeline.latent_shape), np.float32)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from diffexp_jax import backend, parallel
-from diffexp_jax.cost.dry_run import GIB, Program, on_devices, programs_of
+from diffexp_jax.cost.dry_run import GIB, Program, programs_of
 from diffexp_jax.cost.target import FORMS, compiling_for
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.sampling import initial_latents
@@ -39,7 +39,13 @@ def network_programs(experiment: Experiment) -> Iterable[Program]:
     batch = experiment.draw_batch(0, None)
     context, keys = jax.eval_shape(lambda *x: jax.tree.map(lambda x: x[:, :per_forward], x), batch.context, batch.key)
     steps = parallel.replicate(experiment.sampler.steps(explore=False))
-    args = on_devices(experiment.frozen), on_devices(experiment.lora_shapes()), context, keys, steps
+    args = (
+        parallel.shapes_on_devices(experiment.frozen),
+        parallel.shapes_on_devices(experiment.lora_shapes()),
+        context,
+        keys,
+        steps,
+    )
 
     def network(frozen, lora, context, keys, steps):
         def one(x, step):
