@@ -1,5 +1,5 @@
-"""Small random models of SD 1.5's, SDXL's and SD 3.5's kind, and what they sample: scripts/check_machine.py has their
-results.
+"""Small random models of SD 1.5's, SDXL's, SD 3.5's and FLUX's kind, and what they sample: scripts/check_machine.py has
+their results.
 """
 
 from functools import partial
@@ -12,8 +12,8 @@ from diffexp_jax import parallel
 from diffexp_jax.pipelines import PIPELINES, Pipeline, make_context, sizes
 from diffexp_jax.sampling import rollout
 
-# As published, but narrow and of fewer layers. Lengths (4096 pixels, 77 tokens; of SD 3.5 1357 tokens) and kinds of
-# blocks are real, so that 16 bits go the real way on a GPU.
+# As published, but narrow and of fewer layers. Lengths (4096 pixels, 77 tokens; of SD 3.5 1357 tokens, of FLUX 768)
+# and kinds of blocks are real, so that 16 bits go the real way on a GPU.
 UNET = {"layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
 WORDS = 1000
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -22,6 +22,8 @@ PARTS = {"vae": {"block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num
 PARTS |= {"text_encoder": TEXT, "text_encoder_2": TEXT}
 MMDIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32}
 MMDIT |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "sample_size": 64, "dual_attention_layers": [0]}
+FLUX = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+FLUX |= {"joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": [4, 4, 8], "guidance_embeds": True}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": WORDS}
 TINY = {
     "SD 1.5": (
@@ -37,7 +39,9 @@ TINY = {
         },
     ),
     "SD 3.5": ("stabilityai/stable-diffusion-3.5-medium", {"transformer": MMDIT, "text_encoder_3": T5}),
+    "FLUX": ("black-forest-labs/FLUX.1-dev", {"transformer": FLUX, "text_encoder_2": T5}),
 }
+IMAGE_SIZES = {"FLUX": 256}  # of the others the sizes say what they are for
 
 
 def tiny_model(name: str, dtype: str) -> Pipeline:
@@ -45,7 +49,7 @@ def tiny_model(name: str, dtype: str) -> Pipeline:
     path, changes = TINY[name]
     index, parts = sizes.PIPELINES[path]
     parts = {part: own | (PARTS | changes).get(part, {}) for part, own in parts.items()}
-    model = PIPELINES[index["_class_name"]].shapes(index, parts, name, dtype=dtype)
+    model = PIPELINES[index["_class_name"]].shapes(index, parts, name, dtype=dtype, image_size=IMAGE_SIZES.get(name))
     numbers = np.random.RandomState(0)
 
     def weights(path, leaf):
