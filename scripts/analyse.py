@@ -2,13 +2,14 @@ r"""Compares an experiment's arms over seeds: numbers as JSON, a figure, a page,
 
 python scripts/analyse.py --experiment fig4_ddpo_pickscore --sweeps runs/sweeps --out docs/evidence/results
 python scripts/analyse.py --name mine --out results without=runs/sweeps/runs/A with=runs/sweeps/runs/B
-python scripts/analyse.py --pages --readme README.md --out docs/evidence/results
+python scripts/analyse.py --pages --figures --readme README.md --out docs/evidence/results
 
 The second compares any runs: NAME=FOLDER, a run or a folder with a subfolder seedN for each; the first is the baseline.
 The numbers of an experiment's runs are copied to OUT/sweeps: another machine can analyse them, and a copy of
 that folder is a sweep that resumes.
 
---pages and --readme write documents from all results in --out, also without an experiment to read. Each experiment also
+--pages, --figures and --readme write documents, or draw, from all results in --out, also without an experiment to read.
+Each experiment also
 gets one HTML file with pictures, beside its runs: SWEEPS/experiments/NAME.html, or OUT/NAME.html.
 """
 
@@ -19,7 +20,9 @@ if __name__ == "__main__":
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from diffexp_jax import paths
 from diffexp_jax.errors import InputError
@@ -38,8 +41,8 @@ def main(args: argparse.Namespace) -> None:
     if args.runs:
         experiments.append(named_runs(args.name, args.runs))
     documents = [args.out / document.INDEX] * args.pages + ([args.readme] if args.readme else [])
-    if not experiments and not documents:
-        raise InputError("nothing to do: give --experiment, runs as NAME=FOLDER, --pages or --readme")
+    if not (experiments or documents or args.figures):
+        raise InputError("nothing to do: give --experiment, runs as NAME=FOLDER, --pages, --figures or --readme")
     command.check_writable(args.out, "--out")
     for path in documents:
         if not path.is_file():
@@ -50,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"{experiment.name} {arm}: seeds {', '.join(map(str, content['seeds']))}")
         for arm in experiment.arms.keys() - results["arms"].keys():
             print(f"{experiment.name} {arm}: no finished run, left out")
-        figure.save(results, args.out / experiment.name)
+        draw(results, args.out)
         write_whole(args.out / f"{experiment.name}.json", json.dumps(results, separators=(",", ":")) + "\n")
         if experiment.base and args.sweeps.resolve() != (args.out / KEPT).resolve():
             sweep_runs.keep(experiment, args.sweeps, args.out / KEPT)
@@ -59,6 +62,8 @@ def main(args: argparse.Namespace) -> None:
         print(document.section(results))
         print(f"written: {page}")
     every = document.read_results(args.out)
+    for results in every if args.figures else ():
+        draw(results, args.out)
     written = document.pages(args.out, every) if args.pages else {}
     if args.readme:
         text = args.readme.read_text(encoding="utf-8")
@@ -66,6 +71,14 @@ def main(args: argparse.Namespace) -> None:
     for path, text in written.items():
         write_whole(path, text)
         print(f"written: {path}")
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> None:
+    """The figure of these results, and the README's where it is of them."""
+    figure.save(results, folder / results["name"])
+    name, prompts, what = document.README_FIGURE
+    if results["name"] == name:
+        figure.save_panel(results, prompts, what, folder / "readme.png", title=document.README_TITLE)
 
 
 def named_runs(name: str | None, runs: list[str]) -> Experiment:
@@ -99,6 +112,7 @@ def parse() -> argparse.Namespace:
     add("--model", help="where an experiment was run with several")
     add("--out", type=Path, default=Path("docs/evidence/results"), help="folder for NAME.json, NAME.png and NAME.svg")
     add("--pages", action="store_true", help="write the tables of OUT/index.md and of a page for each experiment")
+    add("--figures", action="store_true", help="draw the figure of each experiment again")
     add("--readme", type=Path, help="the README, whose table of results over seeds is written from them")
     return parser.parse_args()
 

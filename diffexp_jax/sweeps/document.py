@@ -22,6 +22,9 @@ README_ROWS = {  # name of the results: what the README calls them
     "fig4_alignprop_pickscore-emoji_hard": "135 prompts, AlignProp as published",
     "fig4_alignprop_pickscore-emoji_hard-0488ac": "135 prompts, AlignProp, gradient stopped",
 }
+# The README's figure: of these results, prompts and measure; its title
+README_FIGURE = ("fig4_ddpo_pickscore-emoji_hard", "animal_activities", "emoji_judge")
+README_TITLE = "DDPO, 135 prompts: images with the right animal and object"
 INDEX, OVERVIEW = "index.md", "all"  # the page of all experiments, and what is written into it
 
 

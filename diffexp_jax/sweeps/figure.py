@@ -11,35 +11,67 @@ from diffexp_jax.sweeps.tables import bin_name, gains_by_share, measured
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import PercentFormatter  # noqa: E402
 
 from diffexp_jax.report import plain  # noqa: E402
+from diffexp_jax.report.page import SERIES  # noqa: E402
 from diffexp_jax.sweeps.comparison import mean_over_seeds  # noqa: E402
 
 WIDTH, HEIGHT = 5.2, 3.8  # inches of a panel
 COLUMNS = 3
+MOST_BANDS = 3  # arms whose intervals can be told apart as bands; of more the tables have them
+OPTIONS = {"font.size": 9}
+COLOURS = (*SERIES, "#e377c2", "#17becf", "#bcbd22")
 
 
 def save(results: Mapping[str, Any], stem: Path) -> None:
-    """Writes STEM.png and STEM.svg; nothing is smoothed, in no arm."""
+    """Writes STEM.png and STEM.svg: a panel for each curve, one legend; nothing is smoothed, in no arm."""
     panels = panels_of(results)
     shares = share_bars(results)
     n = len(panels) + bool(shares)
     columns = min(COLUMNS, n)
     rows = -(-n // columns)
-    with plt.rc_context({"svg.hashsalt": results["name"], "font.size": 9}):
-        figure, axes = plt.subplots(rows, columns, figsize=(WIDTH * columns, HEIGHT * rows), squeeze=False)
+    with plt.rc_context({"svg.hashsalt": results["name"]} | OPTIONS):
+        size = {"figsize": (WIDTH * columns, HEIGHT * rows), "layout": "constrained"}
+        figure, axes = plt.subplots(rows, columns, squeeze=False, **size)
         for axis in axes.flat[n:]:
             axis.set_axis_off()
         for axis, (kind, curve, title) in zip(axes.flat, panels, strict=False):
             draw_curves(axis, results, kind, curve, title)
         if shares:
-            draw_bars(axes.flat[len(panels)], shares, results["prompts"])
-        axes.flat[0].legend(fontsize=8)
-        figure.tight_layout()
+            draw_bars(axes.flat[len(panels)], shares, results)
+        bands = "bands: 95 % intervals" if has_bands(results) else "95 % intervals: see the tables"
+        title = f"means over seeds (their number in brackets); {bands}"
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        options = {"loc": "outside upper center", "ncols": min(len(labels), 5), "frameon": False}
+        figure.legend(handles, labels, title=title, **options)
         stem.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(f"{stem}.png", dpi=110, metadata={"Software": None})
         figure.savefig(f"{stem}.svg", metadata={"Date": None})  # the same file each time
         plt.close(figure)
+
+
+def save_panel(results: Mapping[str, Any], prompts: str, what: str, path: Path, *, title: str) -> None:
+    """Writes one of the panels as a PNG: large letters, for a page where it is small."""
+    with plt.rc_context(OPTIONS | {"font.size": 13}):
+        figure, axis = plt.subplots(figsize=(8.0, 3.6), layout="constrained")
+        draw_curves(axis, results, "evaluation", f"eval/{prompts}/{what}", title, evaluations=False)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        plt.close(figure)
+
+
+def colours(results: Mapping[str, Any]) -> dict[str, str]:
+    """{arm: its colour}, the same in curves and bars."""
+    others = [arm for arm in results["arms"] if arm != results["baseline"]]
+    return {results["baseline"]: "black"} | {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(others)}
+
+
+def has_bands(results: Mapping[str, Any]) -> bool:
+    return len(results["arms"]) <= MOST_BANDS
 
 
 def panels_of(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -53,29 +85,33 @@ def every_curve(results: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]
     return [seed["curves"][kind] for arm in results["arms"].values() for seed in arm["seeds"].values()]
 
 
-def draw_curves(axis: Any, results: Mapping[str, Any], kind: str, curve: str, title: str) -> None:
-    """Mean and interval over seeds of each arm, over reward queries; UNet evaluations above."""
+def draw_curves(
+    axis: Any, results: Mapping[str, Any], kind: str, curve: str, title: str, *, evaluations: bool = True
+) -> None:
+    """Mean over seeds of each arm, and of a few arms the interval, over reward queries; UNet evaluations above."""
+    colour_of = colours(results)
     for arm, content in results["arms"].items():
         runs = [seed["curves"][kind] for seed in content["seeds"].values()]
         length = min(len(run[curve]) for run in runs)
         x = runs[0]["reward_queries"][:length]
         points = [mean_over_seeds([run[curve][i] for run in runs]) for i in range(length)]
-        style = {"linestyle": "--", "color": "black"} if arm == results["baseline"] else {}
-        (line,) = axis.plot(x, [p.mean for p in points], label=plain(f"{arm} ({len(runs)})"), linewidth=1.3, **style)
-        if len(runs) > 1:
+        style = {"linestyle": "--" if arm == results["baseline"] else "-"}
+        style |= {"color": colour_of[arm], "linewidth": 1.4, "label": plain(f"{arm} ({len(runs)})")}
+        axis.plot(x, [p.mean for p in points], **style)
+        if len(runs) > 1 and has_bands(results):
             low, high = ([getattr(p, side) for p in points] for side in ("low", "high"))
-            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            axis.fill_between(x, low, high, color=colour_of[arm], alpha=0.15, linewidth=0)
     axis.set(title=plain(title), xlabel="reward queries (images)")
     axis.grid(alpha=0.3)
     factor = unet_evaluations_per_query(results)
-    if factor:
+    if factor and evaluations:
         above = axis.secondary_xaxis("top", functions=(lambda x: x * factor, lambda x: x / factor))
         above.tick_params(labelsize=7)
         above.set_xlabel("UNet evaluations", fontsize=7)
 
 
 def unet_evaluations_per_query(results: Mapping[str, Any]) -> float | None:
-    """None where the arms differ in it."""
+    """None where the arms differ in it, as where guidance is low for more steps of one."""
     curves = every_curve(results, "training")
     factors = {run["unet_evaluations"][-1] / run["reward_queries"][-1] for run in curves}
     return factors.pop() if len(factors) == 1 else None
@@ -87,18 +123,25 @@ def share_bars(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]
     return {arm: sets[prompts]["bins"] for arm, sets in found.items() if prompts in sets}
 
 
-def draw_bars(axis: Any, shares: Mapping[str, list[Mapping[str, Any]]], prompts: str) -> None:
-    """Each arm minus the baseline, by how often the base model succeeds."""
-    names = [bin_name(one) for one in next(iter(shares.values()))]
+def draw_bars(axis: Any, shares: Mapping[str, list[Mapping[str, Any]]], results: Mapping[str, Any]) -> None:
+    """Each arm minus the baseline, by how often the base model succeeds; groups of prompts that no arm has are left
+    out."""
+    there = [i for i, _ in enumerate(next(iter(shares.values()))) if any(has_gain(bins[i]) for bins in shares.values())]
+    shares = {arm: [bins[i] for i in there] for arm, bins in shares.items()}
+    names, colour_of = [bin_name(one) for one in next(iter(shares.values()))], colours(results)
     for i, (arm, bins) in enumerate(shares.items()):
         x = np.arange(len(bins)) + (i - (len(shares) - 1) / 2) * 0.8 / len(shares)
         mean, low, high = (np.array([one["gain"][k] for one in bins], float) for k in range(3))
         spread = None if np.isnan(low).any() else 100 * np.maximum([mean - low, high - mean], 0.0)
-        axis.bar(x, 100 * mean, 0.8 / len(shares), yerr=spread, capsize=2, label=plain(arm))
+        axis.bar(x, 100 * mean, 0.8 / len(shares), yerr=spread, capsize=2, color=colour_of[arm])
     counts = [one["prompts"] for one in next(iter(shares.values()))]
     axis.set_xticks(range(len(names)), [f"{name}\n{n} prompts" for name, n in zip(names, counts, strict=True)])
     axis.axhline(0, color="black", linewidth=0.8)
-    title = plain(f"gain over the baseline, {prompts}")
+    title = plain(f"gain over the baseline, {results['prompts']}")
     axis.set(title=title, ylabel="percentage points", xlabel="base model succeeds in")
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(fontsize=8)
+
+
+def has_gain(one: Mapping[str, Any]) -> bool:
+    """Whether a group of prompts has a mean to draw."""
+    return one["gain"] is not None and one["gain"][0] is not None and np.isfinite(one["gain"][0])

@@ -232,6 +232,10 @@ def test_the_figure(scripts, results, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with Image.open(tmp_path / "a" / "x.png") as image:
         assert image.size == (round(3 * 5.2 * 110), round(2 * 3.8 * 110))
+    prompts, what = next(iter(results["base"].items()))[0], "emoji_judge"
+    scripts.figure.save_panel(results, prompts, what, tmp_path / "panel.png", title="a title")
+    with Image.open(tmp_path / "panel.png") as image:
+        assert image.size == (880, 396)
     assert scripts.figure.unet_evaluations_per_query(results) == 8.0
 
 
@@ -310,7 +314,7 @@ def test_runs_by_hand(command_line, sweeps, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ([], "nothing to do: give --experiment, runs as NAME=FOLDER, --pages or --readme"),
+        ([], "nothing to do: give --experiment, runs as NAME=FOLDER, --pages, --figures or --readme"),
         (["--experiment=fig1", "--sweeps={0}"], "--experiment fig1: {0}/experiments has no such one: fig4_mine-emoji"),
         (["--experiment=fig1", "--sweeps={0}/no"], "--experiment fig1: {0}/no/experiments has no such one: none"),
         (
