@@ -4,6 +4,9 @@ model is a name of models.py; reward and prompts are what `config.reward` and `c
 is true or false.
 """
 
+import difflib
+from collections.abc import Iterable
+
 import ml_collections
 
 from configs import base
@@ -18,11 +21,13 @@ def parse(argument: str | None) -> dict[str, str]:
     for item in filter(None, (argument or "").split(",")):
         key, equals, value = item.partition("=")
         if not equals or key not in ARGUMENTS:
-            raise ValueError(f"config argument {item!r}: accepted: {', '.join(f'{k}=...' for k in ARGUMENTS)}")
+            accepted = ", ".join(f"{k}=..." for k in ARGUMENTS)
+            raise ValueError(f"config argument {item!r}: accepted: {accepted}{did_you_mean(key, ARGUMENTS)}")
         chosen[key] = value
     for key, accepted in (("model", MODELS), ("explore", ("true", "false"))):
         if chosen[key] not in accepted:
-            raise ValueError(f"config argument {key}={chosen[key]!r}: accepted: {', '.join(accepted)}")
+            near = did_you_mean(chosen[key], accepted)
+            raise ValueError(f"config argument {key}={chosen[key]!r}: accepted: {', '.join(accepted)}{near}")
     return chosen
 
 
@@ -34,3 +39,9 @@ def structured(argument: str | None) -> tuple[ml_collections.ConfigDict, dict[st
     config.reward, config.prompts = chosen["reward"], chosen["prompts"]
     config.exploration.enabled = chosen["explore"] == "true"
     return config, chosen
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error about a word: the nearest two of the known ones, if they are near."""
+    near = difflib.get_close_matches(word, list(known), 2)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

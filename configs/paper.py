@@ -44,7 +44,7 @@ Weights, DrawBench and PartiPrompts cannot be shipped. They are looked for, the 
 import re
 
 from configs import alignprop, ddpo
-from configs.arguments import parse
+from configs.arguments import did_you_mean, parse
 from configs.models import MINIATURES
 
 _DOLPHIN = "a dolphin riding a bike"
@@ -122,7 +122,10 @@ def get_config(argument: str | None = None):
     if name == "fig3":
         raise ValueError(f"fig3 trains nothing; it is {samplers(','.join(['model=sd15', *options]))}")
     if name not in EXPERIMENTS:
-        raise ValueError(f"config argument {name!r}: accepted: {accepted(name)}, each also with ,explore= and ,model=")
+        near = did_you_mean(name, EXPERIMENTS)
+        raise ValueError(
+            f"config argument {name!r}: accepted: {accepted(name)}, each also with ,explore= and ,model={near}"
+        )
     usual, algorithm, task, changes = EXPERIMENTS[name]
     options = ",".join([f"model={usual}", *options])
     model = parse(options)["model"]

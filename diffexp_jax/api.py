@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffexp_jax import config_files, paths, settings, train
+from diffexp_jax import backend, config_files, paths, settings, train
 from diffexp_jax.errors import InputError, Stopped
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.models.lora import save_lora
@@ -20,6 +20,7 @@ from diffexp_jax.report.grids import draw_grid
 from diffexp_jax.report.run import lora_prefix
 from diffexp_jax.run.checkpoint import NEWEST, read_lora
 from diffexp_jax.run.metrics import read_metrics
+from diffexp_jax.settings.names import known_keys, no_such_key
 
 __all__ = ["Evaluator", "InputError", "Stopped", "config", "export_lora", "fine_tune", "grid", "load", "metrics"]
 
@@ -36,7 +37,10 @@ def config(name: str = "alignprop", changes: Mapping[str, Any] = {}, **arguments
     """
     words = {key: str(x).lower() if isinstance(x, bool) else str(x) for key, x in arguments.items()}
     text = ",".join(f"{key}={value}" for key, value in words.items())
-    file = config_files.module(name)
+    file, known = config_files.module(name), known_keys()
+    for key in changes:
+        if key not in known:
+            raise InputError(f"config {name!r}: {no_such_key(key)}")
     with config_files.mistakes_in(f"config {name!r}"):
         chosen = file.get_config(text).lock()
         chosen.update_from_flattened_dict(changes)
@@ -67,12 +71,21 @@ def fine_tune(config: ConfigDict, workdir: str | Path) -> Evaluator:
       InputError: a setting that cannot work; Stopped: Ctrl-C, after which the same call resumes.
     """
     folder = paths.local("workdir", workdir)
+    backend.set_cpu_devices(settings.cpu_devices(settings.parsed(config)))
     train.run(config, folder)
     return Evaluator.of_run(folder)
 
 
 def metrics(workdir: str | Path) -> dict[str, Float[np.ndarray, " N"]]:
-    """A run's metrics.jsonl by column: a number for each iteration from 0 on, NaN where a row has none."""
+    """A run's metrics.jsonl by column: a number for each iteration from 0 on, NaN where a row has none.
+
+    Row 0 is of the untuned model, before the first iteration: it has evaluations and no rewards.
+
+    Raises:
+      InputError: there is no run.
+    """
+    if not (Path(workdir) / "metrics.jsonl").is_file():
+        raise InputError(f"{workdir}: no metrics.jsonl there; wants the workdir of a run")
     rows = read_metrics(Path(workdir))
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: np.array([row.get(name, np.nan) for row in rows], float) for name in names}

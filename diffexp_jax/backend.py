@@ -87,6 +87,11 @@ def device_memory() -> int | None:
     return limits.get("bytes_limit")
 
 
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: all
+
+
 def processor() -> str:
     """The CPU's name, and the widest vectors that it has."""
     try:
@@ -101,9 +106,9 @@ def processor() -> str:
 def machine() -> dict[str, str]:
     """What results are reported with: the devices in words, and the versions of what computes."""
     kind = processor() if platform() == "cpu" else jax.local_devices()[0].device_kind
-    cores = f", {len(os.sched_getaffinity(0))} cores" if platform() == "cpu" else ""
+    on = f", {cores()} cores" if platform() == "cpu" else ""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    return {"devices": f"{jax.device_count()} x {kind}{cores}", "python": system.python_version()} | versions
+    return {"devices": f"{jax.device_count()} x {kind}{on}", "python": system.python_version()} | versions
 
 
 def set_cpu_devices(n: int) -> None:

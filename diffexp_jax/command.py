@@ -4,7 +4,6 @@ import _thread
 import argparse
 import ast
 import contextlib
-import difflib
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any, NoReturn
@@ -20,29 +19,10 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from diffexp_jax import config_files, output, paths
-from diffexp_jax.errors import HostError, InputError, RewardError, Stopped, printable
+from diffexp_jax.errors import HostError, InputError, RewardError, Stopped, did_you_mean, first_line, printable
 
 _LONGEST = 1000  # characters of an error
 LISTS = ("eval.prompts", "eval.rewards", "lora.targets")  # settings that a flag may give as words, separated by commas
-# What other trainers call a setting
-_ALSO_KNOWN_AS = {
-    "learning_rate": "optim.lr",
-    "max_grad_norm": "optim.grad_clip",
-    "adam_beta1": "optim.b1",
-    "adam_beta2": "optim.b2",
-    "batch_size": "batch.samples",
-    "train_batch_size": "batch.samples_per_forward",
-    "guidance_scale": "sampling.guidance",
-    "num_steps": "sampling.steps",
-    "num_inference_steps": "sampling.steps",
-    "num_epochs": "iterations",
-    "num_inner_epochs": "ddpo.inner_epochs",
-    "clip_range": "ddpo.clip",
-    "adv_clip_max": "ddpo.advantage_clip",
-    "resolution": "model.image_size",
-    "save_freq": "checkpoint.every",
-    "pretrained_model_name_or_path": "model.path",
-}
 
 
 @output.lasting()
@@ -110,10 +90,13 @@ def _interrupt_again(thread: int, code: CodeType) -> None:
 
 
 def never_fail_to_print() -> None:
-    """What the terminal's encoding lacks (PYTHONIOENCODING=ascii, a name that is not UTF-8) is printed as \\u00e9."""
+    """What the terminal's encoding lacks (PYTHONIOENCODING=ascii, a name that is not UTF-8) is printed as \\u00e9.
+
+    Each line is there at once, in a file too: who follows a run's log must not wait for a full buffer.
+    """
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:  # a notebook's has none
-            reconfigure(errors="backslashreplace")
+            reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def quiet_interrupt() -> None:
@@ -204,6 +187,8 @@ def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
             error = error.__context__
         if isinstance(error, KeyError | AttributeError):
             error = InputError(f"config: {_unknown_key(argv, error)}")
+        if isinstance(error, flags.UnrecognizedFlagError):
+            error = InputError(_unknown_flag(error))
         if isinstance(error, OSError):  # a line for each place where the file was looked for
             error = InputError(f"config: {_unread_file(str(error).splitlines()[-1].strip())}")
         fail(2, error)
@@ -211,7 +196,11 @@ def parse_flags(argv: list[str], config: flags.FlagHolder) -> list[str]:
 
 def _unread_file(reason: str) -> str:
     missing = re.search("No such file or directory: '(.*)'", reason)
-    return f"{missing[1]}: no such file; accepted: a path, {', '.join(config_files.names())}" if missing else reason
+    if not missing:
+        return reason
+    names = config_files.names()
+    near = did_you_mean(Path(missing[1]).stem, names)
+    return f"{missing[1]}: no such file; accepted: a path, {', '.join(names)}{near}"
 
 
 def _with_config_files(argv: list[str]) -> list[str]:
@@ -249,24 +238,19 @@ def _is_literal(text: str) -> bool:
 
 def _unknown_key(argv: list[str], error: Exception) -> str:
     """The error message about a setting that does not exist."""
-    from diffexp_jax.settings import Settings, flat  # seconds to import: only where they are needed
+    from diffexp_jax.settings.names import known_keys, no_such_key  # seconds to import: only where they are needed
 
-    known = flat(Settings()).keys()
+    known = known_keys()
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
         if match and match[1] not in known:
-            near = _nearest(match[1], known)
-            return f"no such key {match[1]!r}" + (f"; did you mean {near!r}?" if near else "")
+            return no_such_key(match[1])
     return str(error)
 
 
-def _nearest(key: str, known: Collection[str]) -> str | None:
-    """The setting that is meant: by another name, in another section, or mistyped."""
-    section, _, leaf = key.rpartition(".")
-    if leaf in _ALSO_KNOWN_AS:
-        return _ALSO_KNOWN_AS[leaf]
-    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
-    mistyped = difflib.get_close_matches(key, known, 1, 0.8)
-    leaves = {name.rpartition(".")[2]: name for name in sorted(known) if name.startswith(f"{section}.") or not section}
-    close = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
-    return next(iter([*sorted(elsewhere)[:1], *mistyped, *close]), None)
+def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
+    """The error message about a flag that does not exist: it may be a setting without `config.`."""
+    from diffexp_jax.settings.names import nearest
+
+    key = None if "Did you mean" in str(error) else nearest(error.flagname)
+    return f"no such flag --{error.flagname}; did you mean --config.{key}?" if key else first_line(error)

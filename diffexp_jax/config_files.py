@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from diffexp_jax.errors import InputError, first_line
+from diffexp_jax.errors import InputError, did_you_mean, first_line
 
 # Folders that have configs/: the repository, and where setup.py puts it in an installed package
 _PLACES = (Path(__file__).parents[1], Path(__file__).parent / "_installed")
@@ -44,7 +44,10 @@ def module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != f"configs.{name}":
             raise
-        raise InputError(f"configs/{name}.py: no such file; accepted: {', '.join(names())}") from None
+        accepted = names()
+        raise InputError(
+            f"configs/{name}.py: no such file; accepted: {', '.join(accepted)}{did_you_mean(name, accepted)}"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """What ends a program with one clear line, and its exit code; and what an error says, in part of a line."""
 
+import difflib
 import textwrap
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -30,6 +32,12 @@ class Stopped(Exception):
     def __init__(self, iteration: int, number: int):
         super().__init__(f"stopped after iteration {iteration}, which is saved; the same command continues")
         self.exit_code = 128 + number
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """The end of an error about a word that is none of the known ones: the nearest two; "" where none is near."""
+    near = difflib.get_close_matches(str(word), [str(name) for name in known], 2)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

@@ -195,9 +195,8 @@ class Experiment(NamedTuple):
         split, group, hosts = self.split, self.settings.batch.group, parallel.number_of_hosts()
         devices = f"{split.devices} devices" + (f" of {hosts} hosts" if hosts > 1 else "")
         return (
-            f"{split.samples} samples = {devices} x {split.chunks} chunks x {split.per_forward} samples per forward "
-            f"pass ({split.chunks // split.updates} chunks to each of {split.updates} updates), "
-            f"{split.samples // group} prompts x {group}"
+            f"{split.samples} samples = {devices} x {split.updates} updates x {split.chunks // split.updates} forward "
+            f"passes x {split.per_forward} samples, of {split.samples // group} prompts x {group}"
         )
 
     def explores(self, it: int) -> bool:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, did_you_mean
 
 
 class Number(NamedTuple):
@@ -85,7 +85,8 @@ def check_text(name: str, value: Any) -> None:
 def one_of(key: str, value: Any, accepted: Collection[str | None]) -> None:
     """Raises InputError where the value is none of these."""
     if value not in accepted:
-        raise InputError(f"{key}={value!r}: accepted: {', '.join(map(str, accepted))}")
+        listed = ", ".join(map(str, accepted))
+        raise InputError(f"{key}={value!r}: accepted: {listed}{did_you_mean(value, accepted)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- settings

@@ -93,6 +93,21 @@ class Sampler(NamedTuple):
         t = process.timesteps(self.n_steps)
         return measured(t, self.exploration.threshold_of, noise_level=process.noise_level)
 
+    def count_low_steps(self) -> int:
+        """How many steps have another guidance under Eq. 7 than without it."""
+        return int((np.asarray(self.steps(explore=True).w_t) != np.asarray(self.steps(explore=False).w_t)).sum())
+
+    def warn_of_no_schedule(self) -> None:
+        """Warns where Eq. 7 is asked for and changes no step: with few steps none may be above the threshold."""
+        e = self.exploration
+        if e.w_low != self.guidance and e.t_thresh < 1000 and not self.count_low_steps():
+            first = np.max(self.noise_left())
+            logging.warning(
+                "t_thresh %d is above all %d steps, of which the first is at t=%.0f: guidance is never low; wants a "
+                "smaller threshold, or more steps",
+                *(e.t_thresh, self.n_steps, first),
+            )
+
     def evaluations(self, *, explore: bool) -> int:
         """UNet evaluations of a sample: at each step both halves of the guidance, or the one that counts."""
         return int(self.pipeline.evaluations(np.asarray(self.steps(explore=explore).w_t)).sum())

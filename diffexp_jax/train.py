@@ -62,7 +62,10 @@ def run(config: ConfigDict | Settings, workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(paths.local("compilation_cache=", cache)))
 
     # --------------------------------------------------------------------- model, rewards, prompts, compiled programs
+    print(f"{settings.algorithm} on {settings.model.path}: loading the model, the rewards and the prompts")
     experiment = parallel.together(lambda: Experiment.build(settings))
+    if settings.exploration.enabled:
+        experiment.sampler.warn_of_no_schedule()
     lora, identity = experiment.initial_lora(), experiment.identity()
     parallel.check_same("model, reward or prompts", str(identity))
     with parallel.on_first(lambda: workdirs.claim(workdir, settings, identity, describe(experiment))) as lease:
@@ -93,6 +96,8 @@ def resume_and_train(run: Run, state: Any, changes: list[str]) -> Any:
         writer.continue_from(start, checkpoints.rows_of(start))
         state = parallel.replicate(state)
         if start is None:
+            if settings.eval.every or log.images_every:
+                print("compiling, and evaluating the untuned model: a minute or more", flush=True)
             values = evaluate_and_draw(run, state.tuned, 0)
             writer.write(0, values)
             checkpoints.save(0, parallel.first(state), rows=writer.recent, score=score_of(values, best))
@@ -109,6 +114,7 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
     """
     every, end, held = run.settings.checkpoint.every, run.settings.iterations, parallel.first(state)
     print(f"an iteration: {run.experiment.batch_in_words()}")
+    print("compiling: the first iteration takes longer than the others, on a large model by minutes", flush=True)
     bar = Progress(start, end)
     for it in bar:
         if it <= start + 1:
@@ -132,11 +138,13 @@ def train(run: Run, state: Any, start: int, checkpoints: Checkpoints, writer: Me
         if due or number or failed or checkpoints.is_best(score):
             checkpoints.save(it + 1, held, rows=writer.recent, score=score)
         checkpoints.check()
-        if failed or (number and it + 1 < end):
-            raise failed or Stopped(it + 1, number)
-        workdirs.check(run.lease)
-        if due and parallel.is_first():
-            report.refresh(run.workdir)
+        ended = failed or (Stopped(it + 1, number) if number and it + 1 < end else None)
+        if not ended:
+            workdirs.check(run.lease)
+        if (due or ended) and parallel.is_first():
+            report.refresh(run.workdir, at_once=ended is not None)
+        if ended:
+            raise ended
     return state
 
 

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Builds the documents in docs/ as a site, in site/. A broken link or anchor is an error.
-#   bash scripts/docs.sh [serve]      serve: shows it at http://127.0.0.1:8000 and again after each change
+#   bash scripts/docs.sh [serve]      open site/index.html; serve: shows it at http://127.0.0.1:8000 and again after each change
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=.venv/bin/python
-[ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
+. tools/machine/venv.sh # sets python
 if ! "$python" -c "import material, latex2mathml" 2> /dev/null; then
-  mapfile -t needed < <(grep -E "^(mkdocs-material|latex2mathml)==" requirements-test.txt | cut -d " " -f 1)
-  "$python" -m pip install --disable-pip-version-check "${needed[@]}"
+  grep -E "^(mkdocs-material|latex2mathml)==" requirements-test.txt | cut -d " " -f 1 \
+    | xargs "$python" -m pip install --disable-pip-version-check
 fi
 export NO_MKDOCS_2_WARNING=1
 exec "$python" -m mkdocs "${1:-build}" --strict

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Installs into .venv and fine-tunes the emoji model by AlignProp with DiffExp's exploration.
 #   bash scripts/quickstart.sh [WORKDIR] [further flags of diffexp_jax.train]
+# PYTHON=python3.12 before it says which Python makes .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 workdir=${1:-runs/quickstart}
-python=.venv/bin/python
-[ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
+. tools/machine/venv.sh # sets python
 stamp=.venv/requirements.installed
 if ! cmp -s requirements.txt "$stamp"; then
   "$python" -m pip install --disable-pip-version-check -r requirements.txt

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 jax.config.update("jax_platforms", "cpu")  # what a sweep computes is little; accelerators are for its runs
 
+from diffexp_jax import backend  # noqa: E402
 from diffexp_jax.errors import InputError  # noqa: E402
 from diffexp_jax.formats.files import write_whole  # noqa: E402
 from diffexp_jax.limits import check_number, whole  # noqa: E402
@@ -92,7 +93,7 @@ def processes(asked: int | None, n_runs: int, kind: str, n_devices: int) -> tupl
     A run on each core of a CPU, or on each GPU, is faster than one on all. One that has begun on one device stays
     there, also when it is the last that is left: with another number of devices last bits differ.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = backend.cores()
     if asked is None:
         asked = {"cpu": cores, "gpu": n_devices}.get(kind, 1) if n_runs > 1 else 1
     return asked, 1 if asked > 1 and kind == "cpu" else None

@@ -3,8 +3,7 @@
 #   bash scripts/test.sh [arguments of pytest, e.g. -m slow]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=.venv/bin/python
-[ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
+. tools/machine/venv.sh # sets python
 stamp=.venv/requirements-test.installed
 if ! cat requirements.txt requirements-test.txt | cmp -s - "$stamp"; then
   # torch first and alone: a later package would otherwise pull another build of it

@@ -53,13 +53,19 @@ def test_fine_tune_metrics_and_export(tiny_model, tmp_path):
     "arguments, said",
     [
         (("dppo",), "^configs/dppo.py: no such file; accepted: alignprop, awm, ddpo, .*paper, "),
-        (("ddpo", {"optim.lrr": 1.0}), "^config 'ddpo': .*lrr"),
+        (("aligprop",), "; did you mean 'alignprop'\\?$"),
+        (("ddpo", {"optim.lrr": 1.0}), "^config 'ddpo': no such key 'optim.lrr'; did you mean 'optim.lr'\\?$"),
         (("ddpo", {"optim.lr": "fast"}), "^config 'ddpo': .*"),
     ],
 )
 def test_mistakes_in_a_config(arguments, said):
     with pytest.raises(dx.InputError, match=said):
         dx.config(*arguments)
+
+
+def test_metrics_of_no_run(tmp_path):
+    with pytest.raises(dx.InputError, match="no metrics.jsonl there; wants the workdir of a run"):
+        dx.metrics(tmp_path)
 
 
 def test_mistakes_in_a_configs_arguments():

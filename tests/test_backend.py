@@ -1,10 +1,13 @@
 """What is asked of the machine."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from diffexp_jax import backend
 
 # 200 MB in blocks that a heap keeps, freed but for the last one
 FREED_IN_A_HEAP = """
@@ -29,3 +32,10 @@ print(before - resident())
 def test_free_memory_of_the_heaps_goes_back():
     found = subprocess.run([sys.executable, "-c", FREED_IN_A_HEAP], capture_output=True, text=True, check=True)
     assert int(found.stdout) > 150e6
+
+
+def test_cores_where_a_process_cannot_ask_for_its_own(monkeypatch):
+    """As on macOS."""
+    assert backend.cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert backend.cores() == os.cpu_count()

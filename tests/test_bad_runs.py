@@ -45,7 +45,12 @@ from diffexp_jax.settings import checked
         ("alignprop", "alignprop.truncation", "all", "'all': accepted: uniform, per_step, fixed, none"),
         ("alignprop", "alignprop.truncation_k", 5, "alignprop.truncation_k=5: wants 1..4"),
         ("alignprop", "batch.samples", 0, "batch.samples=0: wants 1..1048576"),
-        ("alignprop", "batch.samples_per_forward", 3, "wants a divisor of the 8 samples"),
+        (
+            "alignprop",
+            "batch.samples_per_forward",
+            3,
+            "wants batch.samples_per_forward to divide 8, or batch.samples a multiple of ",
+        ),
         ("ddpo", "ddpo.updates", 3, "batch.samples=8: wants a multiple of devices x updates = 1 x 3"),
         ("ddpo", "ddpo.stats_min_count", 5, "ddpo.stats_min_count=5: wants 1..4"),
         ("ddpo", "eval.every", -1, "eval.every=-1: wants 0..10000000"),

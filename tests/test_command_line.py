@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
@@ -70,10 +71,43 @@ def test_list(command_line, capsys, arguments):
     assert all(name in said for name in ("alignprop", "emoji_pickscore", "animals_unseen", "sdxl"))
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(capsys, flag):
+    """In our words, with exit code 0; every flag of the program is there."""
+    with pytest.raises(SystemExit) as end:
+        cli_train.parse_flags(["train", flag])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and max(map(len, said.splitlines())) <= 120
+    names = ("config", "config.KEY=VALUE", "workdir", "dry_run", "target", "list", "list=settings")
+    assert all(f"--{name}" in said for name in names)
+
+
+@pytest.mark.parametrize(
+    "config, path, warned",
+    [("model=emoji", "mine", True), ("", "mine", True), ("model=sd15", "mine", False), ("", "emoji_hard", False)],
+)
+def test_a_model_of_another_size(monkeypatch, caplog, config, path, warned):
+    """The config's model sets sizes and rates too; another path alone does not."""
+    monkeypatch.setattr(sys, "argv", ["train", f"{CONFIG}:{config}", f"--config.model.path={path}"])
+    with flagsaver.flagsaver():
+        cli_train.parse_flags(sys.argv)
+        cli_train.warn_of_sizes(flags.FLAGS["config"])
+    said = "model.path=mine: steps, batch, learning rate, clip and evaluation are those for emoji"
+    assert (said in caplog.text) == warned
+
+
 @pytest.mark.parametrize(
     "arguments, parts",
     [
         ([f"{CONFIG}:model=sd99"], ["model='sd99'", "accepted: emoji, emoji_hard, sd15, sd21, sdxl"]),
+        ([f"{CONFIG}:model=emojii"], ["model='emojii'", "did you mean 'emoji' or 'emoji_hard'?"]),
+        ([f"{CONFIG}:reward=pickscor", "--workdir=x"], ["unknown reward 'pickscor'", "did you mean 'pickscore' or"]),
+        ([f"{CONFIG}:prompts=animal_activites", "--workdir=x"], ["did you mean 'animal_activities' or"]),
+        ([CONFIG, "--optim.lr=1"], ["no such flag --optim.lr; did you mean --config.optim.lr?"]),
+        ([CONFIG, "--learning_rate=1"], ["no such flag --learning_rate; did you mean --config.optim.lr?"]),
+        ([CONFIG, "--config.exploration.w_high=7"], ["'exploration.w_high'; did you mean 'sampling.guidance'?"]),
+        ([CONFIG, "--workdir=x", "--config.algorithm=dppo"], ["algorithm='dppo'", "did you mean 'dpok' or 'ddpo'?"]),
+        (["--config=aligprop"], ["config: aligprop: no such file", "did you mean 'alignprop'?"]),
         ([f"{CONFIG}:modle=emoji"], ["'modle=emoji'", "accepted: model=..., reward=..., prompts=..., explore=..."]),
         ([f"{CONFIG}:emoji"], ["'emoji'", "accepted: model=..."]),
         ([f"{CONFIG}:explore=yes"], ["explore='yes'", "accepted: true, false"]),

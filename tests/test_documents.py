@@ -156,7 +156,7 @@ def test_the_first_hour(tmp_path):
     assert tuned > base + 0.5, (base, tuned)  # 27 and 93 to 96 %
     with open(folder / "samples" / "dog.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12 and {row["prompt"] for row in rows} == {"a dog riding a bike"}
+    assert len(rows) == 24 and {row["prompt"] for row in rows} == {"a dog riding a bike"}  # without and with the LoRA
     assert max(float(row["emoji_judge"]) for row in rows) == 1.0  # a bike can be seen
     for name in ("dog", "explored"):
         with Image.open(folder / "samples" / name / "grid.png") as grid:

@@ -71,15 +71,24 @@ def test_a_target_that_makes_no_sense(value):
     ],
 )
 def test_devices_of_a_cpu(monkeypatch, cores, changes, devices):
-    monkeypatch.setattr(settings.checks.os, "sched_getaffinity", lambda pid: range(cores))
+    monkeypatch.setattr(backend, "cores", lambda: cores)
     config = config_with("seed", 0)
     config.update_from_flattened_dict(changes)
     assert settings.cpu_devices(parsed(config)) == devices
 
 
+def test_a_shipped_model_is_given_captions(caplog):
+    """Bare names are for Stable Diffusion; a run is told so, before anything is loaded."""
+    names = ("animals", "animals_with_article", "animals_unseen")
+    settings.warn_of_bare_names("hub:a/b", names)
+    assert not caplog.text
+    settings.warn_of_bare_names("emoji", names)
+    assert caplog.text.count("bare names") == 2 and "wants animals_unseen_with_article" in caplog.text
+
+
 def test_devices_of_a_cpu_for_a_large_model(monkeypatch, tmp_path):
     """Two copies at most of a model that takes an eighth of the memory."""
-    monkeypatch.setattr(settings.checks.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(backend, "cores", lambda: 8)
     monkeypatch.setattr(backend, "host_memory", lambda: 8000)
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "model.safetensors").write_bytes(bytes(1000))

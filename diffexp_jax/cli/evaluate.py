@@ -22,7 +22,7 @@ from diffexp_jax.prompts import load_prompt_sets
 from diffexp_jax.rewards import check_trusted
 from diffexp_jax.rewards.scoring import check_scores, summary
 from diffexp_jax.run import checkpoint
-from diffexp_jax.settings import Settings, as_dict, changed, cpu_devices, read_config
+from diffexp_jax.settings import Settings, as_dict, changed, cpu_devices, read_config, warn_of_bare_names
 
 
 def main(args: argparse.Namespace) -> None:
@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> None:
     if settings.deterministic:
         backend.ask_for_determinism()
     prompt_sets = load_prompt_sets(settings.eval.prompts)
+    warn_of_bare_names(settings.model.path, settings.eval.prompts)
     _, _, rewards = load_rewards(settings)
     options = {"lora_scale": args.lora_scale, "rewards": rewards, "batch": args.batch}
     tuned = Evaluator.of_run(args.workdir, args.checkpoint, settings=settings, **options)

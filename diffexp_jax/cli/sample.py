@@ -27,6 +27,7 @@ from diffexp_jax.formats.tokenizers import check_text
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.prompts.files import comma_phrases
 from diffexp_jax.sampling import check_latents
+from diffexp_jax.settings import warn_of_bare_names
 from diffexp_jax.task import Task
 
 MOST_ROWS = 12  # of a grid that compares
@@ -46,6 +47,7 @@ class Variant(NamedTuple):
 def main(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     prompts = chosen_prompts(args)
+    warn_of_bare_names(settings.model.path, [args.prompts])
     latents = read_latents(args.latents) if args.latents else None
     if latents is not None and args.num_images == 1 and len(prompts) == 1:
         args.num_images = len(latents)
@@ -79,11 +81,14 @@ def make_variants(args: argparse.Namespace, model: Evaluator, prompts: PromptSet
     task = prompts.repeated(n)
     variants = [Variant("", list(task.texts), model, task)]
     if args.lora:
-        variants = [Variant("base", [f"without LoRA: {text}" for text in task.texts], model.untuned(), task), *variants]
-    n_low = int((np.asarray(sampler.steps(explore=True).w_t) != np.asarray(sampler.steps(explore=False).w_t)).sum())
+        words = {name: [f"{name}: {text}" for text in task.texts] for name in ("without LoRA", "with LoRA")}
+        untuned = Variant("base", words["without LoRA"], model.untuned(), task)
+        variants = [untuned, variants[0]._replace(captions=words["with LoRA"])]
+    n_low = sampler.count_low_steps()
     schedule = [f"guidance {e.w_low:g} in {n_low} of {sampler.n_steps} steps"] * len(task.texts)
     if args.explore or args.samplers:
         print(f"guidance: {e.w_low:g} in the first {n_low} of {sampler.n_steps} steps, then {sampler.guidance:g}")
+        sampler.warn_of_no_schedule()
     if args.samplers:
         captions = [f"guidance {e.w_low:g} in all steps"] * len(task.texts)
         variants.append(Variant("low", captions, model.sampled_by(guidance=e.w_low), task))

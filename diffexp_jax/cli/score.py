@@ -4,7 +4,8 @@ python scripts/score.py --reward hpsv2:HPS_v2.1_compressed.pt --reward aesthetic
     --out scores.csv
 
 Of a folder that scripts/sample.py wrote the prompts are known, and the pictures are those that were asked for: not the
-grid, nor those that are there to compare (name these as files to score them). Pictures of a folder are taken in the
+grid, nor those that are there to compare. --compare scores these too, with a mean for each kind: NNNN-base.png are of
+the untuned model. Pictures of a folder are taken in the
 order of the numbers in their names: 1, 2, 10.
 """
 
@@ -44,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"--reward {' '.join(args.reward)}: names a reward twice")
     for spec in args.reward:
         check_reward(spec)
-    paths = find_images(args.images)
+    paths = find_images(args.images, compare=args.compare)
     batch = -(-args.batch // jax.device_count()) * jax.device_count()
     parts = list(batches(paths, batch))
     texts = known_prompts(args.prompts, paths)
@@ -72,9 +73,12 @@ def main(args: argparse.Namespace) -> None:
     for note, its in notes.items():
         print(f"note: {len(its)} of {len(paths)} pictures ({some(its)}) {pictures.NOTES[note]}")
     write(args.out, rows)
+    kinds = [kind_of(path) if args.compare else "" for path in paths]
     for name in list(rows[0])[2:]:
-        values = np.array([float(row[name]) for row in rows])
-        print(f"{name}: mean {values.mean():.4f}, std {values.std():.4f}, {len(values)} images")
+        for kind in sorted(set(kinds), key=(*report.COMPARISONS, report.GRID, "").index):
+            values = np.array([float(row[name]) for row, its in zip(rows, kinds, strict=True) if its == kind])
+            of = f"{name}, {kind}" if kind else name
+            print(f"{of}: mean {values.mean():.4f}, std {values.std():.4f}, {len(values)} images")
     print(f"written: {args.out}")
 
 
@@ -90,12 +94,16 @@ def batches(paths: Sequence[Path], most: int) -> Iterator[slice]:
     yield slice(start, len(paths))
 
 
-def find_images(given: list[Path]) -> list[Path]:
-    """The files, and of folders the pictures in them, by the numbers in their names; says what is left out."""
+def find_images(given: list[Path], *, compare: bool = False) -> list[Path]:
+    """The files, and of folders the pictures in them, by the numbers in their names; says what is left out.
+
+    Args:
+      compare: whether those of folders that are there to compare are wanted too.
+    """
     paths: list[Path] = []
     for path in given:
         if path.is_dir():
-            paths += images_of(path)
+            paths += images_of(path, compare=compare)
         elif path.is_file():
             paths.append(path)
         else:
@@ -103,8 +111,8 @@ def find_images(given: list[Path]) -> list[Path]:
     return paths
 
 
-def images_of(folder: Path) -> list[Path]:
-    """The pictures of a folder, without those that are there to compare."""
+def images_of(folder: Path, *, compare: bool) -> list[Path]:
+    """The pictures of a folder, without its grid and, unless `compare`, without those that are there to compare."""
     endings = pictures.endings()
     there = sorted(folder.iterdir(), key=pictures.natural)
     found = [file for file in there if file.suffix.lower() in endings and not file.is_dir()]
@@ -114,9 +122,10 @@ def images_of(folder: Path) -> list[Path]:
         raise InputError(f"--images {folder}: no pictures in the folder; accepted: {', '.join(endings)}{left}")
     if others := [name for name in others if not name.startswith(".")]:
         print(f"{folder}: {len(others)} files and folders passed over, no pictures by their names: {some(others)}")
-    asked_for = [file for file in found if not is_for_comparison(file)]
+    asked_for = [file for file in found if (kind := kind_of(file)) == "" or (compare and kind != report.GRID)]
     if passed_over := len(found) - len(asked_for):
-        print(f"{folder}: {passed_over} pictures passed over: {report.GRID}, and those that compare")
+        others = "" if compare else ", and those that are there to compare, which --compare scores too"
+        print(f"{folder}: {passed_over} pictures passed over: {report.GRID}{others}")
     return asked_for or found
 
 
@@ -125,11 +134,15 @@ def some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join([*names[:most], f"and {len(names) - most} more"] if len(names) > most else names)
 
 
-def is_for_comparison(path: Path) -> bool:
-    """Whether scripts/sample.py made the picture for people to compare: its grid, or NNNN-base.png and the like."""
+def kind_of(path: Path) -> str:
+    """What scripts/sample.py made a picture for, by its name: its grid, one of `report.COMPARISONS` as in
+    NNNN-base.png, or "" for what was asked for, and for pictures of any other origin."""
     if not (path.parent / "prompts.csv").is_file():
-        return False
-    return path.name == report.GRID or bool(re.fullmatch(rf"\d+-({'|'.join(report.COMPARISONS)})\.png", path.name))
+        return ""
+    if path.name == report.GRID:
+        return report.GRID
+    found = re.fullmatch(rf"\d+-({'|'.join(report.COMPARISONS)})\.png", path.name)
+    return found[1] if found else ""
 
 
 def known_prompts(file: Path | None, images: list[Path]) -> list[str] | None:
@@ -197,6 +210,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help=".txt with a line per image, or .json or .csv from image names to prompts (default: their prompts.csv)",
     )
     add("--out", type=Path, required=True, help="the .csv file to write")
+    add("--compare", action="store_true", help="also the pictures that sample.py made to compare: NNNN-base.png, ...")
     add("--batch", type=int, default=16, help="images at once")
     add("--temperature", type=float, default=1.0, help="of textnorm, in the reward's units")
     add("--contrast", type=Path, help="of textnorm: json file {prompt: [contrastive prompts]}")

@@ -52,8 +52,10 @@ def split_batch(samples: int, *, devices: int, per_forward: int, updates: int, g
     chunk = min(share, per_forward)
     if share % chunk:
         raise InputError(
-            f"batch.samples_per_forward={per_forward}: wants a divisor of the {share} samples that a device handles "
-            f"per update ({samples} samples, {devices} devices, {updates} updates)"
+            f"batch.samples={samples}, batch.samples_per_forward={per_forward}: a device handles {share} samples per "
+            f"update ({devices} devices, {updates} updates), in forward passes of equal size; wants "
+            f"batch.samples_per_forward to divide {share}, or batch.samples a multiple of "
+            f"{devices * updates * chunk}"
         )
     return Split(samples, devices, updates, samples // devices // chunk, chunk)
 

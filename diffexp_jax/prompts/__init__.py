@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffexp_jax import paths
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, did_you_mean
 from diffexp_jax.formats.tokenizers import check_text
 from diffexp_jax.prompts import activities, animals, files
 
@@ -56,6 +56,8 @@ PROMPTS = {
     "unseen_activities": animal_prompts("unseen_activities", animals.SEEN, activities.UNSEEN),
 }
 
+BARE_NAMES = ("animals", "animals_unseen")  # the sets that are no captions
+
 ACCEPTED = f"{', '.join(PROMPTS)}, prompt:TEXT, a prompt of several words, or the path of a file: {files.FORMATS}"
 
 
@@ -86,7 +88,7 @@ def load_prompts(spec: str | Path) -> PromptSet:
         if len(spec.split()) > 1:
             return one_prompt(spec)
         if not path.suffix:
-            raise InputError(f"unknown prompt set {spec!r}; accepted: {ACCEPTED}")
+            raise InputError(f"unknown prompt set {spec!r}; accepted: {ACCEPTED}{did_you_mean(spec, PROMPTS)}")
     texts = files.read_prompts(path, rows)
     name = path.stem if rows is None else f"{path.stem}-{short_name(rows.column.lower(), *rows.values)}"
     return PromptSet(name, texts, tuple(files.comma_phrases(text) for text in texts))

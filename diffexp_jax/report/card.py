@@ -68,7 +68,7 @@ def text(
         f"A LoRA for {_plain(base)}, fine-tuned for {iteration} iterations to raise a reward ({_plain(reward)}) with "
         f"diffexp_jax: {_method(run.settings)}.",
         "",
-        *_use(base if on_hub else _MISSING, repository, lora_file),
+        *_use(base if on_hub else _MISSING, repository, lora_file, run.settings),
         *_results(run.rows, iteration),
         *_pictures(pictures),
         "## Training",
@@ -103,13 +103,17 @@ def _method(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _use(base: str, repository: str, lora_file: str) -> list[str]:
+def _use(base: str, repository: str, lora_file: str, settings: Mapping[str, Any]) -> list[str]:
+    """A program that draws a picture, sampled as the run did: without a type diffusers takes that of each file."""
+    steps, guidance = settings["sampling.steps"], settings["sampling.guidance"]
     return [
         "```python",
+        "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})",
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.float32)",
         f"pipe.load_lora_weights({json.dumps(repository or '.')}, weight_name={json.dumps(lora_file)})",
+        f'pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance:g}).images[0].save("picture.png")',
         "```",
         "",
     ]

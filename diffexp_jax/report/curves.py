@@ -81,7 +81,9 @@ def save_curves(workdir: Path) -> None:
                 *zip(*line.points, strict=True), label=plain(line.label), linewidth=1.2, marker=_marker(line.points)
             )
         axis.set(title=plain(panel.title), xlabel="iteration")
+        axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
+        _not_too_near(axis)
         if len(panel.lines) > 1:
             axis.legend(fontsize=7)
     with warnings.catch_warnings(), replaced(workdir / "curves.png") as partial:
@@ -92,6 +94,14 @@ def save_curves(workdir: Path) -> None:
 
 def _marker(points: Sequence[Any]) -> str | None:
     return "." if len(points) < 40 else None
+
+
+def _not_too_near(axis: Any) -> None:
+    """Shows at least 5 % of the largest value, so that a share that goes from 0.99 to 1 does not look like a rise."""
+    low, high = axis.get_ylim()
+    missing = 0.05 * max(abs(low), abs(high)) - (high - low)
+    if missing > 0:
+        axis.set_ylim(low - missing / 2, high + missing / 2)
 
 
 # ----------------------------------------------------------------------------------------------------------- on a page
@@ -151,6 +161,7 @@ def _draw(title: str, lines: Sequence[Styled]) -> Drawing:
     axis.set_xlabel("iteration")
     axis.locator_params(axis="x", integer=True, nbins=6)
     axis.grid(alpha=0.35)
+    _not_too_near(axis)
     axis.spines[["top", "right"]].set_visible(False)
     ends = (
         f"{line.name + ': ' if line.name else ''}{line.points[0][1]:.4g} at iteration {line.points[0][0]}, "

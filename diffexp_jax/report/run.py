@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from diffexp_jax.exploration import exploring_iterations
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.formats.lora_names import UNET
 from diffexp_jax.report.curves import curves_of_one, save_curves
@@ -62,15 +63,18 @@ def save_images(workdir: Path, iteration: int, images: UInt8[np.ndarray, "N H W 
     optional.attempt("images", save_grid, grid_path(workdir, iteration), images, captions)
 
 
-def refresh(workdir: Path) -> None:
+def refresh(workdir: Path, *, at_once: bool = False) -> None:
     """`save` as the run goes: not where the last page is only seconds old, so that it never takes much of the time.
 
     A failure is a warning.
+
+    Args:
+      at_once: also where it is: there will be no other time.
     """
 
     def save_if_old():
         page = workdir / REPORT
-        if not page.exists() or not 0 <= time.time() - page.stat().st_mtime <= _SECONDS:
+        if at_once or not page.exists() or not 0 <= time.time() - page.stat().st_mtime <= _SECONDS:
             save(workdir)
 
     optional.attempt(REPORT, save_if_old)
@@ -197,6 +201,9 @@ def curve_parts(rows: Sequence[dict[str, Any]]) -> list[str | Part]:
 def setting_parts(settings: Mapping[str, Any]) -> list[str | Part]:
     """What differs from the defaults, and all, folded."""
     defaults = flat(Settings())
+    planned = exploring_iterations(settings["iterations"], fraction=settings["exploration.fraction"])
+    if settings["exploration.iterations"] == planned:  # written down as a run begins, see `workdir.plan`
+        defaults["exploration.iterations"] = planned
     changed = [key for key in settings if written(settings[key]) != written(defaults.get(key))]
     rows = [(f"`{key}`", written(settings[key]), written(defaults.get(key))) for key in changed]
     every = [(f"`{key}`", written(value)) for key, value in settings.items()]

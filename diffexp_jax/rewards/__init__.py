@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffexp_jax import paths
-from diffexp_jax.errors import InputError
+from diffexp_jax.errors import InputError, did_you_mean
 from diffexp_jax.formats import files
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.rewards import aesthetic, clip_similarity, functions, hpsv2, imagereward, jpeg, judge, pickscore, spec
@@ -119,7 +119,7 @@ def check_trusted(texts: Sequence[str | Spec], path: Path, *, trusted: bool) -> 
     named = [part.bare for text in texts for part in parsed_spec(text).parts if part.name in spec.FUNCTIONS]
     if named and not trusted:
         raise InputError(
-            f"{path}: names {', '.join(dict.fromkeys(named))}, code that would be run; where you trust it: --trust_code"
+            f"{path}: names {', '.join(dict.fromkeys(named))}, code that would be run; add --trust_code if you trust it"
         )
 
 
@@ -133,6 +133,7 @@ def check_part(part: spec.Part, *, shapes_only: bool) -> None:
         raise InputError(
             f"unknown reward {part.name!r}; accepted: {', '.join(BUILTINS)}, each also as NAME:PATH or "
             "textnorm(NAME:PATH), several joined by +; jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
+            f"{did_you_mean(part.name, BUILTINS)}"
         )
     builtin = BUILTINS[part.name]
     if builtin.function or _only_shapes(part, shapes_only):

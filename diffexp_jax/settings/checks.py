@@ -1,13 +1,15 @@
 """Whether a run's settings go together, and how many devices it makes of a CPU; each mistake is one line."""
 
-import os
+from collections.abc import Iterable
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from diffexp_jax import backend, paths
 from diffexp_jax.errors import InputError
 from diffexp_jax.parallel import number_of_hosts
 from diffexp_jax.pipelines import SHIPPED
+from diffexp_jax.prompts import BARE_NAMES
 from diffexp_jax.settings.config import parsed
 from diffexp_jax.settings.settings import Settings
 
@@ -36,6 +38,14 @@ def check(settings: Settings) -> None:
         n = settings.optimizer_updates
         raise InputError(f"optim.warmup={warmup}: wants fewer than the run's {n} optimizer updates")
     _ = settings.split
+    warn_of_bare_names(settings.model.path, (settings.prompts, *(settings.eval.prompts if settings.eval.every else ())))
+
+
+def warn_of_bare_names(model: str, prompts: Iterable[str]) -> None:
+    """Warns where a shipped model, which learnt captions alone, is given names: of "snail" it draws anything."""
+    for name in prompts if model in SHIPPED else ():
+        if name in BARE_NAMES:
+            logging.warning("prompts %s: bare names, which %s does not know; wants %s_with_article", name, model, name)
 
 
 def check_noise_steps(settings: Settings) -> None:
@@ -77,7 +87,7 @@ def cpu_devices(settings: Settings) -> int:
     path = paths.local("model.path=", settings.model.path)
     path = SHIPPED.get(settings.model.path, path)
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*.safetensors")))
-    most = min(len(os.sched_getaffinity(0)), MOST_CPU_DEVICES) if size else 1
+    most = min(backend.cores(), MOST_CPU_DEVICES) if size else 1
     for n in range(most, 1, -1):
         if _divides(settings, n * number_of_hosts()) and 4 * n * size <= backend.host_memory():
             return n

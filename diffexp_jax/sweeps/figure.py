@@ -1,5 +1,6 @@
 """The figure of an experiment: curves of all arms with their intervals over seeds, and the gain by base share."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -144,4 +145,4 @@ def draw_bars(axis: Any, shares: Mapping[str, list[Mapping[str, Any]]], results:
 
 def has_gain(one: Mapping[str, Any]) -> bool:
     """Whether a group of prompts has a mean to draw."""
-    return one["gain"] is not None and one["gain"][0] is not None and np.isfinite(one["gain"][0])
+    return one["gain"] is not None and one["gain"][0] is not None and math.isfinite(one["gain"][0])

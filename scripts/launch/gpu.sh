@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
 # A run on the GPUs of this machine, detached, with a log; docs/use/launch.md.
-#   bash scripts/launch/gpu.sh WORKDIR --config configs/ddpo.py:model=sd15,reward=pickscore:DIR [--config.KEY=VALUE ...]
+#   bash scripts/launch/gpu.sh --config configs/ddpo.py:model=sd15,reward=pickscore:DIR --workdir DIR [flags of the run]
 # One process drives all GPUs. PROCESSES=8 starts eight with a GPU each (for rewards in plain Python: eight interpreters).
 # FOREGROUND=1 waits for the end, and ends with its exit code; SIGTERM, SIGINT and SIGHUP are passed on.
 set -euo pipefail
 
-usage() { sed -n '2,5s/^# \?//p' "$0" >&2; exit 2; }
-[[ $# -ge 2 && $1 != -* ]] || usage
-workdir=$1; shift
+usage() { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+workdir='' before=''
+for argument; do
+  [[ $argument != --workdir=* ]] || workdir=${argument#*=}
+  [[ $before != --workdir ]] || workdir=$argument
+  before=$argument
+done
+[[ -n $workdir ]] || usage
 processes=${PROCESSES:-1}
 cd "$(dirname "$0")/../.."
 mkdir -p "$workdir"
 
 if [[ -z ${FOREGROUND:-} ]]; then
-  FOREGROUND=1 setsid nohup "$BASH" "scripts/launch/$(basename "$0")" "$workdir" "$@" >"$workdir/launch.log" 2>&1 </dev/null &
+  FOREGROUND=1 setsid nohup "$BASH" "scripts/launch/$(basename "$0")" "$@" >"$workdir/launch.log" 2>&1 </dev/null &
   echo "started; stop it by: kill $!"
   echo "log: tail -f $workdir/launch.log $workdir/host-0.log"
   exit
@@ -24,7 +29,7 @@ pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT HUP
 for ((i = 0; i < processes; i++)); do
   if [[ $processes -gt 1 && -z ${CUDA_VISIBLE_DEVICES:-} ]]; then export CUDA_VISIBLE_DEVICES=$i; only=1; fi
-  JAX_PROCESS_ID=$i "${PYTHON:-python}" -u -m diffexp_jax.train --workdir "$workdir" "$@" >>"$workdir/host-$i.log" 2>&1 &
+  JAX_PROCESS_ID=$i "${PYTHON:-python}" -u -m diffexp_jax.train "$@" >>"$workdir/host-$i.log" 2>&1 &
   pids+=($!)
   if [[ -n ${only:-} ]]; then unset CUDA_VISIBLE_DEVICES; fi
 done

@@ -8,7 +8,7 @@
 # The run is detached from this machine. BUCKET is mounted at /mnt/runs, where workdirs outlive the TPU.
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \?//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [[ $# -ge 1 ]] || usage
 : "${TPU:?the name of the TPU}" "${ZONE:?its zone}"
 repository=${REPOSITORY:-} # git address of this code, for create
@@ -20,7 +20,7 @@ state() { tpu describe --format='value(state)' 2>/dev/null || echo MISSING; }
 create() {
   local spot=()
   [[ -z ${SPOT:-} ]] || spot=(--spot)
-  tpu create --accelerator-type "${ACCELERATOR:?}" --version "${VERSION:?}" "${spot[@]}"
+  tpu create --accelerator-type "${ACCELERATOR:?}" --version "${VERSION:?}" ${spot[@]+"${spot[@]}"}
   on all "git clone -q $(printf %q "${repository:?REPOSITORY: the git address of this code}") diffexp_jax && cd diffexp_jax && python3 -m venv .venv \
     && .venv/bin/pip install -q -r requirements.txt && .venv/bin/pip install -q 'jax[tpu]==0.10.2' \
     && sudo mkdir -p /mnt/runs && sudo chmod a+w /mnt/runs"

@@ -59,7 +59,7 @@ def test_a_strangers_run_imports_no_code(fails, script, workdir, tmp_path, monke
     arguments = ["--workdir=.", f"--out={tmp_path / 'e.json'}"]
     said = fails(2, script, name, *arguments)
     named = f"config.json: names {spec.rpartition('+')[2]}, code that would be run"
-    assert said == f"error: {named}; where you trust it: --trust_code"
+    assert said == f"error: {named}; add --trust_code if you trust it"
     assert not (tmp_path / "ran").exists()
     said = fails(2, script, name, *arguments, "--trust_code")
     assert f"{module} has no function 'f'" in said and (tmp_path / "ran").exists()

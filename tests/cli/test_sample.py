@@ -107,7 +107,15 @@ def test_sample_is_diffusers_with_and_without_lora(script, workdir, tiny_model, 
         np.testing.assert_allclose(np.asarray(image) / 255, ours["plain"][1], atol=1.5 / 255)
 
 
-def test_sample_explore(script, tiny_model, tmp_path, capsys):
+def test_a_threshold_that_no_step_reaches(tiny_model, caplog):
+    """Few steps may have none above the usual threshold: said, unless there is to be no schedule."""
+    for changes, warned in (({"steps": 5}, True), ({"steps": 5, "t_thresh": 1000}, False), ({"steps": 20}, False)):
+        caplog.clear()
+        sampler.Sampler.build(sample_settings(model=str(tiny_model), **changes)).warn_of_no_schedule()
+        assert ("t_thresh 900 is above all 5 steps, of which the first is at t=801" in caplog.text) == warned
+
+
+def test_sample_explore(script, tiny_model, tmp_path, capsys, caplog):
     """One seed under the guidance schedule, a prompt weight, both: each does what it does in training."""
     arguments = [f"--model={tiny_model}", "--prompt=a dog riding a bike", "--steps=20", "--guidance=7", "--seed=3"]
     options = ["--explore", "--w_low=2", "--t_thresh=700", "--weight_range", "3", "3", "--unit=word", "--save_npy"]
@@ -129,6 +137,7 @@ def test_sample_explore(script, tiny_model, tmp_path, capsys):
     for one in names:
         for other in names:
             assert one == other or np.abs(pictures[one] - pictures[other]).max() > 2, (one, other)
+    assert not caplog.text
     # a threshold that no step reaches, and weights of 1, change nothing
     options = ["--explore", "--t_thresh=1000", "--weight_range", "1", "1"]
     script("sample", *arguments, f"--out={tmp_path / 'off'}", *options)

@@ -40,7 +40,7 @@ def test_the_card_says_what_the_run_did(run, script, tmp_path):
     assert "| reward queries | 80 |" in text and "| learning rate | 0.0003 (constant) |" in text
     assert "| LoRA | rank 4, alpha 4, attention |" in text
     assert "![after 0 iterations](before.png)" in text and "![after 10 iterations](after.png)" in text
-    assert f'from_pretrained("{HUB}")' in text and "/home/someone" not in text
+    assert f'from_pretrained("{HUB}", torch_dtype=torch.float32)' in text and "/home/someone" not in text
     for name, i in (("before.png", 0), ("after.png", 10)):
         assert (tmp_path / "card" / name).read_bytes() == (run / "images" / f"{i:06d}.png").read_bytes()
 

@@ -18,7 +18,9 @@ from diffexp_jax import report
 from diffexp_jax.errors import InputError
 from diffexp_jax.programs import as_bytes
 from diffexp_jax.report.grids import read_grid
+from diffexp_jax.report.run import setting_parts
 from diffexp_jax.run.metrics import MetricsWriter, grid_path, read_metrics
+from diffexp_jax.settings import Settings, changed, flat
 from tests.support import ROOT
 from tests.support.sample_runs import ROWS, write_rows
 
@@ -320,3 +322,10 @@ def test_weights_and_biases_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match="log.wandb=true: wandb is not installed; pip install wandb"):
         MetricsWriter(tmp_path, wandb={})
+
+
+@pytest.mark.parametrize("exploring, differs", [(3, []), (4, ["`exploration.iterations`"])])
+def test_what_differs_from_the_defaults(exploring, differs):
+    """Not the planned end of exploration, which a run writes down as it begins: three quarters, of four."""
+    settings = changed(Settings(), {"iterations": 4, "exploration.iterations": exploring})
+    assert [row[0] for row in setting_parts(flat(settings))[1].rows] == ["`iterations`", *differs]

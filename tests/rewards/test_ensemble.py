@@ -226,7 +226,7 @@ def pictures(tmp_path):
 
 def arguments(folder: Path, **changes) -> Namespace:
     usual = dict(reward=["emoji_pickscore", "emoji_aesthetic"], images=[folder], prompts=folder / "p.txt", batch=2)
-    return Namespace(**usual | dict(out=folder / "scores.csv", temperature=1.0, contrast=None) | changes)
+    return Namespace(**usual | dict(out=folder / "scores.csv", temperature=1.0, contrast=None, compare=False) | changes)
 
 
 PROMPTS = {"a.jpg": "a dog", "b.png": "an ant, red", "c.PNG": "a cat"}
@@ -281,12 +281,23 @@ def sampled(tmp_path):
 def test_score_what_was_sampled(sampled, capsys):
     """Without --prompts: the pictures that were asked for, not the grid, nor those beside them unless named."""
     score.main(arguments(sampled, reward=["emoji_pickscore"], prompts=None))
-    assert "3 pictures passed over: grid.png, and those that compare" in capsys.readouterr().out
+    assert "3 pictures passed over: grid.png, and those that are there to compare, which" in capsys.readouterr().out
     with open(sampled / "scores.csv", newline="") as table:
         rows = [(Path(row["image"]).name, row["prompt"]) for row in csv.DictReader(table)]
     assert rows == [("0000.png", "a dog"), ("0001.png", "a cat, big")]
     base = [sampled / "0000-base.png", sampled / "0001-base.png"]
     assert score.find_images(base) == base and score.known_prompts(None, base) == ["a dog", "a cat, big"]
+
+
+def test_score_what_was_sampled_and_what_it_is_compared_with(sampled, capsys):
+    """--compare: a mean for each kind; the grid is of no use."""
+    score.main(arguments(sampled, reward=["jpeg_compressibility"], prompts=None, compare=True))
+    said = capsys.readouterr().out
+    assert "1 pictures passed over: grid.png\n" in said
+    assert "jpeg_compressibility, base: mean " in said and "\njpeg_compressibility: mean " in said
+    assert said.count(" 2 images") == 2
+    with open(sampled / "scores.csv", newline="") as table:
+        assert [Path(row["image"]).name for row in csv.DictReader(table)][:2] == ["0000-base.png", "0000.png"]
 
 
 def test_a_picture_of_that_name_elsewhere_counts(pictures):

@@ -32,7 +32,7 @@ LATE = {"stop_grace": 600.0, "checkpoint.every": 100} | PLAIN  # nothing is save
 )
 def test_a_signal_ends_the_run_after_the_iteration(make_config, tmp_path, monkeypatch, capfd, number, code):
     """It is saved, a line says how to go on, and it ends as if it had not been stopped."""
-    config = make_config("ddpo", LATE)
+    config, reports = make_config("ddpo", LATE), []
 
     def write(self, iteration, values, original=MetricsWriter.write):
         original(self, iteration, values)
@@ -41,6 +41,7 @@ def test_a_signal_ends_the_run_after_the_iteration(make_config, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "write", write)
+        patch.setattr(train.report, "refresh", lambda workdir, *, at_once: reports.append(at_once))
         before = signal.getsignal(number)
         with pytest.raises(SystemExit) as stop:
             command.guarded(train.run, config, tmp_path / "run")
@@ -52,6 +53,7 @@ def test_a_signal_ends_the_run_after_the_iteration(make_config, tmp_path, monkey
     iteration = read_metrics(tmp_path / "run")[-1]["iteration"]
     assert said.endswith(f"\nstopped after iteration {iteration}, which is saved; the same command continues\n")
     assert checkpoint.read_lora(tmp_path / "run")[0] == iteration == 2
+    assert reports == [True] and " 2/4 [" in said  # at once, and the bar says what is saved
     if number == signal.SIGTERM:  # one is enough
         train.run(config, tmp_path / "run")
         train.run(config, tmp_path / "whole")

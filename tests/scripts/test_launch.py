@@ -1,6 +1,7 @@
 """The launchers: what they start, as far as a machine without GPUs, SLURM and TPUs can tell."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.*") if path.su
 
 def written(folder: Path, name: str, text: str) -> Path:
     """A program of that name in a folder."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(f"#!/usr/bin/env bash\n{text}")
     path.chmod(0o755)
@@ -35,7 +36,36 @@ def test_bash_reads_the_scripts(script):
     subprocess.run(["bash", "-n", ROOT / "scripts" / script], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert shellcheck, "pip install -r requirements-test.txt brings it"
-    subprocess.run([shellcheck, ROOT / "scripts" / script], check=True)
+    subprocess.run([shellcheck, "-x", f"scripts/{script}"], cwd=ROOT, check=True)
+
+
+ALL = sorted([*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "tools").rglob("*.sh")])
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_the_bash_of_macos_reads_the_scripts(path):
+    """3.2: without mapfile, |&, ${x,,} and associative arrays; an empty array is unset to it."""
+    text = path.read_text()
+    assert not re.search(r"mapfile|readarray|declare -A|\|&|\$\{\w+(,,|\^\^)|(local|=)[ \w]*-n ", text)
+    for array in re.findall(r"(\w+)=\(\)", text):
+        used = re.findall(rf'(\S*)"\$\{{{array}\[@\]\}}"', text)
+        assert array == "pids" or all(before.endswith(f"{array}[@]+") for before in used), array
+
+
+@pytest.mark.parametrize("there, old", [(False, True), (True, True), (False, False)])
+def test_the_quickstart_wants_a_new_python(tmp_path, there, old):
+    """It says so in a line and makes nothing; an environment of an old one, or a venv that fails, is said too."""
+    for name in ("scripts/quickstart.sh", "tools/machine/venv.sh"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    says = f'[ "$1" = --version ] && echo Python 3.9.6; [ "$1" = -c ] && exit {int(old)}\n[ "$1" != -m ]'
+    path = written(tmp_path / (".venv/bin" if there else "bin"), "python", says)
+    env = os.environ | {"PYTHON": str(path)}
+    line = ["bash", "scripts/quickstart.sh"]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    wanted = "wants Python 3.11 or newer" if old else "on Debian and Ubuntu: apt install python3-venv"
+    assert wanted in done.stderr and (tmp_path / ".venv").exists() == there
 
 
 # A TPU that is ready, taken away, ready again; its run ends with an error, then well.
@@ -95,6 +125,21 @@ def test_the_tpus_command_starts_a_program_that_goes_on_alone(tmp_path):
     assert (tmp_path / "diffexp_jax" / "run.log").read_text() == "|".join(["-u", "-m", "diffexp_jax.train", *flags, ""])
 
 
+@pytest.mark.parametrize("workdir", [["--workdir={}"], ["--workdir", "{}"], []])
+def test_a_gpus_run_has_the_flags_of_any_other(tmp_path, workdir):
+    """Its log lies in the workdir, which is among the flags."""
+    program = written(tmp_path / "bin", "program", 'printf "%s|" "$@"')
+    flags = ["--config", "c.py:prompts=a dog", *(word.format(tmp_path / "run") for word in workdir), "--config.seed=1"]
+    script = ROOT / "scripts" / "launch" / "gpu.sh"
+    env = environment(tmp_path / "bin", FOREGROUND="1") | {"PYTHON": str(program)}
+    done = subprocess.run(["bash", script, *flags], env=env, capture_output=True, text=True)
+    if not workdir:
+        assert done.returncode == 2 and "gpu.sh --config" in done.stderr
+        return
+    log = tmp_path / "run" / "host-0.log"
+    assert done.returncode == 0 and log.read_text() == "|".join(["-u", "-m", "diffexp_jax.train", *flags, ""])
+
+
 # -------------------------------------------------------------------------------------------------- with real processes
 
 
@@ -142,7 +187,7 @@ def test_the_scripts_run_a_training(tiny_settings, tmp_path):
     done = subprocess.run(slurm, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and (run / LORA).exists(), done.stderr
     settings["iterations"] = 3
-    gpu = ["bash", ROOT / "scripts" / "launch" / "gpu.sh", run, config, *as_flags(settings)]
+    gpu = ["bash", ROOT / "scripts" / "launch" / "gpu.sh", f"--workdir={run}", config, *as_flags(settings)]
     done = subprocess.run(gpu, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (run / "host-0.log").read_text()
     assert "continuing from iteration 2" in (run / "host-0.log").read_text()

@@ -26,6 +26,13 @@ def test_base_is_written_from_the_package(tool):
         assert f"| `{key}` | `{tool.written(known) if known.default is not None else None}` | " in page, key
 
 
+def test_what_the_configs_set_is_written_from_them(tool):
+    """Where it is not: python tools/settings/write_base.py."""
+    page = (ROOT / "docs" / "use" / "configs.md").read_text()
+    assert page == tool.configs_page()
+    assert "| `optim.lr` | `0.001` | `0.01` |" in page and "\n## ddpo\n" in page
+
+
 @pytest.mark.parametrize(
     "default, kind, expected",
     [

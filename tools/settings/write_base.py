@@ -1,4 +1,5 @@
-"""Writes configs/base.py and docs/use/settings.md: every setting with its default, meaning and unit.
+"""Writes configs/base.py and docs/use/settings.md: every setting with its default, meaning and unit. And
+docs/use/configs.md: what the other files of configs/ set of them.
 
 python tools/settings/write_base.py
 """
@@ -15,7 +16,12 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # where the package is
 
+from flax.traverse_util import flatten_dict
+
+from configs.models import MODELS
+from diffexp_jax import config_files
 from diffexp_jax.limits import Number, Setting, settings_of
+from diffexp_jax.settings import flat
 from diffexp_jax.settings.settings import Settings, sections_of
 
 WIDTH, INDENT = 120, "    "
@@ -160,6 +166,53 @@ def paragraphs(text: str) -> Iterator[str]:
         yield from (*textwrap.wrap(" ".join(paragraph.split()), WIDTH, break_on_hyphens=False), "")
 
 
+# ------------------------------------------------------------------------------------------------------------- configs
+
+CONFIGS = """# What the configs set
+
+A run's settings are the defaults of [Settings](settings.md), what `model=` sets, what the method's file in `configs/`
+sets, and your flags, in this order. Methods' rows are for Stable Diffusion and for the shipped models, whose runs take
+minutes. So begin with `model=` of your model's size, also where `--config.model.path` names a file of your own.
+
+Written by `python tools/settings/write_base.py` from `configs/`.
+
+"""
+SHIPPED, PUBLISHED = "emoji", "sd15"
+
+
+def configs_page() -> str:
+    """All of docs/use/configs.md."""
+    return CONFIGS + "\n".join(configs_lines())
+
+
+def configs_lines() -> Iterator[str]:
+    """A table for the models, and one for each config file of a method."""
+    yield from ("## model=", "", "| `model=` | sets |", "| --- | --- |")
+    for model, changes in MODELS.items():
+        values = ", ".join(f"`{key}={value!r}`" for key, value in changes.items())
+        yield f"| `{model}` | {cell(values)} |"
+    for name in config_files.names():
+        if name == "paper":
+            continue
+        about = (config_files.module(name).__doc__ or "").partition("\n")[0]
+        yield from ("", f"## {name}", "", about, "")
+        yield from (f"| setting | `model={PUBLISHED}` | `model={SHIPPED}` |", "| --- | --- | --- |")
+        changes = {model: set_by(name, model) for model in (PUBLISHED, SHIPPED)}
+        usual = {model: {**flat(Settings()), **MODELS[model]} for model in (PUBLISHED, SHIPPED)}
+        for key in dict.fromkeys((*changes[PUBLISHED], *changes[SHIPPED])):
+            here = [f"`{changes[model].get(key, usual[model][key])!r}`" for model in (PUBLISHED, SHIPPED)]
+            yield f"| `{key}` | {cell(here[0])} | {cell(here[1])} |"
+    yield ""
+
+
+def set_by(name: str, model: str) -> dict[str, Any]:
+    """{dotted key: value} of what configs/NAME.py sets, besides what its model does."""
+    of_model = {**flat(Settings()), **MODELS[model]}
+    config = flatten_dict(config_files.module(name).get_config(f"model={model}").to_dict(), sep=".")
+    return {key: value for key, value in config.items() if key in of_model and value != of_model[key]}
+
+
 if __name__ == "__main__":
     (ROOT / "configs" / "base.py").write_text(listing())
     (ROOT / "docs" / "use" / "settings.md").write_text(page())
+    (ROOT / "docs" / "use" / "configs.md").write_text(configs_page())
