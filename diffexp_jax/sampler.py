@@ -109,11 +109,11 @@ class Sampler(NamedTuple):
             )
 
     def evaluations(self, *, explore: bool) -> int:
-        """UNet evaluations of a sample: at each step both halves of the guidance, or the one that counts."""
+        """The network's evaluations of a sample: at each step both halves of the guidance, or the one that counts."""
         return int(self.pipeline.evaluations(np.asarray(self.steps(explore=explore).w_t)).sum())
 
     def count_evaluations(self) -> Callable[[int], int]:
-        """A function (iterations) -> UNet evaluations of a sample in each of the first ones of fine-tuning."""
+        """A function (iterations) -> the network's evaluations of a sample in each of the first ones of fine-tuning."""
         explored, plain = (self.evaluations(explore=on) for on in (True, False))
         exploring = self.exploration.iterations if self.exploration.enabled else 0
 

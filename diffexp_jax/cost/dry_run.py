@@ -157,7 +157,7 @@ def describe(experiment: Experiment) -> list[str]:
         f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {settings.lora.rank}, and twice it in AdamW"
         + (", once as its moving average" if settings.optim.ema else ""),
         f"batch       {experiment.batch_in_words()}",
-        f"iteration   {split.samples} reward queries, UNet evaluations besides the gradient's: "
+        f"iteration   {split.samples} reward queries, network evaluations besides the gradient's: "
         + ", ".join(f"{n:,} {why}" for why, n in passes.items())
         + (f"; {1 - exploring / evaluated:.0%} fewer while it explores" if exploring < evaluated else ""),
     ]

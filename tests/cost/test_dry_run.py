@@ -222,7 +222,7 @@ def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
     experiment = Experiment.build(checked(config))
     assert f"{dry_run.count(experiment.sampler.pipeline.base):,}  unet" in said
     assert "8 samples = 1 devices x 2 updates x 1 forward passes x 4 samples, of " in said
-    assert "8 reward queries, UNet evaluations besides the gradient's: 64 to sample, 24 for the old log-probs" in said
+    assert "8 reward queries, network evaluations besides the gradient's: 64 to sample, 24 for" in said
     rows = [line.split() for line in said.splitlines() if line.startswith(("sample ", "update "))]
     assert [row[0] for row in rows] == ["sample", "update"]
     sample, update = (float(row[5]) for row in rows)

@@ -33,14 +33,10 @@ def close(found, wanted, relative=1e-5):
     assert np.abs(found - wanted).max() <= relative * np.abs(wanted).max()
 
 
-@pytest.fixture(params=TINY)
-def name(request):
-    pytest.importorskip("diffusers")
-    return request.param
-
-
+@pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium", pytest.param("sd3.5-large", marks=pytest.mark.slow)])
 def test_outputs_are_diffusers(name):
-    import torch
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
 
     theirs, ours, params = both(name)
     x_t, t, text, pooled = inputs(TINY[name])

@@ -18,7 +18,7 @@ from diffexp_jax.cost import dry_run
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.models import lora
-from diffexp_jax.pipelines import Pipeline, encode_prompts, load_pipeline, make_context
+from diffexp_jax.pipelines import Pipeline, encode_prompts, load_pipeline, make_context, stable_diffusion_3
 from diffexp_jax.prompts import PromptSet
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.sampling import rollout
@@ -101,7 +101,7 @@ def their_images(both, guidance):
     ).images
 
 
-FAST = {("sd3-medium", False), ("sd3.5-medium", True)}
+FAST = {("sd3.5-medium", True)}
 
 
 @pytest.mark.parametrize(
@@ -166,10 +166,14 @@ def test_a_prompt_of_no_encoder_is_weighted_alone(make):
     weights = np.linspace(0.5, 2.0, 32, dtype=np.float32)
     moved = ours.reweight(cond, null, weights)
     assert moved.t5 is None
+    whole = np.asarray(stable_diffusion_3.joined(jax.tree.map(lambda x: x[None], cond), 48, T5_TOKENS))
+    assert whole.shape == (1, 32 + T5_TOKENS, 48) and not whole[:, 32:].any() and not whole[..., 40:].any()
+    np.testing.assert_array_equal(whole[0, :32, :40], cond.clip)
     np.testing.assert_array_equal(moved.clip, exploration.reweight_prompt(cond.clip, null.clip, weights))
 
 
-@pytest.mark.parametrize("name", ["sd3.5-medium", pytest.param("sd3-medium", marks=pytest.mark.slow)])
+@pytest.mark.slow  # ten seconds each; test_lora_of_transformers.py has the names and the header
+@pytest.mark.parametrize("name", ["sd3.5-medium", "sd3-medium"])
 def test_lora_goes_to_diffusers_and_back(make, name, tmp_path):
     pytest.importorskip("peft")
     theirs, ours = (both := make(name))[:2]
