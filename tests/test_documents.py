@@ -179,3 +179,16 @@ def test_your_own_rewards(monkeypatch):
     host = load_reward("python:my_rewards:how_dark")
     scores, _ = host.start((images * 255).astype(np.uint8), host.tokenize(["a", "b"]))()
     np.testing.assert_allclose(scores, [255.0, 170.0])
+
+
+def test_the_page_of_methods_shows_its_runs():
+    """docs/understand/methods.md shows docs/evidence/data/methods_learning.json."""
+    arms = json.loads((ROOT / "docs" / "evidence" / "data" / "methods_learning.json").read_text())["arms"]
+    page = (ROOT / "docs" / "understand" / "methods.md").read_text()
+    rows = page.partition("<!-- runs -->\n")[2].partition("\n<!-- /runs -->")[0].splitlines()
+    for name, found in arms.items():
+        (row,) = (row for row in rows if row.startswith(f"| `{name}`"))
+        first, last = min(found["evaluated"], key=int), max(found["evaluated"], key=int)
+        shares = [f"{100 * found['evaluated'][it]['emoji_judge']:.1f} %" for it in (first, last)]
+        rewards = ", ".join(f"{x:.2f}" for x in found["reward/mean"])
+        assert row.endswith(f" | {rewards} | {shares[0]} | {shares[1]}, after {last} |")
