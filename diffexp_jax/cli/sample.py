@@ -47,7 +47,7 @@ class Variant(NamedTuple):
 def main(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     prompts = chosen_prompts(args)
-    warn_of_bare_names(settings.model.path, [args.prompts])
+    warn_of_bare_names(settings.model.path, [args.prompts or ""])
     latents = read_latents(args.latents) if args.latents else None
     if latents is not None and args.num_images == 1 and len(prompts) == 1:
         args.num_images = len(latents)
