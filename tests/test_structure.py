@@ -29,11 +29,10 @@ BELOW = {
     "paths": set(),
     "formats": {"paths", "limits"},
     "parallel": {"formats.json_text", "limits", "backend"},
-    "models": {"formats", "backend", "paths", "limits", "parallel.whole"},
+    "models": {"formats", "backend", "paths", "limits", "parallel.Part", "parallel.by_parts"},
     "sampling": {"formats.config_keys", "limits"},
     "prompts": {"formats", "paths"},
-    "pipelines": {"models", "formats", "sampling", "prompts", "exploration", "paths", "parallel.gathered_again"}
-    | {"parallel.has_parts"},
+    "pipelines": {"models", "formats", "sampling", "prompts", "exploration", "paths"},
     "rewards": {"models", "formats", "emoji.names", "parallel", "paths", "limits"},
     "emoji": {"rewards", "pipelines", "models", "formats", "prompts", "sampling"},
     "algorithms": {"sampling", "parallel.AXIS", "backend", "limits"},

@@ -17,7 +17,7 @@ from diffexp_jax import backend
 from diffexp_jax.models.convolution import conv, conv3x3_half, conv3x3_same
 from diffexp_jax.models.low_rank import Pair, joint_product, low_rank, merged_product
 from diffexp_jax.models.norms import Norm, normalise
-from diffexp_jax.parallel import whole
+from diffexp_jax.parallel import Part, by_parts
 
 # ----------------------------------------------------------------------------------------------------------- functions
 
@@ -139,21 +139,21 @@ def pointwise_conv(features: int, **kwargs) -> Conv:
 def param(layer: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
     """`layer.param` without its check of the shape, which traces `init`: up to a fifth of the time to trace a program.
 
-    Loading has compared the shapes (`convert.from_torch`). What the devices share out is gathered.
+    Loading has compared the shapes (`convert.from_torch`).
     """
-    if not layer.has_variable("params", name):
-        return layer.param(name, init, shape)
-    return whole(layer.get_variable("params", name))
+    return layer.get_variable("params", name) if layer.has_variable("params", name) else layer.param(name, init, shape)
 
 
-def product(layer: nn.Module, x: Float[Array, "*B in"], kernel: Float[Array, "in out"]) -> Float[Array, "*B out"]:
-    """x W, and (x A) B where the variable collection "lora" holds A and B for the layer."""
-    pair = _pair(layer)
-    if pair is None:
-        return x @ kernel
-    if x.dtype == jnp.float32 and backend.platform() == "cpu":
-        return merged_product(x, kernel, *pair)
-    return (x @ kernel + low_rank(x, [pair])[0]).astype(x.dtype)
+def product(layer: nn.Module, x: Array, kernel: Array | Part) -> Array:
+    """x W [*B, out] of x [*B, in], and (x A) B where the variable collection "lora" holds A and B for the layer.
+
+    W [in, out] may be a `Part` of one; it is cast to the type of x.
+    """
+    pair, shared = _pair(layer), isinstance(kernel, Part)
+    if pair is not None and not shared and x.dtype == jnp.float32 and backend.platform() == "cpu":
+        return merged_product(x, kernel.astype(x.dtype), *pair)
+    y = by_parts(x, kernel) if shared else x @ kernel.astype(x.dtype)
+    return y if pair is None else (y + low_rank(x, [pair])[0]).astype(x.dtype)
 
 
 def _pair(layer: nn.Module) -> Pair | None:
@@ -178,7 +178,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B features"]:
         kernel = param(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        return self.with_bias(product(self, x, kernel.astype(self.dtype)))
+        return self.with_bias(product(self, x, kernel))
 
     def with_bias(self, y: Float[Array, "*B features"]) -> Float[Array, "*B features"]:
         """y + b where the layer has a bias."""
@@ -189,11 +189,11 @@ class Dense(nn.Module):
 
 def of_the_same(x: Float[Array, "*B in"], layers: Sequence[Dense]) -> list[Float[Array, "*B _"]]:
     """[layer(x) for layer in layers]; on an accelerator as one product where all of them have LoRA."""
-    pairs = [_pair(layer) for layer in layers]
-    if backend.platform() == "cpu" or None in pairs:
+    pairs, kernels = [_pair(layer) for layer in layers], [layer.get_variable("params", "kernel") for layer in layers]
+    if backend.platform() == "cpu" or None in pairs or any(isinstance(kernel, Part) for kernel in kernels):
         return [layer(x) for layer in layers]
     dtype = layers[0].dtype
-    x, kernels = x.astype(dtype), [whole(layer.get_variable("params", "kernel")).astype(dtype) for layer in layers]
+    x, kernels = x.astype(dtype), [kernel.astype(dtype) for kernel in kernels]
     both = zip(joint_product(x, kernels), low_rank(x, pairs), layers, strict=True)
     return [layer.with_bias((y + own).astype(dtype)) for y, own, layer in both]
 

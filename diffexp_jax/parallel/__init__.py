@@ -6,6 +6,7 @@ other, `watch.py` notices those that have gone. Nothing outside of this folder k
 
 from diffexp_jax.parallel.devices import (
     AXIS,
+    Part,
     Split,
     first,
     pmap,
@@ -34,10 +35,10 @@ from diffexp_jax.parallel.hosts import (
     together,
 )
 from diffexp_jax.parallel.randomness import keys_of, sample_keys, stream
-from diffexp_jax.parallel.weights import gathered_again, has_parts, shared_out, whole
+from diffexp_jax.parallel.weights import by_parts, shared_out
 
 __all__ = ["AXIS", "Split", "first", "pmap", "replicate", "sample_index", "shard", "shard_local", "split_batch"]
 __all__ += ["share", "unshard", "unshard_local", "keys_of", "sample_keys", "stream"]
-__all__ += ["gathered_again", "has_parts", "shapes_on_devices", "shared_out", "whole"]
+__all__ += ["Part", "by_parts", "shapes_on_devices", "shared_out"]
 __all__ += ["HostSettings", "agree", "check_same", "exchange", "from_each", "from_first", "is_first", "joined"]
 __all__ += ["number_of_hosts", "on_first", "own_share", "together"]

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from diffexp_jax.formats.tokenizers import token_ids
 from diffexp_jax.models.lora import scaled
-from diffexp_jax.parallel import gathered_again, has_parts
 from diffexp_jax.prompts import PromptSet
 from diffexp_jax.prompts.units import unit_ids, units_of_text
 from diffexp_jax.sampling import CLASSIFIER_FREE, Context, Guidance, Network, Process, Scales
@@ -84,8 +83,7 @@ class Pipeline(NamedTuple):
         """
 
         def evaluate(params, lora, *args):
-            denoise = gathered_again(self.denoise) if has_parts(params) else self.denoise
-            return denoise(params, scaled(lora, lora_scale), *args)
+            return self.denoise(params, scaled(lora, lora_scale), *args)
 
         return self.guidance.network(evaluate, w_t)
 

@@ -20,7 +20,7 @@ SCRIPT = str(ROOT / "tests" / "support" / "shared_weights.py")
 
 
 def test_what_is_shared_out(monkeypatch):
-    """Large kernels that divide, by their first axis that does; neither small ones nor tables nor norms."""
+    """Large matrices that divide, by their first axis that does; neither small ones nor tables nor convolutions."""
     monkeypatch.setattr(weights, "LARGE", 48)
     tree = {
         "a": {"kernel": np.arange(64.0).reshape(8, 8), "bias": np.zeros(64)},
@@ -28,11 +28,12 @@ def test_what_is_shared_out(monkeypatch):
         "c": {"kernel": np.zeros((7, 9))},
         "d": {"kernel": np.zeros((4, 4))},
         "e": {"embedding": np.zeros((64, 64))},
+        "f": {"kernel": np.zeros((3, 3, 8, 8))},
     }
     found = parallel.shared_out(tree, 4)
     assert found["a"]["kernel"].axis == -2 and found["b"]["kernel"].axis == -1
-    assert {name for name in tree if parallel.has_parts(found[name])} == {"a", "b"}
-    assert not parallel.has_parts(parallel.shared_out(tree, 1))
+    assert {name for name in tree if isinstance(found[name].get("kernel"), parallel.Part)} == {"a", "b"}
+    jax.tree.map(np.testing.assert_array_equal, parallel.shared_out(tree, 1), tree)
 
 
 def test_each_device_holds_its_part(monkeypatch):
@@ -64,10 +65,13 @@ def on_4_devices(*arguments, code=0):
 
 
 def test_a_deep_network_by_parts(tmp_path):
-    """Value and LoRA's gradient as with copies; a device holds a quarter of the weights, and never all of them."""
+    """Value and LoRA's gradient as with copies; a device holds a quarter of the weights, and never all of them.
+
+    A CPU merges LoRA into a copy before it multiplies, which rounds otherwise.
+    """
     on_4_devices("layers", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["difference"] < 1e-6
+    assert found["difference"] < 5e-6
     assert found["arguments"] < 0.3
     assert found["more temporaries"] < 0.5
 
