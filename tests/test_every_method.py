@@ -21,6 +21,9 @@ CHANGES = {
     "dpok": {"dpok.updates": 1},
     "rwr": {"rwr.updates": 1, "rwr.inner_epochs": 2},
     "nft": {"nft.advantage_clip": 1.0},  # else what draws and what pushes nearly cancel, and rounding is a part of it
+    # Advantages that sum to 0 cancel what the loss of an untrained network has in common for all images, and rounding
+    # of that is a part of the rest: clipped ones do not
+    "awm": {"batch.samples": 16, "batch.group": 4, "awm.advantage_clip": 0.5},
     # Rounding would decide which steps are clipped, and be a part of rewards that are nearly equal. The slope of a
     # log-prob is (x_{t-1} - mean) / std^2, a difference of nearly equal numbers where there is little noise: with the
     # step from t = 251 to 1 the LoRAs differ by 2e-5, by the first two steps alone by 1e-6
