@@ -44,7 +44,7 @@ def panels(results: Mapping[str, Any]) -> list:
         found.append(drawing(figure, f"{title} of all arms over reward queries"))
     if shares := results_figure.share_bars(results):
         figure = Figure(SIZE)
-        results_figure.draw_bars(figure.subplots(), shares, results["prompts"])
+        results_figure.draw_bars(figure.subplots(), shares, results)
         figure.tight_layout()
         found.append(drawing(figure, "gain over the baseline by how often the base model succeeds"))
     return found
