@@ -264,6 +264,9 @@ def test_a_table_of_prompts_goes_round(tmp_path, prompt):
     assert files.read_named_prompts(tmp_path / "prompts.csv") == dict(rows)
 
 
+MEANT = {"animal": "; did you mean 'animals' or 'animals_unseen'?", "Animals": "; did you mean 'animals'?"}
+
+
 @pytest.mark.parametrize("name", ["animal", "cat", "", "  ", "Animals", "some/folder", ".."])
 def test_unknown_name(name):
     with pytest.raises(InputError) as error:
@@ -271,7 +274,7 @@ def test_unknown_name(name):
     assert str(error.value) == (
         f"unknown prompt set {name!r}; accepted: animals, animals_unseen, animals_with_article, "
         "animals_unseen_with_article, animal_activities, animal_activities_unseen, unseen_activities, prompt:TEXT, "
-        f"a prompt of several words, or the path of a file: {files.FORMATS}"
+        f"a prompt of several words, or the path of a file: {files.FORMATS}{MEANT.get(name, '')}"
     )
 
 
