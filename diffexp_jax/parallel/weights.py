@@ -8,6 +8,7 @@ the weights and one layer.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diffexp_jax.parallel.devices import AXIS, Part
@@ -51,6 +52,9 @@ def by_parts(x: Float[Array, "*B in"], part: Part) -> Float[Array, "*B out"]:
 
 
 def _gathered(kernel: Array, axis: int, *, after: Array) -> Array:
-    """The whole kernel in the type of `after`, not before that is known: XLA would gather many layers' in advance."""
-    kernel, _ = jax.lax.optimization_barrier((kernel, after.ravel()[:1]))
-    return jax.lax.all_gather(kernel, AXIS, axis=axis, tiled=True).astype(after.dtype)
+    """The whole kernel in the type of `after`, not before that is known: XLA would gather many layers' in advance.
+
+    The part waits for a zero that only a number of `after` gives. A barrier is gone when XLA:GPU orders its kernels.
+    """
+    zero = jnp.minimum(jnp.abs(after.ravel()[0]), 0.0).astype(kernel.dtype)
+    return jax.lax.all_gather(kernel + zero, AXIS, axis=axis, tiled=True).astype(after.dtype)
