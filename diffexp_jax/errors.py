@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
-    """The end of an error about a word that is none of the known ones: the nearest two; "" where none or all are near."""
+    """The end of an error about a word that is none of the known ones: the nearest two; "" where none are, or all."""
     names = [str(name) for name in known]
     near = difflib.get_close_matches(str(word), names, 2)
     return f"; did you mean {' or '.join(map(repr, near))}?" if 0 < len(near) < len(names) else ""

@@ -111,7 +111,8 @@ def test_what_is_compared(results):
     assert (results["settings"]["algorithm"], results["settings"]["batch.samples"]) == ("ddpo", 8)
     assert results["arms"]["baseline"]["differs"] == {}
     explored = results["arms"]["diffexp"]["differs"]
-    names = ("enabled", "w_low", "t_thresh", "weight_range", "share", "unit", "scope", "fraction")
+    names = ("enabled", "w_low", "t_thresh", "threshold_of", "weight_range", "share", "unit", "scope")
+    names += ("fraction",)
     assert explored.keys() == {f"exploration.{name}" for name in names}
     assert results["unfinished"] == {"other": {"0": [3, 4]}}
     assert len(results["machines"]) == 1 and results["samples_per_prompt"] == [2]
