@@ -49,7 +49,7 @@ def test_an_outputs_error_is_that_of_its_x_0(kind):
     at = denoising.noised(process, x_0, jnp.array([501]), KEYS[:1])
     row = process.make_steps(process.timesteps(1) * 0 + 501, np.ones(1), eta=0.0)
     row = jax.tree.map(lambda x: x[0], row)
-    row = row._replace(change=-row.level) if kind == "flow" else row._replace(alpha_bar_prev=jnp.float32(1.0))
+    row = row._replace(dt=row.level) if kind == "flow" else row._replace(alpha_bar_prev=jnp.float32(1.0))
     predicted, _ = process.transition(at.x_t, out, row)
     error = np.abs(denoising.scales(process, at.row).x_0[0] * (at.target - out))
     np.testing.assert_allclose(np.abs(predicted - x_0), error, rtol=1e-3, atol=1e-5)
