@@ -13,11 +13,12 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"  # the references run there, in float32
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other by spinning
-# Compiling is most of the time: so it takes a third of it. The last flag is asked for where XLA is known to have it.
+# Compiling is most of the time: so it takes a third of it. The last two are asked for where XLA is known to have them.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+    + " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
+    * version("jaxlib").startswith("0.10."),
 )
 
 import jax

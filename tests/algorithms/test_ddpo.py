@@ -200,7 +200,7 @@ def test_trained_steps(share, n_steps, expected):
     assert DDPO(timestep_fraction=share).trained_steps(n_steps) == expected
 
 
-@pytest.mark.parametrize("n_updates, inner_epochs", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("n_updates, inner_epochs", [pytest.param(1, 1, marks=pytest.mark.slow), (2, 1), (2, 2)])
 def test_recomputed_log_probs_change_nothing_where_numerics_agree(n_updates, inner_epochs):
     """One more pass, or none for one update: the same updates, and metrics of the updates alone."""
     settings = dict(n_updates=n_updates, inner_epochs=inner_epochs, n_chunks=2, clip=0.05)

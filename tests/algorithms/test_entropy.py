@@ -82,7 +82,7 @@ def algorithm(alpha, policy, optimizer, n, n_chunks=1, **settings):
 @pytest.mark.parametrize(
     "alpha, steps, start",
     [
-        (0.5, STEPS, False),
+        pytest.param(0.5, STEPS, False, marks=pytest.mark.slow),
         pytest.param(5.0, STEPS, False, marks=pytest.mark.slow),
         (0.5, FEW_NOISE, True),
         pytest.param(0.5, STEPS, True, marks=pytest.mark.slow),

@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 from tqdm import tqdm
 
 
+@pytest.mark.slow
 def test_evaluate_on_other_devices(script, workdir, tmp_path, monkeypatch):
     """Of which training's batch is no multiple: only --batch counts."""
     config = json.loads((workdir / "config.json").read_text())
@@ -35,4 +37,5 @@ def test_evaluate(script, workdir, tmp_path, tiny_settings):
         assert grid.size[0] > 6 * 128 and 2 * 128 < grid.size[1] < 3 * 128, grid.size
     script("evaluate", f"--workdir={workdir}", "--lora_scale=0", "--batch=4", f"--out={tmp_path / 'none.json'}")
     found = json.loads((tmp_path / "none.json").read_text())
+
     assert found["unseen"]["base"] == found["unseen"]["tuned"] and found["lora_scale"] == 0

@@ -245,6 +245,7 @@ def test_more_images_than_fit_in_memory(script, fails, tiny_model, tmp_path, mon
     assert "131 images would take at least 0.0 GiB" in said and "wants at most 130 at once, half of it" in said
 
 
+@pytest.mark.slow
 def test_several_images_of_a_prompt(script, tiny_model, tmp_path):
     """As many as --num_images says or, of one prompt, as there are latents; each with its own noise, and its prompt."""
     latents = np.random.default_rng(0).standard_normal((3, 8, 8, 4)).astype(np.float32)

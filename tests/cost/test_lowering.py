@@ -136,19 +136,10 @@ def make(algorithm, family, dtype, **changes):
 
 
 EVERY = {(algorithm, family, dtype) for algorithm in ("ddpo", "alignprop") for family in PARTS for dtype in HALF}
-# Each device, algorithm, family and type; a trace takes five to ten seconds
-FAST = {("tpu", "alignprop", "sdxl", "bfloat16")}
 
 
-@pytest.mark.parametrize(
-    "device, algorithm, family, dtype",
-    [
-        pytest.param(where, *run, marks=[] if (where, *run) in FAST else pytest.mark.slow)
-        for where in ("gpu", "tpu")
-        for run in sorted(EVERY)
-    ],
-    indirect=["device"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm, family, dtype", sorted(EVERY))
 def test_programs_of_a_run(device, small_sizes, algorithm, family, dtype):
     texts = lower_all(device, make(algorithm, family, dtype))
     assert texts.keys() == {"update", "evaluate", "explore"} | ({"sample"} if algorithm == "ddpo" else set())
@@ -166,6 +157,7 @@ def test_gradients_while_sampling(device, small_sizes):
     assert FUSED[device][1] in lower(device, sampling.function, *sampling.args)
 
 
+@pytest.mark.slow
 def test_an_odd_length_would_not_have_a_gradient(small_sizes, monkeypatch, request):
     """What these tests are for: without the padding, jax refuses a prompt of 77 tokens."""
     monkeypatch.setattr(attention, "attention_of_even_length", jax.nn.dot_product_attention)
@@ -191,7 +183,7 @@ REWARDS += ("textnorm(pickscore)", "textnorm(imagereward)", "emoji_pickscore", "
 @pytest.mark.parametrize(
     "device, dtype",
     [
-        pytest.param(*case, marks=[] if case in (("gpu", "bfloat16"), ("tpu", "float32")) else pytest.mark.slow)
+        pytest.param(*case, marks=[] if case == ("gpu", "bfloat16") else pytest.mark.slow)
         for case in itertools.product(("gpu", "tpu"), ("float32", "bfloat16", "float16"))
     ],
     indirect=["device"],

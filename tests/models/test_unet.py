@@ -113,7 +113,10 @@ def randomised(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", TINY)
+ALIKE = {"distilled", "conv_odd_attention_below"}  # what others have, put together otherwise
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in ALIKE)) for x in TINY])
 def test_unet_is_diffusers(name, tmp_path):
     torch = pytest.importorskip("torch")
     from diffusers import UNet2DConditionModel

@@ -117,6 +117,7 @@ def on_one(request, tiny_settings, make_config, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_one", ["ddpo"], indirect=True)
 def test_two_hosts_do_what_one_does(on_one, tiny_settings, tmp_path):
     """Also which files there are, and that no host but the first writes or says anything."""

@@ -144,7 +144,8 @@ def images(both, x_T, guidance, collection=None, uncond=None):
     return np.asarray(both.sample(model.params, collection, x_T, context, steps, keys))
 
 
-@pytest.mark.parametrize("guidance", [7.5, 1.0])  # diffusers leaves the unconditional half out at 1
+# diffusers leaves the unconditional half out at 1
+@pytest.mark.parametrize("guidance", [7.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_images_are_diffusers(both, guidance):
     import torch
 
@@ -197,7 +198,8 @@ def test_images_in_half_precision(make, name, dtype, most):
     assert 1e-6 < np.abs(low.astype(np.float32) - images(both, x_T, 5.0)).mean() <= most
 
 
-@pytest.mark.parametrize("name", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_lora_goes_to_diffusers_and_back(make, name, tmp_path):
     import torch
 

@@ -76,7 +76,7 @@ def folder(tmp_path, original):
 
 
 @pytest.mark.parametrize("height, width", [(21, 21), (30, 47)])
-@pytest.mark.parametrize("file", ["HPS.pt", "HPS.safetensors"])
+@pytest.mark.parametrize("file", ["HPS.pt", pytest.param("HPS.safetensors", marks=pytest.mark.slow)])
 def test_hpsv2(original, model, folder, height, width, file):
     if file == "HPS.pt":
         torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / file)
@@ -184,6 +184,7 @@ L_14 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes, count", [(L_14, 427_616_513), (open_clip.VIT_H_14, 986_109_441)])
 def test_published_parameter_counts(sizes, count):
     config = open_clip.config_of(sizes)

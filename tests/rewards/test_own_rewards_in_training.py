@@ -119,6 +119,7 @@ def test_ddpo_learns_the_opposite_from_the_opposite_reward(make_config):
     assert np.linalg.norm(small + large) <= 1e-5 * np.linalg.norm(small)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("programs_once", "undrawn")
 def test_a_failing_reward_saves_what_was_trained(make_config, tmp_path, monkeypatch, capsys):
     """The third iteration's reward fails: exit code 1, one line, the second's state saved; then the run goes on."""

@@ -23,6 +23,7 @@ from tests.support.reward_checks import assert_same_score_and_gradient, perturbe
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+NEAR = "did you mean 'pickscore' or 'emoji_pickscore'?"
 ACCEPTED = (
     f"accepted: {', '.join(BUILTINS)}, each also as NAME:PATH or "
     "textnorm(NAME:PATH), several joined by +; jax:MODULE:FUNCTION, python:MODULE:FUNCTION"
@@ -439,7 +440,7 @@ def test_classifier_is_small():
         ("clip", f"unknown reward 'clip'; {ACCEPTED}"),
         ("", f"unknown reward ''; {ACCEPTED}"),
         ("textnorm(clip)", f"unknown reward 'clip'; {ACCEPTED}"),
-        ("textnorm(pickscore:x", f"unknown reward 'textnorm(pickscore'; {ACCEPTED}"),
+        ("textnorm(pickscore:x", f"unknown reward 'textnorm(pickscore'; {ACCEPTED}; {NEAR}"),
         ("pickscore", "reward 'pickscore' needs its weights: pickscore:PATH"),
         ("aesthetic:", "reward 'aesthetic' needs its weights: aesthetic:PATH"),
         ("pickscore:no/such/clip", "reward 'pickscore:no/such/clip': no/such/clip: no such file or folder"),

@@ -95,7 +95,8 @@ with stopping.StopRequests(grace=float(sys.argv[1])) as requests:
     [
         (1.5, 0.0, [signal.SIGTERM], True),  # the grace is over
         (600.0, 1.3, [signal.SIGTERM, signal.SIGTERM], False),  # at once
-        (1.5, 0.0, [signal.SIGTERM, signal.SIGTERM], True),  # the same one twice, as launchers do
+        # the same one twice, as launchers do
+        pytest.param(1.5, 0.0, [signal.SIGTERM, signal.SIGTERM], True, marks=pytest.mark.slow),
         (2.5, 1.3, [signal.SIGHUP, signal.SIGHUP], True),  # the shell's and the terminal's: nobody insists
     ],
 )

@@ -78,7 +78,10 @@ def iteration(name, *, skips):
     return *parallel.first((state.lora, metrics)), sum(rows)
 
 
-@pytest.mark.parametrize("name", METHOD_SETTINGS)
+SLOW = {"ddpo of the first steps", "dpok", "draft", "entropy"}  # by the same code as another one
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in METHOD_SETTINGS])
 def test_a_half_that_counts_for_nothing_is_left_out(name):
     """Sampling and gradient; two steps of four take half of their rows."""
     lora, metrics, rows = iteration(name, skips=True)
