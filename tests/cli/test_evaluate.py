@@ -37,5 +37,4 @@ def test_evaluate(script, workdir, tmp_path, tiny_settings):
         assert grid.size[0] > 6 * 128 and 2 * 128 < grid.size[1] < 3 * 128, grid.size
     script("evaluate", f"--workdir={workdir}", "--lora_scale=0", "--batch=4", f"--out={tmp_path / 'none.json'}")
     found = json.loads((tmp_path / "none.json").read_text())
-
     assert found["unseen"]["base"] == found["unseen"]["tuned"] and found["lora_scale"] == 0
