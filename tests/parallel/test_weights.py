@@ -83,7 +83,8 @@ def test_a_deep_network_by_parts(tmp_path):
         ("alignprop", {}),
         ("alignprop", {"model.remat": "block"}),
         ("ddpo", {"ddpo.updates": 1, "ddpo.gradient": "onepass"}),
-        ("ddpo", {"ddpo.updates": 2}),
+        # without the last steps, whose log-probs have slopes of 1 / std^2 that make rounding large
+        ("ddpo", {"ddpo.updates": 2, "ddpo.timestep_fraction": 0.5}),
         ("draft", {}),
         ("nft", {"batch.group": 2}),
     ],
