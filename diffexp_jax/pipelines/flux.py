@@ -20,7 +20,8 @@ from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer
 from diffexp_jax.models.clip_files import canonical_text_names
 from diffexp_jax.models.flux import LORA_TARGETS, PATCH, Flux, FluxConfig
 from diffexp_jax.models.precision import in_precision
-from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
+from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
+from diffexp_jax.pipelines.parts import decoder, loaded, type_of_t5, variables
 from diffexp_jax.pipelines.pipeline import Pipeline
 from diffexp_jax.pipelines.stable_diffusion import check_tokenizer
 from diffexp_jax.sampling import EMBEDDED, load_process
@@ -94,10 +95,7 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32, variant: str | None = 
     pipeline = build(config, dtype=dtype, **options)
     tensors = {part: files.open_weights(folder / part, variant=variant) for part in pipeline.params}
     tensors |= {CLIP: canonical_text_names(tensors[CLIP]), T5: t5.canonical_names(tensors[T5])}
-    params = {
-        part: convert.from_torch(tensors[part], tree, where=str(folder / part), dtype=jax.tree.leaves(tree)[0].dtype)
-        for part, tree in pipeline.params.items()
-    }
+    params = loaded(pipeline.params, tensors, folder)
     of_clip = load_tokenizer(folder / TOKENIZERS[0])
     check_tokenizer(of_clip, config.clip, f"{folder}: {TOKENIZERS[0]}")
     of_t5 = load_t5_tokenizer(folder / TOKENIZERS[1], size=config.t5.vocab_size, length=pipeline.lengths[1])
@@ -127,7 +125,7 @@ def build(
     size.
     """
     side, cfg = latent_side(config, image_size), config.transformer
-    t5_dtype = jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype  # T5's numbers leave float16's range
+    t5_dtype = type_of_t5(dtype)
     transformer, vae = Flux(cfg, dtype, remat_blocks), AutoencoderKL(config.vae, dtype)
     clip, second = TextTransformer(config.clip, dtype), t5.T5Encoder(config.t5, t5_dtype)
 
@@ -137,11 +135,9 @@ def build(
         return TextEmbedding(tokens.astype(t5_dtype), pooled.astype(jnp.float32))
 
     def denoise(params, lora, x_t, step, text):
-        variables = {"params": params["transformer"]} | ({"lora": lora} if lora is not None else {})
-        return transformer.apply(variables, x_t, step.t, text.tokens, text.pooled, step.w_t)
-
-    def decode(params, latents):
-        return in_slices(lambda z: vae.apply({"params": params["vae"]}, z, method="decode"), latents, vae_slice)
+        return transformer.apply(
+            variables(params["transformer"], lora), x_t, step.t, text.tokens, text.pooled, step.w_t
+        )
 
     own = {"use_dynamic_shifting": False} if "shift" in scheduler else {}
     return Pipeline(
@@ -158,7 +154,7 @@ def build(
         reweight=reweight,
         unconditional=lambda empty: (),  # guidance is an input of the network, and leads away from nothing
         denoise=in_precision(denoise, dtype, matmul_precision),
-        decode=in_precision(decode, dtype, matmul_precision),
+        decode=in_precision(decoder(vae, vae_slice), dtype, matmul_precision),
         process=load_process(config.scheduler | own, scheduler, tokens=(side // PATCH) ** 2, to_1_over_n=True),
         latent_shape=(side, side, config.vae.latent_channels),
         lora_targets=LORA_TARGETS,

@@ -22,8 +22,9 @@ from diffexp_jax.models.clip_files import canonical_text_names
 from diffexp_jax.models.lora import TARGETS
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.models.unet import UNet
-from diffexp_jax.models.vae import AutoencoderKL, in_slices
+from diffexp_jax.models.vae import AutoencoderKL
 from diffexp_jax.pipelines.families import ModelConfig, model_config, read_jsons
+from diffexp_jax.pipelines.parts import decoder, variables
 from diffexp_jax.pipelines.pipeline import Pipeline
 from diffexp_jax.sampling import load_process
 
@@ -132,11 +133,7 @@ def build(
         )
 
     def denoise(params, lora, x_t, step, text):
-        variables = {"params": params["unet"]} | ({"lora": lora} if lora is not None else {})
-        return unet.apply(variables, x_t, step.t, text.embedding, text.added)
-
-    def decode(params, latents):
-        return in_slices(lambda z: vae.apply({"params": params["vae"]}, z, method="decode"), latents, vae_slice)
+        return unet.apply(variables(params["unet"], lora), x_t, step.t, text.embedding, text.added)
 
     return Pipeline(
         params={},
@@ -149,7 +146,7 @@ def build(
         reweight=reweight,
         unconditional=zeros if config.zero_uncond else lambda empty: empty,
         denoise=in_precision(denoise, dtype, matmul_precision),
-        decode=in_precision(decode, config.dtype("vae", dtype), matmul_precision),
+        decode=in_precision(decoder(vae, vae_slice), config.dtype("vae", dtype), matmul_precision),
         process=load_process(config.scheduler, scheduler, old_configs=family.old_configs),
         latent_shape=(side, side, config.unet.in_channels),
         lora_targets=LORA_TARGETS,

@@ -20,7 +20,8 @@ from diffexp_jax.models.clip import CLIPTextConfig, TextTransformerWithProjectio
 from diffexp_jax.models.clip_files import canonical_text_names
 from diffexp_jax.models.mmdit import LORA_TARGETS, MMDiT, MMDiTConfig, middle_of_table
 from diffexp_jax.models.precision import in_precision
-from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
+from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
+from diffexp_jax.pipelines.parts import decoder, loaded, type_of_t5, variables
 from diffexp_jax.pipelines.pipeline import Pipeline
 from diffexp_jax.pipelines.stable_diffusion import check_same_tokens, check_tokenizer
 from diffexp_jax.sampling import load_process
@@ -132,10 +133,7 @@ def load(folder: Path, *, dtype: DTypeLike = jnp.float32, variant: str | None = 
         tensors[T5] = t5.canonical_names(tensors[T5])
     side = pipeline.latent_shape[0] // config.transformer.patch_size
     tensors["transformer"] = _AtSize(tensors["transformer"], config.transformer, side, str(folder / "transformer"))
-    params = {
-        part: convert.from_torch(tensors[part], tree, where=str(folder / part), dtype=jax.tree.leaves(tree)[0].dtype)
-        for part, tree in pipeline.params.items()
-    }
+    params = loaded(pipeline.params, tensors, folder)
     tokenizers = [load_tokenizer(folder / name) for name in CLIPS.values()]
     for name, tokenizer, clip in zip(CLIPS.values(), tokenizers, config.clips, strict=True):
         check_tokenizer(tokenizer, clip, f"{folder}: {name}")
@@ -172,7 +170,7 @@ def build(
     `stable_diffusion.build`.
     """
     t5_tokens, side = t5_tokens or T5_TOKENS, latent_side(config, image_size)
-    t5_dtype = jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype  # T5's numbers leave float16's range
+    t5_dtype = type_of_t5(dtype)
     transformer, vae = MMDiT(config.transformer, dtype, remat_blocks), AutoencoderKL(config.vae, dtype)
     clips = {part: TextTransformerWithProjection(cfg, dtype) for part, cfg in zip(CLIPS, config.clips, strict=True)}
     third = t5.T5Encoder(config.t5, t5_dtype) if config.t5 else None
@@ -186,11 +184,8 @@ def build(
         return TextEmbedding(clip, of_t5, pooled)
 
     def denoise(params, lora, x_t, step, text):
-        variables = {"params": params["transformer"]} | ({"lora": lora} if lora is not None else {})
-        return transformer.apply(variables, x_t, step.t, joined(text, joint, t5_tokens), text.pooled)
-
-    def decode(params, latents):
-        return in_slices(lambda z: vae.apply({"params": params["vae"]}, z, method="decode"), latents, vae_slice)
+        tokens = joined(text, joint, t5_tokens)
+        return transformer.apply(variables(params["transformer"], lora), x_t, step.t, tokens, text.pooled)
 
     params = abstract_params(config, side)
     return Pipeline(
@@ -204,7 +199,7 @@ def build(
         reweight=reweight,
         unconditional=lambda empty: empty,
         denoise=in_precision(denoise, dtype, matmul_precision),
-        decode=in_precision(decode, dtype, matmul_precision),
+        decode=in_precision(decoder(vae, vae_slice), dtype, matmul_precision),
         process=load_process(config.scheduler, scheduler, old_configs=False),
         latent_shape=(side, side, config.transformer.in_channels),
         lora_targets=LORA_TARGETS,

@@ -3,9 +3,6 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +16,12 @@ from diffexp_jax import sampler as sampler_module
 from diffexp_jax.cost import dry_run
 from diffexp_jax.errors import InputError
 from diffexp_jax.models import lora
-from diffexp_jax.pipelines import Pipeline, encode_prompts, families, load_pipeline, make_context, stable_diffusion
+from diffexp_jax.pipelines import encode_prompts, families, load_pipeline, make_context, stable_diffusion
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.sampler import Sampler
-from diffexp_jax.sampling import rollout
 from diffexp_jax.settings import parsed
-from tests.support.pipelines import FAMILIES, PROMPTS, pipeline
+from tests.support.pipelines import FAMILIES, PROMPTS, both_of, pipeline, sampler
 from tests.support.published import PUBLISHED
-
-
-class Both(NamedTuple):
-    theirs: Any  # diffusers' pipeline
-    ours: Pipeline  # our model of its files
-    folder: Path
-    sample: Callable  # ours, compiled
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +33,9 @@ def make(tmp_path_factory):
     @functools.cache
     def make(name):
         folder = tmp_path_factory.mktemp(name)
-        theirs = pipeline(name, folder / "tokens")
-        theirs.set_progress_bar_config(disable=True)
-        theirs.save_pretrained(folder / "model")
-        ours = load_pipeline(folder / "model")
-        return Both(theirs, ours, folder / "model", sampler(ours))
+        return both_of(pipeline(name, folder / "tokens"), folder / "model")
 
     return make
-
-
-def sampler(model):
-    """A compiled program (params, lora, x_T, context, steps, keys) -> images."""
-
-    @jax.jit
-    def sample(params, collection, x_T, context, steps, keys):
-        denoise = functools.partial(model.network(), params, collection)  # at any guidance
-        x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
-        return model.decode(params, x_0).clip(0.0, 1.0)
-
-    return sample
 
 
 @pytest.fixture(params=FAMILIES)

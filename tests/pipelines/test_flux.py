@@ -14,8 +14,8 @@ from diffexp_jax.models import lora
 from diffexp_jax.pipelines import encode_prompts, load_pipeline, make_context
 from diffexp_jax.prompts import PromptSet
 from diffexp_jax.run.metrics import read_metrics
-from diffexp_jax.sampling import rollout
 from tests.support.flux import PROMPTS, TINY, pipeline
+from tests.support.pipelines import both_of, saved_lora
 from tests.support.sd3 import channels_first
 
 T5_TOKENS, N_STEPS = 16, 10
@@ -23,7 +23,7 @@ T5_TOKENS, N_STEPS = 16, 10
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """make("dev"): diffusers' pipeline, our model of its files, their folder, our compiled sampler; made once."""
+    """make("dev"): Both, made once."""
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
 
@@ -31,17 +31,7 @@ def make(tmp_path_factory):
     def make(name):
         folder = tmp_path_factory.mktemp(name)
         theirs = pipeline(name, folder / "tokens")
-        theirs.set_progress_bar_config(disable=True)
-        theirs.save_pretrained(folder / "model")
-        ours = load_pipeline(folder / "model", image_size=64, t5_tokens=T5_TOKENS)
-
-        @jax.jit
-        def sample(params, collection, x_T, context, steps, keys):
-            denoise = functools.partial(ours.network(), params, collection)
-            x_0, _ = rollout(ours.process, denoise, x_T, context, steps, keys)
-            return ours.decode(params, x_0).clip(0.0, 1.0)
-
-        return theirs, ours, folder / "model", sample
+        return both_of(theirs, folder / "model", image_size=64, t5_tokens=T5_TOKENS)
 
     return make
 
@@ -107,11 +97,7 @@ def test_prompt_weighting_acts_on_t5s_tokens(make):
 def test_lora_goes_to_diffusers(make, tmp_path):
     pytest.importorskip("peft")
     theirs, ours, *_ = made = make("dev")
-    rng = np.random.default_rng(2)
-    targets = lora.target_layers(["attention", "feed_forward"], ours.lora_targets)
-    start = lora.init_lora(jax.random.key(0), ours.base, rank=3, targets=targets)
-    collection = jax.tree.map(lambda x: np.asarray(x) + rng.standard_normal(x.shape, np.float32) / 8, start)
-    lora.save_lora(tmp_path / lora.LORA_FILE, collection, alpha=1.5, prefix=ours.lora_prefix)
+    collection = saved_lora(ours, tmp_path, ["attention", "feed_forward"])
     try:
         theirs.load_lora_weights(str(tmp_path))
         tuned = their_images(made, 3.5)

@@ -3,9 +3,6 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,22 +15,15 @@ from diffexp_jax.cost import dry_run
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.models import lora
-from diffexp_jax.pipelines import Pipeline, encode_prompts, load_pipeline, make_context, stable_diffusion_3
+from diffexp_jax.pipelines import encode_prompts, load_pipeline, make_context, stable_diffusion_3
 from diffexp_jax.prompts import PromptSet
 from diffexp_jax.run.metrics import read_metrics
-from diffexp_jax.sampling import rollout
 from diffexp_jax.settings import checked
+from tests.support.pipelines import both_of, saved_lora
 from tests.support.sd3 import PROMPTS, TINY, channels_first, pipeline
 
 T5_TOKENS = 16
 N_STEPS = 10
-
-
-class Both(NamedTuple):
-    theirs: Any  # diffusers' pipeline
-    ours: Pipeline  # our model of its files
-    folder: Path
-    sample: Callable  # ours, compiled
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +36,9 @@ def make(tmp_path_factory):
     def make(name, with_t5=True):
         folder = tmp_path_factory.mktemp(name)
         theirs = pipeline(name, folder / "tokens", with_t5=with_t5)
-        theirs.set_progress_bar_config(disable=True)
-        theirs.save_pretrained(folder / "model")
-        ours = load_pipeline(folder / "model", t5_tokens=T5_TOKENS)
-        return Both(theirs, ours, folder / "model", sampler(ours))
+        return both_of(theirs, folder / "model", t5_tokens=T5_TOKENS)
 
     return make
-
-
-def sampler(model):
-    """A compiled program (params, lora, x_T, context, steps, keys) -> images."""
-
-    @jax.jit
-    def sample(params, collection, x_T, context, steps, keys):
-        denoise = functools.partial(model.network(), params, collection)  # at any guidance
-        x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
-        return model.decode(params, x_0).clip(0.0, 1.0)
-
-    return sample
 
 
 @pytest.fixture
@@ -177,11 +152,7 @@ def test_a_prompt_of_no_encoder_is_weighted_alone(make):
 def test_lora_goes_to_diffusers_and_back(make, name, tmp_path):
     pytest.importorskip("peft")
     theirs, ours = (both := make(name))[:2]
-    rng = np.random.default_rng(2)
-    targets = lora.target_layers(["attention", "feed_forward"], ours.lora_targets)
-    start = lora.init_lora(jax.random.key(0), ours.base, rank=3, targets=targets)
-    collection = jax.tree.map(lambda x: np.asarray(x) + rng.standard_normal(x.shape, np.float32) / 8, start)
-    lora.save_lora(tmp_path / lora.LORA_FILE, collection, alpha=1.5, prefix=ours.lora_prefix)
+    collection = saved_lora(ours, tmp_path, ["attention", "feed_forward"])
     try:
         theirs.load_lora_weights(str(tmp_path))
         tuned = their_images(both, 7.0)

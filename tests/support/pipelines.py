@@ -1,6 +1,17 @@
-"""Tiny pipelines that diffusers makes, of each family."""
+"""Tiny pipelines that diffusers makes, of each family; and ours beside them."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from diffexp_jax.emoji.tokenizer import write_tokenizer
+from diffexp_jax.models import lora
+from diffexp_jax.pipelines import Pipeline, load_pipeline
+from diffexp_jax.sampling import rollout
 
 PROMPTS = ["a dog riding a bike", "an ant"]
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
@@ -37,6 +48,42 @@ FAMILIES = {
         dict(SD15),
     ),
 }
+
+
+class Both(NamedTuple):
+    theirs: Any  # diffusers' pipeline
+    ours: Pipeline  # our model of its files
+    folder: Path
+    sample: Callable  # ours, compiled
+
+
+def both_of(theirs, folder: Path, **options) -> Both:
+    """diffusers' pipeline, whose files are written to the folder, and ours of them, by these options."""
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(folder)
+    ours = load_pipeline(folder, **options)
+    return Both(theirs, ours, folder, sampler(ours))
+
+
+def sampler(model: Pipeline) -> Callable:
+    """A compiled program (params, lora, x_T, context, steps, keys) -> images."""
+
+    @jax.jit
+    def sample(params, collection, x_T, context, steps, keys):
+        denoise = functools.partial(model.network(), params, collection)  # at any guidance
+        x_0, _ = rollout(model.process, denoise, x_T, context, steps, keys)
+        return model.decode(params, x_0).clip(0.0, 1.0)
+
+    return sample
+
+
+def saved_lora(model: Pipeline, folder: Path, targets: list[str]) -> Any:
+    """A LoRA of rank 3 and alpha 1.5 that does something, and is in a file in the folder."""
+    rng, layers = np.random.default_rng(2), lora.target_layers(targets, model.lora_targets)
+    start = lora.init_lora(jax.random.key(0), model.base, rank=3, targets=layers)
+    collection = jax.tree.map(lambda x: np.asarray(x) + rng.standard_normal(x.shape, np.float32) / 8, start)
+    lora.save_lora(folder / lora.LORA_FILE, collection, alpha=1.5, prefix=model.lora_prefix)
+    return collection
 
 
 def tokenizers(folder, n):
