@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 from diffexp_jax.formats.original_names import unet_names
 
-UNET, TRANSFORMER = (
-    "unet.",
-    "transformer.",
-)  # before the names of a network's layers, in the files that diffusers writes
+# Before the names of a network's layers, in the files that diffusers writes
+UNET, TRANSFORMER = "unet.", "transformer."
 _PEFT = "base_model.model."  # in those that peft itself writes
 # Of data-parallel training, of torch.compile, of the original code; and kohya's
 _WRAPPERS = (_PEFT, "module.", "_orig_mod.", "model.", "diffusion_model.", "lora_unet_")
