@@ -115,7 +115,7 @@ def default() -> ml_collections.ConfigDict:
     # (first, end): steps that add noise, counted from 0 at the noise; the others are deterministic
     config.sampling.noise_steps = (0, 1000)
     # Flow-GRPO-Fast: 3 of noise_steps=(0, 5), of ten steps. The update then costs three steps in place of ten.
-    # Evaluation adds noise at the first ones.
+    # Evaluation adds noise at the first ones, unless `eval.eta` is 0.
     config.sampling.window = 0  # so many consecutive ones of them add noise, drawn anew each iteration; 0: all of them
 
     # DiffExp: Eq. 7 for the guidance of the steps, Eq. 8 for the weights of words.
@@ -370,6 +370,12 @@ def default() -> ml_collections.ConfigDict:
     config.eval.prompts = ("animal_activities", "animal_activities_unseen", "animals")
     config.eval.rewards = ()  # further rewards to report, never optimised
     config.eval.reward_dtype = "float32"  # type of the networks that evaluation scores with, as `reward_dtype`
+    # Of these the same share adds noise as in training, unless eval.eta is 0. Flow-GRPO trains at 10 steps and
+    # evaluates at 40.
+    config.eval.steps = placeholder(int)  # sampling steps of evaluations; None: sampling.steps
+    # 0 is the deterministic chain, as people sample: DDIM's, or the ODE of flow matching. Image grids, evaluate.py and
+    # sample.py follow eval.steps and eval.eta too.
+    config.eval.eta = placeholder(float)  # noise of these steps, as sampling.eta; None: that
     config.eval.samples_per_prompt = 1  # images of each prompt in an evaluation
     config.eval.samples_per_set = 1  # images of each set at least: a small set gets more of each prompt
 

@@ -4,8 +4,8 @@
 
 Arguments (all optional): model, reward, prompts, explore; see arguments.py. The settings are those of Flow-GRPO's fast
 recipe (Liu et al. 2025, arXiv 2505.05470, and its code) for Stable Diffusion 3.5 with PickScore: ten steps, noise in
-three of the first five, no guidance in sampling and training, no KL. Without guidance DiffExp's weights of words alone
-explore. The first recipe has guidance, and noise in all steps but the last:
+three of the first five, no guidance in sampling and training, no KL; evaluation by 40 steps without noise. Without
+guidance DiffExp's weights of words alone explore. The first recipe has guidance, and noise in all steps but the last:
 
     --config.sampling.guidance=4.5 --config.sampling.noise_steps=0,9 --config.sampling.window=0
     --config.ddpo.kl_weight=0.04 --config.ddpo.kl_by_length=True
@@ -23,6 +23,7 @@ def get_config(argument: str | None = None):
     config.ddpo.clip = 1e-4
     config.optim.ema = 0.987  # what is evaluated is this average; Flow-GRPO's is 0.9 every eight updates
     config.sampling.window = 3
+    config.eval.eta = 0.0  # the ODE, as people sample
     if chosen["model"] in MINIATURES:
         config.iterations = 36
         config.batch.group = 4
@@ -38,8 +39,10 @@ def get_config(argument: str | None = None):
         config.lora.alpha = 64.0
         if chosen["model"].startswith("flux"):  # few steps; its guidance is an input, which costs no evaluation
             config.sampling.noise_steps = (0, 3)
+            config.eval.steps = 28 if chosen["model"] == "flux" else None  # schnell is made for four
         else:
             config.sampling.steps = 10
             config.sampling.noise_steps = (0, 5)
             config.sampling.guidance = 1.0
+            config.eval.steps = 40
     return config

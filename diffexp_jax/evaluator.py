@@ -60,7 +60,7 @@ class Evaluator:
     def of_run(
         cls, workdir: str | Path, checkpoint: Checkpoint = None, *, settings: Settings | None = None, **options: Any
     ) -> "Evaluator":
-        """The model that a run has fine-tuned, sampled as the run does; where the run keeps it, the LoRA's average.
+        """The model that a run has fine-tuned, sampled as the run evaluates; where it keeps one, the LoRA's average.
 
         Args:
           checkpoint: "newest", "best", or the number of an iteration. None: what the run ended with, of a run that goes
@@ -117,7 +117,7 @@ class Evaluator:
         iteration, tuned, scale = None, None, settings.lora.alpha / settings.lora.rank
         if checkpoint is not None:
             iteration, tuned = read_lora(Path(lora), str(checkpoint))
-        sampler = Sampler.build(settings)
+        sampler = Sampler.build(settings).evaluating(settings)
         if lora is not None and checkpoint is None:
             tuned, scale = load_lora(lora, sampler.pipeline.base, prefix=sampler.pipeline.lora_prefix)
         unit = jax.device_count() * chunks
@@ -145,7 +145,7 @@ class Evaluator:
         split, trained = experiment.split, experiment.trained
         params = {name: frozen.reward for name, reward in experiment.rewards.items() if reward is trained}
         return cls(
-            sampler=experiment.sampler,
+            sampler=experiment.sampler.evaluating(experiment.settings),
             params=frozen.model,
             lora=None,
             generate=programs.generate,

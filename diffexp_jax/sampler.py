@@ -48,8 +48,14 @@ class Sampler(NamedTuple):
         uncond = pipeline.unconditional(empty)
         shards = settings.parallel.shards(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pipeline.base)))
         sampler = cls(pipeline, empty, uncond, s.steps, s.guidance, s.eta, exploration, s.noise_rule, shards)
-        sampler.steps(explore=False)  # what the model's process does not accept
+        for each in (sampler, sampler.evaluating(settings)):
+            each.steps(explore=False)  # what the model's process does not accept
         return sampler.negated(s.negative_prompt) if s.negative_prompt else sampler
+
+    def evaluating(self, settings: Settings) -> "Sampler":
+        """A sampler of this model by the steps, and with the noise, that evaluation has."""
+        s = settings.eval_sampling
+        return self._replace(n_steps=s.steps, eta=s.eta, noise=s.noise_rule)
 
     def negated(self, negative_prompt: str) -> "Sampler":
         """A sampler whose guidance leads away from this prompt, as diffusers' `negative_prompt`; SDXL gets no zeros.

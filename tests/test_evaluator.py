@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from diffexp_jax import parallel
+from diffexp_jax.cost.dry_run import programs_of
 from diffexp_jax.errors import InputError
 from diffexp_jax.evaluator import Evaluator
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import LORA_FILE, init_lora, save_lora, scaled
 from diffexp_jax.pipelines import Pipeline
+from diffexp_jax.programs import make_programs
 from diffexp_jax.prompts import PromptSet
 from diffexp_jax.rewards import load_reward, scoring
 from diffexp_jax.rewards.scoring import Scorers
@@ -22,7 +25,7 @@ from diffexp_jax.run import workdir as workdirs
 from diffexp_jax.run.checkpoint import Checkpoints
 from diffexp_jax.sampler import Sampler
 from diffexp_jax.sampling import initial_latents, load_process
-from diffexp_jax.settings import Settings, changed, parsed
+from diffexp_jax.settings import Settings, changed, checked, parsed
 from diffexp_jax.settings.training import Exploration
 from diffexp_jax.task import Task
 from tests.support.tiny import CompileCounter, nonzero_lora
@@ -156,6 +159,36 @@ def test_of_no_run(workdir, tmp_path):
         Evaluator.of_run(workdir, "best")
 
 
+def test_a_run_evaluates_by_steps_of_its_own(make_config):
+    """Without exploration; the steps of training stay as they are. The dry run compiles for as many."""
+    training = {"sampling.steps": 10, "sampling.eta": 1.0, "sampling.noise_steps": (0, 4), "sampling.window": 2}
+    config = make_config("alignprop", training | {"exploration.enabled": True})
+    experiment = Experiment.build(checked(config), weights=False)
+    for changes, n, noisy in (
+        ({}, 10, [0, 1]),  # as in training, where the window begins at step 0, 1 or 2
+        ({"eval.eta": 0.0}, 10, []),
+        ({"eval.steps": 40}, 40, [*range(8)]),
+        ({"eval.steps": 5, "eval.eta": 0.5}, 5, [0]),
+        ({"eval.steps": 40, "eval.eta": 0.0}, 40, []),
+    ):
+        changed_so = experiment._replace(settings=changed(experiment.settings, changes))
+        sampler = Evaluator.of_experiment(changed_so, make_programs(changed_so), changed_so.frozen).sampler
+        steps = sampler.steps(explore=False)
+        assert steps.t.tolist() == sampler.pipeline.process.timesteps(n).tolist()
+        assert np.flatnonzero(steps.sigma_t).tolist() == noisy and set(steps.w_t.tolist()) == {sampler.guidance}
+    (evaluation,) = (program for program in programs_of(changed_so) if program.name == "evaluate")
+    assert evaluation.args[-1].t.shape[1:] == (40,)
+    of_training = experiment.sampler.steps(explore=True, noise_from=2)
+    assert np.flatnonzero(of_training.sigma_t).tolist() == [2, 3] and len(set(of_training.w_t.tolist())) == 2
+
+
+def test_noise_that_evaluation_has_not(tiny_model):
+    """Before anything is trained."""
+    settings = changed(Settings(), {"model.path": str(tiny_model), "eval.eta": 1.5})
+    with pytest.raises(InputError, match="^eta=1.5: the model's steps are DDIM's, wants 0..1$"):
+        Sampler.build(settings, weights=False)
+
+
 def test_settings_to_sample_by(workdir, tiny_model, monkeypatch):
     """A run's own, or as diffusers samples; others by name."""
     seen = []
@@ -163,9 +196,10 @@ def test_settings_to_sample_by(workdir, tiny_model, monkeypatch):
     Evaluator.of_run(workdir, steps=7, weight_range=[1.0, 2.0], batch=3)
     Evaluator.of_model(tiny_model, guidance=2, scheduler=["timestep_spacing=trailing"], lora="l.safetensors")
     (of_run, options), (of_model, others) = seen
-    assert (of_run.sampling.steps, of_run.sampling.guidance, of_run.exploration.weight_range) == (7, 3.0, (1.0, 2.0))
+    assert (of_run.eval_sampling.steps, of_run.sampling.guidance) == (7, 3.0)
+    assert of_run.exploration.weight_range == (1.0, 2.0)
     assert options == {"lora": workdir, "checkpoint": None, "batch": 3} and others == {"lora": "l.safetensors"}
-    s = of_model.sampling
+    s = of_model.eval_sampling
     assert (of_model.model.path, s.steps, s.guidance, s.eta) == (str(tiny_model), 50, 2.0, 0.0)
     assert of_model.model.scheduler.timestep_spacing == "trailing"
     for wrong, said in (
@@ -190,7 +224,7 @@ def model(built, loras, tmp_path_factory):
     save_lora(file, loras[3], alpha=4.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sampler, "build", lambda config: built)
-        return Evaluator.of_model(lora=file, batch=2)
+        return Evaluator.of_model(lora=file, batch=2, steps=2)
 
 
 def test_seeds_depend_on_nothing_else(model):
@@ -208,6 +242,17 @@ def test_seeds_depend_on_nothing_else(model):
     np.testing.assert_array_equal(model.images(PAIR, seed=9, latents=latents), images)
     with pytest.raises(InputError, match=r"^latents: shape \(2, 8, 8, 4\); wants \(1, 8, 8, 4\): one for each image$"):
         model.images(PAIR[:1], latents=latents)
+
+
+def test_images_by_the_steps_of_evaluation(model, built):
+    """eval.steps and eval.eta are what sampling.steps and sampling.eta would be: bit for bit the same images."""
+    training = changed(Settings(), {"sampling.steps": 9, "sampling.eta": 1.0, "eval.steps": 2})
+    without, noisy = (
+        replace(model, sampler=built.evaluating(changed(training, {"eval.eta": eta}))).images(PAIR, seed=3)
+        for eta in (0.0, None)
+    )
+    np.testing.assert_array_equal(without, model.images(PAIR, seed=3))
+    assert np.abs(noisy - without.astype(int)).max() > 2
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     models = {"base": tuned.untuned(), "tuned": tuned}
     results: dict[str, Any] = {"iteration": tuned.iteration, "samples_per_prompt": args.samples_per_prompt}
     results["lora_scale"] = args.lora_scale
-    results["sampling"] = as_dict(settings.sampling)
+    results["sampling"] = as_dict(settings.eval_sampling)
     n_images = 2 * args.samples_per_prompt * sum(map(len, prompt_sets))
     with tqdm(total=n_images, desc="evaluating", unit="image") as bar:
         for prompts in prompt_sets:

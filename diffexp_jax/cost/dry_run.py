@@ -98,8 +98,10 @@ def programs_of(experiment: Experiment) -> Iterable[Program]:
     yield Program("update", programs.update, (state, frozen, Inputs(batch, steps, key, samples)))
     log = experiment.settings.log
     if experiment.settings.eval.every or (log.images and log.images_every):
+        sampler = experiment.sampler.evaluating(experiment.settings)
+        steps = parallel.replicate(sampler.steps(explore=False))
         args = (frozen.model, parallel.shapes_on_devices(lora), batch.context, batch.key, steps)
-        generate = programs.generate(experiment.sampler.guidance_scales(explore=False))
+        generate = programs.generate(sampler.guidance_scales(explore=False))
         yield Program("evaluate", generate, args)
 
 

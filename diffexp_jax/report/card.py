@@ -104,8 +104,8 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def _use(base: str, repository: str, lora_file: str, settings: Mapping[str, Any]) -> list[str]:
-    """A program that draws a picture, sampled as the run did: without a type diffusers takes that of each file."""
-    steps, guidance = settings["sampling.steps"], settings["sampling.guidance"]
+    """A program that draws a picture by the run's evaluation: without a type diffusers takes that of each file."""
+    steps, guidance = settings["eval.steps"] or settings["sampling.steps"], settings["sampling.guidance"]
     return [
         "```python",
         "import torch",
@@ -146,6 +146,8 @@ def _pictures(pictures: Mapping[str, int]) -> list[str]:
 def _settings(run: RunFiles, base: str, reward: str, iteration: int) -> list[tuple[str, str]]:
     s = run.settings
     queries = {row["iteration"]: row["reward_queries"] for row in run.rows if "reward_queries" in row}.get(iteration)
+    evaluated = [f"{s['eval.steps']} steps"] if s["eval.steps"] is not None else []
+    evaluated += [f"eta {s['eval.eta']:g}"] if s["eval.eta"] is not None else []
     prompts = file[2] if (file := _FILE.fullmatch(s["prompts"])) else s["prompts"]
     return [
         ("base model", base),
@@ -156,6 +158,7 @@ def _settings(run: RunFiles, base: str, reward: str, iteration: int) -> list[tup
         *([("reward queries", f"{queries:,}")] if queries is not None else []),
         ("images an iteration", str(s["batch.samples"])),
         ("sampling", f"{s['sampling.steps']} steps, guidance {s['sampling.guidance']:g}, eta {s['sampling.eta']:g}"),
+        *([("evaluation", ", ".join(evaluated))] if evaluated else []),
         ("LoRA", f"rank {s['lora.rank']}, alpha {s['lora.alpha']:g}, {' and '.join(s['lora.targets'])}"),
         ("learning rate", f"{s['optim.lr']:g} ({s['optim.schedule']})"),
         ("seed", str(s["seed"])),

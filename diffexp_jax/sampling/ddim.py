@@ -188,7 +188,7 @@ def make_steps(
     if noise != "sde":
         raise InputError(f"sampling.noise={noise!r}: is for models of flow matching (SD3, FLUX); wants 'sde'")
     if np.any(np.asarray(eta) > 1.0):
-        raise InputError(f"sampling.eta={np.max(eta):g}: the model's steps are DDIM's, wants 0..1")
+        raise InputError(f"eta={np.max(eta):g}: the model's steps are DDIM's, wants 0..1")
     alpha_bar_t = schedule.alpha_bar[t]
     length = len(schedule.alpha_bar) // len(t)
     prev_t = t - length

@@ -172,7 +172,7 @@ def make_steps(
     """
     eta = np.broadcast_to(eta, np.shape(t))
     if noise == "cps" and np.any(eta > 1.0):
-        raise InputError(f"sampling.eta={eta.max():g}: sampling.noise='cps' wants 0..1")
+        raise InputError(f"eta={eta.max():g}: sampling.noise='cps' wants 0..1")
     level = np.asarray(t, np.float64) / n_train
     after = np.append(level[1:], 0.0)
     drift, std = NOISES[noise](level, after, eta)

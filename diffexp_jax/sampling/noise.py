@@ -40,6 +40,11 @@ class Noise(NamedTuple):
         """Whether the steps with noise may begin later than the chain."""
         return self.starts(n_steps) != range(1)
 
+    def spread(self, n_steps: int, n: int) -> "Noise":
+        """This rule for n steps in place of n_steps: the same share of the chain may add noise, and does."""
+        first, end = (round(step * n / n_steps) for step in (self.steps[0], min(self.steps[1], n_steps)))
+        return self._replace(steps=(first, end), window=self.window and max(round(self.window * n / n_steps), 1))
+
     def strengths(self, eta: float, n_steps: int, start: int | None = None) -> Float[np.ndarray, "T"]:
         """eta of each step; those with noise begin with step `start`, None: as early as they may."""
         start = self.starts(n_steps).start if start is None else start

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from diffexp_jax import backend
-from diffexp_jax.limits import positive, setting, whole
+from diffexp_jax.limits import Number, positive, setting, whole
 from diffexp_jax.models.precision import DTYPES
 
 
@@ -31,6 +31,24 @@ class Eval:
     rewards: tuple[str, ...] = setting((), "further rewards to report, never optimised")
     reward_dtype: str = setting(
         "float32", "type of the networks that evaluation scores with, as `reward_dtype`", DTYPES
+    )
+    steps: int | None = setting(
+        None,
+        "sampling steps of evaluations; None: sampling.steps",
+        whole(1, 1000, optional=True),
+        about="""
+        Of these the same share adds noise as in training, unless eval.eta is 0. Flow-GRPO trains at 10 steps and
+        evaluates at 40.
+        """,
+    )
+    eta: float | None = setting(
+        None,
+        "noise of these steps, as sampling.eta; None: that",
+        Number(0.0, 10.0, optional=True),
+        about="""
+        0 is the deterministic chain, as people sample: DDIM's, or the ODE of flow matching. Image grids, evaluate.py
+        and sample.py follow eval.steps and eval.eta too.
+        """,
     )
     samples_per_prompt: int = setting(1, "images of each prompt in an evaluation", whole(1, 2**20))
     samples_per_set: int = setting(

@@ -1,6 +1,6 @@
 """How a run samples: the section of its settings that evaluation follows too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffexp_jax.limits import Number, check_text, setting, whole
 from diffexp_jax.sampling import Noise
@@ -58,7 +58,7 @@ class Sampling:
         whole(0, 1000),
         about="""
         Flow-GRPO-Fast: 3 of noise_steps=(0, 5), of ten steps. The update then costs three steps in place of ten.
-        Evaluation adds noise at the first ones.
+        Evaluation adds noise at the first ones, unless `eval.eta` is 0.
         """,
     )
 
@@ -66,3 +66,9 @@ class Sampling:
     def noise_rule(self) -> Noise:
         """Which steps add noise, and how."""
         return Noise(self.noise, self.noise_steps, self.window)
+
+    def otherwise(self, *, steps: int | None, eta: float | None) -> "Sampling":
+        """These with another number of steps, of which the same share adds noise, or another eta; None: as it is."""
+        steps, eta = self.steps if steps is None else steps, self.eta if eta is None else eta
+        noise = self.noise_rule if steps == self.steps else self.noise_rule.spread(self.steps, steps)
+        return replace(self, steps=steps, eta=eta, noise_steps=noise.steps, window=noise.window)

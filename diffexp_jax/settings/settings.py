@@ -138,6 +138,11 @@ class Settings:
         return self.split_among(backend.device_count())
 
     @property
+    def eval_sampling(self) -> Sampling:
+        """How images are sampled between iterations and after the run."""
+        return self.sampling.otherwise(steps=self.eval.steps, eta=self.eval.eta)
+
+    @property
     def exploring_iterations(self) -> int:
         """How many of the first iterations explore, whether or not exploration is enabled."""
         e = self.exploration

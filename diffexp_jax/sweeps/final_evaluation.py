@@ -2,9 +2,9 @@
 
 python -m diffexp_jax.sweeps.final_evaluation --workdir runs/x --out runs/x/final.json
 
-Images are of the run's evaluation prompts, sampled by its own settings without exploration, on seeds that are the same
-for all runs. --base is the model before it was fine-tuned. --explored adds the same by DiffExp's guidance schedule,
---many the same of more images: how often a base model succeeds with each prompt.
+Images are of the run's evaluation prompts, sampled as its evaluations are, without exploration, on seeds that are the
+same for all runs. --base is the model before it was fine-tuned. --explored adds the same by DiffExp's guidance
+schedule, --many the same of more images: how often a base model succeeds with each prompt.
 """
 
 from diffexp_jax import command
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {"iteration": 0 if args.base else model.iteration}
     results |= {"samples_per_prompt": args.samples_per_prompt, "many_per_prompt": args.many, "seed": args.seed}
     results |= {"features": model.scorers.features and model.scorers.features[0]}
-    results |= {"sampling": as_dict(settings.sampling), "machine": backend.machine()}
+    results |= {"sampling": as_dict(settings.eval_sampling), "machine": backend.machine()}
     ways = {"plain": (args.samples_per_prompt, False)}
     ways |= {"explored": (args.samples_per_prompt, True)} if args.explored else {}
     ways |= {"many": (args.many, False)} if args.many else {}

@@ -125,10 +125,14 @@ def test_the_window_moves(make_config):
         assert np.flatnonzero(sigma_t).tolist() == [start, start + 1]
 
 
-@pytest.mark.parametrize("model, n", [("emoji", 20), ("sd15", 10), ("sd35m", 10), ("flux", 6), ("flux_schnell", 4)])
-def test_the_config(model, n):
+@pytest.mark.parametrize(
+    "model, n, evaluated",
+    [("emoji", 20, 20), ("sd15", 10, 40), ("sd35m", 10, 40), ("flux", 6, 28), ("flux_schnell", 4, 4)],
+)
+def test_the_config(model, n, evaluated):
     settings = checked(grpo.get_config(f"model={model},explore=true"))
     rule = settings.sampling.noise_rule
     assert settings.sampling.steps == n and rule.n_noisy(n) == 3 and settings.method.compares_groups
+    assert (settings.eval_sampling.steps, settings.eval_sampling.eta) == (evaluated, 0.0)
     assert rule.confined(n) == (n > 6)  # else the three are always the first
     assert settings.method.advantage == "group_mean" and settings.optim.ema > 0

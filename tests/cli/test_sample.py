@@ -111,7 +111,8 @@ def test_a_threshold_that_no_step_reaches(tiny_model, caplog):
     """Few steps may have none above the usual threshold: said, unless there is to be no schedule."""
     for changes, warned in (({"steps": 5}, True), ({"steps": 5, "t_thresh": 1000}, False), ({"steps": 20}, False)):
         caplog.clear()
-        sampler.Sampler.build(sample_settings(model=str(tiny_model), **changes)).warn_of_no_schedule()
+        asked = sample_settings(model=str(tiny_model), **changes)
+        sampler.Sampler.build(asked).evaluating(asked).warn_of_no_schedule()
         assert ("t_thresh 900 is above all 5 steps, of which the first is at t=801" in caplog.text) == warned
 
 
@@ -189,21 +190,25 @@ def test_sample_with_another_scheduler(tiny_model):
         sample_settings(model="no/such", scheduler=["timestep_spacing=odd"])
 
 
+def steps_guidance_eta(config):
+    return config.eval_sampling.steps, config.eval_sampling.guidance, config.eval_sampling.eta
+
+
 def test_sample_by_the_settings_of_the_run(workdir, tiny_model, lora, tmp_path):
     """Of --lora RUN: its model, steps, guidance and eta, unless a flag says otherwise; of a LoRA file the defaults."""
     config = sample_settings(lora=str(workdir))
-    assert (config.sampling.steps, config.sampling.guidance, config.sampling.eta) == (4, 3.0, 0.0)
+    assert steps_guidance_eta(config) == (4, 3.0, 0.0)
     assert config.model.path == str(tiny_model) and config.exploration.t_thresh == 500
     assert config.sampling.negative_prompt == ""
     assert sample_settings(negative_prompt="a, b").sampling.negative_prompt == "a, b"
     with pytest.raises(InputError, match="^--negative_prompt ' ': wants words"):
         sample_settings(negative_prompt=" ")
     config = sample_settings(lora=str(workdir), steps=7, eta=0.5, w_low=2.0, weight_range=[1.0, 3.0])
-    assert (config.sampling.steps, config.sampling.guidance, config.sampling.eta) == (7, 3.0, 0.5)
+    assert steps_guidance_eta(config) == (7, 3.0, 0.5)
     assert config.exploration.w_low == 2.0 and config.exploration.weight_range == (1.0, 3.0)
     save_lora(tmp_path / "l.safetensors", lora, alpha=4.0)
     config = sample_settings(lora=str(tmp_path / "l.safetensors"))
-    assert (config.sampling.steps, config.sampling.guidance, config.sampling.eta) == (50, 7.5, 0.0)
+    assert steps_guidance_eta(config) == (50, 7.5, 0.0)
     assert config.model.path == "emoji" and config.model.dtype == "float32"
 
 

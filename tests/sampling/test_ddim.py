@@ -262,7 +262,7 @@ def test_noise_by_steps():
     )
     assert some.tolist() == [0.0, *all_of_them[1:3].tolist(), 0.0]
     np.testing.assert_allclose(process.make_steps(t, np.ones(4), eta=0.0).dt, 0.25)
-    with pytest.raises(ValueError, match="sampling.eta=1.5: the model's steps are DDIM's, wants 0..1"):
+    with pytest.raises(ValueError, match="^eta=1.5: the model's steps are DDIM's, wants 0..1"):
         process.make_steps(t, np.ones(4), eta=1.5)
     with pytest.raises(ValueError, match="sampling.noise='cps': is for models of flow matching"):
         process.make_steps(t, np.ones(4), eta=1.0, noise="cps")

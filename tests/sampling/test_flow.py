@@ -184,7 +184,7 @@ def test_the_marginals_of_gaussian_data(noise, eta, lost):
 
 def test_noise_that_a_process_has_not():
     process = load_process(FLOW)
-    with pytest.raises(InputError, match="sampling.eta=1.2: sampling.noise='cps' wants 0..1"):
+    with pytest.raises(InputError, match="^eta=1.2: sampling.noise='cps' wants 0..1"):
         process.make_steps(process.timesteps(4), np.ones(4), eta=1.2, noise="cps")
 
 
@@ -206,6 +206,21 @@ def test_which_steps_add_noise(noise, possible, starts, strengths):
     assert noise.n_noisy(4) == np.count_nonzero(strengths) and noise.confined(4) == (starts != range(1))
     last = noise.strengths(0.7, 4, starts[-1])
     assert np.count_nonzero(last) == noise.n_noisy(4) and not last[: starts[-1]].any()
+
+
+@pytest.mark.parametrize(
+    "noise, n, strengths",
+    [
+        (Noise("cps"), 4, [0.7, 0.7, 0.7, 0.0]),  # of any number all but the last
+        (Noise("sde", (0, 9)), 20, [0.7] * 18 + [0.0] * 2),
+        (Noise("sde", (2, 5), 1), 20, [0.0] * 4 + [0.7] * 2 + [0.0] * 14),
+        (Noise("sde", (0, 5), 3), 2, [0.7, 0.0]),
+        (Noise("sde", (2, 5), 1), 10, [0.0] * 2 + [0.7] + [0.0] * 7),
+    ],
+)
+def test_rules_for_another_number_of_steps(noise, n, strengths):
+    """Than ten."""
+    assert noise.spread(10, n).strengths(0.7, n).tolist() == strengths
 
 
 @pytest.mark.parametrize(
