@@ -1,4 +1,4 @@
-"""Writes the report of a run again, or a page of two runs; `diffexp_jax/cli/report.py` has the flags."""
+"""Writes the report of a run again, a page of two runs, or an animation; `diffexp_jax/cli/report.py` has the flags."""
 
 from diffexp_jax import command
 

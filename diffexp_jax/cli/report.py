@@ -1,7 +1,10 @@
-"""Writes the report of a run again, or a page of two runs side by side; each is one file that needs nothing else.
+"""Writes the report of a run again, a page of two runs side by side, or a run's pictures as an animation.
 
 python scripts/report.py --workdir runs/a
 python scripts/report.py --workdir runs/a --beside runs/b --out a-and-b.html
+python scripts/report.py --workdir runs/a --animation a.webp
+
+Each is one file that needs nothing else.
 """
 
 import argparse
@@ -15,10 +18,12 @@ from diffexp_jax.run import optional
 
 def main(args: argparse.Namespace) -> None:
     beside = f"beside-{args.beside.resolve().name}.html" if args.beside else report.REPORT
-    out = args.out or args.workdir / beside
-    command.check_writable(out.parent, "--out" if args.out else "--workdir")
+    out = args.animation or args.out or args.workdir / beside
+    command.check_writable(out.parent, "--animation" if args.animation else "--out" if args.out else "--workdir")
     try:
-        if args.beside:
+        if args.animation:
+            report.save_animation(args.workdir, out)
+        elif args.beside:
             report.save_beside((args.workdir, args.beside), out)
         else:
             report.save(args.workdir, args.out)
@@ -37,6 +42,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--workdir", type=Path, required=True, help="of the run")
     add("--beside", type=Path, help="the folder of another run, for a page of both")
+    add("--animation", type=Path, help="a .webp or .gif file: the run's image grids one after the other, and no page")
     add("--out", type=Path, help="the .html file (default: report.html or beside-NAME.html in --workdir)")
     return parser.parse_args(words)
 

@@ -149,7 +149,7 @@ def facts_of(run: RunFiles) -> Facts:
     items = [
         ("Iterations", f"{last.get('iteration', 0):,} of {settings['iterations']:,}"),
         ("Reward queries", f"{last.get('reward_queries', 0):,}"),
-        ("network evaluations", f"{last.get('unet_evaluations', 0):,}"),
+        ("Network evaluations", f"{last.get('unet_evaluations', 0):,}"),
         ("Seconds an iteration", f"{seconds[len(seconds) // 2]:.2f} (median)" if seconds else "none yet"),
         ("Model", settings["model.path"]),
         ("Prompts", settings["prompts"]),

@@ -419,6 +419,38 @@ def test_script(script, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "x.html"}
 
 
+@pytest.mark.parametrize("ending", ["webp", "gif"])
+def test_an_animation(script, tmp_path, ending):
+    """A frame for each grid: its pictures as in the grid, below a bar that is as long as the run has come."""
+    run, out = write_run(tmp_path / "a"), tmp_path / f"x.{ending}"
+    assert script(f"--workdir={run}", f"--animation={out}") == (f"written: {out}", 0)
+    assert not (run / "report.html").exists()
+    with Image.open(out) as moving:
+        assert moving.n_frames == 3 and moving.info["loop"] == 0
+        frames = []
+        for i in range(3):
+            moving.seek(i)
+            frames.append(np.asarray(moving.convert("RGB"), int))
+    width = frames[0].shape[1]
+    for frame, bar in zip(frames, (0, (width - 8) // 2, width - 8), strict=True):
+        assert frame.shape == (30 + 4 + 128 + 44, 4 + 3 * 132, 3)
+        blue = frame[24, :, 2] - frame[24, :, 0] > 100
+        assert abs(int(blue.sum()) - bar) <= 8
+    reds = [frame[30 + 4 + 64, 4 + 64, 0] for frame in frames]
+    np.testing.assert_allclose(reds, [20, 120, 220], atol=8)
+
+
+def test_an_animation_of_nothing(script, tmp_path):
+    run = write_run(tmp_path / "a", iterations=(0,))
+    said = f"error: {run / 'images'}: wants two image grids or more (log.images_every); has 1"
+    assert script(f"--workdir={run}", f"--animation={tmp_path / 'x.webp'}") == (said, 2)
+    out = tmp_path / "x.png"
+    assert script(f"--workdir={run}", f"--animation={out}") == (
+        f"error: --animation {out}: wants a name that ends with .webp or .gif",
+        2,
+    )
+
+
 def test_script_refuses(script, tmp_path):
     a = write_run(tmp_path / "a")
     no = tmp_path / "no"
