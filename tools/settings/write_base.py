@@ -126,6 +126,7 @@ def page_lines(section: Any, prefix: str, explained: dict[str, str]) -> Iterator
     """A section's settings as a table, and its sections under headings of their own; arguments as `section_lines`."""
     if prefix:
         yield from (f"## {prefix}", "", *paragraphs(linked(inspect.getdoc(type(section)))))
+    yield from ('<div class="stacked" markdown>', "")  # on a phone: below each other (docs/site.css)
     yield from ("| setting | default | accepted | meaning |", "| --- | --- | --- | --- |")
     inside = f"{prefix}." if prefix else ""
     for name, known in settings_of(section):
@@ -137,7 +138,7 @@ def page_lines(section: Any, prefix: str, explained: dict[str, str]) -> Iterator
             meaning += f". {' '.join(known.about.split())}".removesuffix(".")
         default = "None" if known.default is None else written(known)
         yield f"| `{key}` | `{default}` | {accepted(known)} | {cell(meaning)}. |"
-    yield ""
+    yield from ("", "</div>", "")
     for name, part in sections_of(section):
         yield from page_lines(part, inside + name, explained)
 
