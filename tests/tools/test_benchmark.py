@@ -12,10 +12,10 @@ import pytest
 
 from diffexp_jax import parallel
 from diffexp_jax.errors import InputError
-from diffexp_jax.pipelines import load_pipeline
-from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
-from diffexp_jax.sampling import Context
+from diffexp_jax.pipelines import encode_empty, encode_prompts, load_pipeline, make_context
+from diffexp_jax.sampling import load_process
 from tests.support import ROOT
+from tests.support.pipelines import SD15
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -26,37 +26,65 @@ pytest.importorskip("peft")
 def scripts(monkeypatch):
     import benchmark
     import benchmark_work
+    import torch_models
     import torch_peer
 
-    return SimpleNamespace(benchmark=benchmark, work=benchmark_work, peer=torch_peer)
+    return SimpleNamespace(benchmark=benchmark, work=benchmark_work, models=torch_models, peer=torch_peer)
+
+
+@pytest.fixture(params=["emoji", "mid_sd3"])
+def folder(request, scripts, tmp_path):
+    """The emoji model's, or that of a random SD 3.5 of two blocks."""
+    if request.param == "emoji":
+        return scripts.models.EMOJI
+    scripts.models.write_mid_sd3(tmp_path, num_layers=2, dual_attention_layers=(0,))
+    return tmp_path
 
 
 @pytest.fixture
-def trainer(scripts):
+def trainer(scripts, folder):
     size = scripts.work.Size(samples=4, steps=3, per_forward=4)
-    parts = scripts.peer.parts_of(scripts.peer.EMOJI)(["a dog riding a bike", "a cat"])
-    return scripts.peer.Trainer(*parts, size, eta=1.0)
+    parts = scripts.models.of_folder(folder, TEXTS)
+    return scripts.peer.Trainer(parts, size, eta=1.0)
+
+
+TEXTS = ["a dog riding a bike", "a cat"]
 
 
 @pytest.mark.slow
-def test_the_peer_takes_the_same_steps(trainer):
-    """Prompts, guidance, and the mean and std of each step, on the emoji model before its LoRA has learned."""
-    model = load_pipeline("emoji")
+def test_the_peer_takes_the_same_steps(scripts, trainer, folder):
+    """Prompts, guidance, and the mean and std of each step, before its LoRA has learned."""
+    model = load_pipeline(folder)
     process = model.process
     t = process.timesteps(3)
     steps = process.make_steps(t, np.full(3, 5.0, np.float32), eta=1.0)
     denoise = functools.partial(model.network(steps.w_t), model.sampling_params, None)
-    rng = np.random.default_rng(0)
-    context = Context(TextEmbedding(trainer.cond.numpy()), TextEmbedding(trainer.uncond.numpy()))
-    both = torch.cat([trainer.cond, trainer.uncond])
-    for i, theirs in enumerate(trainer.steps):
+    rng, rows = np.random.default_rng(0), np.random.default_rng(0).integers(2, size=4)  # as the trainer draws them
+    cond, _ = encode_prompts(model, tuple(TEXTS))
+    context = make_context(jax.tree.map(lambda x: x[rows], cond), model.unconditional(encode_empty(model)))
+    ((_, both),) = trainer.chunks()
+    for i, (theirs, w) in enumerate(trainer.steps):
         step = type(steps)(*(column[i] for column in steps))
         x_t = rng.standard_normal((4, *model.latent_shape)).astype(np.float32)
         mean, std = process.transition(x_t, denoise(x_t, step, context), step)
         with torch.no_grad():
-            found = trainer.mean(torch.tensor(x_t.transpose(0, 3, 1, 2)), theirs, both).numpy()
-        assert int(theirs[0]) == int(t[i]) and theirs[3] == pytest.approx(float(std), rel=1e-4)
+            found = trainer.mean(torch.tensor(x_t.transpose(0, 3, 1, 2)), theirs, w, both).numpy()
+        assert theirs.t == pytest.approx(float(t[i]), rel=1e-4) and theirs.std == pytest.approx(float(std), rel=1e-4)
         np.testing.assert_allclose(found.transpose(0, 2, 3, 1), mean, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind, eta", [("ddim", 1.0), ("flow", 0.7), ("flow", 0.0)])
+def test_steps_literal(scripts, kind, eta):
+    """Mean and std of the package's steps, of numbers in place of latents."""
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    process = load_process(flow if kind == "flow" else SD15)
+    ours = process.make_steps(process.timesteps(5), np.ones(5), eta=eta)
+    x, out = np.random.default_rng(0).standard_normal((2, 1, 2, 2, 1)).astype(np.float32)
+    for i, theirs in enumerate(getattr(scripts.models, f"{kind}_steps")(5, eta)):
+        mean, std = process.transition(x, out, type(ours)(*(column[i] for column in ours)))
+        assert theirs.t == pytest.approx(float(ours.t[i]), rel=1e-4)
+        assert theirs.std == pytest.approx(float(std), rel=1e-4, abs=1e-6)
+        np.testing.assert_allclose(theirs.move(torch.tensor(x), torch.tensor(out)), mean, atol=1e-4)
 
 
 @pytest.mark.slow  # its steps are compared by default
@@ -77,12 +105,12 @@ def test_the_peer_scores_alike(scripts, monkeypatch):
 @pytest.mark.slow
 def test_the_peer_learns(trainer):
     """Both methods change the LoRA, and nothing else; one chunk of samples makes one update."""
-    frozen = [p.clone() for p in trainer.unet.parameters() if not p.requires_grad]
+    frozen = [p.clone() for p in trainer.network.parameters() if not p.requires_grad]
     for work in (lambda: trainer.ddpo(updates=1), lambda: trainer.alignprop(2)):
         before = [p.detach().clone() for p in trainer.trained]
         work()
         assert any((p != old).any() for p, old in zip(trainer.trained, before, strict=True))
-    unchanged = (p for p in trainer.unet.parameters() if not p.requires_grad)
+    unchanged = (p for p in trainer.network.parameters() if not p.requires_grad)
     assert all((p == old).all() for p, old in zip(unchanged, frozen, strict=True))
 
 

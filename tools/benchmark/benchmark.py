@@ -12,8 +12,9 @@ our arithmetic comes to. Torch is installed for the tests (requirements-test.txt
 --no_torch our side is timed alone, with --trl TRL's trainers are timed too (trl_peer.py).
 
 The work of a repetition on a CPU: 64 images of 20 steps with the emoji model, or 4 of 5 steps with a random model of
-the shape of SD 1.5 ("mid": 50 million parameters, 32 x 32 latents), from two prompts, with brightness as the reward. On
-an accelerator: SD 1.5 at 512 pixels and SDXL at 1024, random weights in bfloat16, as many images as SIZES says.
+the shape of SD 1.5 ("mid") or SD 3.5 medium ("mid_sd3"), each of some 50 million parameters and 32 x 32 latents; from
+two prompts, with brightness as the reward. On an accelerator: SD 1.5 at 512 pixels, SDXL and SD 3.5 medium at 1024,
+random weights in bfloat16, as many images as SIZES says.
 """
 
 from diffexp_jax import command
@@ -240,13 +241,15 @@ def write_models(folder: str, models: Sequence[str], *, torch: bool) -> None:
     for name in models:
         Path(folder, name).mkdir()
         Path(folder, name, "prompts.txt").write_text("\n".join(PROMPTS))
-    if torch or "mid" in models:
+    random = [name for name in models if name.startswith("mid")]
+    if torch or random:
         try:
-            import torch_peer
+            import torch_models
+            import torch_peer  # noqa: F401
         except ImportError as error:
             raise InputError(f"{error}; wants torch, diffusers and peft: requirements-test.txt") from None
-        if "mid" in models:
-            torch_peer.write_mid(Path(folder, "mid"))
+        for name in random:
+            torch_models.WRITERS[name](Path(folder, name))
 
 
 def in_words(row: dict[str, Any]) -> str:

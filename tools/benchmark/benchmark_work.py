@@ -38,8 +38,14 @@ class Size(NamedTuple):
     live: int = 0  # K of AlignProp; 0: the case's own
 
 
-SIZES = {"emoji": Size(64, 20, 32), "mid": Size(4, 5, 4), "sd15": Size(16, 50, 8), "sdxl": Size(4, 20, 4, "block")}
-PUBLISHED = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+SIZES = {"emoji": Size(64, 20, 32), "mid": Size(4, 5, 4), "mid_sd3": Size(4, 5, 4)}
+SIZES |= {"sd15": Size(16, 50, 8), "sdxl": Size(4, 20, 4, "block"), "sd35m": Size(4, 10, 4, "block")}
+PUBLISHED = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd35m": "stabilityai/stable-diffusion-3.5-medium",
+}
+FLOW = ("mid_sd3", "sd35m")  # models of flow matching
 
 T_THRESH = 600  # of DiffExp's schedule: guidance is 1 in four steps of ten
 
@@ -82,6 +88,13 @@ def live_steps(case: str, n_steps: int, repetition: int = 0) -> int:
 # ---------------------------------------------------------------------------------------------------------------- ours
 
 
+def eta_of(model: str, method: str) -> float:
+    """The noise of the steps: DDPM's, Flow-GRPO's, or none."""
+    if method != "ddpo":
+        return 0.0
+    return 0.7 if model in FLOW else 1.0
+
+
 def configure(model: str, folder: str, case: str, size: Size) -> Settings:
     """A run's settings that do the case's work, on this machine's devices, which it sets up."""
     method, changes, explore = CASES[case]
@@ -98,7 +111,7 @@ def configure(model: str, folder: str, case: str, size: Size) -> Settings:
             "batch.samples": size.samples,
             "batch.samples_per_forward": size.per_forward,
             "sampling.steps": size.steps,
-            "sampling.eta": 1.0 if method == "ddpo" else 0.0,
+            "sampling.eta": eta_of(model, method),
             "exploration.enabled": explore,
             "eval.every": 0,
             "log.images_every": 0,
@@ -213,8 +226,9 @@ def worker(side: str, model: str, folder: str, case: str, size: Size) -> None:
         if case in SCORING:
             run = torch_peer.make_scoring(scored_images(), SCORED_PROMPT, gradient="gradient" in case)
         else:
-            t_thresh = T_THRESH if CASES[case][2] else 1000
-            run = torch_peer.make_work(model, folder, case, size, live_steps, PUBLISHED, t_thresh=t_thresh)
+            method, _, explore = CASES[case]
+            numbers = {"eta": eta_of(model, method), "t_thresh": T_THRESH if explore else 1000}
+            run = torch_peer.make_work(model, folder, case, size, live_steps, PUBLISHED, **numbers)
         operations, device_peak = 0.0, torch_peer.peak_memory
     print(json.dumps({"ready": True, "flops": operations}), flush=True)
     for repetition, line in enumerate(sys.stdin):
