@@ -35,7 +35,7 @@ def probability(adv: Float[Array, "B"], clip: float) -> Float[Array, "B"]:
 
 
 def normalised_square(error: Float[Array, "B h w c"]) -> Float[Array, "B"]:
-    """mean |e|^2 / sg(mean |e|), the mean at least 1e-5: of the published size, whatever the noise level."""
+    """mean |e|^2 / stop_gradient(mean |e|), the divisor at least 1e-5: every noise level weighs alike, as published."""
     size = jax.lax.stop_gradient(jnp.abs(error).mean((1, 2, 3)))
     return denoising.mean_square(error) / jnp.maximum(size, 1e-5)
 

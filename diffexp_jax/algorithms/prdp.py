@@ -150,5 +150,5 @@ class PRDP(PolicyMethod):
 
     def make(self, setup: Setup) -> Algorithm:
         given = self.keywords(setup)
-        del given["n_prompts"]  # nothing is kept of one
+        del given["n_prompts"]  # it keeps no statistics of prompts
         return prdp(setup.policy, setup.optimizer, **given, beta=self.beta)

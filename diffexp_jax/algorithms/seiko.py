@@ -44,7 +44,7 @@ _CLIMB = 2**30  # the samples' keys are folded with it, then with the update's n
 
 
 class Climb(NamedTuple):
-    """How a round's updates go."""
+    """How a round's updates are made."""
 
     n_shares: int  # that the samples are split into, an update each
     n_epochs: int  # how often all shares are climbed on

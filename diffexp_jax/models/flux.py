@@ -1,7 +1,7 @@
 """The transformer of FLUX.1 (Black Forest Labs 2024), in diffusers' layout and names.
 
-First image and prompt are two streams, as in SD3's transformer; then they are one. Places are told by turning queries
-and keys. Guidance is an input of the network where it was distilled so (dev).
+First image and prompt are two streams of tokens, as in SD3's transformer; then they are one. Rotary embeddings tell
+where a token is: its queries and keys are turned. Guidance is an input of the network where it was distilled so (dev).
 """
 
 from typing import Any
@@ -115,7 +115,7 @@ class Flux(nn.Module):
         pooled: Float[Array, "B P"],
         guidance: Num[Array, "*B"] | None = None,
     ) -> Float[Array, "B h w c"]:
-        """Args: `t` and `guidance` scalars or one per sample; t is 0..1000, guidance read where the config says so."""
+        """Args: `t` (0..1000) and `guidance` are scalars or one for each sample; see `FluxConfig.guidance_embeds`."""
         cfg, dtype, n, width = self.config, self.dtype, len(x_t), self.config.width
         height, across = (size // PATCH for size in x_t.shape[1:3])
         x = Dense(width, dtype=dtype, name="x_embedder")(as_tokens(x_t))
@@ -144,7 +144,7 @@ def as_tokens(x: Float[Array, "B h w c"]) -> Float[Array, "B S n"]:
 
 
 def as_latents(x: Float[Array, "B S n"], rows: int) -> Float[Array, "B h w c"]:
-    """`as_tokens` backwards, of so many rows of tokens."""
+    """Tokens as squares of latent pixels, the inverse of `as_tokens`; `rows` of tokens are below each other."""
     squares = x.reshape(len(x), rows, -1, x.shape[-1] // PATCH**2, PATCH, PATCH)  # [B, h, w, c, p, q]
     pixels = squares.transpose(0, 1, 4, 2, 5, 3)
     return pixels.reshape(len(x), rows * PATCH, -1, pixels.shape[-1])

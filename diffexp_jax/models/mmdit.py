@@ -36,10 +36,10 @@ LORA_TARGETS = {
 
 
 def frequencies(width: int) -> Float[np.ndarray, " half"]:
-    """10000^(-i / half): the sinusoids' angles of t = 1, the same numbers on every machine.
+    """Frequencies of the timestep's sinusoids, 10000^(-i / half): the same numbers on every machine.
 
-    Angles reach 1000, where a last place of a frequency changes an output by 1e-3. In numpy they are torch's but for 2
-    of 128; jax's exponential on a CPU is another in 16.
+    Angles reach 1000, so that the last place of a frequency changes an output by 1e-3. Of 128 frequencies numpy's
+    exponential gives 2 otherwise than torch's, jax's on a CPU 16.
     """
     half = width // 2
     exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
@@ -208,7 +208,7 @@ class MMDiT(nn.Module):
         text: Float[Array, "B L J"],
         pooled: Float[Array, "B P"],
     ) -> Float[Array, "B h w c"]:
-        """Args: `t` a scalar or one per sample, 0..1000."""
+        """Args: `t` (0..1000) is a scalar or one for each sample."""
         cfg, dtype, patch = self.config, self.dtype, self.config.patch_size
         width = cfg.caption_projection_dim
         x = PatchEmbedding(width, patch, dtype, name="pos_embed")(x_t)

@@ -113,7 +113,7 @@ class Block(nn.Module):
 class T5Encoder(nn.Module):
     """transformers' T5EncoderModel: its last hidden state, after the final norm.
 
-    Numbers of trained T5s leave float16's range, which `dtype` therefore should not be.
+    `dtype` should not be float16, whose range the activations of trained T5s leave.
     """
 
     config: T5Config
@@ -141,9 +141,9 @@ class T5Encoder(nn.Module):
 
 
 def canonical_names(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A view of T5 tensors under the names of `T5Encoder`: files may hold the table of tokens twice, or by either name.
+    """T5's tensors under the names of `T5Encoder`, without the decoder.
 
-    Of a whole T5 the decoder is left out.
+    Files have the table of tokens under one of two names, or under both.
     """
     twice = {"shared.weight", "encoder.embed_tokens.weight"} <= tensors.keys()
 

@@ -31,9 +31,9 @@ def shared_out(tree: Any, n: int) -> Any:
 
 
 def by_parts(x: Float[Array, "*B in"], part: Part) -> Float[Array, "*B out"]:
-    """x W, of a W [in, out] that is gathered when x is there and given up after the product.
+    """x W, where W [in, out] is gathered for the product and dropped after it.
 
-    The gradient is that in x, for which W is gathered again: a `Part` is frozen.
+    Only x has a gradient, for which W is gathered again: a `Part` is frozen.
     """
     axis = part.axis
 
@@ -52,9 +52,10 @@ def by_parts(x: Float[Array, "*B in"], part: Part) -> Float[Array, "*B out"]:
 
 
 def _gathered(kernel: Array, axis: int, *, after: Array) -> Array:
-    """The whole kernel in the type of `after`, not before that is known: XLA would gather many layers' in advance.
+    """The whole kernel in the type of `after`, gathered once `after` is there.
 
-    The part waits for a zero that only a number of `after` gives. A barrier is gone when XLA:GPU orders its kernels.
+    XLA would gather many layers' kernels in advance. So a zero is added to the part that has to be computed from
+    `after`. An optimisation barrier does not help: XLA:GPU drops it before it orders its kernels.
     """
     zero = jnp.minimum(jnp.abs(after.ravel()[0]), 0.0).astype(kernel.dtype)
     return jax.lax.all_gather(kernel + zero, AXIS, axis=axis, tiled=True).astype(after.dtype)
