@@ -13,10 +13,12 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"  # the references run there, in float32
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other by spinning
-# Compiling is most of the time: so it takes a third of it. The last two are asked for where XLA is known to have them.
+# Compiling is most of the time: so it takes a quarter of it. The passes that are left out only make loops faster, and
+# are run again after each other. The last two flags are asked for where XLA is known to have them.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 --xla_disable_hlo_passes="
+    "simplify-while-loops,while-loop-constant-sinking,while-loop-invariant-code-motion"
     + " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
     * version("jaxlib").startswith("0.10."),
 )
@@ -37,6 +39,7 @@ named = [*(ROOT / "diffexp_jax").glob("[a-z]*"), *(ROOT / "diffexp_jax" / "algor
 modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in named]
 modules = [name for name in modules if name not in ("diffexp_jax.algorithms", "diffexp_jax.algorithms.state")]
 jaxtyping.install_import_hook(modules, f"{annotations.__name__}.checked")
+gc.disable()  # until all tests are collected: nearly all that imports make stays
 
 from diffexp_jax.formats import convert  # noqa: E402
 from diffexp_jax.models.lora import init_lora  # noqa: E402
@@ -91,6 +94,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)
