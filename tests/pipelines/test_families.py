@@ -91,6 +91,7 @@ def test_embeddings_are_diffusers(both):
         np.testing.assert_array_equal(uncond.embedding, empty.embedding)
 
 
+@pytest.mark.slow  # test_unet.py has the network alone; test_images_are_diffusers has it in each of these pipelines
 def test_unet_is_diffusers(both):
     import torch
 
