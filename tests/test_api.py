@@ -36,6 +36,7 @@ def test_load_sample_and_score(tiny_model):
         dx.load(tiny_model, steps=0)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_fine_tune_metrics_and_export(tiny_model, tmp_path):
     config = dx.config("ddpo", TINY | {"ddpo.updates": 1}, explore=True)
     config.model.path = str(tiny_model)

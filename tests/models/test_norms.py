@@ -18,7 +18,7 @@ SHAPE = (2, 6, 5, 12)
 
 
 def normal(seed, *shape, mean=0.0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) + mean, jnp.float32)
+    return jnp.asarray((np.random.default_rng(seed).standard_normal(shape) + mean).astype(np.float32))
 
 
 def arguments(dtype=jnp.float32, *, shifted=True):

@@ -82,12 +82,12 @@ TINY |= {
 
 def inputs(config, size, batch=3):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((batch, *size, config.get("in_channels", 4))), jnp.float32)
-    context = jnp.asarray(rng.standard_normal((batch, 5, config["cross_attention_dim"])), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((batch, *size, config.get("in_channels", 4))).astype(np.float32))
+    context = jnp.asarray(rng.standard_normal((batch, 5, config["cross_attention_dim"])).astype(np.float32))
     added = None
     if "addition_time_embed_dim" in config:
         pooled, time_ids = rng.standard_normal((batch, 7)), rng.integers(0, 1024, (batch, 6))
-        added = jnp.asarray(pooled, jnp.float32), jnp.asarray(time_ids, jnp.float32)
+        added = jnp.asarray(pooled.astype(np.float32)), jnp.asarray(time_ids.astype(np.float32))
     return x, jnp.array([981, 501, 1]), context, added
 
 

@@ -101,8 +101,8 @@ def test_decode_is_not_clipped():
     """Far outside [0,1] the picture still has a gradient, which AlignProp needs."""
     vae = AutoencoderKL(VAEConfig.from_dict(full_config(TINY["emoji"][0])))
     shapes = convert.abstract_params(vae, jnp.zeros((1, 8, 8, 3)))
-    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape) / 3, shapes)
-    params["decoder"]["conv_out"]["bias"] = jnp.full(3, 40.0)
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 1 / 3, np.float32), shapes)
+    params["decoder"]["conv_out"]["bias"] = np.full(3, 40.0, np.float32)
     latents = jnp.linspace(-1, 1, 2 * 2 * 8).reshape(1, 2, 2, 8)
 
     def image_and_gradient(params, latents):

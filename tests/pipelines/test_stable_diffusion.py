@@ -233,7 +233,7 @@ def test_a_cached_reward(hub, monkeypatch, tiny_clip):
     assert files.file_or_folder(str(tiny_clip), what="reward") == tiny_clip
     texts, images = ["a dog"], np.full((1, 16, 16, 3), 0.5, np.float32)
     cached, local = (load_reward(f"pickscore:{place}") for place in ("hub:org/tiny", tiny_clip))
-    ours, theirs = (reward.score(reward.params, images, reward.tokenize(texts))[0] for reward in (cached, local))
+    ours, theirs = (jax.jit(x.score)(x.params, images, x.tokenize(texts))[0] for x in (cached, local))
     np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(
         InputError, match="^reward 'pickscore:hub:org/other': no such folder, no copy in the hub's cache"

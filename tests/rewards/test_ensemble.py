@@ -76,11 +76,11 @@ def test_the_variance_is_of_textnorms_alone(make_config, tiny_clip):
     two = f"{norm}+textnorm(clip_similarity:{tiny_clip})"
     found = load_reward(two, uncertainty=0.5)
     images = np.random.default_rng(0).uniform(size=(1, 16, 16, 3)).astype(np.float32)
-    total, parts = found.score(found.params, images, found.tokenize(["a dog"]))
+    total, parts = jax.jit(found.score)(found.params, images, found.tokenize(["a dog"]))
     each = np.array([parts["textnorm_pickscore"], parts["textnorm_clip_similarity"]])
     np.testing.assert_allclose(total, each.mean(0) - 0.5 * each.var(0), rtol=1e-5)
     alone = load_reward(norm, uncertainty=0.5)
-    assert alone.score(alone.params, images, alone.tokenize(["a dog"]))[1].keys() == {"raw"}
+    assert jax.eval_shape(alone.score, alone.params, images, alone.tokenize(["a dog"]))[1].keys() == {"raw"}
     for reward in (norm, f"{norm}+clip_similarity:{tiny_clip}"):
         settings = checked(make_config("ddpo", {"reward": reward, "textnorm.uncertainty": 0.5}))
         with pytest.raises(InputError, match="textnorm.uncertainty=0.5: the reward .* has no variance among models"):
@@ -180,7 +180,7 @@ def test_textnorm_of_the_shipped_reward():
     scores, parts = jax.jit(reward.score)(reward.params, images, reward.tokenize(["a dog riding a bike", "an ant"]))
     assert ((scores > 0) & (scores < 1)).all()
     plain = load_reward("emoji_pickscore")
-    raw, _ = plain.score(plain.params, images, plain.tokenize(["a dog riding a bike", "an ant"]))
+    raw, _ = jax.jit(plain.score)(plain.params, images, plain.tokenize(["a dog riding a bike", "an ant"]))
     np.testing.assert_allclose(parts["raw"], raw, rtol=1e-4)
 
 

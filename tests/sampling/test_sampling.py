@@ -31,7 +31,7 @@ def rollout(*args, process=PROCESS, **kwargs):
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def row(steps, i):

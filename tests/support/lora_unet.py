@@ -24,9 +24,9 @@ CONFIG = dict(
 ATTENTIONS = 4 * 2  # one down, one in the middle, two up; each self and cross
 RANK = 3
 RNG = np.random.default_rng(0)
-X = jnp.asarray(RNG.standard_normal((2, 4, 4, 4)), jnp.float32)
+X = jnp.asarray(RNG.standard_normal((2, 4, 4, 4)).astype(np.float32))
 T = jnp.array([981, 21])
-CONTEXT = jnp.asarray(RNG.standard_normal((2, 5, 12)), jnp.float32)
+CONTEXT = jnp.asarray(RNG.standard_normal((2, 5, 12)).astype(np.float32))
 unet = UNet(UNetConfig.from_dict(CONFIG))
 apply = jax.jit(unet.apply)
 
