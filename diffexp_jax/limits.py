@@ -1,6 +1,7 @@
 """Single settings: what one is, and checks of its value; each mistake is one line that says what is accepted."""
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -157,6 +158,10 @@ def setting(default: Any, meaning: str, accepted: Accepted = None, *, about: str
 
 def settings_of(section: Any) -> Iterator[tuple[str, Setting]]:
     """(name, setting) of a section's own settings, in their order; `section` is its dataclass, or a value of it."""
-    for field in dataclasses.fields(section):
-        if "meaning" in field.metadata:
-            yield field.name, Setting(field.default, field.type, **field.metadata)
+    yield from _settings_of_class(section if isinstance(section, type) else type(section))
+
+
+@functools.cache  # a config's check asks for each section many times
+def _settings_of_class(section: type) -> tuple[tuple[str, Setting], ...]:
+    fields = [field for field in dataclasses.fields(section) if "meaning" in field.metadata]
+    return tuple((field.name, Setting(field.default, field.type, **field.metadata)) for field in fields)

@@ -42,7 +42,7 @@ def _checked(values: Mapping[str, Any], names: Mapping[str, str]) -> Settings:
     known = {key: setting for key, setting, _ in by_key(Settings())}
     for key in values:
         section, _, name = key.rpartition(".")
-        if section in METHODS:
+        if key not in known and section in METHODS:
             one_of(f"{section}: the key", name, [name for name, _ in settings_of(METHODS[section])])
         elif key not in known:
             raise InputError(f"config: no setting has the key {key}; configs/base.py has them all")
