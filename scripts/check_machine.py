@@ -1,7 +1,7 @@
 """Says whether this machine is ready: what it has, whether it computes what it should, whether training learns on it.
 
     python scripts/check_machine.py --out check_machine.json     # minutes, on a CPU, a GPU or a TPU
-    python scripts/check_machine.py --full                       # and SD 1.5 and SDXL at real size, random weights
+    python scripts/check_machine.py --full                       # and SD 1.5, SDXL, SD 3.5 medium at real size
 
 It prints a row for each check, with what to do below one that failed, and writes all of it as JSON. The exit code is 1
 if any failed. Results are compared with those of a CPU in float32, which are stored in tools/machine/; they are made
@@ -113,7 +113,7 @@ def all_checks(reference: dict[str, np.ndarray], *, full: bool) -> list[Check]:
         add(f"DDPO's ratio before an update, {dtype}", models.check_ratio, dtype)
     for method, numbers in models.LEARNING.items():
         add(f"{numbers[0]} iterations of {method} raise brightness", models.check_learning, method, *numbers)
-    for model in ("sd15", "sdxl") if full else ():
+    for model in ("sd15", "sdxl", "sd35m") if full else ():
         for method in models.LEARNING:
             add(f"{model} by {method} at real size", models.check_full_size, model, method)
     return checks
@@ -170,7 +170,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("check_machine.json"), help="the .json file to write")
-    add("--full", action="store_true", help="also run SD 1.5 and SDXL at real size, on an accelerator")
+    add("--full", action="store_true", help="also run SD 1.5, SDXL and SD 3.5 medium at real size, on an accelerator")
     add("--only", default="", metavar="REGEX", help="run the checks alone whose names have such a part")
     add("--write_reference", action="store_true", help="make the stored float32 results again, on a CPU")
     command.guarded(main, parser.parse_args())

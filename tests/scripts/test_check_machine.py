@@ -89,7 +89,7 @@ def test_this_machine(tmp_path):
     status = {row["check"]: row["status"] for row in report["checks"]}
     skipped = {name for name in status if name.startswith("attention") or "real size" in name}
     assert status == {name: "skipped" if name in skipped else "ok" for name in status}
-    assert len(status) == 26 and len(skipped) == 12
+    assert len(status) == 30 and len(skipped) == 14
     # products of 16 bits, and TF32's with as many digits, would fail float32's row on a GPU
     (row,) = (row for row in report["checks"] if row["check"] == "AlignProp's gradient, bfloat16")
     assert row["numbers"]["error"] > 5e-3
