@@ -19,6 +19,7 @@ from diffexp_jax.formats.config_keys import shown
 from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer, TextTransformerWithProjection
 from diffexp_jax.models.unet import UNetConfig
 from diffexp_jax.models.vae import VAEConfig
+from diffexp_jax.pipelines.parts import read_configs
 
 
 class Family(NamedTuple):
@@ -150,12 +151,7 @@ def read_jsons(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     index = files.read_json(folder / "model_index.json")
     family = _family(index, folder / "model_index.json")
-    for part in family.parts:
-        if not (folder / part).is_dir():
-            raise InputError(f"{folder}: the subfolder {part}/ is missing; the pipeline has {', '.join(family.parts)}")
-    parts = {part: files.read_json(folder / part / "config.json") for part in ("unet", "vae", *family.text_encoders)}
-    # DPM++'s has lambda_min_clipped=-Infinity
-    return index, parts | {"scheduler": files.read_json(folder / "scheduler" / "scheduler_config.json", finite=False)}
+    return index, read_configs(folder, family.parts, networks=("unet", "vae", *family.text_encoders))
 
 
 def _family(index: Mapping[str, Any], where: str | Path) -> Family:

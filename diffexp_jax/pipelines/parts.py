@@ -1,6 +1,6 @@
 """What the kinds of pipelines do alike with their parts: the arrays of a folder, the networks' arguments, decoding."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,31 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from diffexp_jax.formats import convert
+from diffexp_jax.errors import InputError
+from diffexp_jax.formats import convert, files
 from diffexp_jax.models.vae import AutoencoderKL, in_slices
+
+
+def read_configs(
+    folder: Path, parts: Sequence[str], *, networks: Sequence[str], hints: Mapping[str, str] = {}
+) -> dict[str, Any]:
+    """What the json files of a pipeline's networks and of its scheduler say, by subfolder.
+
+    Args:
+      parts: its subfolders.
+      networks: those of them that have a config.json.
+      hints: ends of the error where a subfolder is missing, by its name.
+
+    Raises:
+      InputError: a subfolder or file is missing, or a file is broken.
+    """
+    for part in parts:
+        if not (folder / part).is_dir():
+            accepted = f"{', '.join(parts)}{hints.get(part, '')}"
+            raise InputError(f"{folder}: the subfolder {part}/ is missing; the pipeline has {accepted}")
+    configs = {part: files.read_json(folder / part / "config.json") for part in networks}
+    # DPM++'s has lambda_min_clipped=-Infinity
+    return configs | {"scheduler": files.read_json(folder / "scheduler" / "scheduler_config.json", finite=False)}
 
 
 def loaded(shapes: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Any]:
