@@ -1,6 +1,7 @@
 """FLUX.1's transformer against diffusers': outputs, the gradient in LoRA, every tensor."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models import flux, lora, rotary
 from diffexp_jax.models.flux import Flux, FluxConfig
+from diffexp_jax.sampling import Context, Network, differentiable, load_process, rollout
 from tests.support.flux import PUBLISHED, SIZES, TINY, inputs, output, transformer
 
 
@@ -34,18 +36,48 @@ def test_outputs_are_diffusers(name):
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_gradient_in_lora_is_torchs(remat):
-    """Of LoRA on every kind of layer."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("peft")
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config, (_, ours, params) = TINY["dev"], both("dev")
-    args, rng = inputs(config), np.random.default_rng(2)
+def start_of_lora(params, rng):
+    """LoRA on every kind of layer, which does something."""
     targets = sorted(layer for group in flux.LORA_TARGETS.values() for layer in group)
     start = lora.init_lora(jax.random.key(0), params, rank=3, targets=targets)
-    collection = jax.tree.map(lambda x: np.asarray(x) + rng.standard_normal(x.shape, np.float32) / 10, start)
+    return jax.tree.map(lambda x: np.asarray(x) + rng.standard_normal(x.shape, np.float32) / 10, start)
+
+
+def by_name(collection):
+    return {".".join(path): x for path, x in traverse_util.flatten_dict(collection).items()}
+
+
+def with_their_lora(config, collection):
+    """diffusers' network with the LoRA as peft has it, and its tensors, which take gradients, by our names."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
+    pairs = by_name(collection)
+    layers = sorted({key[:-2] for key in pairs})
+    theirs = inject_adapter_in_model(LoraConfig(r=3, lora_alpha=3, target_modules=layers), transformer(config))
+    tensors = dict(theirs.named_parameters())
+    of = {f"{layer}.{m}": tensors[f"{layer}.lora_{m}.default.weight"] for layer in layers for m in "AB"}
+    for key, tensor in of.items():
+        tensor.data = torch.tensor(np.asarray(pairs[key]).T.copy())
+        tensor.requires_grad_(True)
+    return theirs, of
+
+
+def assert_same_gradient(found, of):
+    whole = np.sqrt(sum(np.square(x.grad.numpy()).sum() for x in of.values()))
+    assert found.keys() == of.keys() and whole > 1e-3
+    for key, tensor in of.items():
+        wanted = tensor.grad.numpy().T
+        assert np.linalg.norm(found[key] - wanted) <= 1e-3 * np.linalg.norm(wanted) + 1e-6 * whole, key
+
+
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_gradient_in_lora_is_torchs(remat):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    config, (_, ours, params) = TINY["dev"], both("dev")
+    args, rng = inputs(config), np.random.default_rng(2)
+    collection = start_of_lora(params, rng)
     weights = rng.standard_normal(args[0].shape, np.float32)
     ours = ours.clone(remat=remat)
 
@@ -54,21 +86,44 @@ def test_the_gradient_in_lora_is_torchs(remat):
     def slope(collection):
         return (ours.apply({"params": params, "lora": collection}, *args) * weights).mean()
 
-    found = {".".join(path): x for path, x in traverse_util.flatten_dict(slope(collection)).items()}
-    pairs = {".".join(path): x for path, x in traverse_util.flatten_dict(collection).items()}
-    layers = sorted({key[:-2] for key in pairs})
-    theirs = inject_adapter_in_model(LoraConfig(r=3, lora_alpha=3, target_modules=layers), transformer(config))
-    tensors = dict(theirs.named_parameters())
-    of = {f"{layer}.{m}": tensors[f"{layer}.lora_{m}.default.weight"] for layer in layers for m in "AB"}
-    for key, tensor in of.items():
-        tensor.data = torch.tensor(np.asarray(pairs[key]).T.copy())
-        tensor.requires_grad_(True)
+    theirs, of = with_their_lora(config, collection)
     (output(theirs, *args, keep=True) * torch.tensor(weights)).mean().backward()
-    whole = np.sqrt(sum(np.square(x.grad.numpy()).sum() for x in of.values()))
-    assert found.keys() == of.keys() and whole > 1e-3
-    for key, tensor in of.items():
-        wanted = tensor.grad.numpy().T
-        assert np.linalg.norm(found[key] - wanted) <= 1e-3 * np.linalg.norm(wanted) + 1e-6 * whole, key
+    assert_same_gradient(by_name(slope(collection)), of)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_live", [2, 4])
+def test_gradients_through_a_chain_are_torchs(n_live):
+    """Through the last two of four steps, and through all; guidance is the network's input."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    config, (_, ours, params), n_steps = TINY["dev"], both("dev"), 4
+    x_T, _, text, pooled, _ = inputs(config, seed=1)
+    guidance = np.full(len(x_T), 3.5, np.float32)
+    rng = np.random.default_rng(3)
+    collection, weights = start_of_lora(params, rng), rng.standard_normal(x_T.shape, np.float32)
+    process = load_process({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    steps = process.make_steps(process.timesteps(n_steps), np.full(n_steps, guidance[0]), eta=0.0)
+
+    def guided(params, collection, x_t, step, context):
+        return ours.apply({"params": params, "lora": collection}, x_t, step.t, *context.cond, step.w_t)
+
+    @jax.jit
+    @jax.grad
+    def slope(collection):
+        denoise = differentiable(Network(guided), params, collection, remat=True)
+        keys, live = jax.random.split(jax.random.key(0), len(x_T)), np.arange(n_steps) >= n_steps - n_live
+        x_0, _ = rollout(process, denoise, x_T, Context((text, pooled), None), steps, keys, live=live)
+        return (x_0 * weights).mean()
+
+    theirs, of = with_their_lora(config, collection)
+    x, levels = torch.tensor(x_T), np.append(np.asarray(steps.level), 0.0)
+    for i, (level, after) in enumerate(itertools.pairwise(levels.tolist())):
+        t = np.full(len(x_T), 1000 * level, np.float32)
+        with torch.set_grad_enabled(i >= n_steps - n_live):
+            x = x + (after - level) * output(theirs, x, t, text, pooled, guidance, keep=True)
+    (x * torch.tensor(weights)).mean().backward()
+    assert_same_gradient(by_name(slope(collection)), of)
 
 
 def test_turning_literal():

@@ -39,12 +39,15 @@ def inputs(config, shape=(12, 20, 16), n=2, length=9, seed=0):
 
 
 def output(theirs, x_t, t, text, pooled, guidance, *, keep=False):
-    """What diffusers' network makes of such inputs, which its pipeline packs; `keep`: as a tensor with a gradient."""
+    """What diffusers' network makes of such inputs, which its pipeline packs.
+
+    `keep`: as a tensor with a gradient; x_t may be one too.
+    """
     import torch
     from diffusers import FluxPipeline
 
     n, h, w, c = x_t.shape
-    latents = torch.tensor(np.moveaxis(x_t, -1, 1).copy())
+    latents = torch.as_tensor(x_t).permute(0, 3, 1, 2)
     packed = FluxPipeline._pack_latents(latents, n, c, h, w)
     ids = FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, "cpu", torch.float32)
     out = theirs(
