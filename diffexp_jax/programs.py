@@ -37,6 +37,8 @@ class Programs(NamedTuple):
 def make_programs(experiment: Experiment) -> Programs:
     """The programs of an experiment, whose arrays may be shapes."""
     algorithm, split, sample_chunk = experiment.algorithm(), experiment.split, None
+    group = experiment.settings.batch.group
+    update = with_groups(algorithm.update, group) if algorithm.sample and group > 1 else algorithm.update
     if experiment.trained.start:
         sample_chunk = parallel.pmap(experiment.algorithm(n_chunks=1).sample)
         sample = sample_and_score(sample_chunk, experiment.trained, split.chunks, split.per_forward)
@@ -46,10 +48,31 @@ def make_programs(experiment: Experiment) -> Programs:
         algorithm,
         make_explore(experiment),
         sample,
-        parallel.pmap(algorithm.update, donate_argnums=0),
+        parallel.pmap(update, donate_argnums=0),
         make_generate(experiment.sampler.pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale),
         sample_chunk,
     )
+
+
+def with_groups(update: Callable, group: int) -> Callable:
+    """`Algorithm.update` whose metrics also say what there is to compare within the groups of a prompt's samples."""
+
+    def measured(state, frozen, inputs):
+        state, metrics = update(state, frozen, inputs)
+        return state, metrics | group_metrics(inputs.samples.rewards, group)
+
+    return measured
+
+
+def group_metrics(rewards: Float[Array, "B"], group: int) -> dict[str, Float[Array, ""]]:
+    """The std of the reward in a group, as a mean over all devices' groups, and the share of groups of equal rewards.
+
+    Of the latter nothing is learnt where samples are compared within groups.
+    """
+    of_groups = rewards.reshape(-1, group)
+    equal = (of_groups == of_groups[:, :1]).all(axis=1)
+    means = {"reward/std_in_group": of_groups.std(axis=1).mean(), "reward/equal_groups": equal.mean()}
+    return jax.lax.pmean(means, parallel.AXIS)
 
 
 def make_explore(experiment: Experiment) -> Callable[..., Conditioning]:
