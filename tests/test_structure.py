@@ -29,7 +29,7 @@ BELOW = {
     "paths": set(),
     "formats": {"paths", "limits"},
     "parallel": {"formats.json_text", "limits", "backend"},
-    "models": {"formats", "backend", "paths", "limits", "parallel.Part", "parallel.by_parts"},
+    "models": {"formats", "backend", "paths", "limits", "parallel.Part", "parallel.by_parts", "parallel.waiting"},
     "sampling": {"formats.config_keys", "limits"},
     "prompts": {"formats", "paths"},
     "pipelines": {"models", "formats", "sampling", "prompts", "exploration", "paths"},

@@ -20,6 +20,7 @@ from diffexp_jax.models.attention import attention
 from diffexp_jax.models.layers import Dense, gelu_tanh
 from diffexp_jax.models.mmdit import Embedder, JointBlock, embedded_time, head, modulated, modulation
 from diffexp_jax.models.rotary import Rotation
+from diffexp_jax.parallel import waiting
 
 KEYS = Keys(
     read={
@@ -88,7 +89,7 @@ class SingleBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], temb: Float[Array, "B D"], turn: Rotation) -> Float[Array, "B L D"]:
         width, dtype = x.shape[-1], self.dtype
-        shift, scale, gate = modulation(temb, 3, dtype, "norm")
+        shift, scale, gate = modulation(waiting(temb, after=x), 3, dtype, "norm")
         h = modulated(x, shift, scale, dtype)
         q, k, v = mmdit.queries_keys_values(h, self.heads, dtype, "attn", norm=True)
         out = attention(turn.turned(q, self.heads), turn.turned(k, self.heads), v, self.heads)

@@ -19,6 +19,7 @@ from diffexp_jax.models.lora import TARGETS
 from diffexp_jax.models.mmdit_config import MMDiTConfig
 from diffexp_jax.models.norms import Norm, normalise
 from diffexp_jax.models.rotary import Rotation
+from diffexp_jax.parallel import waiting
 
 TIME_WIDTH = 256  # of the timestep's sinusoids
 EPSILON = 1e-6  # of all norms
@@ -105,7 +106,7 @@ def feed_forward(x: Float[Array, "B L D"], dtype: DTypeLike, name: str) -> Float
 
 def head(x: Float[Array, "B L D"], temb: Float[Array, "B D"], features: int, dtype: DTypeLike) -> Float[Array, "B L n"]:
     """The network's last layers. Its norm's scale comes before its shift."""
-    scale, shift = modulation(temb, 2, dtype, "norm_out")
+    scale, shift = modulation(waiting(temb, after=x), 2, dtype, "norm_out")
     return Dense(features, dtype=dtype, name="proj_out")(modulated(x, shift, scale, dtype))
 
 
@@ -136,6 +137,7 @@ class JointBlock(nn.Module):
         width, length, dtype = x.shape[-1], x.shape[1], self.dtype
         dense = partial(Dense, width, dtype=dtype)
         projected = partial(queries_keys_values, heads=self.heads, dtype=dtype, norm=self.norm)
+        temb = waiting(temb, after=x)
 
         vectors = modulation(temb, 9 if self.dual else 6, dtype, "norm1")
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = vectors
@@ -148,7 +150,9 @@ class JointBlock(nn.Module):
         joined = [jnp.concatenate(both, axis=1) for both in zip(of_image, of_text, strict=True)]
         if turn is not None:
             joined[:2] = [turn.turned(part, self.heads) for part in joined[:2]]
-        out = attention(*joined, self.heads)  # [B, S + L, D]
+        if self.last:  # nor what they would have asked for
+            joined[0] = joined[0][:, :length]
+        out = attention(*joined, self.heads)  # [B, S + L, D], or [B, S, D]
 
         h = x + gate * dense(name="attn.to_out.0")(out[:, :length])
         if self.dual:  # of x before the first attention

@@ -35,10 +35,10 @@ from diffexp_jax.parallel.hosts import (
     together,
 )
 from diffexp_jax.parallel.randomness import keys_of, sample_keys, stream
-from diffexp_jax.parallel.weights import by_parts, shared_out
+from diffexp_jax.parallel.weights import by_all_devices, by_parts, shared_out, waiting
 
 __all__ = ["AXIS", "Split", "first", "pmap", "replicate", "sample_index", "shard", "shard_local", "split_batch"]
 __all__ += ["share", "unshard", "unshard_local", "keys_of", "sample_keys", "stream"]
-__all__ += ["Part", "by_parts", "shapes_on_devices", "shared_out"]
+__all__ += ["Part", "by_all_devices", "by_parts", "shapes_on_devices", "shared_out", "waiting"]
 __all__ += ["HostSettings", "agree", "check_same", "exchange", "from_each", "from_first", "is_first", "joined"]
 __all__ += ["number_of_hosts", "on_first", "own_share", "together"]

@@ -5,13 +5,15 @@ backward pass gathers it again. So methods, LoRA and checkpoints know nothing of
 the weights and one layer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffexp_jax.parallel.devices import AXIS, Part
+from diffexp_jax import backend
+from diffexp_jax.parallel.devices import AXIS, Part, first, pmap, share
 
 LARGE = 2**18  # numbers that a kernel has at least if it is shared out
 
@@ -28,6 +30,16 @@ def shared_out(tree: Any, n: int) -> Any:
         return Part(x, axes[0]) if n > 1 and is_large and axes else x
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def by_all_devices(function: Callable, params: Any) -> Callable:
+    """args -> function(params, args) as host arrays, where the devices of all hosts share out the large params.
+
+    All of them compute the same, so every host has to call it, with the same args.
+    """
+    compiled = pmap(function, in_axes=(0, None))
+    params = share(shared_out(params, backend.device_count()))
+    return lambda args: first(compiled(params, args))
 
 
 def by_parts(x: Float[Array, "*B in"], part: Part) -> Float[Array, "*B out"]:
@@ -52,10 +64,14 @@ def by_parts(x: Float[Array, "*B in"], part: Part) -> Float[Array, "*B out"]:
 
 
 def _gathered(kernel: Array, axis: int, *, after: Array) -> Array:
-    """The whole kernel in the type of `after`, gathered once `after` is there.
+    """The whole kernel in the type of `after`, gathered once `after` is there: XLA would gather many in advance."""
+    return jax.lax.all_gather(waiting(kernel, after=after), AXIS, axis=axis, tiled=True).astype(after.dtype)
 
-    XLA would gather many layers' kernels in advance. So a zero is added to the part that has to be computed from
-    `after`. An optimisation barrier does not help: XLA:GPU drops it before it orders its kernels.
+
+def waiting(x: Array, *, after: Array) -> Array:
+    """x, computed once `after` is there.
+
+    A zero that has to be computed from `after` is added to it. An optimisation barrier does not help: XLA:GPU drops it
+    before it orders its kernels. So a layer of what is known early, as of the timestep, is gathered at its place.
     """
-    zero = jnp.minimum(jnp.abs(after.ravel()[0]), 0.0).astype(kernel.dtype)
-    return jax.lax.all_gather(kernel + zero, AXIS, axis=axis, tiled=True).astype(after.dtype)
+    return x + jnp.minimum(jnp.abs(jax.lax.stop_gradient(after).ravel()[0]), 0.0).astype(x.dtype)
