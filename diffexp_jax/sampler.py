@@ -12,7 +12,15 @@ from jaxtyping import Float, Int, Num
 from diffexp_jax import backend, parallel
 from diffexp_jax.errors import InputError
 from diffexp_jax.exploration import guidance_schedule, has_weights, measured, sample_phrase_weights
-from diffexp_jax.pipelines import Conditioning, Pipeline, encode_empty, encode_prompts, load_pipeline, zero_conditioning
+from diffexp_jax.pipelines import (
+    Conditioning,
+    Pipeline,
+    encode_empty,
+    encode_prompts,
+    load_pipeline,
+    on_one_device,
+    zero_conditioning,
+)
 from diffexp_jax.prompts import PromptSet, one_prompt
 from diffexp_jax.sampling import EMBEDDED, Noise, Steps
 from diffexp_jax.settings import Settings
@@ -30,7 +38,7 @@ class Sampler(NamedTuple):
     eta: float
     exploration: Exploration  # its `iterations` is a number
     noise: Noise = Noise()
-    shards: bool = False  # whether the devices share out the network's large weights
+    shards: bool = False  # whether the devices share out the large weights of the network and the text encoders
 
     @classmethod
     def build(cls, settings: Settings, *, weights: bool = True) -> "Sampler":
@@ -43,10 +51,13 @@ class Sampler(NamedTuple):
           InputError: a file of the model is missing or does not fit.
         """
         pipeline = load_pipeline(settings.model.path, weights=weights, **pipeline_options(settings))
-        empty = encode_empty(pipeline) if weights else jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
+        shards = settings.parallel.shards(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pipeline.base)))
+        if weights:
+            empty = encode_empty(pipeline, program=program(shards))
+        else:
+            empty = jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
         s, exploration = settings.sampling, replace(settings.exploration, iterations=settings.exploring_iterations)
         uncond = pipeline.unconditional(empty)
-        shards = settings.parallel.shards(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pipeline.base)))
         sampler = cls(pipeline, empty, uncond, s.steps, s.guidance, s.eta, exploration, s.noise_rule, shards)
         for each in (sampler, sampler.evaluating(settings)):
             each.steps(explore=False)  # what the model's process does not accept
@@ -148,7 +159,7 @@ class Sampler(NamedTuple):
             )
         if not self.pipeline.tokenizers:
             return zero_conditioning(self.pipeline, len(prompts.texts))
-        cond, cut = encode_prompts(self.pipeline, prompts.texts)
+        cond, cut = encode_prompts(self.pipeline, prompts.texts, program=program(self.shards))
         for longest, texts in cut.items():
             more = f" (and {len(texts) - 1} others)" if texts[1:] else ""
             logging.warning("prompt cut to %d tokens: %.100r%s", longest, texts[0], more)
@@ -196,6 +207,11 @@ class Sampler(NamedTuple):
                 f"{n:,} images would take at least {needed / 2**30:.1f} GiB of this machine's memory; wants at most "
                 f"{there // (5 * numbers):,} at once, half of it"
             )
+
+
+def program(shards: bool) -> Callable:
+    """How prompts are encoded: see `encode_prompts`."""
+    return parallel.by_all_devices if shards else on_one_device
 
 
 def pipeline_options(settings: Settings) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from diffexp_jax.pipelines.pipeline import (
     encode_empty,
     encode_prompts,
     make_context,
+    on_one_device,
     zero_conditioning,
 )
 
@@ -36,12 +37,14 @@ __all__ = [
     "check_lora_targets",
     "encode_empty",
     "encode_prompts",
+    "on_one_device",
     "load_pipeline",
 ]
 __all__ += ["make_context", "zero_conditioning"]
 
 _ASSETS = Path(__file__).parents[1] / "emoji" / "assets"
-SHIPPED = {"emoji": _ASSETS / "model", "emoji_hard": _ASSETS / "model_hard"}  # the models that the package ships
+_FOLDERS = {"emoji": "model", "emoji_hard": "model_hard", "emoji_flow": "model_flow"}
+SHIPPED = {name: _ASSETS / folder for name, folder in _FOLDERS.items()}  # the models that the package ships
 
 
 class Kind(NamedTuple):

@@ -21,7 +21,7 @@ from diffexp_jax.models.clip_files import canonical_text_names
 from diffexp_jax.models.flux import LORA_TARGETS, PATCH, Flux, FluxConfig
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
-from diffexp_jax.pipelines.parts import decoder, loaded, type_of_t5, variables
+from diffexp_jax.pipelines.parts import decoder, loaded, read_configs, type_of_t5, variables
 from diffexp_jax.pipelines.pipeline import Pipeline
 from diffexp_jax.pipelines.stable_diffusion import check_tokenizer
 from diffexp_jax.sampling import EMBEDDED, load_process
@@ -57,12 +57,7 @@ def read_jsons(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       InputError: a file or subfolder is missing or broken.
     """
-    index = files.read_json(folder / "model_index.json")
-    for part in PARTS:
-        if not (folder / part).is_dir():
-            raise InputError(f"{folder}: the subfolder {part}/ is missing; the pipeline has {', '.join(PARTS)}")
-    parts = {part: files.read_json(folder / part / "config.json") for part in NETWORKS}
-    return index, parts | {"scheduler": files.read_json(folder / "scheduler" / "scheduler_config.json")}
+    return files.read_json(folder / "model_index.json"), read_configs(folder, PARTS, networks=NETWORKS)
 
 
 def model_config(parts: Mapping[str, Mapping[str, Any]], where: str = "model") -> ModelConfig:
@@ -148,7 +143,7 @@ def build(
         trainable="transformer",
         text_parts=(CLIP, T5),
         tokenizers=(),
-        lengths=(config.clip.max_position_embeddings, t5_tokens or T5_TOKENS),
+        lengths=(config.clip.max_position_embeddings, t5_tokens or config.t5.prompt_length(T5_TOKENS)),
         weighted=(1,),  # of CLIP the transformer reads the whole prompt's vector alone
         encode=in_precision(encode, dtype, matmul_precision),
         reweight=reweight,

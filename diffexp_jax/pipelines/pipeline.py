@@ -92,12 +92,22 @@ class Pipeline(NamedTuple):
         return self.guidance.evaluations(w_t)
 
 
+def on_one_device(function: Callable, params: Any) -> Callable:
+    """args -> function(params, args) as host arrays, by the first device, which holds the params."""
+    compiled, params = jax.jit(function), jax.device_put(params)
+    return lambda args: jax.device_get(compiled(params, args))
+
+
 def encode_prompts(
-    pipeline: Pipeline, texts: Sequence[str], *, chunk: int = AT_ONCE
+    pipeline: Pipeline, texts: Sequence[str], *, chunk: int = AT_ONCE, program: Callable = on_one_device
 ) -> tuple[Conditioning, dict[int, list[str]]]:
     """The conditioning of many prompts (host arrays), and the prompts that were cut, by the tokens that are read.
 
     They are encoded `chunk` at once, the last ones filled up: a run's prompt sets share one compiled program.
+
+    Args:
+      program: (function, params) -> a function of ids, that computes function(params, ids) somewhere and gives host
+        arrays: `on_one_device`, or `parallel.by_all_devices` for encoders that no device can hold.
 
     Raises:
       ValueError: the pipeline is one without its text encoders.
@@ -105,18 +115,17 @@ def encode_prompts(
     if gone := [part for part in pipeline.text_parts if part not in pipeline.params]:
         raise ValueError(f"{', '.join(gone)}: dropped when all of the run's prompts were encoded")
     ids, cuts = zip(*(token_ids(tokenizer, texts) for tokenizer in pipeline.tokenizers), strict=True)
-    encode = jax.jit(pipeline.encode)
-    params = jax.device_put({part: pipeline.params[part] for part in pipeline.text_parts})
+    encode = program(pipeline.encode, {part: pipeline.params[part] for part in pipeline.text_parts})
     padded = [np.concatenate([x, np.repeat(x[:1], -len(texts) % chunk, axis=0)]) for x in ids]
     starts = tqdm(range(0, len(texts), chunk), desc="encoding prompts", disable=len(texts) < SHOWN)
-    rows = [jax.device_get(encode(params, tuple(x[i : i + chunk] for x in padded))) for i in starts]
+    rows = [encode(tuple(x[i : i + chunk] for x in padded)) for i in starts]
     cut = {length: some for length, some in zip(pipeline.lengths, cuts, strict=True) if some}
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(texts)], *rows), cut
 
 
-def encode_empty(pipeline: Pipeline) -> Conditioning:
-    """The conditioning of "", without a batch axis: Eq. 8's null."""
-    return jax.tree.map(lambda x: x[0], encode_prompts(pipeline, [""])[0])
+def encode_empty(pipeline: Pipeline, *, program: Callable = on_one_device) -> Conditioning:
+    """The conditioning of "", without a batch axis: Eq. 8's null. `program` is that of `encode_prompts`."""
+    return jax.tree.map(lambda x: x[0], encode_prompts(pipeline, [""], program=program)[0])
 
 
 def zero_conditioning(pipeline: Pipeline, n: int) -> Conditioning:

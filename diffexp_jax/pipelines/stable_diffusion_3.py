@@ -21,7 +21,7 @@ from diffexp_jax.models.clip_files import canonical_text_names
 from diffexp_jax.models.mmdit import LORA_TARGETS, MMDiT, MMDiTConfig, middle_of_table
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
-from diffexp_jax.pipelines.parts import decoder, loaded, type_of_t5, variables
+from diffexp_jax.pipelines.parts import decoder, loaded, read_configs, type_of_t5, variables
 from diffexp_jax.pipelines.pipeline import Pipeline
 from diffexp_jax.pipelines.stable_diffusion import check_same_tokens, check_tokenizer
 from diffexp_jax.sampling import load_process
@@ -62,14 +62,11 @@ def read_jsons(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
       InputError: a file or subfolder is missing or broken. The third text encoder may be missing, if the index says so.
     """
     index = files.read_json(folder / "model_index.json")
-    without_t5 = index.get(T5) in (None, [None, None])
-    for part in PARTS:
-        if not (folder / part).is_dir() and not (without_t5 and part in (T5, T5_TOKENIZER)):
-            less = f", or null for {T5} in model_index.json" if part in (T5, T5_TOKENIZER) else ""
-            raise InputError(f"{folder}: the subfolder {part}/ is missing; the pipeline has {', '.join(PARTS)}{less}")
-    networks = NETWORKS if without_t5 else (*NETWORKS, T5)
-    parts = {part: files.read_json(folder / part / "config.json") for part in networks}
-    return index, parts | {"scheduler": files.read_json(folder / "scheduler" / "scheduler_config.json")}
+    of_t5 = (T5, T5_TOKENIZER)
+    if index.get(T5) in (None, [None, None]):
+        return index, read_configs(folder, [part for part in PARTS if part not in of_t5], networks=NETWORKS)
+    hints = dict.fromkeys(of_t5, f", or null for {T5} in model_index.json")
+    return index, read_configs(folder, PARTS, networks=(*NETWORKS, T5), hints=hints)
 
 
 def model_config(parts: Mapping[str, Mapping[str, Any]], where: str = "model") -> ModelConfig:
@@ -169,7 +166,8 @@ def build(
     `t5_tokens` is how many of T5's tokens a prompt has, None: as published; further arguments as of
     `stable_diffusion.build`.
     """
-    t5_tokens, side = t5_tokens or T5_TOKENS, latent_side(config, image_size)
+    side = latent_side(config, image_size)
+    t5_tokens = t5_tokens or (config.t5.prompt_length(T5_TOKENS) if config.t5 else T5_TOKENS)
     t5_dtype = type_of_t5(dtype)
     transformer, vae = MMDiT(config.transformer, dtype, remat_blocks), AutoencoderKL(config.vae, dtype)
     clips = {part: TextTransformerWithProjection(cfg, dtype) for part, cfg in zip(CLIPS, config.clips, strict=True)}

@@ -77,6 +77,14 @@ def test_a_deep_network_by_parts(tmp_path):
 
 
 @pytest.mark.slow
+def test_prompts_are_encoded_by_parts(tmp_path):
+    """By two CLIPs and a T5, whose large kernels four devices share out."""
+    on_4_devices("encode", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["difference"] < 5e-6 and found["parts"] > 30
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm, changes",
     [

@@ -1,6 +1,7 @@
 """What 4 devices compute with weights that they share out, beside what they compute with copies: run as a program.
 
 python shared_weights.py layers OUT.json
+python shared_weights.py encode OUT.json       (prompts, by emoji_flow's encoders)
 python shared_weights.py train ARGUMENTS      (of diffexp_jax.train; also small kernels are shared out)
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 from diffexp_jax import parallel
 from diffexp_jax.models import layers
 from diffexp_jax.parallel import weights
+from diffexp_jax.pipelines import encode_prompts, load_pipeline, on_one_device
 
 WIDTH, DEPTH = 256, 12
 
@@ -51,12 +53,27 @@ def of_layers() -> dict[str, float]:
     }
 
 
+def of_encoders() -> dict[str, float]:
+    """The largest difference of prompts' embeddings, and how many of the encoders' kernels are shared out."""
+    pipeline = load_pipeline("emoji_flow")
+    texts = ["a dog riding a bike", "an ant", ""]
+    ways = (on_one_device, parallel.by_all_devices)
+    copies, parts = (encode_prompts(pipeline, texts, program=program)[0] for program in ways)
+    pairs = zip(jax.tree.leaves(copies), jax.tree.leaves(parts), strict=True)
+    tree = parallel.shared_out({part: pipeline.params[part] for part in pipeline.text_parts}, jax.device_count())
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, parallel.Part))
+    return {
+        "difference": float(max(np.abs(a - b).max() / np.abs(a).max() for a, b in pairs)),
+        "parts": sum(isinstance(x, parallel.Part) for x in leaves),
+    }
+
+
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    if what == "layers":
-        weights.LARGE = 1024
-        Path(arguments[0]).write_text(json.dumps(of_layers()))
+    weights.LARGE = 64 if what == "train" else 1024
+    if what != "train":
+        found = {"layers": of_layers, "encode": of_encoders}[what]()
+        Path(arguments[0]).write_text(json.dumps(found))
     else:
-        weights.LARGE = 64
         sys.argv = ["train", *arguments]
         runpy.run_module("diffexp_jax.train", run_name="__main__")
