@@ -10,9 +10,8 @@ from configs.models import MINIATURES
 
 
 def get_config(argument: str | None = None):
-    config, chosen = structured(argument)
+    config, chosen = structured(argument, guidance=7.5)
     config.algorithm = "alignprop"
-    config.sampling.guidance = 7.5
     config.sampling.eta = 0.0
     config.optim.lr = 1e-3
     config.optim.weight_decay = 0.1
@@ -21,7 +20,6 @@ def get_config(argument: str | None = None):
         # Of as many images, many small steps learn more than few large ones
         config.iterations = 48
         config.batch.samples = 32
-        config.sampling.guidance = 5.0
         config.optim.lr = 1e-2  # twice that learns sooner, but some runs lose it again
         config.optim.grad_clip = 1.0  # gradients are about 0.03; a rare one of 8 would make Adam crawl for the rest
         # Through the later networks, as published, chance decides such a run (docs/evidence/results/input_gradient.md)

@@ -31,10 +31,17 @@ def parse(argument: str | None) -> dict[str, str]:
     return chosen
 
 
-def structured(argument: str | None) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
-    """`base.default()` with what the argument chooses filled in, and the parsed argument."""
+def structured(
+    argument: str | None, *, guidance: float | None = None
+) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
+    """`base.default()` with what the argument chooses filled in, and the parsed argument.
+
+    `guidance` is the method's published scale, which models have that have none of their own.
+    """
     chosen = parse(argument)
     config = base.default()
+    if guidance is not None:
+        config.sampling.guidance = guidance
     config.update_from_flattened_dict(MODELS[chosen["model"]])
     config.reward, config.prompts = chosen["reward"], chosen["prompts"]
     config.exploration.enabled = chosen["explore"] == "true"

@@ -24,7 +24,7 @@ def default() -> ml_collections.ConfigDict:
 
     # The model that is fine-tuned, and what its networks compute in.
     config.model = ml_collections.ConfigDict()
-    # "emoji", "emoji_hard" (shipped), a folder in diffusers' format, or of the hub: hub:ORG/NAME
+    # "emoji", "emoji_hard", "emoji_flow" (shipped), a folder in diffusers' format, or of the hub: hub:ORG/NAME
     config.model.path = "emoji"
     config.model.revision = placeholder(str)  # branch, tag or commit of the hub's repository; None: its main branch
     # "fp16": take the half-precision weight files; None: the whole ones if there are any

@@ -15,9 +15,8 @@ from configs.models import MINIATURES
 
 
 def get_config(argument: str | None = None):
-    config, chosen = structured(argument)
+    config, chosen = structured(argument, guidance=7.5)
     config.algorithm = "dpok"
-    config.sampling.guidance = 7.5
     config.optim.lr = 1e-5
     config.optim.weight_decay = 0.0
     config.optim.grad_clip = 0.1
@@ -26,7 +25,6 @@ def get_config(argument: str | None = None):
     config.dpok.value_steps = 6  # one for 10 images, as published
     if chosen["model"] in MINIATURES:  # as DDPO there
         config.iterations = 60
-        config.sampling.guidance = 5.0
         config.optim.lr = 6e-3
         config.dpok.clip = 3e-3
         config.dpok.updates = 2

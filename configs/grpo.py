@@ -12,7 +12,7 @@ guidance DiffExp's weights of words alone explore. The first recipe has guidance
 """
 
 from configs.arguments import structured
-from configs.models import MINIATURES
+from configs.models import DISTILLED, MINIATURES
 
 
 def get_config(argument: str | None = None):
@@ -37,7 +37,7 @@ def get_config(argument: str | None = None):
         config.optim.lr = 3e-4
         config.lora.rank = 32
         config.lora.alpha = 64.0
-        if chosen["model"].startswith("flux"):  # few steps; its guidance is an input, which costs no evaluation
+        if chosen["model"] in DISTILLED:  # few steps
             config.sampling.noise_steps = (0, 3)
             config.eval.steps = 28 if chosen["model"] == "flux" else None  # schnell is made for four
         else:

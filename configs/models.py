@@ -1,6 +1,7 @@
 """What each model sets of base.py: its place, its sampling steps, and sizes that fit a machine it is meant for."""
 
 _LAPTOP = {
+    "sampling.guidance": 5.0,
     "model.vae_slice": 32,
     "sampling.steps": 20,
     "batch.samples": 64,
@@ -14,6 +15,7 @@ _SD3 = {  # 512 pixels; as Flow-GRPO samples it in training, and with the T5 tok
     "model.remat": "block",
     "model.vae_slice": 1,
     "sampling.steps": 10,
+    "sampling.guidance": 4.5,
     "sampling.eta": 0.7,
     "exploration.threshold_of": "steps",  # one of ten: timesteps are denser at the noise, and three are above 900
     "batch.samples_per_forward": 1,
@@ -32,6 +34,9 @@ MODELS = {
     # Objects are missing more, and more unequally. Half of the steps for more seeds in the same time; the threshold at
     # which the base model's rare successes are most frequent (docs/evidence/results/headroom.md)
     "emoji_hard": _LAPTOP | {"model.path": "emoji_hard", "sampling.steps": 10, "exploration.t_thresh": 700},
+    # A Stable Diffusion 3.5 in small, which lacks the objects that emoji_hard lacks
+    "emoji_flow": _LAPTOP
+    | {"model.path": "emoji_flow", "sampling.steps": 10, "sampling.eta": 0.7, "exploration.t_thresh": 700},
     "sd15": {  # 512 pixels
         "model.path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "model.vae_slice": 1,
@@ -55,4 +60,5 @@ MODELS = {
     "flux_schnell": {"model.path": "black-forest-labs/FLUX.1-schnell", "sampling.steps": 4, "model.t5_tokens": 256}
     | _FLUX,
 }
-MINIATURES = ("emoji", "emoji_hard")  # shipped: their prompts and rewards are the emoji world's
+DISTILLED = ("flux", "flux_schnell")  # guidance is the network's input, or none at all: it costs no evaluation
+MINIATURES = ("emoji", "emoji_hard", "emoji_flow")  # shipped: their prompts and rewards are the emoji world's

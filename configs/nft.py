@@ -8,7 +8,7 @@ so that DiffExp's weights of words alone explore. DDIM's 25 steps take the place
 """
 
 from configs.arguments import structured
-from configs.models import MINIATURES
+from configs.models import DISTILLED, MINIATURES
 
 
 def get_config(argument: str | None = None):
@@ -29,7 +29,8 @@ def get_config(argument: str | None = None):
         config.batch.samples = 1152
         config.batch.group = 24  # of 48 prompts
         config.sampling.steps = 25
-        config.sampling.guidance = 1.0
+        if chosen["model"] not in DISTILLED:
+            config.sampling.guidance = 1.0
         config.lora.rank = 32
         config.lora.alpha = 64.0
         config.optim.ema = 0.9  # what is evaluated is this average

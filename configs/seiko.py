@@ -11,10 +11,9 @@ from configs.models import MINIATURES
 
 
 def get_config(argument: str | None = None):
-    config, chosen = structured(argument)
+    config, chosen = structured(argument, guidance=7.5)
     config.algorithm = "seiko"
     config.iterations = 4  # rounds
-    config.sampling.guidance = 7.5
     config.sampling.eta = 1.0  # the path KL wants noise at every step
     config.optim.lr = 1e-3
     config.optim.weight_decay = 0.1
@@ -27,7 +26,6 @@ def get_config(argument: str | None = None):
     if chosen["model"] in MINIATURES:
         config.iterations = 12
         config.batch.samples = 64
-        config.sampling.guidance = 5.0
         config.optim.lr = 1e-2
         config.optim.grad_clip = 1.0
         config.seiko.updates = 2

@@ -18,6 +18,7 @@ of paper.py.
 | unknowns_ALGORITHM_REWARD | DiffExp, and other values of what the paper does not give, one changed at a time |
 | steps_ddpo_REWARD | of no exploration: the update learns from the first 80, 60 or 40 % of the steps, not all |
 | tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
+| grpo | DiffExp, of configs/grpo.py; for `--model emoji_flow` above all |
 | methods | of no exploration, after DDPO: each method that the paper has no figure of, for the same reward queries |
 | rates_METHOD | such a method, rwr, nft, awm, prdp, entropy or seiko, with a third and three times its learning rate |
 
@@ -190,6 +191,10 @@ SWEEPS = {
         )
         for algorithm, reward in _METHODS
     },
+    "grpo": _experiment(
+        "GRPO with and without DiffExp",
+        {"baseline": ("grpo.py:explore=false", {}), "diffexp": ("grpo.py:explore=true", {})},
+    ),
     "methods": _experiment(
         "what each method learns from 768 reward queries, without exploration",
         {method: _alone(method) for method in ("ddpo", *_OTHERS)},

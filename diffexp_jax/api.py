@@ -51,7 +51,8 @@ def load(model: str | Path = "emoji", **options: Any) -> Evaluator:
     """A model to sample and score, by default as diffusers' pipelines sample; `Evaluator.of_run` is a run's.
 
     Args:
-      model: "emoji", "emoji_hard" (shipped), a folder in diffusers' format, a single file, or hub:ORGANISATION/NAME.
+      model: "emoji", "emoji_hard" or "emoji_flow" (shipped), a folder in diffusers' format, a single file, or
+        hub:ORGANISATION/NAME.
       options: how it is sampled, by the names of scripts/sample.py's flags: steps (50), guidance (7.5), eta (0),
         negative_prompt, dtype, image_size, w_low, t_thresh, weight_range, ...; and lora (a file or folder), lora_scale,
         batch (images at once, 16).

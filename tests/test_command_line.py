@@ -99,7 +99,7 @@ def test_a_model_of_another_size(monkeypatch, caplog, config, path, warned):
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        ([f"{CONFIG}:model=sd99"], ["model='sd99'", "accepted: emoji, emoji_hard, sd15, sd21, sdxl"]),
+        ([f"{CONFIG}:model=sd99"], ["model='sd99'", "accepted: emoji, emoji_hard, emoji_flow, sd15, sd21, sdxl"]),
         ([f"{CONFIG}:model=emojii"], ["model='emojii'", "did you mean 'emoji' or 'emoji_hard'?"]),
         ([f"{CONFIG}:reward=pickscor", "--workdir=x"], ["unknown reward 'pickscor'", "did you mean 'pickscore' or"]),
         ([f"{CONFIG}:prompts=animal_activites", "--workdir=x"], ["did you mean 'animal_activities' or"]),

@@ -183,7 +183,7 @@ def test_how_long_it_explores(name, iterations, exploring):
             "fig4_alignprop_pickscore, each also with ,explore= and ,model=",
         ),
         ("fig1,explore=maybe", "config argument explore='maybe': accepted: true, false"),
-        ("fig1,model=sd3", "config argument model='sd3': accepted: emoji, emoji_hard, sd15, sd21, sdxl"),
+        ("fig1,model=sd3", "config argument model='sd3': accepted: emoji, emoji_hard, emoji_flow, sd15, sd21, sdxl"),
         ("fig1,", "config argument '': accepted: explore=..., model=..."),
         ("fig1,reward=jpeg", "config argument 'reward=jpeg': accepted: explore=..., model=..."),
     ],

@@ -38,6 +38,7 @@ class Stage(NamedTuple):
     data: Any = None  # arrays that the loss reads: an argument, not a constant of the compiled step
     weight_decay: float = 1e-4
     ema: float = 0.998
+    horizon: int | None = None  # the step at which the learning rate would be 0; None: the last
 
 
 def save_half(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -117,8 +118,7 @@ def vae_stage(
             config = files.read_json(out / "model/vae/config.json")
         else:
             scene, _ = scenes.sample_scenes(jax.random.key(1), 2048)
-            images = scenes.render(scenes.load_sprites(), scene)
-            config = VAE | {"scaling_factor": round(float(1.0 / encode_all(model, params, images).std()), 5)}
+            config = VAE | {"scaling_factor": round(float(1.0 / encode_all(model, params, scene).std()), 5)}
         save_json(out / "model/vae/config.json", config)
         save_half(out / "model/vae/diffusion_pytorch_model.safetensors", convert.to_torch(params))
 
@@ -132,10 +132,17 @@ def load_part(out: Path, part: str, module) -> Any:
     return convert.from_torch(files.open_weights(out / "model" / part), shapes, where=f"{out}/model/{part}")
 
 
-def encode_all(model: AutoencoderKL, params: Any, images, *, chunk: int = 64):
-    """Scaled latents of many images, a chunk at a time."""
-    encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))
-    return jnp.concatenate([encode(params, images[i : i + chunk]) for i in range(0, len(images), chunk)])
+@functools.partial(jax.jit, static_argnums=0)
+def encode(model: AutoencoderKL, params: Any, sprites: scenes.Sprites, scene: scenes.Scene):
+    """Scaled latents of scenes [B h w c]."""
+    return model.apply({"params": params}, scenes.render(sprites, scene), method="encode")
+
+
+def encode_all(model: AutoencoderKL, params: Any, scene: scenes.Scene, *, at_once: int = 64):
+    """Scaled latents of many scenes."""
+    sprites, n = scenes.load_sprites(), len(scene.animal)
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + at_once], scene) for i in range(0, n, at_once)]
+    return jnp.concatenate([encode(model, params, sprites, part) for part in parts])
 
 
 # ------------------------------------------------------------------------------------------------------------ diffusion
@@ -250,7 +257,7 @@ def diffusion_stage(
         _export_diffusion(folder, text_config, params)
 
     missing = scenes.MISSING_HARD if hard else scenes.MISSING
-    encoded = _encoded_scenes(vae, load_part(out, "vae", vae), n_scenes, missing=missing)
+    encoded = encoded_scenes(vae, load_part(out, "vae", vae), n_scenes, missing=missing)
     data = (*encoded, ids)
     kind = ("diffusion_hard", 4000, 5e-4) if hard else ("diffusion", 6000, 1.5e-3)
     return Stage(*kind, init, loss, export, data)
@@ -265,14 +272,14 @@ def _export_diffusion(folder: Path, text_config: dict[str, Any], params: Any) ->
     save_half(folder / "text_encoder/model.safetensors", convert.to_torch(params["text_encoder"]))
 
 
-def _encoded_scenes(vae: AutoencoderKL, params: Any, n: int, *, missing: tuple[float, ...], chunk: int = 4096):
+def encoded_scenes(vae: AutoencoderKL, params: Any, n: int, *, missing: tuple[float, ...], chunk: int = 4096):
     """Latents (float16) and caption ids of n training scenes."""
-    sprites, latents, captions = scenes.load_sprites(), [], []
+    latents, captions = [], []
     for i in range(0, n, chunk):
         scene, activity = scenes.sample_scenes(
             jax.random.key(100 + i), chunk, activity_share=ACTIVITY_SHARE, missing=missing
         )
-        latents.append(encode_all(vae, params, scenes.render(sprites, scene)).astype(jnp.float16))
+        latents.append(encode_all(vae, params, scene).astype(jnp.float16))
         captions.append(scenes.caption_id(scene.animal, activity))
     return jnp.concatenate(latents), jnp.concatenate(captions)
 

@@ -1,6 +1,7 @@
-"""The emoji world's tokenizer: CLIP's byte-level BPE, learned from the captions, in transformers' format."""
+"""The emoji world's tokenizers, of the captions, in transformers' format: CLIP's byte-level BPE, and T5's unigrams."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -11,8 +12,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"  # END also pads, as in Stable D
 WORD_END = "</w>"
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes the files that `transformers.CLIPTokenizer.from_pretrained(folder)` reads.
+def write_tokenizer(folder: Path, length: int = MAX_LENGTH) -> None:
+    """Writes the files that `transformers.CLIPTokenizer.from_pretrained(folder)` reads, for prompts of `length` tokens.
 
     Every word of the captions is one token; any other text falls apart into shorter pieces, down to bytes.
     Ids run as in CLIP: 256 bytes, 256 bytes that end a word, the merges in the order of learning, start, end.
@@ -27,7 +28,7 @@ def write_tokenizer(folder: Path) -> None:
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     config = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": MAX_LENGTH,
+        "model_max_length": length,
         "do_lower_case": True,
         "add_prefix_space": False,
         "errors": "replace",
@@ -37,6 +38,23 @@ def write_tokenizer(folder: Path) -> None:
     _write(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges)]))
     _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
     _write(folder / "tokenizer_config.json", json.dumps(config | special, indent=2))
+
+
+def write_t5_tokenizer(folder: Path, length: int) -> None:
+    """Writes the files that `transformers.T5Tokenizer.from_pretrained(folder)` reads, for prompts of `length` tokens.
+
+    A unigram model (Kudo 2018) of the captions' words. Any other text falls apart into characters; those outside of
+    ASCII are unknown.
+    """
+    from transformers import T5Tokenizer  # seconds to import
+
+    words = Counter(word for caption in scenes.captions() for word in caption.split())
+    pieces = [("\u2581" + word, math.log(n / words.total())) for word, n in sorted(words.items())]
+    characters = ["\u2581", *map(chr, range(ord("!"), ord("~") + 1))]
+    known = {piece for piece, _ in pieces}
+    pieces += [(character, -20.0) for character in characters if character not in known]
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=length).save_pretrained(folder)
 
 
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:

@@ -194,8 +194,8 @@ def model_folder(path: str, parts: Iterable[str], *, revision: str | None = None
         return folder
     if repository is None and (not _HUB_ID.fullmatch(path) or path.lower().endswith(_OF_FILES)):
         raise InputError(
-            f"{what}: no such folder; accepted: emoji, emoji_hard, a folder in diffusers' format, or a hub id; or a "
-            "single file of Stable Diffusion"
+            f"{what}: no such folder; accepted: emoji, emoji_hard, emoji_flow, a folder in diffusers' format, or a "
+            "hub id; or a single file of Stable Diffusion"
         )
     if repository is None and (parent := Path(path).parent).is_dir():
         hub = f"the hub's repository of this name is {HUB}{path}"

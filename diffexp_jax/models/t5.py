@@ -36,13 +36,14 @@ KEYS = Keys(
         "relative_attention_num_buckets": whole(4, 2**12),
         "relative_attention_max_distance": whole(2, 2**16),
         "layer_norm_epsilon": positive(1.0),
+        "n_positions": whole(1, 2**16),
         "feed_forward_proj": ("gated-gelu",),  # of version 1.1; an absent one is version 1.0's
     },
     only=ONE_VALUE,
     ignored=GENERIC
     | frozenset(
         "dropout_rate num_decoder_layers classifier_dropout eos_token_id dense_act_fn is_gated_act output_past "
-        "n_positions scalable_attention".split()
+        "scalable_attention".split()
     ),
 )
 
@@ -60,6 +61,11 @@ class T5Config:
     relative_attention_num_buckets: int = 32  # of distances, in both directions together
     relative_attention_max_distance: int = 128  # tokens; all farther ones are one distance
     layer_norm_epsilon: float = 1e-6
+    n_positions: int | None = None  # tokens of a prompt that it was trained with; the encoder takes any number
+
+    def prompt_length(self, published: int) -> int:
+        """Tokens of a prompt, where nothing else is asked for: a pipeline's number, but no more than it knows."""
+        return min(published, self.n_positions or published)
 
     @classmethod
     def from_dict(cls, config: Any, where: str = "T5 config") -> "T5Config":

@@ -52,7 +52,7 @@ class Model:
 
     path: str = setting(
         "emoji",
-        '"emoji", "emoji_hard" (shipped), a folder in diffusers\' format, or of the hub: hub:ORG/NAME',
+        '"emoji", "emoji_hard", "emoji_flow" (shipped), a folder in diffusers\' format, or of the hub: hub:ORG/NAME',
         paths.local,
     )
     revision: str | None = setting(None, "branch, tag or commit of the hub's repository; None: its main branch")

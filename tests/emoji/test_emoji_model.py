@@ -9,6 +9,7 @@ import pytest
 
 from diffexp_jax.emoji.pretraining import ASSETS
 from diffexp_jax.emoji.reward_stages import judge_accuracy
+from diffexp_jax.pipelines import SHIPPED
 from tests.support import ROOT
 
 
@@ -18,16 +19,19 @@ def test_assets_are_small():
 
 
 @pytest.mark.slow
-def test_scripts_sample_equals_diffusers(tmp_path):
-    """StableDiffusionPipeline loads the folder as it is and makes the images of scripts/sample.py."""
-    torch = pytest.importorskip("torch")
-    from diffusers import StableDiffusionPipeline
+@pytest.mark.parametrize(
+    "model, kind, options",
+    [("emoji", "StableDiffusionPipeline", {}), ("emoji_flow", "StableDiffusion3Pipeline", {"max_sequence_length": 12})],
+)
+def test_scripts_sample_equals_diffusers(tmp_path, model, kind, options):
+    """diffusers' pipeline loads the folder as it is and makes the images of scripts/sample.py."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
 
     prompts = ["a dog riding a bike", "an octopus"]
     latents = np.random.default_rng(0).standard_normal((2, 8, 8, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", latents)
     command = [sys.executable, "scripts/sample.py", "--steps", "20", "--guidance", "7.5", "--save_npy"]
-    command += ["--latents", str(tmp_path / "x.npy"), "--out", str(tmp_path)]
+    command += ["--model", model, "--latents", str(tmp_path / "x.npy"), "--out", str(tmp_path)]
     for prompt in prompts:
         command += ["--prompt", prompt]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -35,10 +39,12 @@ def test_scripts_sample_equals_diffusers(tmp_path):
     assert done.returncode == 0, done.stderr
     ours = np.load(tmp_path / "images.npy")
 
-    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "model", torch_dtype=torch.float32)
+    pipe = getattr(diffusers, kind).from_pretrained(SHIPPED[model], torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(latents.transpose(0, 3, 1, 2).copy())
-    theirs = pipe(prompts, num_inference_steps=20, guidance_scale=7.5, latents=noise, output_type="np").images
+    theirs = pipe(
+        prompts, num_inference_steps=20, guidance_scale=7.5, latents=noise, output_type="np", **options
+    ).images
     assert np.abs(ours - theirs).max() <= 2e-3
     assert ours.std() > 0.05
 

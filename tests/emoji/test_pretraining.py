@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffexp_jax.emoji import pretraining, reward_stages
+from diffexp_jax.emoji import flow_stages, pretraining, reward_stages
 from diffexp_jax.emoji.pretraining import Stage
 from diffexp_jax.pipelines import load_pipeline
 from diffexp_jax.run.fingerprint import fingerprint
@@ -72,11 +72,14 @@ def test_another_seed_is_another_run(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["diffusion_hard", "vae", "vae_decoder", "diffusion", "clip", "judge", "aesthetic"])
+@pytest.mark.parametrize(
+    "name", ["diffusion_hard", "vae", "vae_decoder", "diffusion", "flow", "flow_hard", "clip", "judge", "aesthetic"]
+)
 def test_every_stage_trains_and_exports(script, tmp_path, monkeypatch, name):
     """From what is shipped: two steps change what the stage makes, in its published format, and nothing else."""
-    encode = pretraining._encoded_scenes
-    monkeypatch.setattr(pretraining, "_encoded_scenes", lambda *args, **kw: encode(*args[:2], 64, chunk=64, **kw))
+    encode = pretraining.encoded_scenes
+    for module in (pretraining, flow_stages):
+        monkeypatch.setattr(module, "encoded_scenes", lambda *args, **kw: encode(*args[:2], 64, chunk=64, **kw))
     if name in reward_stages.STAGES:
         monkeypatch.setitem(script.STAGES, name, functools.partial(reward_stages.STAGES[name], n_pictures=512))
     out = shutil.copytree(pretraining.ASSETS, tmp_path / "assets")
@@ -87,6 +90,8 @@ def test_every_stage_trains_and_exports(script, tmp_path, monkeypatch, name):
     after = digests(out)
     part = {"diffusion_hard": "model_hard", "vae_decoder": "model/vae", "clip": "reward_clip"}.get(name, name)
     parts = {"vae": ["model/vae"], "diffusion": ["model/unet", "model/text_encoder"]}.get(name, [part])
+    if name.startswith("flow"):
+        parts = [f"model_flow/{part}" for part in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")]
     changed = {path for path in after if after[path] != before.get(path)}
     assert changed and all(any(path.startswith(f"{part}/") for part in parts) for path in changed), changed
     assert {path for path in changed if path.endswith(".safetensors")} >= {

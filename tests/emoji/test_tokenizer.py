@@ -96,3 +96,15 @@ def test_deterministic(folder, tmp_path):
     assert names == ["merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"]
     for name in names:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_t5s_words_are_one_token_each(tmp_path):
+    tokenizer.write_t5_tokenizer(tmp_path, length=12)
+    t5 = transformers.T5Tokenizer.from_pretrained(tmp_path)
+    captions = scenes.captions()
+    for caption, ids in zip(captions, t5(captions).input_ids, strict=True):
+        assert t5.convert_ids_to_tokens(ids) == [*(f"\u2581{word}" for word in caption.split()), "</s>"]
+    tokens = t5.convert_ids_to_tokens(t5("a dog, 2 ox\u00e9n").input_ids)
+    assert tokens == ["\u2581a", "\u2581dog", ",", "\u2581", "2", "\u2581", "o", "x", "<unk>", "n", "</s>"]
+    assert t5("", padding="max_length").input_ids == [1] + [0] * 11
+    assert len(t5("a dog " * 40, truncation=True).input_ids) == 12

@@ -46,6 +46,12 @@ def test_parity(theirs, masked):
     np.testing.assert_allclose(out[rows], of_theirs[rows], rtol=0, atol=1e-5 * np.abs(of_theirs).max())
 
 
+@pytest.mark.parametrize("said, length", [({}, 256), ({"n_positions": 512}, 256), ({"n_positions": 12}, 12)])
+def test_length_of_a_prompt(said, length):
+    """The pipeline's, 256, or the config's where that is less."""
+    assert t5.T5Config.from_dict(CONFIG | said).prompt_length(256) == length
+
+
 def test_distances():
     """Of 8 buckets, four for keys before the query and itself: 0, 1, 2 to 5, farther; transformers' for 512 tokens."""
     buckets = t5.distance_buckets(9, n_buckets=8, max_distance=16)

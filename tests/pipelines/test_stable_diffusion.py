@@ -318,7 +318,8 @@ def test_unsupported_unet(folder, key, value):
 
 def test_unknown_folder():
     with pytest.raises(
-        InputError, match="no such folder; accepted: emoji, emoji_hard, a folder in diffusers' format, or a hub id"
+        InputError,
+        match="no such folder; accepted: emoji, emoji_hard, emoji_flow, a folder in diffusers' format",
     ):
         load_pipeline("nowhere/at/all")
 

@@ -20,7 +20,7 @@ import pytest
 from configs import base
 from configs.paper import ALIASES, EXPERIMENTS
 from configs.sweeps import SWEEPS
-from diffexp_jax import command
+from diffexp_jax import command, config_files
 from diffexp_jax.algorithms import METHODS, Method
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import setting
@@ -71,8 +71,8 @@ def test_the_experiments():
     }
     for name, sweep in SWEEPS.items():
         assert sweep["baseline"] in sweep["arms"] and sweep["shows"], name
-        for argument, _ in sweep["arms"].values():
-            assert argument.removeprefix("paper.py:").split(",")[0] in EXPERIMENTS or argument.split(".")[0] in METHODS
+        for file, _, rest in (argument.partition(".py:") for argument, _ in sweep["arms"].values()):
+            assert rest.split(",")[0] in EXPERIMENTS if file == "paper" else file in config_files.names()
 
 
 @pytest.mark.parametrize("model", [None, "emoji"])

@@ -1,7 +1,7 @@
 """Makes every weight of the emoji world from nothing, with this package's own networks.
 
     python tools/emoji/pretrain_emoji.py --workdir runs/pretrain \\
-        --stages vae,diffusion,diffusion_hard,clip,aesthetic,judge
+        --stages vae,diffusion,diffusion_hard,flow,flow_hard,clip,aesthetic,judge
 
 Stages run in the order given; each needs the ones before it. A stage that was stopped continues from its newest
 checkpoint in the workdir, bit for bit. Finished networks are exported in the published formats (float16 safetensors)
@@ -25,18 +25,19 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from diffexp_jax import command, parallel
-from diffexp_jax.emoji import pretraining, reward_stages
+from diffexp_jax.emoji import flow_stages, pretraining, reward_stages
 from diffexp_jax.errors import InputError
 
-STAGES = pretraining.STAGES | reward_stages.STAGES
+STAGES = pretraining.STAGES | flow_stages.STAGES | reward_stages.STAGES
 
 
 def train(stage: pretraining.Stage, workdir: Path, *, seed: int, steps: int, save_every: int):
     """Runs (or continues) one stage; returns the averaged parameters."""
+    horizon = max(steps, stage.horizon or steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
-            optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, min(300, steps // 5), steps, end_value=1e-6),
+            optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, min(300, steps // 5), horizon, end_value=1e-6),
             b2=0.99,
             weight_decay=stage.weight_decay,
         ),
@@ -103,8 +104,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--stages",
-        default="vae,diffusion,diffusion_hard,clip,aesthetic,judge",
-        help="in order; vae_decoder and diffusion_hard continue from finished ones",
+        default="vae,diffusion,diffusion_hard,flow,flow_hard,clip,aesthetic,judge",
+        help="in order; vae_decoder, diffusion_hard and flow_hard continue from finished ones",
     )
     add("--workdir", type=Path, default=Path("runs/pretrain_emoji"), help="where checkpoints and the log go")
     add("--out", type=Path, default=pretraining.ASSETS, help="where the finished weights go")
