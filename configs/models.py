@@ -36,7 +36,13 @@ MODELS = {
     "emoji_hard": _LAPTOP | {"model.path": "emoji_hard", "sampling.steps": 10, "exploration.t_thresh": 700},
     # A Stable Diffusion 3.5 in small, which lacks the objects that emoji_hard lacks
     "emoji_flow": _LAPTOP
-    | {"model.path": "emoji_flow", "sampling.steps": 10, "sampling.eta": 0.7, "exploration.t_thresh": 700},
+    | {
+        "model.path": "emoji_flow",
+        "sampling.steps": 10,
+        "sampling.guidance": 3.0,  # with 5 its colours are too strong
+        "sampling.eta": 0.7,
+        "exploration.t_thresh": 700,
+    },
     "sd15": {  # 512 pixels
         "model.path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "model.vae_slice": 1,
