@@ -181,6 +181,19 @@ def test_your_own_rewards(monkeypatch):
     np.testing.assert_allclose(scores, [255.0, 170.0])
 
 
+def test_the_page_of_ddpo_shows_its_runs():
+    """docs/understand/ddpo.md shows docs/evidence/data/grpo_emoji_flow.json."""
+    runs = json.loads((ROOT / "docs" / "evidence" / "data" / "grpo_emoji_flow.json").read_text())["runs"]
+    page = (ROOT / "docs" / "understand" / "ddpo.md").read_text()
+    rows = page.partition("<!-- runs -->\n")[2].partition("\n<!-- /runs -->")[0].splitlines()[2:]
+    assert len(rows) == len(runs) > 2
+    for row, run in zip(rows, runs, strict=True):
+        first, last = (run["emoji_judge"][str(it)] for it in (0, run["iterations"]))
+        shares = [f"{100 * first[name]:.1f} to {100 * last[name]:.1f} %" for name in first]
+        cells = ["DiffExp" if run["explore"] else "none", f"{run['optim.lr']:g}", *shares]
+        assert row == f"| {' | '.join(cells)} |"
+
+
 def test_the_page_of_methods_shows_its_runs():
     """docs/understand/methods.md shows docs/evidence/data/methods_learning.json."""
     arms = json.loads((ROOT / "docs" / "evidence" / "data" / "methods_learning.json").read_text())["arms"]
