@@ -183,10 +183,12 @@ def test_your_own_rewards(monkeypatch):
 
 def test_the_page_of_ddpo_shows_its_runs():
     """docs/understand/ddpo.md shows docs/evidence/data/grpo_emoji_flow.json."""
-    runs = json.loads((ROOT / "docs" / "evidence" / "data" / "grpo_emoji_flow.json").read_text())["runs"]
+    found = json.loads((ROOT / "docs" / "evidence" / "data" / "grpo_emoji_flow.json").read_text())
+    runs, of_alignprop = found["runs"], found["alignprop"]["emoji_judge"]["24"]["animal_activities"]
     page = (ROOT / "docs" / "understand" / "ddpo.md").read_text()
     rows = page.partition("<!-- runs -->\n")[2].partition("\n<!-- /runs -->")[0].splitlines()[2:]
     assert len(rows) == len(runs) > 2
+    assert f"after 24 iterations of 32 images {100 * of_alignprop:.1f} % of the trained" in page
     for row, run in zip(rows, runs, strict=True):
         first, last = (run["emoji_judge"][str(it)] for it in (0, run["iterations"]))
         shares = [f"{100 * first[name]:.1f} to {100 * last[name]:.1f} %" for name in first]
