@@ -15,13 +15,10 @@ import numpy as np
 from jaxtyping import Float
 
 from diffexp_jax.emoji import scenes
-from diffexp_jax.emoji.pretraining import Stage, encoded_scenes, load_part, save_half, save_json
+from diffexp_jax.emoji.pretraining import Stage, encoded_scenes, load_part, save_half, save_json, vocabulary
 from diffexp_jax.emoji.tokenizer import write_t5_tokenizer, write_tokenizer
 from diffexp_jax.formats import convert, files
 from diffexp_jax.formats.tokenizers import load_t5_tokenizer, load_tokenizer, token_ids
-from diffexp_jax.models.clip import TextTransformerWithProjection
-from diffexp_jax.models.mmdit import MMDiT
-from diffexp_jax.models.t5 import T5Encoder
 from diffexp_jax.models.vae import AutoencoderKL
 from diffexp_jax.pipelines import stable_diffusion_3 as sd3
 
@@ -105,7 +102,8 @@ def flow_stage(
 
     def init(key):
         if from_shipped or hard:
-            return {part: sd3.load(folder).params[part] for part in learned}
+            shipped = sd3.load(folder).params
+            return {part: shipped[part] for part in learned}
         return _first_weights(config, dict(zip(learned, jax.random.split(key, len(learned)), strict=True)))
 
     def loss(params, data, key):
@@ -145,8 +143,7 @@ def _write_untrained(out: Path) -> tuple[dict[str, Any], list[Any]]:
         write_tokenizer(folder / name, length=LENGTH)
     write_t5_tokenizer(folder / "tokenizer_3", length=LENGTH)
     clips = [load_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
-    special = {f"{name}_token_id": getattr(clips[0], f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    words = {"vocab_size": len(clips[0])} | special
+    words = vocabulary(clips[0])
     third = load_t5_tokenizer(folder / "tokenizer_3", size=10**6, length=LENGTH)
     shutil.copytree(out / "model" / "vae", folder / "vae", dirs_exist_ok=True)
     vae = files.read_json(folder / "vae" / "config.json") | {"shift_factor": 0.0}  # diffusers' pipeline wants one
@@ -166,20 +163,17 @@ def _write_untrained(out: Path) -> tuple[dict[str, Any], list[Any]]:
 
 def _first_weights(config: sd3.ModelConfig, keys: dict[str, jax.Array]) -> dict[str, Any]:
     """Of the networks: the blocks' gates are closed and the velocity is 0 (Peebles and Xie 2023, adaLN-Zero)."""
-    ids, cfg = jnp.zeros((1, LENGTH), jnp.int32), config.transformer
-    latents = jnp.zeros((1, SIDE, SIDE, cfg.in_channels))
-    text, pooled = jnp.zeros((1, 2, cfg.joint_attention_dim)), jnp.zeros((1, cfg.pooled_projection_dim))
-    inputs = {"transformer": (latents, jnp.zeros(()), text, pooled)}
-    clips = {part: TextTransformerWithProjection(clip) for part, clip in zip(sd3.CLIPS, config.clips, strict=True)}
-    networks = {"transformer": MMDiT(cfg), **clips, sd3.T5: T5Encoder(config.t5)}
-    params = {part: networks[part].init(key, *inputs.get(part, (ids,)))["params"] for part, key in keys.items()}
+    params = {}
+    for part, key in keys.items():
+        network, args = sd3.networks(config, SIDE)[part]
+        params[part] = network.init(key, *(jnp.zeros(x.shape, x.dtype) for x in args))["params"]
 
     def closed(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return jnp.zeros_like(x) if any(part in name for part in ("norm1", "norm_out", "proj_out")) else x
 
     transformer = jax.tree_util.tree_map_with_path(closed, params["transformer"])
-    transformer["pos_embed"] |= {"pos_embed": jnp.asarray(places(SIDE, cfg.caption_projection_dim))}
+    transformer["pos_embed"] |= {"pos_embed": jnp.asarray(places(SIDE, config.transformer.caption_projection_dim))}
     return params | {"transformer": transformer}
 
 

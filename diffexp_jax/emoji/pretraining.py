@@ -118,7 +118,8 @@ def vae_stage(
             config = files.read_json(out / "model/vae/config.json")
         else:
             scene, _ = scenes.sample_scenes(jax.random.key(1), 2048)
-            config = VAE | {"scaling_factor": round(float(1.0 / encode_all(model, params, scene).std()), 5)}
+            latents = encode_all(model, params, scenes.load_sprites(), scene)
+            config = VAE | {"scaling_factor": round(float(1.0 / latents.std()), 5)}
         save_json(out / "model/vae/config.json", config)
         save_half(out / "model/vae/diffusion_pytorch_model.safetensors", convert.to_torch(params))
 
@@ -138,10 +139,10 @@ def encode(model: AutoencoderKL, params: Any, sprites: scenes.Sprites, scene: sc
     return model.apply({"params": params}, scenes.render(sprites, scene), method="encode")
 
 
-def encode_all(model: AutoencoderKL, params: Any, scene: scenes.Scene, *, at_once: int = 64):
+def encode_all(model: AutoencoderKL, params: Any, sprites: scenes.Sprites, scene: scenes.Scene, *, at_once: int = 64):
     """Scaled latents of many scenes."""
-    sprites, n = scenes.load_sprites(), len(scene.animal)
-    parts = [jax.tree.map(lambda x, i=i: x[i : i + at_once], scene) for i in range(0, n, at_once)]
+    starts = range(0, len(scene.animal), at_once)
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + at_once], scene) for i in starts]
     return jnp.concatenate([encode(model, params, sprites, part) for part in parts])
 
 
@@ -221,8 +222,7 @@ def diffusion_stage(
     vae = AutoencoderKL(VAEConfig.from_dict(files.read_json(out / "model/vae/config.json")))
     write_tokenizer(out / "model/tokenizer")
     tokenizer = load_tokenizer(out / "model/tokenizer")
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text_config = TEXT | {"vocab_size": len(tokenizer)} | special
+    text_config = TEXT | vocabulary(tokenizer)
     unet, text = UNet(UNetConfig.from_dict(UNET)), TextTransformer(CLIPTextConfig.from_dict(text_config))
     ids, _ = token_ids(tokenizer, [*scenes.captions(), ""])
     process = load_process(SCHEDULER)
@@ -272,14 +272,20 @@ def _export_diffusion(folder: Path, text_config: dict[str, Any], params: Any) ->
     save_half(folder / "text_encoder/model.safetensors", convert.to_torch(params["text_encoder"]))
 
 
+def vocabulary(tokenizer) -> dict[str, int]:
+    """What a text encoder's config says of its tokenizer."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer)} | special
+
+
 def encoded_scenes(vae: AutoencoderKL, params: Any, n: int, *, missing: tuple[float, ...], chunk: int = 4096):
     """Latents (float16) and caption ids of n training scenes."""
-    latents, captions = [], []
+    sprites, latents, captions = scenes.load_sprites(), [], []
     for i in range(0, n, chunk):
         scene, activity = scenes.sample_scenes(
             jax.random.key(100 + i), chunk, activity_share=ACTIVITY_SHARE, missing=missing
         )
-        latents.append(encode_all(vae, params, scene).astype(jnp.float16))
+        latents.append(encode_all(vae, params, sprites, scene).astype(jnp.float16))
         captions.append(scenes.caption_id(scene.animal, activity))
     return jnp.concatenate(latents), jnp.concatenate(captions)
 

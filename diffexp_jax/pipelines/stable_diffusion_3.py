@@ -237,21 +237,24 @@ def reweight(cond: TextEmbedding, null: TextEmbedding, weights: Float[Array, "L"
 
 def abstract_params(config: ModelConfig, side: int) -> dict[str, Any]:
     """The shapes of every parameter, without computing anything; `side` is of the latents."""
+    return {part: convert.abstract_params(network, *args) for part, (network, args) in networks(config, side).items()}
+
+
+def networks(config: ModelConfig, side: int) -> dict[str, tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]]:
+    """Every network in float32, and shapes of arguments that its parameters' shapes follow from."""
 
     def numbers(*shape):
         return jax.ShapeDtypeStruct(shape, np.float32)
 
-    ids, cfg, vae = np.zeros((1, 4), np.int32), config.transformer, config.vae
+    ids, cfg, vae = jax.ShapeDtypeStruct((1, 4), np.int32), config.transformer, config.vae
     latents, text = numbers(1, side, side, cfg.in_channels), numbers(1, 4, cfg.joint_attention_dim)
     image = numbers(1, vae.downsampling, vae.downsampling, vae.in_channels)
+    clips = {
+        part: (TextTransformerWithProjection(clip), (ids,)) for part, clip in zip(CLIPS, config.clips, strict=True)
+    }
     return {
-        "transformer": convert.abstract_params(
-            MMDiT(cfg), latents, np.zeros((), np.float32), text, numbers(1, cfg.pooled_projection_dim)
-        ),
-        "vae": convert.abstract_params(AutoencoderKL(vae), image),
-        **{
-            part: convert.abstract_params(TextTransformerWithProjection(clip), ids)
-            for part, clip in zip(CLIPS, config.clips, strict=True)
-        },
-        **({T5: convert.abstract_params(t5.T5Encoder(config.t5), ids)} if config.t5 else {}),
+        "transformer": (MMDiT(cfg), (latents, numbers(), text, numbers(1, cfg.pooled_projection_dim))),
+        "vae": (AutoencoderKL(vae), (image,)),
+        **clips,
+        **({T5: (t5.T5Encoder(config.t5), (ids,))} if config.t5 else {}),
     }
