@@ -179,31 +179,3 @@ def test_your_own_rewards(monkeypatch):
     host = load_reward("python:my_rewards:how_dark")
     scores, _ = host.start((images * 255).astype(np.uint8), host.tokenize(["a", "b"]))()
     np.testing.assert_allclose(scores, [255.0, 170.0])
-
-
-def test_the_page_of_ddpo_shows_its_runs():
-    """docs/understand/ddpo.md shows docs/evidence/data/grpo_emoji_flow.json."""
-    found = json.loads((ROOT / "docs" / "evidence" / "data" / "grpo_emoji_flow.json").read_text())
-    runs, of_alignprop = found["runs"], found["alignprop"]["emoji_judge"]["24"]["animal_activities"]
-    page = (ROOT / "docs" / "understand" / "ddpo.md").read_text()
-    rows = page.partition("<!-- runs -->\n")[2].partition("\n<!-- /runs -->")[0].splitlines()[2:]
-    assert len(rows) == len(runs) > 2
-    assert f"after 24 iterations of 32 images {100 * of_alignprop:.1f} % of the trained" in page
-    for row, run in zip(rows, runs, strict=True):
-        first, last = (run["emoji_judge"][str(it)] for it in (0, run["iterations"]))
-        shares = [f"{100 * first[name]:.1f} to {100 * last[name]:.1f} %" for name in first]
-        cells = ["DiffExp" if run["explore"] else "none", f"{run['optim.lr']:g}", *shares]
-        assert row == f"| {' | '.join(cells)} |"
-
-
-def test_the_page_of_methods_shows_its_runs():
-    """docs/understand/methods.md shows docs/evidence/data/methods_learning.json."""
-    arms = json.loads((ROOT / "docs" / "evidence" / "data" / "methods_learning.json").read_text())["arms"]
-    page = (ROOT / "docs" / "understand" / "methods.md").read_text()
-    rows = page.partition("<!-- runs -->\n")[2].partition("\n<!-- /runs -->")[0].splitlines()
-    for name, found in arms.items():
-        (row,) = (row for row in rows if row.startswith(f"| `{name}`"))
-        first, last = min(found["evaluated"], key=int), max(found["evaluated"], key=int)
-        shares = [f"{100 * found['evaluated'][it]['emoji_judge']:.1f} %" for it in (first, last)]
-        rewards = ", ".join(f"{x:.2f}" for x in found["reward/mean"])
-        assert row.endswith(f" | {rewards} | {shares[0]} | {shares[1]}, after {last} |")

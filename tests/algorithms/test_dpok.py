@@ -217,6 +217,12 @@ def test_the_value_function_is_fitted_as_published(monkeypatch):
         assert (moved <= 1e-5).mean() > 0.99 and moved.max() < 2.1 * lr  # Adam turns the sign of a gradient near zero
 
 
+def test_passes():
+    """Each pass over the samples evaluates the untuned model too."""
+    method = dpok.DPOK(inner_epochs=3, timestep_fraction=0.5)
+    assert method.passes(10, True) == {"to sample": 1.0, "of the untuned model": 1.5}
+
+
 def test_the_seed_starts_the_value_function():
     def params(seed):
         setup = Setup(POLICY, optax.sgd(0.1), N, 1, 3, T, False, 2, True, partial(parallel.stream, seed))

@@ -16,7 +16,9 @@ def on_page_content(text: str, **_: Any) -> str:
 
 
 def _mathml(found: re.Match) -> str:
-    return convert(html.unescape(found[3]), display="block" if found[2] == "[" else "inline")
+    if found[2] == "(":
+        return convert(html.unescape(found[3]), display="inline")
+    return f'<div class="formula">{convert(html.unescape(found[3]), display="block")}</div>'
 
 
 def _breakable(found: re.Match) -> str:

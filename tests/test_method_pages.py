@@ -1,0 +1,69 @@
+"""docs/understand/methods/: each method's page is there, names functions that exist, and shows what its runs found."""
+
+import json
+import re
+
+import pytest
+
+from diffexp_jax.algorithms import METHODS
+from tests.support import ROOT
+
+PAGES = ROOT / "docs" / "understand" / "methods"
+DATA = ROOT / "docs" / "evidence" / "data"
+
+
+@pytest.mark.parametrize("name", [*METHODS, "grpo"])
+def test_a_method_has_a_page(name):
+    """It begins with what the method does and how it is run; then come equation, settings, cost, limits."""
+    text = (PAGES / f"{name}.md").read_text()
+    begin = text.partition("## ")[0]
+    assert "Choose it" in " ".join(begin.split()) and f"--config configs/{name}.py:model=" in begin
+    sections = ("Equation", "Settings", "Cost", "Limits")
+    assert [found for found in re.findall(r"^## (.+)$", text, re.M) if found in sections] == list(sections)
+    assert f"settings.md#{'ddpo' if name == 'grpo' else name})" in text and f"configs.md#{name})" in text
+    assert f"]({name}.md)" in (PAGES / "index.md").read_text()
+
+
+@pytest.mark.parametrize("name", [*METHODS, "grpo"])
+def test_functions_of_equations_exist(name):
+    section = (PAGES / f"{name}.md").read_text().partition("## Equation")[2].partition("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| ")][1:]
+    named = [name for row in rows for name in re.findall(r"`(\w+)\.(\w+)`", row.rpartition(" | ")[2])]
+    assert len(named) >= len(rows) >= 3
+    for module, function in named:
+        (path,) = (path for room in ("algorithms", "sampling") for path in ROOT.glob(f"diffexp_jax/{room}/{module}.py"))
+        assert re.search(rf"^(def|class) {function}\b", path.read_text(), re.M), f"{module}.{function}"
+
+
+def rows_of_runs(page: str) -> list[str]:
+    """The table that a page shows between its marks, without its head."""
+    text = (PAGES / f"{page}.md").read_text()
+    return text.partition("<!-- runs -->\n")[2].partition("\n<!-- /runs -->")[0].splitlines()[2:]
+
+
+def test_the_page_of_grpo_shows_its_runs():
+    """That is docs/evidence/data/grpo_emoji_flow.json."""
+    found = json.loads((DATA / "grpo_emoji_flow.json").read_text())
+    runs, of_alignprop = found["runs"], found["alignprop"]["emoji_judge"]["24"]["animal_activities"]
+    rows = rows_of_runs("grpo")
+    assert len(rows) == len(runs) > 2
+    assert (
+        f"after 24 iterations of 32 images {100 * of_alignprop:.1f} % of the trained" in (PAGES / "grpo.md").read_text()
+    )
+    for row, run in zip(rows, runs, strict=True):
+        first, last = (run["emoji_judge"][str(it)] for it in (0, run["iterations"]))
+        shares = [f"{100 * first[name]:.1f} to {100 * last[name]:.1f} %" for name in first]
+        cells = ["DiffExp" if run["explore"] else "none", f"{run['optim.lr']:g}", *shares]
+        assert row == f"| {' | '.join(cells)} |"
+
+
+def test_the_index_shows_the_first_runs():
+    """Those of docs/evidence/data/methods_learning.json."""
+    arms = json.loads((DATA / "methods_learning.json").read_text())["arms"]
+    rows = rows_of_runs("index")
+    for name, found in arms.items():
+        (row,) = (row for row in rows if row.startswith(f"| `{name}`"))
+        first, last = min(found["evaluated"], key=int), max(found["evaluated"], key=int)
+        shares = [f"{100 * found['evaluated'][it]['emoji_judge']:.1f} %" for it in (first, last)]
+        rewards = ", ".join(f"{x:.2f}" for x in found["reward/mean"])
+        assert row.endswith(f" | {rewards} | {shares[0]} | {shares[1]}, after {last} |")
