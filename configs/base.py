@@ -177,7 +177,7 @@ def default() -> ml_collections.ConfigDict:
     config.alignprop.truncation = "uniform"
     config.alignprop.truncation_k = 1  # number of last steps for "fixed"
     # False: a step's gradient goes through the linear part of the later steps alone, as in DRTune (Wu et al. 2024).
-    # Through ten or more networks a few samples' gradients blow up (docs/evidence/results/input_gradient.md).
+    # Through ten or more networks a few samples' gradients blow up (docs/understand/methods/alignprop.md).
     config.alignprop.input_gradient = True  # whether the gradient goes through the later steps' networks, as published
     config.alignprop.loss_coefficient = 0.01  # factor of the loss
     # What rewards are pulled to: the loss is mean |target - r| for a number, mean(-r) for "none"; "auto" is 10 for the
@@ -194,7 +194,7 @@ def default() -> ml_collections.ConfigDict:
     # clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/understand/precision.md).
     config.ddpo.old_log_prob = "auto"  # what the importance ratio is relative to
     # 1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
-    # gradient and says least about the reward: the fewer the steps, the more so (docs/evidence/results/steps.md).
+    # gradient and says least about the reward: the fewer the steps, the more so (docs/understand/methods/ddpo.md).
     # Share of the steps that add noise, from the first, that the update learns from
     config.ddpo.timestep_fraction = 1.0
     # "prompt": the mean and std of the prompt's newest rewards, as published. Of the batch.group samples of its prompt:
@@ -389,8 +389,7 @@ def default() -> ml_collections.ConfigDict:
     config.log.wandb = False
 
     # On a GPU sums are made in any order: a run that is repeated or resumed differs in its last bits, and soon in more.
-    # True asks XLA for kernels that repeat themselves, which are slower (docs/evidence/accelerators.md). CPUs do
-    # without it.
+    # True asks XLA for kernels that repeat themselves, which may be slower. CPUs do without it.
     config.deterministic = False  # whether GPUs must give the same bits each time
     config.compilation_cache = "~/.cache/diffexp_jax"  # folder that keeps compiled programs for the next run; "": none
 

@@ -81,6 +81,12 @@ def test_the_site_builds(tmp_path):
             assert f'id="{anchor}"' in (tmp_path / f"{page}.html").read_text(), f"{path.name}: {page}.md#{anchor}"
 
 
+def test_use_needs_no_evidence():
+    """What a user needs to know stands in docs/use/, or is explained in docs/understand/."""
+    for path in (ROOT / "docs" / "use").glob("*.md"):
+        assert not re.findall(r"\]\([^)]*evidence/", path.read_text()), path
+
+
 def test_pages_that_are_named_are_there():
     """In docstrings, comments and messages."""
     folders = [ROOT / name for name in ("configs", "diffexp_jax", "examples", "scripts", "tools")]

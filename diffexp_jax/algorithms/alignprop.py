@@ -100,7 +100,7 @@ class Truncating(Method):
         "whether the gradient goes through the later steps' networks, as published",
         about="""
         False: a step's gradient goes through the linear part of the later steps alone, as in DRTune (Wu et al. 2024).
-        Through ten or more networks a few samples' gradients blow up (docs/evidence/results/input_gradient.md).
+        Through ten or more networks a few samples' gradients blow up (docs/understand/methods/alignprop.md).
         """,
     )
 

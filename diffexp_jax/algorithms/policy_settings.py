@@ -35,7 +35,7 @@ class PolicyMethod(Method):
         positive(1.0),
         about="""
         1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
-        gradient and says least about the reward: the fewer the steps, the more so (docs/evidence/results/steps.md).
+        gradient and says least about the reward: the fewer the steps, the more so (docs/understand/methods/ddpo.md).
         """,
     )
 

@@ -80,8 +80,7 @@ class Settings:
         "whether GPUs must give the same bits each time",
         about="""
         On a GPU sums are made in any order: a run that is repeated or resumed differs in its last bits, and soon in
-        more. True asks XLA for kernels that repeat themselves, which are slower (docs/evidence/accelerators.md). CPUs
-        do without it.
+        more. True asks XLA for kernels that repeat themselves, which may be slower. CPUs do without it.
         """,
     )
     compilation_cache: str = setting(

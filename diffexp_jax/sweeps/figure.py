@@ -18,10 +18,12 @@ from diffexp_jax.report import plain  # noqa: E402
 from diffexp_jax.report.page import SERIES  # noqa: E402
 from diffexp_jax.sweeps.comparison import mean_over_seeds  # noqa: E402
 
-WIDTH, HEIGHT = 5.2, 3.8  # inches of a panel
-COLUMNS = 3
+WIDTH, HEIGHT = 4.2, 3.2  # inches of a panel
+COLUMNS = 2  # so that letters can be read where a page is as wide as a column of text
+DOTS = 144  # an inch, of the PNG
 MOST_BANDS = 3  # arms whose intervals can be told apart as bands; of more the tables have them
 OPTIONS = {"font.size": 9}
+SMALL = 7  # size of the letters that have little room
 COLOURS = (*SERIES, "#e377c2", "#17becf", "#bcbd22")
 
 
@@ -44,10 +46,10 @@ def save(results: Mapping[str, Any], stem: Path) -> None:
         bands = "bands: 95 % intervals" if has_bands(results) else "95 % intervals: see the tables"
         title = f"means over seeds (their number in brackets); {bands}"
         handles, labels = axes.flat[0].get_legend_handles_labels()
-        options = {"loc": "outside upper center", "ncols": min(len(labels), 5), "frameon": False}
+        options = {"loc": "outside upper left", "ncols": min(len(labels), 2 * columns), "frameon": False}
         figure.legend(handles, labels, title=title, **options)
         stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(f"{stem}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(f"{stem}.png", dpi=DOTS, metadata={"Software": None})
         figure.savefig(f"{stem}.svg", metadata={"Date": None})  # the same file each time
         plt.close(figure)
 
@@ -107,8 +109,8 @@ def draw_curves(
     factor = unet_evaluations_per_query(results)
     if factor and evaluations:
         above = axis.secondary_xaxis("top", functions=(lambda x: x * factor, lambda x: x / factor))
-        above.tick_params(labelsize=7)
-        above.set_xlabel("UNet evaluations", fontsize=7)
+        above.tick_params(labelsize=SMALL)
+        above.set_xlabel("UNet evaluations", fontsize=SMALL)
 
 
 def unet_evaluations_per_query(results: Mapping[str, Any]) -> float | None:
@@ -136,7 +138,8 @@ def draw_bars(axis: Any, shares: Mapping[str, list[Mapping[str, Any]]], results:
         spread = None if np.isnan(low).any() else 100 * np.maximum([mean - low, high - mean], 0.0)
         axis.bar(x, 100 * mean, 0.8 / len(shares), yerr=spread, capsize=2, color=colour_of[arm])
     counts = [one["prompts"] for one in next(iter(shares.values()))]
-    axis.set_xticks(range(len(names)), [f"{name}\n{n} prompts" for name, n in zip(names, counts, strict=True)])
+    labels = [f"{name}\n{n} prompts" for name, n in zip(names, counts, strict=True)]
+    axis.set_xticks(range(len(names)), labels, fontsize=SMALL)
     axis.axhline(0, color="black", linewidth=0.8)
     title = plain(f"gain over the baseline, {results['prompts']}")
     axis.set(title=title, ylabel="percentage points", xlabel="base model succeeds in")

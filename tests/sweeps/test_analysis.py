@@ -231,7 +231,7 @@ def test_the_figure(scripts, results, tmp_path):
     for name in ("x.png", "x.svg"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with Image.open(tmp_path / "a" / "x.png") as image:
-        assert image.size == (round(3 * 5.2 * 110), round(2 * 3.8 * 110))
+        assert image.size == (1209, 1382)  # 2 x 3 panels of 4.2 x 3.2 inches
     prompts, what = next(iter(results["base"].items()))[0], "emoji_judge"
     scripts.figure.save_panel(results, prompts, what, tmp_path / "panel.png", title="a title")
     with Image.open(tmp_path / "panel.png") as image:
