@@ -31,7 +31,11 @@ def arguments(about: str, words: Sequence[str] | None = None) -> argparse.Namesp
         help="float32 .npy [N,h,w,c], standard normal: the noise to start from, one for each image",
     )
     add("--batch", type=int, default=16, help="images at once")
-    add("--explore", action="store_true", help="show what exploration does to the same seeds")
+    add(
+        "--explore",
+        action="store_true",
+        help="also draw the same seeds with each part of exploration, and with both",
+    )
     add("--samplers", action="store_true", help="show guidance low, high and scheduled on the same seeds (Fig. 3)")
     group = parser.add_argument_group("settings (default: the run's that --lora names, else as said below)")
     add = group.add_argument

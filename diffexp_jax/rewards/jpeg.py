@@ -13,7 +13,7 @@ QUALITY = 95
 
 
 def incompressibility(images: UInt8[np.ndarray, "N H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, " N"]:
-    """Kilobytes (1000 bytes) of each image as a JPEG of quality 95; prompts play no role."""
+    """Kilobytes (1000 bytes) of each image as a JPEG of quality 95; prompts are ignored."""
     del prompts
     return np.array([_size(image) for image in images]) / 1000.0
 

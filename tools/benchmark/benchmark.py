@@ -9,7 +9,7 @@ Each side is a process of its own that stays ready while the other one runs, so 
 repetition of one, a repetition of the other, and so on. Reported are medians, their ratio, each side's peak memory, how
 long the first repetition took (compiling, here; allocating, there), and the share of the machine's own matrix peak that
 our arithmetic comes to. Torch is installed for the tests (requirements-test.txt); torch_peer.py says what it does. With
---no_torch our side is timed alone, with --trl TRL's trainers are timed too (trl_peer.py).
+--no_torch this package is timed alone, with --trl TRL's trainers are timed too (trl_peer.py).
 
 The work of a repetition on a CPU: 64 images of 20 steps with the emoji model, or 4 of 5 steps with a random model of
 the shape of SD 1.5 ("mid") or SD 3.5 medium ("mid_sd3"), each of some 50 million parameters and 32 x 32 latents; from
@@ -47,7 +47,7 @@ MARKERS = "<!-- benchmark -->", "<!-- /benchmark -->"
 PEERS = ("torch", "trl")
 CUT = ("T/4", "uniform K", "schedule")  # cases with steps that are less work, or have no gradient
 PROMPTS = ("a dog riding a bike", "a cat")
-# More and less work of our side: cost should follow it, and the first repetition's should not.
+# More and less work of this package: cost should follow it, and the first repetition's should not.
 GROWTH = [("emoji", "sampling", {"samples": n}) for n in (16, 64, 256)]
 GROWTH += [("emoji", "sampling", {"steps": n}) for n in (10, 50)]
 GROWTH += [("emoji", "DDPO, one update", {"samples": n}) for n in (16, 64, 256)]
@@ -118,7 +118,7 @@ def compare(
 
 
 def grow(model: str, folder: str, case: str, size: dict[str, int], repeats: int) -> dict[str, Any]:
-    """A row of our side alone, with more or less work."""
+    """A row of this package alone, with more or less work."""
     side = Side("ours", model, folder, case, size=[f"--{name}={n}" for name, n in size.items()])
     for _ in range(repeats + 1):
         side.repeat()
@@ -269,7 +269,7 @@ if __name__ == "__main__":
     )
     add("--case", action="append", choices=(*CASES, *SCORING), help="(repeat for several; default: all)")
     add("--repeats", type=int, default=5, help="timed repetitions of each side, after a first")
-    add("--no_torch", action="store_true", help="time our side alone")
+    add("--no_torch", action="store_true", help="time this package alone")
     add("--trl", action="store_true", help="time TRL's trainers too; tools/benchmark/trl_peer.py says what to install")
     add("--profile", type=Path, help="a folder for jax's profiles of one more repetition of ours (for XProf)")
     add("--growth", action="store_true", help="also time the emoji model with other batches, steps and K")

@@ -161,7 +161,7 @@ def our_work(model: str, folder: str, case: str, size: Size) -> tuple[Callable[[
 
 
 def our_scoring(case: str) -> tuple[Callable[[int], Any], float]:
-    """Our side of scoring by a reward in the program: scores, or their sum's gradient by the images; and its FLOPs."""
+    """Scoring by a reward in the program: scores, or their sum's gradient by the images; and its FLOPs."""
     backend.set_cpu_devices(len(os.sched_getaffinity(0)) if backend.platform() == "cpu" else 1)
     reward, n = load_reward("emoji_pickscore"), N_SCORED // jax.device_count()
     images, texts = scored_images(), [SCORED_PROMPT] * N_SCORED

@@ -189,7 +189,7 @@ def vanish(campaign: Any, algorithm: str, workdir: Path, rng: random.Random) -> 
 
 def of_two_hosts(harm: str) -> Callable:
     """One of two hosts is killed, stands still, or raises: the other ends with one clear line and exit code 1, and the
-    same command goes on to the end of an undisturbed run of two."""
+    same command reaches the end of an undisturbed run of two."""
 
     def try_it(campaign: Any, algorithm: str, workdir: Path, rng: random.Random) -> list[str]:
         victim, count = rng.randrange(2), rng.randint(1, 5)

@@ -117,7 +117,7 @@ def start(
     alone: bool = True,
     log: str = "",
 ) -> Run:
-    """Begins a run, or goes on with it; see `_train` for `fails` and `alone`.
+    """Begins a run, or resumes it; see `_train` for `fails` and `alone`.
 
     Args:
       port: where the hosts meet; None: one that is free.
