@@ -99,10 +99,13 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """Compiled programs of a file are of little use to the next ones, and would add up to gigabytes."""
+    """Compiled programs of a file are of little use to the next ones, and would add up to gigabytes.
+
+    Those of single operations are of much use, so they are kept while the workers together take half the memory.
+    """
     yield
-    statm = Path("/proc/self/statm")
-    if not statm.exists() or int(statm.read_text().split()[1]) * 4096 > 3 * 2**30:  # pages resident
+    statm, workers = Path("/proc/self/statm"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if not statm.exists() or int(statm.read_text().split()[1]) * workers * 2 > os.sysconf("SC_PHYS_PAGES"):
         jax.clear_caches()
 
 

@@ -40,8 +40,8 @@ SETTINGS |= dict(value_key=jax.random.key(0))
     ],
 )
 def test_clamped_ratio_literal(log_ratio, adv, loss, slope):
-    new, old, adv = (jnp.full(3, x) for x in (log_ratio - 1.0, -1.0, adv))
-    found, gradient = jax.value_and_grad(dpok.clamped_ratio_loss)(new, old, adv, clip=0.1)
+    new, old, adv = (np.full(3, x, np.float32) for x in (log_ratio - 1.0, -1.0, adv))
+    found, gradient = jax.jit(jax.value_and_grad(partial(dpok.clamped_ratio_loss, clip=0.1)))(new, old, adv)
     assert found == pytest.approx(loss, rel=1e-6)
     np.testing.assert_allclose(gradient, slope / 3, rtol=1e-5)
 
@@ -95,8 +95,8 @@ def iterate(optimizer, **changes):
 def test_an_iteration_is_the_plain_loop(n_chunks, kl_weight, n_trained):
     _, samples, after, metrics = iterate(optax.sgd(0.1), n_chunks=n_chunks, kl_weight=kl_weight, n_trained=n_trained)
     kept, n = samples.trajectory, n_trained or T
-    x_t = jax.vmap(lambda kept: jax.vmap(kept.x_t)(jnp.arange(n)))(kept)
-    tr = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(n, N, *SHAPE), (x_t, kept.x_tm1))
+    x_t = jax.jit(jax.vmap(lambda kept: jax.vmap(kept.x_t)(jnp.arange(n))))(kept)
+    tr = jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1).reshape(n, N, *SHAPE), (x_t, kept.x_tm1))
 
     def objective(lora):
         total = 0.0
@@ -131,7 +131,7 @@ def test_the_penalty_alone_leads_back_to_the_untuned_model():
 def test_value_is_the_published_network():
     """relu(factor_t (x W + b)) three times, then a linear layer: of the state and the prompt's vector."""
     torch = pytest.importorskip("torch")
-    params = dpok.init_value(jax.random.key(0), 12, 3, T)
+    params = jax.jit(dpok.init_value, static_argnums=(1, 2, 3))(jax.random.key(0), 12, 3, T)
     x_t = np.random.default_rng(0).standard_normal((5, *SHAPE)).astype(np.float32)
     ids = np.array([0, 2, 1, 1, 0])
     x = torch.cat([torch.tensor(x_t).flatten(1), torch.tensor(np.asarray(params["prompt"])[ids])], dim=1)
@@ -142,21 +142,22 @@ def test_value_is_the_published_network():
     want = torch.nn.functional.linear(
         x, torch.tensor(np.asarray(last["kernel"])).T, torch.tensor(np.asarray(last["bias"]))
     )
-    np.testing.assert_allclose(dpok.value(params, x_t, ids, jnp.int32(2)), want[:, 0].numpy(), rtol=1e-4, atol=1e-4)
+    ours = jax.jit(dpok.value)(params, x_t, ids, np.int32(2))
+    np.testing.assert_allclose(ours, want[:, 0].numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_value_function_learns_and_is_the_baseline():
     """Its error falls; a sample's weight is its reward less what is expected."""
     before, samples, after, metrics = iterate(optax.sgd(0.0), value_baseline=True, value_steps=200, kl_weight=0.0)
-    rewards, jnp_tree = samples.rewards, partial(jax.tree.map, jnp.asarray)
-    trajectory, ids = samples.trajectory, jnp.arange(N)[None] % 3
+    rewards, values = np.asarray(samples.rewards), jax.jit(dpok.values)
+    trajectory, ids = samples.trajectory, np.arange(N, dtype=np.int32)[None] % 3
     error = {
-        name: float(np.square(dpok.values(jnp_tree(state.extra.value), trajectory, ids) - rewards).mean())
+        name: float(np.square(values(state.extra.value, trajectory, ids) - rewards).mean())
         for name, state in (("before", before), ("after", after))
     }
     assert error["before"] == pytest.approx(float(metrics["value/error"]), rel=1e-4)
     assert error["after"] < 0.1 * error["before"]
-    expected = rewards - dpok.values(jnp_tree(after.extra.value), trajectory, ids)
+    expected = rewards - values(after.extra.value, trajectory, ids)
     assert float(metrics["loss"]) == pytest.approx(-10.0 * float(expected.mean()), abs=1e-3)
 
 
@@ -174,8 +175,8 @@ def test_the_states_that_are_drawn_do_not_depend_on_the_devices(monkeypatch):
     def shares(devices, chunks, group=1):
         of_device = partial(dpok.own_shares, shape=(chunks, T, N // devices // chunks), n_batches=2, group=group)
         found = jax.vmap(lambda _, key: of_device(key), (0, None), axis_name=dpok.AXIS, axis_size=devices)
-        by_sample = found(np.arange(devices), jax.random.key(1)).swapaxes(2, 3).reshape(devices, -1, group, T)
-        return np.asarray(by_sample.swapaxes(0, 1).reshape(N, T))
+        found = np.asarray(jax.jit(found)(np.arange(devices), jax.random.key(1)))
+        return found.swapaxes(2, 3).reshape(devices, -1, group, T).swapaxes(0, 1).reshape(N, T)
 
     alone = shares(1, 1)
     assert alone.sum() == pytest.approx(1) and (alone == 0).any()

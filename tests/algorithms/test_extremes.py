@@ -3,7 +3,6 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,6 +12,8 @@ from diffexp_jax.algorithms.ddpo import DDPO, ddpo
 from diffexp_jax.errors import InputError
 from diffexp_jax.settings import checked
 from tests.support import two_numbers
+
+most_varied = jax.jit(extremes.most_varied, static_argnums=1)
 
 
 @pytest.mark.parametrize(
@@ -25,22 +26,23 @@ from tests.support import two_numbers
     ],
 )
 def test_most_varied_literal(rewards, k, expected):
-    np.testing.assert_array_equal(extremes.most_varied(jnp.array([rewards]), k), [expected])
+    np.testing.assert_array_equal(most_varied(np.array([rewards], np.float32), k), [expected])
 
 
 def test_no_other_choice_varies_more():
     """All choices of 1 to 6 of six, in ten groups."""
     rewards = np.random.default_rng(0).standard_normal((10, 6)).astype(np.float32)
     for k in range(1, 7):
-        found = np.take_along_axis(rewards, np.asarray(extremes.most_varied(rewards, k)), axis=1).var(1)
+        found = np.take_along_axis(rewards, np.asarray(most_varied(rewards, k)), axis=1).var(1)
         every = np.stack([rewards[:, choice].var(1) for choice in itertools.combinations(range(6), k)])
         np.testing.assert_allclose(found, every.max(0), rtol=1e-5, atol=1e-7)
 
 
 def test_rows_and_chunks_literal():
     """Two groups of four on a device; what is kept is split alike for each update."""
-    rewards = jnp.array([0.0, 3.0, 1.0, 2.0, 4.0, 4.5, 9.0, 4.2])
-    np.testing.assert_array_equal(extremes.rows_kept(rewards, 4, 2), [0, 1, 4, 6])
+    rewards = np.array([0.0, 3.0, 1.0, 2.0, 4.0, 4.5, 9.0, 4.2], np.float32)
+    rows_kept = jax.jit(extremes.rows_kept, static_argnums=(1, 2))
+    np.testing.assert_array_equal(rows_kept(rewards, 4, 2), [0, 1, 4, 6])
     assert [extremes.chunks_of(12, updates, most) for updates, most in ((1, 4), (1, 12), (2, 4), (3, 8))] == [
         3,
         1,
