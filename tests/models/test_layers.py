@@ -13,7 +13,7 @@ from diffexp_jax.models import convolution, layers, low_rank
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def applied(layer, variables, x, *args):
@@ -60,14 +60,13 @@ def test_convolutions_of_3x3_and_their_gradients(name, stride, shape, features):
     x, kernel = normal(0, *shape), normal(1, 3, 3, shape[-1], features)
 
     @partial(jax.jit, static_argnums=0)
-    def all_of(convolve, g):
-        out, pull_back = jax.vjp(convolve, x, kernel)
+    def all_of(convolve, g, *args):
+        out, pull_back = jax.vjp(convolve, *args)
         return out, *pull_back(g)
 
-    g = normal(2, *jax.eval_shape(partial(native, stride=stride), x, kernel).shape)
+    args = normal(2, *jax.eval_shape(partial(native, stride=stride), x, kernel).shape), x, kernel
     (ours, *slopes), (theirs, *wanted) = (
-        all_of(getattr(convolution, name), g),
-        all_of(partial(native, stride=stride), g),
+        all_of(convolve, *args) for convolve in (getattr(convolution, name), partial(native, stride=stride))
     )
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     for of, a, b in zip(("input", "kernel"), slopes, wanted, strict=True):
@@ -160,16 +159,16 @@ def test_group_norm_of_values_far_from_zero():
     x = normal(0, 1, 8, 8, 4)
     norm = layers.GroupNorm(2, 1e-6)
     params = norm.init(jax.random.key(0), x)
-    np.testing.assert_allclose(norm.apply(params, x + 1000), norm.apply(params, x), rtol=0, atol=2e-3)
+    np.testing.assert_allclose(applied(norm, params, x + 1000), applied(norm, params, x), rtol=0, atol=2e-3)
 
 
 def test_group_norm_in_bfloat16_keeps_float32_statistics():
     x = (normal(0, 1, 8, 8, 4) + 30).astype(jnp.bfloat16)
-    params = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
-    low = layers.GroupNorm(2, 1e-6, jnp.bfloat16).apply(params, x)
-    high = layers.GroupNorm(2, 1e-6).apply(params, x.astype(jnp.float32))
+    params = {"params": {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}}
+    low = applied(layers.GroupNorm(2, 1e-6, jnp.bfloat16), params, x)
+    high = applied(layers.GroupNorm(2, 1e-6), params, x.astype(np.float32))
     assert low.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(low, np.asarray(high).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-12, 0.1])
@@ -189,8 +188,8 @@ def test_timestep_embedding_is_diffusers(width):
     pytest.importorskip("torch")
     from diffusers.models.embeddings import get_timestep_embedding
 
-    t = jnp.array([0, 1, 21, 501, 999])
-    ours = layers.timestep_embedding(t, width)
+    t = np.array([0, 1, 21, 501, 999])
+    ours = jax.jit(layers.timestep_embedding, static_argnums=1)(t, width)
     theirs = get_timestep_embedding(torched(t), width, flip_sin_to_cos=True, downscale_freq_shift=0)
     assert ours.shape == (5, width)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=2e-4)  # float32 angles of up to 999 radians
@@ -199,7 +198,8 @@ def test_timestep_embedding_is_diffusers(width):
 def test_timestep_embedding_literal():
     """Frequencies 1 and 1/100 of t = 3: cosines, sines, and a zero for the odd width."""
     want = [np.cos(3.0), np.cos(0.03), np.sin(3.0), np.sin(0.03), 0.0]
-    np.testing.assert_allclose(layers.timestep_embedding(jnp.array([3]), 5)[0], want, atol=1e-6)
+    found = jax.jit(layers.timestep_embedding, static_argnums=1)(np.array([3]), 5)
+    np.testing.assert_allclose(found, [want], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -211,13 +211,14 @@ def test_timestep_embedding_literal():
     ],
 )
 def test_activation_literals(name, at_one, at_minus_two):
-    np.testing.assert_allclose(layers.ACTIVATIONS[name](jnp.array([1.0, -2.0])), [at_one, at_minus_two], atol=1e-6)
+    found = jax.jit(layers.ACTIVATIONS[name])(np.array([1.0, -2.0], np.float32))
+    np.testing.assert_allclose(found, [at_one, at_minus_two], atol=1e-6)
 
 
 def test_gelu_is_torchs_and_not_the_tanh_one():
     torch = pytest.importorskip("torch")
-    x = jnp.linspace(-6, 6, 1001)
-    ours = np.asarray(layers.gelu(x))
+    x = np.linspace(-6, 6, 1001, dtype=np.float32)
+    ours = np.asarray(jax.jit(layers.gelu)(x))
     np.testing.assert_allclose(ours, torch.nn.functional.gelu(torched(x)).numpy(), atol=2e-6)
     assert np.abs(ours - jax.nn.gelu(x, approximate=True)).max() > 1e-4
 
@@ -226,15 +227,20 @@ def test_gelu_is_torchs_and_not_the_tanh_one():
 def test_geglu_is_torchs_with_its_gradient(dtype, digits):
     torch = pytest.importorskip("torch")
     x, g = (3 * normal(0, 5, 12)).astype(dtype), normal(1, 5, 6).astype(dtype)
-    ours, pull_back = jax.vjp(layers.geglu, x)
-    theirs_x = torched(x.astype(jnp.float32)).requires_grad_()
+
+    @jax.jit
+    def found(x, g):
+        out, pull_back = jax.vjp(layers.geglu, x)
+        return out, *pull_back(g)
+
+    ours, ours_grad = found(x, g)
+    theirs_x = torched(x.astype(np.float32)).requires_grad_()
     h, gate = theirs_x.chunk(2, dim=-1)
     theirs = h * torch.nn.functional.gelu(gate)
-    theirs.backward(torched(g.astype(jnp.float32)))
-    (ours_grad,) = pull_back(g)
+    theirs.backward(torched(g.astype(np.float32)))
     assert ours.dtype == ours_grad.dtype == x.dtype
     for own, want in ((ours, theirs.detach()), (ours_grad, theirs_x.grad)):
-        np.testing.assert_allclose(own.astype(jnp.float32), want.numpy(), rtol=digits, atol=digits)
+        np.testing.assert_allclose(np.asarray(own, np.float32), want.numpy(), rtol=digits, atol=digits)
 
 
 # ---- Dense and its LoRA
@@ -258,7 +264,7 @@ def test_dense_adds_the_low_rank_update(use_bias, leading):
 @pytest.mark.parametrize("layer, lead", [(layers.Dense, ()), (layers.pointwise_conv, (1, 1))])
 def test_the_low_rank_update_is_float32_in_a_bfloat16_layer(layer, lead):
     """Its products keep what bfloat16 would round away, its gradients too: only the sum is rounded."""
-    x, kernel = normal(2, 3, 2, 2, 6).astype(jnp.bfloat16), jnp.zeros((*lead, 6, 4))
+    x, kernel = normal(2, 3, 2, 2, 6).astype(jnp.bfloat16), np.zeros((*lead, 6, 4), np.float32)
     a, b = normal(3, 6, 2), normal(4, 2, 4)
     module = layer(4, use_bias=False, dtype=jnp.bfloat16)
 
@@ -266,10 +272,10 @@ def test_the_low_rank_update_is_float32_in_a_bfloat16_layer(layer, lead):
         lora = {"A": a.reshape(*lead, 6, 2), "B": b.reshape(*lead, 2, 4)}
         return module.apply({"params": {"kernel": kernel}, "lora": lora}, x).astype(jnp.float32)
 
-    exact = x.astype(jnp.float32) @ a @ b
-    np.testing.assert_array_equal(apply(a, b), exact.astype(jnp.bfloat16).astype(jnp.float32))
-    ours = jax.grad(lambda a, b: apply(a, b).sum(), argnums=(0, 1))(a, b)
-    want = jax.grad(lambda a, b: (x.astype(jnp.float32) @ a @ b).sum(), argnums=(0, 1))(a, b)
+    exact = x.astype(np.float32) @ a @ b
+    np.testing.assert_array_equal(jax.jit(apply)(a, b), exact.astype(jnp.bfloat16).astype(np.float32))
+    ours = jax.jit(jax.grad(lambda a, b: apply(a, b).sum(), argnums=(0, 1)))(a, b)
+    want = jax.jit(jax.grad(lambda a, b: (x.astype(jnp.float32) @ a @ b).sum(), argnums=(0, 1)))(a, b)
     for own, exact in zip(ours, want, strict=True):
         assert own.dtype == jnp.float32
         np.testing.assert_allclose(own, exact, rtol=1e-5, atol=1e-6)
@@ -277,18 +283,19 @@ def test_the_low_rank_update_is_float32_in_a_bfloat16_layer(layer, lead):
 
 def test_the_low_rank_update_by_products_of_bfloat16_has_float32s_digits():
     """What an accelerator multiplies is bfloat16; the result and all gradients are those of full float32 products."""
-    x, g = (normal(i, 2, 40, n).astype(jnp.bfloat16).astype(jnp.float32) for i, n in ((0, 48), (1, 56)))
+    x, g = (normal(i, 2, 40, n).astype(jnp.bfloat16).astype(np.float32) for i, n in ((0, 48), (1, 56)))
     a, b = normal(2, 48, 4), normal(3, 4, 56)
     text = str(jax.make_jaxpr(one_pair)(x.astype(jnp.bfloat16), a, b))
     assert "bf16[48,12]" in text and "HIGHEST" not in text
 
+    @jax.jit
     def all_of(x, a, b):
         out, pull_back = jax.vjp(one_pair, x, a, b)
         return out, *pull_back(g)
 
     exact = all_of(x, a, b)
     for own, want, digits in zip(all_of(x.astype(jnp.bfloat16), a, b), exact, (1e-6, 2**-8, 1e-6, 1e-6), strict=True):
-        assert np.linalg.norm(own.astype(jnp.float32) - want) <= digits * np.linalg.norm(want)
+        assert np.linalg.norm(np.asarray(own, np.float32) - want) <= digits * np.linalg.norm(want)
     sixteen = [normal(i, *shape) for i, shape in enumerate([(5, 48), (48, 32), (32, 56)])]
     assert "HIGHEST" in str(jax.make_jaxpr(one_pair)(sixteen[0].astype(jnp.bfloat16), *sixteen[1:]))  # rank 32
 
@@ -344,44 +351,43 @@ def test_the_merged_product_and_its_gradients():
     def plain(x, kernel, a, b):
         return x @ kernel + (x @ a) @ b
 
-    def each(function):  # of every sample
+    def each(function, x, kernel, a, b):  # of every sample
         def one(x, a, b):
             return jnp.sin(function(x, kernel, a, b)).sum()
 
         return jax.vmap(jax.grad(one, argnums=(1, 2)), in_axes=(0, None, None))(x, a, b)
 
     @partial(jax.jit, static_argnums=0)
-    def all_of(function, g):
-        out, pull_back = jax.vjp(function, x, kernel, a, b)
-        return out, *pull_back(g), *each(function)
+    def all_of(function, g, *args):
+        out, pull_back = jax.vjp(function, *args)
+        return out, *pull_back(g), *each(function, *args)
 
-    g = normal(4, 3, 5, 4)
-    for own, want in zip(all_of(low_rank.merged_product, g), all_of(plain, g), strict=True):
+    args = normal(4, 3, 5, 4), x, kernel, a, b
+    for own, want in zip(all_of(low_rank.merged_product, *args), all_of(plain, *args), strict=True):
         np.testing.assert_allclose(own, want, rtol=0, atol=2e-5)
 
 
 def test_dense_with_zero_b_is_the_plain_layer_bit_for_bit():
     layer, x, a = layers.Dense(4), normal(2, 3, 6), normal(3, 6, 2)
-    with_lora = layer.apply(dense(A=a, B=jnp.zeros((2, 4))), x)
-    np.testing.assert_array_equal(with_lora, layer.apply(dense(), x))
+    with_lora = applied(layer, dense(A=a, B=np.zeros((2, 4), np.float32)), x)
+    np.testing.assert_array_equal(with_lora, applied(layer, dense(), x))
 
 
 def test_dense_gradient_of_the_update():
     """With B = 0 only B learns at first: d sum(y) / dB = (sum_n x A)^T 1."""
-    layer, x, a, b = layers.Dense(4), normal(2, 3, 6), normal(3, 6, 2), jnp.zeros((2, 4))
-    grads = jax.grad(lambda lora: layer.apply(dense(**lora), x).sum())({"A": a, "B": b})
+    layer, x, a, b = layers.Dense(4), normal(2, 3, 6), normal(3, 6, 2), np.zeros((2, 4), np.float32)
+    grads = jax.jit(jax.grad(lambda lora: layer.apply(dense(**lora), x).sum()))({"A": a, "B": b})
     np.testing.assert_array_equal(grads["A"], 0.0)
-    np.testing.assert_allclose(grads["B"], jnp.tile((x @ a).sum(0)[:, None], 4), atol=1e-5)
+    np.testing.assert_allclose(grads["B"], np.tile((x @ a).sum(0)[:, None], 4), atol=1e-5)
 
 
 def test_dense_in_bfloat16_with_float32_update():
     layer, x, a, b = layers.Dense(4, dtype=jnp.bfloat16), normal(2, 3, 6), normal(3, 6, 2), normal(4, 2, 4)
-    y, grads = jax.value_and_grad(lambda lora: layer.apply(dense(**lora), x).astype(jnp.float32).sum())(
-        {"A": a, "B": b}
-    )
-    assert layer.apply(dense(A=a, B=b), x).dtype == jnp.bfloat16
+    total = jax.jit(jax.value_and_grad(lambda lora: layer.apply(dense(**lora), x).astype(jnp.float32).sum()))
+    y, grads = total({"A": a, "B": b})
+    assert jax.eval_shape(layer.apply, dense(A=a, B=b), x).dtype == jnp.bfloat16
     assert grads["A"].dtype == grads["B"].dtype == jnp.float32
-    np.testing.assert_allclose(y, layers.Dense(4).apply(dense(A=a, B=b), x).sum(), rtol=0.05)
+    np.testing.assert_allclose(y, np.sum(applied(layers.Dense(4), dense(A=a, B=b), x)), rtol=0.05)
 
 
 def test_initialising_makes_no_lora_collection():
