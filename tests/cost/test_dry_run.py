@@ -134,8 +134,13 @@ def loops_around(program: str, layer: str) -> dict[str, int]:
     "path, counts, latents",
     [
         (SD15, {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}, (64, 64, 4)),
-        (SD21, {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}, (96, 96, 4)),
-        (
+        pytest.param(
+            SD21,
+            {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+            (96, 96, 4),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             SDXL,
             {
                 "unet": 2_567_463_684,
@@ -144,6 +149,7 @@ def loops_around(program: str, layer: str) -> dict[str, int]:
                 "text_encoder_2": 694_659_840,
             },
             (128, 128, 4),
+            marks=pytest.mark.slow,
         ),
     ],
 )

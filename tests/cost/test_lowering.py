@@ -178,6 +178,7 @@ def test_the_emoji_world(device, algorithm):
 
 REWARDS = ("aesthetic", "pickscore", "hpsv2", "imagereward")  # 257, 257 and 77, the same, 197 and 35 tokens
 REWARDS += ("textnorm(pickscore)", "textnorm(imagereward)", "emoji_pickscore", "emoji_aesthetic", "emoji_judge")
+ALIKE = {"textnorm(imagereward)", "emoji_aesthetic", "emoji_judge"}  # by the same networks as another
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ REWARDS += ("textnorm(pickscore)", "textnorm(imagereward)", "emoji_pickscore", "
     ],
     indirect=["device"],
 )
-@pytest.mark.parametrize("spec", REWARDS)
+@pytest.mark.parametrize("spec", [pytest.param(x, marks=[pytest.mark.slow] * (x in ALIKE)) for x in REWARDS])
 def test_rewards(device, small_sizes, spec, dtype):
     """Scores, their gradient in the image, and the published path."""
     reward = load_reward(spec, dtype=dtype, shapes_only=True)

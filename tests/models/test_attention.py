@@ -55,7 +55,7 @@ def test_attention_in_blocks_is_exact(monkeypatch, lq, lk):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("heads", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("lq, lk", [(36, 36), (37, 37), (101, 3), (1, 5)])
 @pytest.mark.parametrize("rows", [None, 8])
 def test_attention_on_a_cpu_is_exact(monkeypatch, heads, lq, lk, rows):

@@ -64,7 +64,7 @@ def their_images(made, guidance):
     ).images
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["dev", pytest.param("schnell", marks=pytest.mark.slow)])
 def test_embeddings_and_images_are_diffusers(make, name):
     """Guidance is an input of dev, and nothing to schnell."""
     theirs, ours, *_ = made = make(name)

@@ -75,7 +75,7 @@ def folder(tmp_path, original):
     return tmp_path
 
 
-@pytest.mark.parametrize("height, width", [(21, 21), (30, 47)])
+@pytest.mark.parametrize("height, width", [pytest.param(21, 21, marks=pytest.mark.slow), (30, 47)])
 @pytest.mark.parametrize("file", ["HPS.pt", pytest.param("HPS.safetensors", marks=pytest.mark.slow)])
 def test_hpsv2(original, model, folder, height, width, file):
     if file == "HPS.pt":

@@ -96,7 +96,7 @@ def folder(tmp_path, reference):
     return tmp_path
 
 
-@pytest.mark.parametrize("file", ["ImageReward.pt", ""])
+@pytest.mark.parametrize("file", [pytest.param("ImageReward.pt", marks=pytest.mark.slow), ""])
 def test_imagereward(reference, folder, file):
     images = np.random.default_rng(0).uniform(size=(3, 24, 24, 3)).astype(np.float32)
     raw, pixels = torch_pixels(images)
