@@ -11,8 +11,10 @@ dx.grid(model.images(["a dog riding a bike"])).save("dog.png")
 import importlib
 from typing import Any
 
+from diffexp_jax.version import VERSION as __version__
+
 _API = ("Evaluator", "InputError", "Stopped", "config", "export_lora", "fine_tune", "grid", "load", "metrics")
-__all__ = [*_API]
+__all__ = [*_API, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

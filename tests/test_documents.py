@@ -18,6 +18,7 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
+import diffexp_jax
 from diffexp_jax.cli import train as cli_train
 from diffexp_jax.models.lora import load_lora
 from diffexp_jax.pipelines import load_pipeline
@@ -122,7 +123,9 @@ def test_the_readme_is_short():
 
 
 def test_the_version_is_one():
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    project, version = tomllib.loads((ROOT / "pyproject.toml").read_text()), diffexp_jax.__version__
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "diffexp_jax.version.VERSION"}}
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
     assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()

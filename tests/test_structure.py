@@ -22,6 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # besides errors and itself: nothing points upwards, or around.
 BELOW = {
     "errors": set(),
+    "version": set(),
     "backend": set(),
     "output": set(),
     "exploration": set(),
@@ -50,10 +51,11 @@ BELOW = {
     "evaluator": {"programs", "experiment", "sampler", "settings", "rewards", "prompts", "pipelines", "models.lora"}
     | {"task", "sampling", "formats.lora_files", "run.checkpoint", "parallel"},
     "cost": {"programs", "experiment", "settings", "algorithms", "models", "parallel", "backend", "command", "limits"},
-    "report": {"experiment", "run", "settings", "exploration", "prompts", "formats", "parallel", "backend"},
+    "report": {"experiment", "run", "settings", "exploration", "prompts", "formats", "parallel", "backend"}
+    | {"version"},
     "train": {"programs", "evaluator", "experiment", "settings", "cost", "algorithms", "sampling", "models.lora"}
     | {"parallel", "backend", "run", "report", "command", "paths"},
-    "__init__": {"errors"},
+    "__init__": {"errors", "version"},
 }
 BELOW |= dict.fromkeys(("api", "sweeps", "cli"), set(BELOW) - {"__init__"})  # what people type: all of it
 

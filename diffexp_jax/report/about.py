@@ -10,8 +10,9 @@ import numpy as np
 
 from diffexp_jax import backend, exploration, parallel
 from diffexp_jax.experiment import Experiment
+from diffexp_jax.version import VERSION
 
-_PACKAGES = ("diffexp_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _DRAWS = 4
 
 
@@ -27,14 +28,9 @@ def describe(experiment: Experiment) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the installed packages that compute."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed, run from its folder"
-    return found
+    """The versions of Python, of this package as it runs, and of the installed packages that compute."""
+    found = {"python": platform.python_version(), "diffexp_jax": VERSION}
+    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def devices() -> dict[str, str]:

@@ -1,0 +1,3 @@
+"""The package's version, which pyproject.toml reads here."""
+
+VERSION = "0.2.0"
