@@ -35,15 +35,15 @@ SCHEDULES = {"sd15": SD15, "linear": LINEAR_OFFSET_0, "v": SD15_V, "zero_snr": Z
 def make_steps(config, n, eta, w=1.0):
     schedule = ddim.noise_schedule(config)
     t = ddim.timesteps(schedule, n)
-    return ddim.make_steps(schedule, t, jnp.asarray(np.full(n, w, np.float32)), eta=eta)
+    return ddim.make_steps(schedule, t, np.full(n, w, np.float32), eta=eta)
 
 
 def row(steps, i) -> Steps:
-    return jax.tree.map(lambda column: column[i], steps)
+    return jax.tree.map(lambda column: np.asarray(column)[i], steps)
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 # ---- noise tables and steps
