@@ -43,7 +43,7 @@ def normalise(
     return (plain if backend.platform() == "cpu" else of_few_readings)(x, shift, scale, bias, norm)
 
 
-@partial(jax.jit, static_argnames="norm")  # so that norms alike are traced once
+@partial(jax.jit, static_argnames="norm", inline=True)  # norms alike are traced once
 def plain(x: Array, shift: Array | None, scale: Array, bias: Array, norm: Norm) -> Array:
     """The formula as it stands; jax makes its gradient."""
     x = (x if shift is None else x + shift).astype(jnp.float32)

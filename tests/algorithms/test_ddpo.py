@@ -168,7 +168,7 @@ def assert_same_lora(ours, theirs, rtol=1e-4):
 
 @pytest.mark.parametrize(
     "n_updates, inner_epochs, n_chunks, clip",
-    [(1, 1, 1, 1e-4), (2, 1, 2, 1e-4), (2, 3, 4, 1e-4), (4, 2, 4, 0.05)],
+    [(1, 1, 1, 1e-4), pytest.param(2, 1, 2, 1e-4, marks=pytest.mark.slow), (2, 3, 4, 1e-4), (4, 2, 4, 0.05)],
 )
 def test_an_iteration_is_the_plain_loops(whole, n_updates, inner_epochs, n_chunks, clip):
     samples = whole[0]
@@ -183,7 +183,9 @@ def test_an_iteration_is_the_plain_loops(whole, n_updates, inner_epochs, n_chunk
         assert expected["ratio/clip_fraction"] > 0.05  # the clip is at work in what was compared
 
 
-@pytest.mark.parametrize("settings", [{}, {"old_log_prob": "recomputed"}, {"one_pass": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"one_pass": True}, pytest.param({"old_log_prob": "recomputed"}, marks=pytest.mark.slow)]
+)
 def test_only_the_first_steps_are_learnt_from(whole, settings):
     """The samples stay the same; the update is that of a loss over two of the three steps, however it is made."""
     samples, lora, _ = iterate(n_trained=T - 1, n_chunks=2, n_updates=1 if "one_pass" in settings else 2, **settings)
@@ -200,7 +202,10 @@ def test_trained_steps(share, n_steps, expected):
     assert DDPO(timestep_fraction=share).trained_steps(n_steps) == expected
 
 
-@pytest.mark.parametrize("n_updates, inner_epochs", [pytest.param(1, 1, marks=pytest.mark.slow), (2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "n_updates, inner_epochs",
+    [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)],
+)
 def test_recomputed_log_probs_change_nothing_where_numerics_agree(n_updates, inner_epochs):
     """One more pass, or none for one update: the same updates, and metrics of the updates alone."""
     settings = dict(n_updates=n_updates, inner_epochs=inner_epochs, n_chunks=2, clip=0.05)
@@ -328,7 +333,7 @@ def test_ratio_metrics_literal():
     assert "ratio/log_std_middle" in few and "ratio/log_std_late" not in few
 
 
-@pytest.mark.parametrize("n_updates, inner_epochs", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("n_updates, inner_epochs", [pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)])
 def test_current_log_probs_are_the_plain_policy_gradient(whole, n_updates, inner_epochs):
     """Whatever the clip: the updates that an infinitely wide clip around ratios of 1 makes, and a ratio of 1."""
     settings = dict(n_updates=n_updates, inner_epochs=inner_epochs, n_chunks=2)

@@ -90,7 +90,13 @@ def iterate(optimizer, **changes):
 
 
 @pytest.mark.parametrize(
-    "n_chunks, kl_weight, n_trained", [(1, 0.5, None), (3, 0.5, None), (3, 0.0, None), (3, 0.5, 2)]
+    "n_chunks, kl_weight, n_trained",
+    [
+        pytest.param(1, 0.5, None, marks=pytest.mark.slow),
+        pytest.param(3, 0.5, None, marks=pytest.mark.slow),
+        (3, 0.0, None),
+        (3, 0.5, 2),
+    ],
 )
 def test_an_iteration_is_the_plain_loop(n_chunks, kl_weight, n_trained):
     _, samples, after, metrics = iterate(optax.sgd(0.1), n_chunks=n_chunks, kl_weight=kl_weight, n_trained=n_trained)

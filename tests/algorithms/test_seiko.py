@@ -112,7 +112,7 @@ def by_hand(lora, before, keys, *, kl_weight, target, live, context=CONTEXT):
     return (0.5 * per_sample + kl_weight * paths).mean()
 
 
-@pytest.mark.parametrize("kl_weight,target", [(0.3, None), (0.3, 4.0), (0.0, None)])
+@pytest.mark.parametrize("kl_weight,target", [pytest.param(0.3, None, marks=pytest.mark.slow), (0.3, 4.0), (0.0, None)])
 def test_an_update_is_the_plain_loops(kl_weight, target):
     live = np.arange(T) >= T - 2
     chunk = Batch(IDS, CONTEXT, IDS, KEYS)
@@ -156,6 +156,7 @@ def test_a_share_climbs_on_its_own_prompts():
         np.testing.assert_allclose(state.lora[name] - LORA[name], lora[name] - LORA[name], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_path_kl_holds_a_round_back():
     moved = []
     for kl_weight in (0.0, 3.0):

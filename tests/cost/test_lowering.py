@@ -242,7 +242,7 @@ BATCHED = {"all": (0, 0, 0), "queries": (0, None, None), "keys and values": (Non
 
 
 @pytest.mark.parametrize("batched", BATCHED)
-@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("shape", [pytest.param(x, marks=[pytest.mark.slow] * x.startswith("SD 2.1")) for x in HEADS])
 def test_attention_under_vmap(device, shape, batched):
     """Of each sample a gradient of its own, as DDPO makes it in one pass: jax's rules take what is batched or not."""
     n_queries, n_keys, heads, width = HEADS[shape]

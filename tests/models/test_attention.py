@@ -222,7 +222,9 @@ def test_attention_in_float16_on_a_cpu():
 
 
 @pytest.mark.parametrize("axes", [(0, 0, 0), (0, None, None), (None, 0, 0)])
-@pytest.mark.parametrize("lq, lk", [(4, 6), (4, 7), (5, 6), (5, 7)])
+@pytest.mark.parametrize(
+    "lq, lk", [pytest.param(4, 6, marks=pytest.mark.slow), (4, 7), pytest.param(5, 6, marks=pytest.mark.slow), (5, 7)]
+)
 def test_even_lengths_under_vmap_are_exact(lq, lk, axes):
     """Values and gradients of each sample, whatever of its arguments the samples share."""
 

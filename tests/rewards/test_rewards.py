@@ -118,7 +118,9 @@ def test_rewards_without_image_features():
         assert reward.embed is None and reward.features is None
 
 
-@pytest.mark.parametrize("name, factor", [("pickscore_26", 1 / 26), ("pickscore_cosine", None)])
+@pytest.mark.parametrize(
+    "name, factor", [("pickscore_26", 1 / 26), pytest.param("pickscore_cosine", None, marks=pytest.mark.slow)]
+)
 def test_pickscore_as_others_report_it(clip_folder, images, name, factor):
     logit, other = load_reward(f"pickscore:{clip_folder}"), load_reward(f"{name}:{clip_folder}")
     scale = np.exp(logit.params["logit_scale"])

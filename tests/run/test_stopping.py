@@ -97,7 +97,8 @@ with stopping.StopRequests(grace=float(sys.argv[1])) as requests:
         (600.0, 1.3, [signal.SIGTERM, signal.SIGTERM], False),  # at once
         # the same one twice, as launchers do
         pytest.param(1.5, 0.0, [signal.SIGTERM, signal.SIGTERM], True, marks=pytest.mark.slow),
-        (2.5, 1.3, [signal.SIGHUP, signal.SIGHUP], True),  # the shell's and the terminal's: nobody insists
+        # the shell's and the terminal's: nobody insists
+        pytest.param(2.5, 1.3, [signal.SIGHUP, signal.SIGHUP], True, marks=pytest.mark.slow),
     ],
 )
 def test_a_long_program_is_broken_off(tmp_path, grace, wait, signals, saved):
