@@ -179,6 +179,7 @@ def test_a_reward(monkeypatch, tiny_clip):
     np.testing.assert_allclose(total, 3.0 * parts["redness"] + 0.1 * parts["pickscore"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_process(monkeypatch, make_config, tiny_model, tmp_path):
     """A model's scheduler_config.json names it; a whole run uses it."""
@@ -227,6 +228,7 @@ def two_lengths(monkeypatch, tmp_path, tiny_model):
     return write_two_lengths(kind, tmp_path / "two_lengths", size)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_kind_of_model(two_lengths, make_config, script, tmp_path):
     """Two tokenizers of different lengths: an update of DDPO with both kinds of exploration, and what reads its run."""

@@ -277,6 +277,7 @@ def test_images_as_numbers(model):
     np.testing.assert_array_equal(np.round(floats * 255).astype(np.uint8), model.images(PAIR))
 
 
+@pytest.mark.slow
 def test_images_that_explore(model):
     """Eq. 7 by `schedule`, Eq. 8 by `weighted`: other images of the same noise; numbers that do nothing change none."""
     e = replace(model.sampler.exploration, w_low=1.0, t_thresh=400, weight_range=(3.0, 3.0))

@@ -25,7 +25,7 @@ from tests.support.lora_unet import (
 )
 
 
-@pytest.mark.parametrize("alpha", [float(RANK), 1.5])
+@pytest.mark.parametrize("alpha", [pytest.param(float(RANK), marks=pytest.mark.slow), 1.5])
 @pytest.mark.parametrize("way", ["pipeline", "adapter"])
 def test_diffusers_loads_ours(params, tmp_path, alpha, way):
     theirs, collection = their_unet(params), random_lora(params)

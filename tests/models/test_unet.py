@@ -113,7 +113,12 @@ def randomised(model):
     return model.eval()
 
 
-ALIKE = {"distilled", "conv_odd_attention_below"}  # what others have, put together otherwise
+ALIKE = {
+    "distilled",
+    "conv_odd_attention_below",
+    "one_level",
+    "short_middle",
+}  # what others have, put together otherwise
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in ALIKE)) for x in TINY])

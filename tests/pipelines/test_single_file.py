@@ -152,7 +152,8 @@ def test_diffusers_reads_the_same_file(both):
             np.testing.assert_array_equal(theirs[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_names_of_the_published_sizes(name):
     """Every tensor of the full-size networks, by diffusers' own conversion."""
     torch = pytest.importorskip("torch")

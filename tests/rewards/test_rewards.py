@@ -92,8 +92,8 @@ def test_pickscore(clip_folder, images, name):
     "spec",
     [
         "pickscore:{clip}",
-        "textnorm(clip_similarity:{clip})",
-        "aesthetic:{aesthetic}",
+        pytest.param("textnorm(clip_similarity:{clip})", marks=pytest.mark.slow),
+        pytest.param("aesthetic:{aesthetic}", marks=pytest.mark.slow),
         "emoji_judge+aesthetic:{aesthetic}+pickscore:{clip}",
     ],
 )

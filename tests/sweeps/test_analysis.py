@@ -224,6 +224,7 @@ def test_cells(scripts, estimate, what, signed, expected):
     assert scripts.document.cell(estimate, what, signed=signed) == expected
 
 
+@pytest.mark.slow
 def test_the_figure(scripts, results, tmp_path):
     """The same files each time; panels for two rewards on two sets, training, and the gain by base share."""
     scripts.figure.save(results, tmp_path / "a" / "x")
