@@ -115,6 +115,7 @@ def test_slices_are_as_large_as_they_may_be(size, parts):
     assert set(seen) == {(6 // parts, 2)}
 
 
+@pytest.mark.slow
 def test_decoding_in_slices():
     """The same images and gradients, in less memory."""
     vae = AutoencoderKL(VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=4))

@@ -183,6 +183,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak memory of a process")
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
+@pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_checkpoint(tmp_path, dtype):
     """All memory that a process holds at once, files' pages and copies included, while 107 MB become parameters.
 

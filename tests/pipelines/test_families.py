@@ -136,7 +136,7 @@ def test_images_are_diffusers(both, guidance):
     assert want.std() > 0.02
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_negative_prompt_is_diffusers(make, name, monkeypatch):
     """Its embedding, pooled too, in place of none or zeros; Eq. 8's null stays that of ""."""
     import torch

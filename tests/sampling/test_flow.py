@@ -276,8 +276,9 @@ def test_a_step_without_noise_has_no_log_prob():
         assert float(value) == 0.0 and not slope.any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("algorithm", ["ddpo", pytest.param("alignprop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algorithm", ["ddpo", "alignprop"])
 def test_a_run_on_a_tiny_model(make_config, tiny_model, tmp_path, algorithm):
     """A folder whose scheduler says flow matching is fine-tuned so, by both algorithms, with exploration."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
