@@ -43,18 +43,13 @@ def rows_of_runs(page: str) -> list[str]:
 
 def test_the_page_of_grpo_shows_its_runs():
     """That is docs/evidence/data/grpo_emoji_flow.json."""
-    found = json.loads((DATA / "grpo_emoji_flow.json").read_text())
-    runs, of_alignprop = found["runs"], found["alignprop"]["emoji_judge"]["24"]["animal_activities"]
+    runs = json.loads((DATA / "grpo_emoji_flow.json").read_text())["runs"]
     rows = rows_of_runs("grpo")
-    assert len(rows) == len(runs) > 2
-    assert (
-        f"after 24 iterations of 32 images {100 * of_alignprop:.1f} % of the trained" in (PAGES / "grpo.md").read_text()
-    )
+    assert len(rows) == len(runs) == 2
     for row, run in zip(rows, runs, strict=True):
         first, last = (run["emoji_judge"][str(it)] for it in (0, run["iterations"]))
         shares = [f"{100 * first[name]:.1f} to {100 * last[name]:.1f} %" for name in first]
-        cells = ["DiffExp" if run["explore"] else "none", f"{run['optim.lr']:g}", *shares]
-        assert row == f"| {' | '.join(cells)} |"
+        assert row == f"| {'DiffExp' if run['explore'] else 'none'} | {' | '.join(shares)} |"
 
 
 def test_the_index_shows_the_first_runs():

@@ -129,7 +129,8 @@ def flow_stage(
     missing = scenes.MISSING_HARD if hard else scenes.MISSING
     data = (*encoded_scenes(vae, load_part(out, "vae", vae), n_scenes, missing=missing), ids)
     if hard:
-        return Stage("flow_hard", 3000, 4e-4, init, loss, export, data)
+        # the shipped weights: 3,000, and 5,000 more with --from_shipped
+        return Stage("flow_hard", 8000, 4e-4, init, loss, export, data)
     return Stage("flow", 5500, 1e-3, init, loss, export, data, horizon=8000)  # what follows brings the rate to 0
 
 
