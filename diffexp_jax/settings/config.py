@@ -40,7 +40,7 @@ def changed(settings: Settings, changes: Mapping[str, Any], names: Mapping[str, 
 def _checked(values: Mapping[str, Any], names: Mapping[str, str]) -> Settings:
     """The settings of {dotted key: value}, see `parsed`."""
     values = {key: _as_field(value) for key, value in values.items()}
-    known = _known()
+    known = _known(tuple(METHODS.items()))
     for key in values:
         section, _, name = key.rpartition(".")
         if key not in known and section in METHODS:
@@ -56,8 +56,8 @@ def _checked(values: Mapping[str, Any], names: Mapping[str, str]) -> Settings:
 
 
 @functools.cache
-def _known() -> dict[str, Setting]:
-    """All settings there are, by their dotted keys."""
+def _known(methods: tuple[tuple[str, type[Method]], ...]) -> Mapping[str, Setting]:
+    """All settings there are, by their dotted keys, as long as these are all of METHODS."""
     return {key: setting for key, setting, _ in by_key(Settings())}
 
 
