@@ -6,7 +6,7 @@ Arguments (all optional): model, reward, prompts, explore; see arguments.py.
 """
 
 from configs.arguments import structured
-from configs.models import MINIATURES
+from configs.models import MINIATURES, POLICY_RATES
 
 
 def get_config(argument: str | None = None):
@@ -14,7 +14,7 @@ def get_config(argument: str | None = None):
     config.algorithm = "ddpo"
     if chosen["model"] in MINIATURES:
         config.iterations = 36
-        config.optim.lr = 8e-3 if chosen["model"] == "emoji_flow" else 2.4e-2  # as in grpo.py
+        config.optim.lr = POLICY_RATES[chosen["model"]]
         config.optim.schedule = "linear"
         config.ddpo.timestep_fraction = 0.8  # few steps: the second-to-last has 25 times the first's gradient
         config.ddpo.clip = 3e-3  # of a mean over 512 numbers: as wide as 1e-4 of SD 1.5's mean over 16,384

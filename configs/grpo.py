@@ -12,7 +12,7 @@ guidance DiffExp's weights of words alone explore. The first recipe has guidance
 """
 
 from configs.arguments import structured
-from configs.models import DISTILLED, MINIATURES
+from configs.models import DISTILLED, MINIATURES, POLICY_RATES
 
 
 def get_config(argument: str | None = None):
@@ -27,7 +27,7 @@ def get_config(argument: str | None = None):
     if chosen["model"] in MINIATURES:
         config.iterations = 36
         config.batch.group = 4
-        config.optim.lr = 8e-3 if chosen["model"] == "emoji_flow" else 2.4e-2  # which ruins its pictures
+        config.optim.lr = POLICY_RATES[chosen["model"]]
         config.optim.schedule = "linear"
         config.ddpo.clip = 3e-3  # of a mean over 512 numbers: as wide as 1e-4 of SD 1.5's mean over 16,384
         config.sampling.noise_steps = (0, config.sampling.steps // 2)

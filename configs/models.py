@@ -68,3 +68,4 @@ MODELS = {
 }
 DISTILLED = ("flux", "flux_schnell")  # guidance is the network's input, or none at all: it costs no evaluation
 MINIATURES = ("emoji", "emoji_hard", "emoji_flow")  # shipped: their prompts and rewards are the emoji world's
+POLICY_RATES = {"emoji": 2.4e-2, "emoji_hard": 2.4e-2, "emoji_flow": 8e-3}  # of DDPO and GRPO on these

@@ -209,7 +209,7 @@ class DDPO(PolicyMethod):
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
         passes = super().passes(n_steps, full_float32)
-        share = self.inner_epochs * self.trained_steps(n_steps) / n_steps
+        share = self.inner_epochs * self.trained_share(n_steps)
         passes |= {"of the untuned model": share} if self.kl_weight else {}
         return {why: n if why == "to sample" else self.keep * n for why, n in passes.items()}
 

@@ -277,7 +277,7 @@ class DPOK(PolicyMethod):
         return self.value_baseline
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
-        share = self.inner_epochs * self.trained_steps(n_steps) / n_steps
+        share = self.inner_epochs * self.trained_share(n_steps)
         return super().passes(n_steps, full_float32) | {"of the untuned model": share}
 
     def make(self, setup: Setup) -> Algorithm:

@@ -60,6 +60,10 @@ class PolicyMethod(Method):
         """How many of so many steps, all that add noise, are learnt from, at least one."""
         return max(1, round(self.timestep_fraction * n_steps))
 
+    def trained_share(self, n_steps: int) -> float:
+        """Of a chain's evaluations, that a pass over the samples takes."""
+        return self.trained_steps(n_steps) / n_steps
+
     def keywords(self, setup: Setup) -> dict[str, Any]:
         """What the function of every such method takes by keyword: the settings above, and the split of the samples."""
         return {
@@ -78,5 +82,5 @@ class PolicyMethod(Method):
         """Recomputed log-probs are of all but the first minibatch, and of the steps that are learnt from."""
         recomputed = self.resolved_old_log_prob(full_float32) == "recomputed"
         again = 1.0 - 1.0 / self.updates if recomputed else 0.0
-        again *= self.trained_steps(n_steps) / n_steps
+        again *= self.trained_share(n_steps)
         return {"to sample": 1.0} | ({"for the old log-probs": again} if again else {})

@@ -143,7 +143,7 @@ class PRDP(PolicyMethod):
     )
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
-        share = self.trained_steps(n_steps) / n_steps
+        share = self.trained_share(n_steps)
         found = super().passes(n_steps, full_float32) | {"of the untuned model": share}
         again = (self.inner_epochs - 1.0 / self.updates) * share  # the first update's are those of sampling
         return found | ({"to weigh": again} if again else {})

@@ -1,7 +1,6 @@
 """Settings and what they are written as: a ConfigDict of ml_collections (configs/, flags), a run's config.json."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 from diffexp_jax.algorithms import METHODS, Method
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
-from diffexp_jax.limits import Setting, one_of, settings_of
+from diffexp_jax.limits import one_of, settings_of
 from diffexp_jax.settings.settings import Settings, by_key, sections_of
 
 
@@ -40,7 +39,7 @@ def changed(settings: Settings, changes: Mapping[str, Any], names: Mapping[str, 
 def _checked(values: Mapping[str, Any], names: Mapping[str, str]) -> Settings:
     """The settings of {dotted key: value}, see `parsed`."""
     values = {key: _as_field(value) for key, value in values.items()}
-    known = _known(tuple(METHODS.items()))
+    known = {key: setting for key, setting, _ in by_key(Settings())}
     for key in values:
         section, _, name = key.rpartition(".")
         if key not in known and section in METHODS:
@@ -53,12 +52,6 @@ def _checked(values: Mapping[str, Any], names: Mapping[str, str]) -> Settings:
         elif key.partition(".")[0] not in METHODS:
             raise InputError(f"config: has no key {key}; configs/base.py has them all")
     return _filled(Settings(), values)
-
-
-@functools.cache
-def _known(methods: tuple[tuple[str, type[Method]], ...]) -> Mapping[str, Setting]:
-    """All settings there are, by their dotted keys, as long as these are all of METHODS."""
-    return {key: setting for key, setting, _ in by_key(Settings())}
 
 
 def _filled(section: Any, values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -179,7 +179,6 @@ def test_the_emoji_world(device, algorithm):
 REWARDS = ("aesthetic", "pickscore", "hpsv2", "imagereward")  # 257, 257 and 77, the same, 197 and 35 tokens
 REWARDS += ("textnorm(pickscore)", "textnorm(imagereward)", "emoji_pickscore", "emoji_aesthetic", "emoji_judge")
 ALIKE = {"textnorm(imagereward)", "emoji_aesthetic", "emoji_judge"}  # by the same networks as another
-ALIKE |= {"SD 2.1, 9216 to 77", "SDXL, 4096 to 77"}  # of the same kernel as another
 
 
 @pytest.mark.parametrize(
@@ -239,11 +238,12 @@ HEADS = {  # queries, keys, heads, width of a head
     "SDXL, 4096 to 77": (4096, 77, 10, 64),
     "CLIP, 577 to 577": (577, 577, 16, 64),
 }
+OF_ONE_KERNEL = {"SD 2.1, 9216 to 77", "SDXL, 4096 to 77"}  # the same as of another
 BATCHED = {"all": (0, 0, 0), "queries": (0, None, None), "keys and values": (None, 0, 0), "values": (None, None, 0)}
 
 
 @pytest.mark.parametrize("batched", BATCHED)
-@pytest.mark.parametrize("shape", [pytest.param(x, marks=[pytest.mark.slow] * (x in ALIKE)) for x in HEADS])
+@pytest.mark.parametrize("shape", [pytest.param(x, marks=[pytest.mark.slow] * (x in OF_ONE_KERNEL)) for x in HEADS])
 def test_attention_under_vmap(device, shape, batched):
     """Of each sample a gradient of its own, as DDPO makes it in one pass: jax's rules take what is batched or not."""
     n_queries, n_keys, heads, width = HEADS[shape]

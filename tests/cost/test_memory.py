@@ -22,14 +22,11 @@ from diffexp_jax.models.vae import AutoencoderKL, VAEConfig, in_slices
 from diffexp_jax.pipelines import Pipeline, make_context
 from diffexp_jax.sampling import CLASSIFIER_FREE, Context, differentiable, initial_latents, load_process, rollout
 from diffexp_jax.settings import checked
+from tests.support.arrays import normal
 from tests.support.tiny import UNET, network_of, nonzero_lora, random_weights
 
 PROCESS = load_process({"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1})
 STEPS = PROCESS.make_steps(PROCESS.timesteps(3), np.full(3, 2.0, np.float32), eta=1.0)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def assert_close(ours, theirs, tolerance=1e-6):

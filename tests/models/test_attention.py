@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 
 from diffexp_jax.models import attention
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def torched(x):
-    import torch
-
-    return torch.from_numpy(np.array(x))
+from tests.support.arrays import normal, torched
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])

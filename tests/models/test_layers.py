@@ -10,21 +10,12 @@ import pytest
 
 from diffexp_jax import backend
 from diffexp_jax.models import convolution, layers, low_rank
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+from tests.support.arrays import normal, torched
 
 
 def applied(layer, variables, x, *args):
     """What the layer makes of x, as one program: without jit each operation would be compiled for itself."""
     return jax.jit(lambda variables, x: layer.apply(variables, x, *args))(variables, x)
-
-
-def torched(x):
-    import torch
-
-    return torch.from_numpy(np.array(x))
 
 
 def chw(x):

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats import convert
 from diffexp_jax.models.unet import UNet, UNetConfig
+from tests.support.arrays import torched
 from tests.support.published import CROSS, PLAIN, SD15, SDXL, blocks
 
 # name: (config, height and width of the latents)
@@ -91,12 +92,6 @@ def inputs(config, size, batch=3):
     return x, jnp.array([981, 501, 1]), context, added
 
 
-def torched(x):
-    import torch
-
-    return torch.from_numpy(np.array(x))
-
-
 def randomised(model):
     """Every parameter is moved, so that norms (1, 0 at first) and biases count.
 
@@ -113,12 +108,8 @@ def randomised(model):
     return model.eval()
 
 
-ALIKE = {
-    "distilled",
-    "conv_odd_attention_below",
-    "one_level",
-    "short_middle",
-}  # what others have, put together otherwise
+# What others have, put together otherwise
+ALIKE = {"distilled", "conv_odd_attention_below", "one_level", "short_middle"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in ALIKE)) for x in TINY])

@@ -52,7 +52,7 @@ def assert_close(ours, theirs):
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("name", [pytest.param("sd15", marks=pytest.mark.slow), "emoji", "no_quant_conv"])
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "sd15")) for x in TINY])
 def test_vae_is_diffusers(name, tmp_path):
     torch = pytest.importorskip("torch")
     import diffusers

@@ -121,7 +121,7 @@ def images(both, x_T, guidance, collection=None, uncond=None):
 # diffusers leaves the unconditional half out at 1
 @pytest.mark.parametrize("guidance", [7.5, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "both", ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd21", "sdxl"))], indirect=True
+    "both", [pytest.param(x, marks=[pytest.mark.slow] * (x != "sd15")) for x in FAMILIES], indirect=True
 )
 def test_images_are_diffusers(both, guidance):
     import torch

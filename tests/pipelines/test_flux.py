@@ -14,7 +14,7 @@ from diffexp_jax.models import lora
 from diffexp_jax.pipelines import encode_prompts, load_pipeline, make_context
 from diffexp_jax.prompts import PromptSet
 from diffexp_jax.run.metrics import read_metrics
-from tests.support.flux import PROMPTS, pipeline
+from tests.support.flux import PROMPTS, TINY, pipeline
 from tests.support.pipelines import both_of, saved_lora
 from tests.support.sd3 import channels_first
 
@@ -64,7 +64,7 @@ def their_images(made, guidance):
     ).images
 
 
-@pytest.mark.parametrize("name", ["dev", pytest.param("schnell", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "schnell")) for x in TINY])
 def test_embeddings_and_images_are_diffusers(make, name):
     """Guidance is an input of dev, and nothing to schnell."""
     theirs, ours, *_ = made = make(name)

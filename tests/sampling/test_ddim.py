@@ -12,6 +12,7 @@ from configs import base
 from diffexp_jax.pipelines import families
 from diffexp_jax.sampling import SETTINGS, classifier_free_guidance, ddim, gaussian_log_prob, load_process, sample_noise
 from diffexp_jax.sampling.ddim import Steps
+from tests.support.arrays import normal
 
 SD15 = {
     "beta_schedule": "scaled_linear",
@@ -40,10 +41,6 @@ def make_steps(config, n, eta, w=1.0):
 
 def row(steps, i) -> Steps:
     return jax.tree.map(lambda column: np.asarray(column)[i], steps)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 # ---- noise tables and steps

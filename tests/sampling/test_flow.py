@@ -12,6 +12,7 @@ from diffexp_jax import train
 from diffexp_jax.errors import InputError
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.sampling import Noise, gaussian_kl, gaussian_log_prob, load_process
+from tests.support.arrays import normal
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
@@ -23,10 +24,6 @@ def row(steps, i):
 def make(n, eta, config=FLOW, **options):
     process = load_process(config)
     return process, process.make_steps(process.timesteps(n), np.full(n, 4.5, np.float32), eta=eta, **options)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("n, shift", [(1, 1.0), (2, 3.0), (10, 1.0), (28, 3.0), (50, 1.15)])

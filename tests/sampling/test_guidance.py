@@ -78,13 +78,8 @@ def iteration(name, *, skips):
     return *parallel.first((state.lora, metrics)), sum(rows)
 
 
-SLOW = {
-    "ddpo of the first steps",
-    "dpok",
-    "draft",
-    "entropy",
-    "alignprop, activations kept",
-}  # by the same code as another one
+# By the same code as another one
+SLOW = {"ddpo of the first steps", "dpok", "draft", "entropy", "alignprop, activations kept"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in METHOD_SETTINGS])
