@@ -19,8 +19,8 @@ of paper.py.
 | steps_ddpo_REWARD | of no exploration: the update learns from the first 80, 60 or 40 % of the steps, not all |
 | tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
 | grpo | DiffExp, of configs/grpo.py; for `--model emoji_flow` above all |
-| methods | of no exploration, after DDPO: each method that the paper has no figure of, for the same reward queries |
-| rates_METHOD | such a method, rwr, nft, awm, prdp, entropy or seiko, with a third and three times its learning rate |
+| methods | of every method without and with DiffExp, for the same reward queries; for the miniatures |
+| rates_METHOD | such a method without exploration, by its name in `methods`, at a third and three times its rate |
 
 Arms of different experiments that come to the same config share their runs. ALGORITHM is ddpo or alignprop, REWARD is
 aesthetic or pickscore.
@@ -104,23 +104,62 @@ def _tuning(name, algorithm):
     return _changed(f"{name},explore=false", arms)
 
 
-def _experiment(shows, arms, baseline="baseline", explored_evaluation=False):
-    """explored_evaluation: the baseline's final model is also sampled with DiffExp's guidance schedule."""
-    return {"shows": shows, "baseline": baseline, "arms": arms, "explored_evaluation": explored_evaluation}
+def _experiment(shows, arms, baseline="baseline", explored_evaluation=False, pairs=()):
+    """An experiment.
+
+    explored_evaluation: the baseline's final model is also sampled with DiffExp's guidance schedule.
+    pairs: {arm: the arm that it is compared with}, of arms that have a baseline of their own.
+    """
+    return {
+        "shows": shows,
+        "baseline": baseline,
+        "arms": arms,
+        "explored_evaluation": explored_evaluation,
+        "pairs": dict(pairs),
+    }
 
 
-def _alone(method, changes=()):
-    """A method by its own config, without exploration, for 768 reward queries of the miniature."""
-    size = {"iterations": 12, "batch.samples": 64, "eval.every": 1, "checkpoint.every": 1}
-    return f"{method}.py:explore=false", size | dict(changes)
+def _queries(config):
+    """Iterations for 768 reward queries; of models that are no miniatures, what the method's config has."""
+    return 768 // config.batch.samples if config.model.path in MINIATURES else config.iterations
 
 
-_OTHERS = ("rwr", "nft", "awm", "prdp", "entropy", "seiko")
+def _quarter(config):
+    return max(1, _queries(config) // 4)
+
+
+# Samplers with and without noise begin at different success: evaluated are all by the one without
+_EQUAL = {"iterations": _queries, "eval.every": _quarter, "checkpoint.every": _quarter, "eval.eta": 0.0}
+_METHODS = {  # name: its config, and what it changes of that
+    "ddpo": ("ddpo", {"ddpo.updates": 2}),
+    "ddpo_four_updates": ("ddpo", {"ddpo.updates": 4}),
+    "ddpo_one_update": ("ddpo", {"ddpo.updates": 1}),
+    "dpok": ("dpok", {}),
+    "grpo": ("grpo", {}),
+    "prdp": ("prdp", {}),
+    "rwr": ("rwr", {}),
+    "nft": ("nft", {}),
+    "awm": ("awm", {}),
+    "alignprop": ("alignprop", {}),
+    "alignprop_published": ("alignprop", {"alignprop.input_gradient": True}),
+    "draft": ("draft", {}),
+    "draft_lv": ("draft", {"draft.lv_samples": 2}),
+    "entropy": ("entropy", {}),
+    "seiko": ("seiko", {}),
+}
+
+
+def _method(name, *, explore, changes=()):
+    """An arm of `methods`."""
+    config, own = _METHODS[name]
+    return f"{config}.py:explore={str(explore).lower()}", _EQUAL | own | dict(changes)
+
+
 _RATES = {"baseline": {}} | {f"lr_x{factor}": times("optim.lr", factor) for factor in (0.33, 3)}
 _STEPS = {"all": {"ddpo.timestep_fraction": 1.0}}
 _STEPS |= {f"first_{100 * share:.0f}": {"ddpo.timestep_fraction": share} for share in (0.8, 0.6, 0.4)}
 _FIG1 = {"eval.rewards": held_out}
-_METHODS = [(algorithm, reward) for algorithm in _ALGORITHMS for reward in REWARDS]
+_FIGURES = [(algorithm, reward) for algorithm in _ALGORITHMS for reward in REWARDS]
 
 SWEEPS = {
     "fig1": _experiment("DDPO with and without DiffExp on one prompt that the base model fails", _pair("fig1", _FIG1)),
@@ -129,7 +168,7 @@ SWEEPS = {
             f"{_ALGORITHMS[algorithm]} with and without DiffExp on {reward}, unseen prompts, and what is held out",
             _pair(f"fig4_{algorithm}_{reward}"),
         )
-        for algorithm, reward in _METHODS
+        for algorithm, reward in _FIGURES
     },
     "fig8": _experiment("AlignProp with and without DiffExp on a sum of rewards", _pair("fig8")),
     **{
@@ -167,14 +206,14 @@ SWEEPS = {
             _controls(f"fig4_{algorithm}_{reward}"),
             explored_evaluation=True,
         )
-        for algorithm, reward in _METHODS
+        for algorithm, reward in _FIGURES
     },
     **{
         f"unknowns_{algorithm}_{reward}": _experiment(
             f"{_ALGORITHMS[algorithm]} on {reward}: exploration's numbers that the paper does not give",
             _unknowns(f"fig4_{algorithm}_{reward}"),
         )
-        for algorithm, reward in _METHODS
+        for algorithm, reward in _FIGURES
     },
     **{
         f"steps_ddpo_{reward}": _experiment(
@@ -189,22 +228,27 @@ SWEEPS = {
             f"{_ALGORITHMS[algorithm]} on {reward} without exploration: settings of the optimizer",
             _tuning(f"fig4_{algorithm}_{reward}", algorithm),
         )
-        for algorithm, reward in _METHODS
+        for algorithm, reward in _FIGURES
     },
     "grpo": _experiment(
         "GRPO with and without DiffExp",
         {"baseline": ("grpo.py:explore=false", {}), "diffexp": ("grpo.py:explore=true", {})},
     ),
     "methods": _experiment(
-        "what each method learns from 768 reward queries, without exploration",
-        {method: _alone(method) for method in ("ddpo", *_OTHERS)},
+        "what each method learns from 768 reward queries, without and with DiffExp",
+        {
+            arm: _method(name, explore=explore)
+            for name in _METHODS
+            for arm, explore in ((name, False), (f"{name}_diffexp", True))
+        },
         "ddpo",
+        pairs={f"{name}_diffexp": name for name in _METHODS},
     ),
     **{
-        f"rates_{method}": _experiment(
-            f"{method} on the miniature, 768 reward queries: its learning rate",
-            {arm: _alone(method, changes) for arm, changes in _RATES.items()},
+        f"rates_{name}": _experiment(
+            f"{name}, 768 reward queries without exploration: its learning rate",
+            {arm: _method(name, explore=False, changes=changes) for arm, changes in _RATES.items()},
         )
-        for method in _OTHERS
+        for name in _METHODS
     },
 }

@@ -10,7 +10,8 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.report import Table
 from diffexp_jax.report.document_parts import between, markdown, markers
-from diffexp_jax.sweeps.tables import SHARES, all_tables, cell, measured, ratio_cell
+from diffexp_jax.sweeps.cells import cell, measured, telling_reward
+from diffexp_jax.sweeps.tables import all_tables, ratio_cell
 
 Results = Sequence[Mapping[str, Any]]  # of every file, by name
 
@@ -34,14 +35,14 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def settings_lines(results: Mapping[str, Any]) -> list[str]:
-    """What all arms have, and a line for what each changes."""
+    """What all arms have, and a line for what each changes of the arm that it is compared with."""
     shown = ", ".join(f"{key} {value}" for key, value in results["settings"].items())
-    lines = [f"All arms: {shown}."]
+    arms_of: dict[str, list[str]] = {}
     for arm, content in results["arms"].items():
-        if content["differs"]:
-            changed = ", ".join(f"`{key}={value}`" for key, value in content["differs"].items())
-            lines.append(f"{arm}: {changed}.")
-    return lines
+        changed = ", ".join(f"`{key}={value}`" for key, value in content["differs"].items())
+        arms_of.setdefault(changed, []).append(arm)
+    lines = [f"{', '.join(arms)}: {changed}." for changed, arms in arms_of.items() if changed]
+    return [f"All arms: {shown}.", *lines]
 
 
 def machine_line(results: Mapping[str, Any]) -> str:
@@ -61,6 +62,13 @@ def command_line(results: Mapping[str, Any]) -> str:
     return f"`python scripts/sweep.py --experiment {results['experiment']}{model}{given}`"
 
 
+def compared_line(results: Mapping[str, Any]) -> str:
+    """What an arm is compared with."""
+    if results.get("pairs"):
+        return "Each method with DiffExp is compared with the same without."
+    return f"The baseline is *{results['baseline']}*."
+
+
 def unfinished_line(results: Mapping[str, Any]) -> str:
     """Which runs are not in the tables: a method that fails with some seeds must not look better for it."""
     left_out = [
@@ -75,7 +83,7 @@ def section(results: Mapping[str, Any]) -> str:
     """All that is written of one experiment."""
     name, n, made_by = results["name"], results["samples_per_prompt"], command_line(results)
     images = f"{n[0]} images" if len(n) == 1 else "images"
-    lead = f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is *{results['baseline']}*."
+    lead = f"{results['shows'][:1].upper()}{results['shows'][1:]}. {compared_line(results)}"
     parts = [
         [f"{lead} Final models are judged by {images} of each prompt."],
         [f"Command: {made_by}"] if made_by else [],
@@ -145,14 +153,6 @@ def queries_cells(results: Mapping[str, Any]) -> list[str]:
     """To the baseline's final reward: as evaluated, and on the training samples."""
     ratios = [results["arms"]["diffexp"]["summary"][key] for key in ("ratio", "training_ratio")]
     return [ratio_cell(ratio["final"]["reward_queries"]) if ratio else "" for ratio in ratios]
-
-
-def telling_reward(results: Mapping[str, Any]) -> str:
-    """A share of successes, unless the base model has them all; else the reward that is trained on."""
-    for what in filter(None, (results["reward"], results["held_out"])):
-        if what in SHARES and results["base"].get(results["prompts"], {}).get(what, 0.0) < 1.0:
-            return what
-    return results["reward"]
 
 
 # ----------------------------------------------------------------------------------------------------------- documents

@@ -8,7 +8,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from diffexp_jax.sweeps.tables import bin_name, gains_by_share, measured
+from diffexp_jax.sweeps import paired
+from diffexp_jax.sweeps.cells import bin_name, measured
+from diffexp_jax.sweeps.tables import gains_by_share
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -28,7 +30,12 @@ COLOURS = (*SERIES, "#e377c2", "#17becf", "#bcbd22")
 
 
 def save(results: Mapping[str, Any], stem: Path) -> None:
-    """Writes STEM.png and STEM.svg: a panel for each curve, one legend; nothing is smoothed, in no arm."""
+    """Writes STEM.png and STEM.svg: a panel for each curve, one legend; nothing is smoothed, in no arm.
+
+    Of arms in pairs it is `paired.save_figure`: so many curves cannot be told apart.
+    """
+    if results.get("pairs"):
+        return paired.save_figure(results, stem)
     panels = panels_of(results)
     shares = share_bars(results)
     n = len(panels) + bool(shares)

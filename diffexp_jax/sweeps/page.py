@@ -7,8 +7,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from diffexp_jax.report import Row, Section, drawing, pictures_of_two, save_page
-from diffexp_jax.sweeps import document, runs
+from diffexp_jax.sweeps import document, paired, runs
 from diffexp_jax.sweeps import figure as results_figure
+from diffexp_jax.sweeps.cells import telling_reward
 from diffexp_jax.sweeps.tables import all_tables
 
 SIZE = (4.6, 3.4)  # inches of a panel
@@ -20,7 +21,7 @@ def save(results: Mapping[str, Any], experiment: runs.Experiment, out: Path) -> 
     Raises:
       OSError: it cannot be written.
     """
-    lead = [f"{results['shows'][:1].upper()}{results['shows'][1:]}. The baseline is **{results['baseline']}**."]
+    lead = [f"{results['shows'][:1].upper()}{results['shows'][1:]}. {document.compared_line(results)}"]
     if results["unfinished"]:
         lead.append(document.unfinished_line(results))
     sections = [
@@ -34,6 +35,8 @@ def save(results: Mapping[str, Any], experiment: runs.Experiment, out: Path) -> 
 
 def panels(results: Mapping[str, Any]) -> list:
     """The panels of `results_figure`, a drawing each."""
+    if results.get("pairs"):
+        return [paired_panel(results, prompts) for prompts in paired.prompt_sets(results)]
     found = []
     for kind, curve, title in results_figure.panels_of(results):
         figure = Figure(SIZE)
@@ -50,16 +53,26 @@ def panels(results: Mapping[str, Any]) -> list:
     return found
 
 
+def paired_panel(results: Mapping[str, Any], prompts: str) -> Any:
+    """A panel of `paired.draw_pairs`."""
+    figure, what = Figure((SIZE[0], 1.0 + paired.ROW * len(paired.pairs_of(results)))), telling_reward(results)
+    axis = figure.subplots()
+    paired.draw_pairs(axis, results, prompts, what)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return drawing(figure, f"{what} of {prompts}: each method without and with DiffExp")
+
+
 def pictures(results: Mapping[str, Any], experiment: runs.Experiment) -> list:
-    """Pictures of the baseline beside each other arm, of the first seed that both have."""
+    """Pictures of each arm beside those of the arm that it is compared with, of the first seed that both have."""
     parts = []
-    baseline = results["arms"][results["baseline"]]["seeds"] if results["baseline"] in results["arms"] else {}
     for arm, content in results["arms"].items():
-        seed = next((seed for seed in content["seeds"] if seed in baseline), None)
-        if arm != results["baseline"] and seed is not None:
-            names = [results["baseline"], arm]
-            folders = [run_folder(experiment.arms[name], seed) for name in names]
-            parts += [f"Seed {seed}:", *pictures_of_two(folders, names)]
+        other = results.get("pairs", {}).get(arm, results["baseline"])
+        theirs = results["arms"].get(other, {"seeds": ()})["seeds"]
+        seed = next((seed for seed in content["seeds"] if seed in theirs), None)
+        if arm != other and seed is not None:
+            folders = [run_folder(experiment.arms[name], seed) for name in (other, arm)]
+            parts += [f"Seed {seed}:", *pictures_of_two(folders, [other, arm])]
     return parts or ["No seed of two arms to put side by side."]
 
 

@@ -179,7 +179,7 @@ def plan(
             if is_baseline and (run.base is None or sweep["explored_evaluation"]):
                 folders[arms[arm]] = run._replace(base=out / base, explored=sweep["explored_evaluation"])
         about = {"experiment": name, "model": model, "overrides": dict(overrides), "shows": sweep["shows"]}
-        about |= {"baseline": sweep["baseline"], "arms": arms, "base": base}
+        about |= {"baseline": sweep["baseline"], "arms": arms, "base": base, "pairs": sweep["pairs"]}
         experiments[file_name(name, model, overrides)] = about
     return [of_seed(run, seed) for seed in seeds for run in folders.values()], experiments
 

@@ -9,6 +9,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.settings import Settings, flat
 from diffexp_jax.sweeps import comparison
+from diffexp_jax.sweeps.cells import telling_reward
 from diffexp_jax.sweeps.comparison import Estimate
 from diffexp_jax.sweeps.runs import (
     Experiment,
@@ -21,6 +22,7 @@ from diffexp_jax.sweeps.runs import (
     names_of,
     read_runs,
     rounded,
+    seconds,
 )
 
 # What tells arms apart is written for each; these for all of them
@@ -46,7 +48,8 @@ def analyse(experiment: Experiment) -> dict[str, Any]:
     names = names_of(first)
     base = read_json(experiment.base, finite=False) if experiment.base and experiment.base.is_file() else {}
     finals = [seed.final for runs in arms.values() for seed in runs.values()]
-    return {
+    compared = {arm: arms.get(experiment.pairs.get(arm, experiment.baseline), {}) for arm in arms}
+    results = {
         "name": experiment.name,
         "experiment": experiment.command,
         "shows": experiment.shows,
@@ -61,14 +64,51 @@ def analyse(experiment: Experiment) -> dict[str, Any]:
         "unfinished": {arm: unfinished(runs) for arm, runs in every.items() if unfinished(runs)},
         "arms": {
             arm: {
-                "differs": differing(first.settings, next(iter(runs.values())).settings)
-                if runs is not baseline
-                else {},
+                "differs": differing(one_of(compared[arm] or baseline), one_of(runs)) if runs is not baseline else {},
                 "seeds": {seed: stored(run) for seed, run in runs.items()},
-                "summary": summary(names, runs, baseline, base),
+                "summary": summary(names, runs, compared[arm], base),
             }
             for arm, runs in arms.items()
         },
+    }
+    return results | (paired(experiment, results, names, arms, base) if experiment.pairs else {})
+
+
+def one_of(runs: Mapping[int, Seed]) -> Settings:
+    """The settings of an arm's first run."""
+    return next(iter(runs.values())).settings
+
+
+def paired(
+    experiment: Experiment, results: Mapping[str, Any], names: Names, arms: Mapping[str, Mapping], base: Mapping
+) -> dict[str, Any]:
+    """What is told besides where arms come in pairs: what the runs cost, and the gains of all pairs together."""
+    costs = {arm: cost_of(runs, half_of_best(results), results) for arm, runs in arms.items()}
+    couples = [(arms[arm], arms[without]) for arm, without in experiment.pairs.items() if {arm, without} <= arms.keys()]
+    both = [(ours[seed], theirs[seed]) for ours, theirs in couples for seed in ours if seed in theirs]
+    return {"pairs": experiment.pairs, "costs": costs, "pooled": by_base_share(names, both, base)}
+
+
+def half_of_best(results: Mapping[str, Any]) -> float | None:
+    """The level at half of what the best arm gains in what tells most of the trained prompts."""
+    prompts, what = results["prompts"], telling_reward(results)
+    finals = [arm["summary"]["final"].get(prompts, {}).get(what) for arm in results["arms"].values()]
+    first = results["base"].get(prompts, {}).get(what)
+    best = max((estimate.mean for estimate in finals if estimate), default=None)
+    return None if first is None or best is None else comparison.gain_level([first, best], 0.5)
+
+
+def cost_of(runs: Mapping[int, Seed], level: float | None, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Reward queries until evaluations are at the level (all of a run's where they never are), and seconds."""
+    curve = f"eval/{results['prompts']}/{telling_reward(results)}"
+    evaluated = [curves(run)["evaluation"] for run in runs.values()]
+    found = [] if level is None else [comparison.reach(x["reward_queries"], x[curve], level) for x in evaluated]
+    spent = [x for x in map(seconds, runs.values()) if x is not None]
+    return {
+        "queries": rounded_estimate(comparison.mean_over_seeds([x for x, _ in found])) if found else None,
+        "reached": sum(reached for _, reached in found),
+        "seconds": rounded_estimate(comparison.mean_over_seeds(spent)) if spent else None,
+        "seeds": len(runs),
     }
 
 

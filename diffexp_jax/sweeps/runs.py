@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.prompts import load_prompts
@@ -27,6 +29,7 @@ class Experiment(NamedTuple):
     arms: dict[str, Path]
     base: Path | None  # final.json of the model before fine-tuning
     overrides: dict[str, Any]  # settings of all arms that the command gave
+    pairs: dict[str, str] = {}  # {arm: the arm that it is compared with}, of arms with a baseline of their own
 
 
 class Seed(NamedTuple):
@@ -77,6 +80,7 @@ def find(sweeps: Path, experiment: str, model: str | None = None) -> Experiment:
         arms=arms,
         base=sweeps / about["base"],
         overrides=about["overrides"],
+        pairs=about.get("pairs", {}),
     )
 
 
@@ -140,6 +144,12 @@ def curves(seed: Seed) -> dict[str, dict[str, list[float]]]:
         | {name: rounded([row[name] for row in evaluated]) for name in sorted(columns)},
         "training": {name: rounded([row[name] for row in trained]) for name in ("iteration", *spent, "reward/mean")},
     }
+
+
+def seconds(run: Seed) -> float | None:
+    """Of a run's iterations, all as long as the median one: the first compile."""
+    times = [row["time/sample"] + row["time/train"] for row in run.rows if "time/train" in row]
+    return float(np.median(times)) * run.settings.iterations if times else None
 
 
 def final_means(final: Mapping[str, Any], way: str = "plain") -> dict[str, dict[str, float]]:

@@ -1,61 +1,29 @@
-"""The numbers of an experiment's results as the cells and tables that documents and pages show."""
+"""The tables of an experiment's results that documents and pages show."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffexp_jax.report import Table
-
-SIGNS = ("diversity/distance", "diversity/vendi", "luminance", "saturation", "background_share")
-SHARES = ("emoji_judge", "background_share")  # and their parts: shares
-_DIGITS = {"diversity/distance": 3, "luminance": 3, "saturation": 3}
-_WORDS = {"diversity/distance": "distance of a prompt's images", "diversity/vendi": "Vendi score"}
-_WORDS |= {"background_share": "background"}
-
-
-# ------------------------------------------------------------------------------------------------------------- numbers
-
-
-def number(x: float, what: str, *, signed: bool = False) -> str:
-    """Shares in percent, the others with as many digits as they deserve."""
-    sign = "+" if signed else ""
-    x, digits = (100 * x, 1) if what.split("/")[0] in SHARES else (x, _DIGITS.get(what, 2))
-    return f"{round(x, digits) + 0.0:{sign}.{digits}f}"  # no -0.00
-
-
-def cell(estimate: Sequence[float | None] | None, what: str, *, signed: bool = False) -> str:
-    """ "19.10 [18.90, 19.31]"; without an interval where there is one seed, "-" where there is nothing."""
-    if estimate is None:
-        return "-"
-    mean, low, high = (None if x is None else number(x, what, signed=signed) for x in estimate)
-    unit = " %" if what.split("/")[0] in SHARES else ""
-    return f"{mean}{unit}" if low is None else f"{mean} [{low}, {high}]{unit}"
-
-
-def words(sign: str) -> str:
-    """What one of SIGNS is called."""
-    return _WORDS.get(sign, sign)
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
-def measured(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(prompt set, reward) of what is reported: trained prompts first, the trained reward before the held-out one."""
-    rewards = [name for name in (results["reward"], results["held_out"]) if name]
-    return [(prompts, name) for prompts in (results["prompts"], *results["unseen"]) for name in rewards]
+from diffexp_jax.sweeps.cells import SIGNS, bin_name, cell, measured, words
+from diffexp_jax.sweeps.paired import paired_tables
 
 
 def all_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     """{caption: table} of all that is compared; tables without rows are left out."""
+    found = paired_tables(results) if results.get("pairs") else arm_tables(results)
+    return {caption: table for caption, table in found.items() if table.rows}
+
+
+def arm_tables(results: Mapping[str, Any]) -> dict[str, Table]:
+    """Of an experiment whose arms have one baseline."""
     columns, signs = measured(results), [(results["prompts"], sign) for sign in SIGNS]
-    found = {
+    return {
         "Final models, sampled without exploration": final_table(results, columns, [f"{p}: {w}" for p, w in columns]),
         "Differences of the same seeds": difference_table(results),
         "Cost to reach the baseline": ratio_table(results),
         "Diversity, and signs of over-optimisation": final_table(results, signs, list(map(words, SIGNS))),
         "By how often the base model succeeds": share_table(results),
     }
-    return {caption: table for caption, table in found.items() if table.rows}
 
 
 def final_table(results: Mapping[str, Any], columns: Sequence[tuple[str, str]], header: Sequence[str]) -> Table:
@@ -134,9 +102,3 @@ def share_table(results: Mapping[str, Any]) -> Table:
             rows.append([prompts, bin_name(one), str(one["prompts"]), *cells])
     header = ["prompts", "base model succeeds in", "prompts there", "baseline", *(f"gain of {arm}" for arm in found)]
     return Table(header, rows)
-
-
-def bin_name(one: Mapping[str, Any]) -> str:
-    if one["above"] is None:
-        return "no image"
-    return f"{100 * one['above']:.0f} to {100 * one['upto']:.0f} %"

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +14,8 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.report import save_grid
 from diffexp_jax.sweeps.runs import Names, Seed
 from tests.support import ROOT
+from tests.support.sweeps import OTHER, SET, final, write_run
 
-SET, OTHER = "train", "unseen"
 QUERIES = [0, 16, 32]  # of the evaluations: iterations 0, 2 and 4 of 8 images
 
 
@@ -32,36 +31,6 @@ def scripts(monkeypatch):
 
     parts = {"document": results_document, "figure": figure, "results": sweep_results, "runs": sweep_runs}
     return SimpleNamespace(analyse=analyse, **parts)
-
-
-def final(rewards, shares, n=2) -> dict:
-    """A final.json: per-prompt rewards and shares of success, the same on both prompt sets."""
-    per_prompt = {"pickscore": rewards, "emoji_judge": shares, "luminance": [0.5] * len(rewards)}
-    means = {what: {"mean": sum(x) / len(x), "standard_error": 0.0} for what, x in per_prompt.items()}
-    content = {"means": means, "prompts": [f"prompt {i}" for i in range(len(rewards))], "per_prompt": per_prompt}
-    return {
-        "samples_per_prompt": n,
-        "many_per_prompt": 0,
-        "machine": {"devices": "1 x a CPU", "python": "3.11", "jax": "0.10", "numpy": "2.0"},
-        "plain": {SET: content, OTHER: content},
-    }
-
-
-def write_run(folder: Path, config, curve, last, *, until=4) -> None:
-    """A run with these evaluated rewards; the training reward is 1, 2, 3, 4 times the second."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    rows = []
-    for it in range(until + 1):
-        row = {"iteration": it}
-        if it:
-            row |= {"reward_queries": 8 * it, "unet_evaluations": 64 * it, "reward/mean": it * curve[1]}
-        if it % 2 == 0:
-            row |= {f"eval/{name}/pickscore": curve[it // 2] for name in (SET, OTHER)}
-            row |= {f"eval/{name}/emoji_judge": 0.1 * it for name in (SET, OTHER)}
-        rows.append(row)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "final.json").write_text(json.dumps(last))
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from diffexp_jax.limits import check_number, one_of, whole
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.report import Table, document_parts
 from diffexp_jax.settings import Settings, as_dict, check, cpu_devices, parsed
-from diffexp_jax.sweeps import comparison, image_statistics, plan, tables
+from diffexp_jax.sweeps import cells, comparison, image_statistics, plan
 
 _PLAIN = {"t_thresh": 1000}  # no step is above it
 _NO_WEIGHTS = {"weight_range": (1.0, 1.0)}
@@ -176,7 +176,7 @@ def section(found: Mapping[str, Any]) -> list[str]:
     base, bins = np.array(found["base"]), []
     for above, upto, inside in comparison.prompts_by_base_share(base):
         shares = [f"{100 * way['success'][inside].mean():.1f} %" for way in ways.values()]
-        bins.append([tables.bin_name({"above": above, "upto": upto}), str(inside.sum()), *shares])
+        bins.append([cells.bin_name({"above": above, "upto": upto}), str(inside.sum()), *shares])
     s, (success, least) = found["settings"], found["success"]
     said = (
         f"{len(base)} prompts, {found['samples_per_prompt']} images each and way; {s['steps']} steps, guidance "

@@ -1,0 +1,133 @@
+"""Experiments whose arms come in pairs: every arm against its own baseline, tables of all pairs, a figure."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from diffexp_jax.sweeps import document, figure, page, paired, runs
+from diffexp_jax.sweeps.results import analyse
+from diffexp_jax.sweeps.tables import all_tables
+from tests.support.sweeps import OTHER, SET, final, write_run
+
+SHARES = {  # by arm and seed: what the evaluations say; the finals are twice the last
+    ("ddpo", 0): [0.0, 0.1, 0.2],
+    ("ddpo", 1): [0.0, 0.1, 0.3],
+    ("ddpo_diffexp", 0): [0.0, 0.2, 0.4],
+    ("ddpo_diffexp", 1): [0.0, 0.2, 0.5],
+    ("nft", 0): [0.0, 0.0, 0.1],
+    ("nft_diffexp", 0): [0.0, 0.0, 0.0],
+    ("nft_diffexp", 1): [0.0, 0.4, 0.5],
+}
+
+
+@pytest.fixture
+def experiment(make_config, tmp_path, tiny_settings):
+    """Three pairs: of nft one seed has both sides; of awm nothing has run with DiffExp."""
+    sets = {"eval.every": 2, "eval.prompts": (tiny_settings["prompts"], *tiny_settings["eval.prompts"])}
+    sets |= {"eval.rewards": ("emoji_judge",), "batch.group": 2}
+    for (arm, seed), shares in (SHARES | {("awm", 0): [0.0, 0.0, 0.1]}).items():
+        method = arm.split("_")[0]
+        config = make_config(method, sets | {"seed": seed, "exploration.enabled": "diffexp" in arm})
+        last = final([1.0, 2.0, 3.0], [2 * shares[-1]] * 3)
+        last["plain"][SET]["means"]["diversity/vendi"] = {"mean": 1.5 + seed}
+        write_run(tmp_path / "runs" / arm / f"seed{seed}", config, [1.0, 2.0, 3.0], last, shares=shares)
+    base = final([0.0, 1.0, 2.0], [0.0, 0.0, 0.0]) | {"many_per_prompt": 10}
+    base["many"] = {SET: final([0.0, 1.0, 2.0], [0.0, 0.1, 0.4])["plain"][SET]}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "final.json").write_text(json.dumps(base))
+    methods = ("ddpo", "nft", "awm")
+    arms = [arm for method in methods for arm in (method, f"{method}_diffexp")]
+    about = {"experiment": "methods", "model": "emoji_hard", "overrides": {}, "shows": "what each learns"}
+    about |= {"baseline": "ddpo", "arms": {arm: f"runs/{arm}" for arm in arms}, "base": "base/final.json"}
+    about |= {"pairs": {f"{method}_diffexp": method for method in methods}}
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "methods-emoji_hard.json").write_text(json.dumps(about))
+    return runs.find(tmp_path, "methods")
+
+
+@pytest.fixture
+def results(experiment):
+    """As they are read from the file."""
+    return json.loads(json.dumps(analyse(experiment)))
+
+
+def test_an_arm_is_compared_with_its_own_baseline(results):
+    assert list(results["arms"]) == [arm for arm in ("ddpo", "ddpo_diffexp", "nft", "nft_diffexp", "awm")]
+    explored = results["arms"]["nft_diffexp"]
+    assert explored["summary"]["paired"] == 1  # seed 1 of nft alone has not run
+    assert explored["summary"]["difference"][SET]["emoji_judge"] == [pytest.approx(-0.2), None, None]
+    assert {key.split(".")[0] for key in explored["differs"]} == {"exploration"}
+    assert results["arms"]["nft"]["differs"]["algorithm"] == "nft"  # against the experiment's baseline
+    assert results["arms"]["ddpo_diffexp"]["summary"]["difference"][SET]["emoji_judge"][0] == pytest.approx(0.4)
+
+
+def test_costs(results):
+    """The best arm ends at 0.9, so half of its gain is 0.45: only two runs of DiffExp come there."""
+    costs = results["costs"]
+    assert (costs["ddpo"]["reached"], costs["ddpo"]["queries"][0]) == (0, 32)
+    assert (costs["ddpo_diffexp"]["reached"], costs["nft_diffexp"]["reached"]) == (1, 1)
+    assert costs["ddpo_diffexp"]["queries"][0] == pytest.approx((32 + 16 + 16 * 0.25 / 0.3) / 2, rel=1e-5)
+    assert costs["nft"]["seconds"] == [10.0, None, None]  # of 1, 2, 3 and 4 the median, four times
+
+
+def test_gains_of_all_pairs_are_pooled(results):
+    """Of three pairs: +0.4, +0.4 and -0.2 with every prompt."""
+    bins = results["pooled"][SET]["bins"]
+    assert [one["prompts"] for one in bins if one["gain"]] == [1, 1, 1]
+    assert all(one["gain"][0] == pytest.approx(0.2) for one in bins if one["gain"])
+
+
+def test_tables(results):
+    tables = all_tables(results)
+    assert list(tables)[:2] == [f"emoji_judge, {SET}", f"emoji_judge, {OTHER}"]
+    before, ddpo, nft, awm = tables[f"emoji_judge, {SET}"].rows
+    assert before == ["before", "-", "0.0 %", "", ""]
+    assert ddpo == ["ddpo", "2", "50.0 [40.0, 60.0] %", "90.0 [80.0, 100.0] %", "+40.0 [+40.0, +40.0] %"]
+    assert nft == ["nft", "1", "20.0 %", "50.0 [0.0, 100.0] %", "-20.0 %"]
+    assert awm == ["awm", "1", "20.0 %", "-", "-"]
+    assert tables["Cost of a run"].rows[0][:3] == ["ddpo", "not reached", "31 [29, 32] (1 of 2)"]
+    assert tables["Cost of a run"].rows[2] == ["awm", "not reached", "-", "10", "-"]
+    diversity = tables["Diversity of the images of a prompt"].rows
+    assert diversity[1] == ["ddpo", "-", "-", "2.00 [1.50, 2.50]", "2.00 [1.50, 2.50]"]
+    section = document.section(results)
+    assert "ddpo_diffexp, nft_diffexp: `exploration.enabled=True`" in section
+    assert "compared with the same without" in section
+
+
+def test_the_figure(results, tmp_path):
+    figure.save(results, tmp_path / "a")
+    figure.save(results, tmp_path / "b")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    text = (tmp_path / "a.svg").read_text()
+    assert all(word in text for word in ("<!-- ddpo -->", "<!-- nft -->", "<!-- with DiffExp -->", "<!-- before -->"))
+    assert Image.open(tmp_path / "a.png").width > 1000
+
+
+def test_points_of_the_figure(results):
+    """Of the first panel: x is the share, each pair has its own height."""
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    paired.draw_pairs(axis, results, SET, "emoji_judge")
+    without, explored = (lines[0] for lines in axis.containers)
+    assert without.get_xdata() == pytest.approx([0.5, 0.2, 0.2])
+    assert explored.get_xdata() == pytest.approx([0.9, 0.5])
+    assert [round(y) for y in without.get_ydata()] == [0, 1, 2] and [round(y) for y in explored.get_ydata()] == [0, 1]
+
+
+def test_the_page(results, experiment, tmp_path):
+    page.save(results, experiment, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("<svg") == 2 and "each method without and with DiffExp" in text
+
+
+def test_the_sweep_names_its_pairs(tmp_path):
+    from configs.sweeps import SWEEPS
+    from diffexp_jax.sweeps.plan import plan
+
+    arms = ["nft", "nft_diffexp"]
+    _, about = plan(["methods"], model="emoji_hard", seeds=[0], out=tmp_path, overrides={}, only=arms)
+    (content,) = about.values()
+    assert content["pairs"]["nft_diffexp"] == "nft" and content["pairs"].keys() <= content["arms"].keys()
+    assert len(content["pairs"]) * 2 == len(SWEEPS["methods"]["arms"])
