@@ -89,6 +89,10 @@ class Setup(NamedTuple):
     reward_target: float | None = None  # what AlignProp pulls the reward to, where that is published
 
 
+# Passes of the network, in words
+SAMPLE, SAMPLE_WITH_GRADIENT, WITH_GRADIENT = "to sample", "to sample with a gradient", "with a gradient"
+
+
 class Needs(NamedTuple):
     """What a method asks of the rest of a run."""
 
@@ -142,12 +146,13 @@ class Method:
         return False
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
-        """The passes of the network over the samples besides the gradients', by what they are for in words.
+        """The passes of the network over the samples in an iteration, by what they are for in words.
 
         Of each the share of all steps of all samples that it goes over, as if all added noise. Those whose words begin
-        with "to sample" are guided, the others where `trains_guided`.
+        with "to sample" are guided, the others where `trains_guided`; a gradient is taken through those whose words
+        end with "with a gradient". What `model.remat` computes again is not among them.
         """
-        return {"to sample": 1.0}
+        return {SAMPLE: 1.0}
 
 
 def rewarded(

@@ -107,6 +107,11 @@ class Truncating(Method):
     def check(self, n_steps: int) -> None:
         check_number(f"{self.name}.truncation_k=", self.truncation_k, whole(1, n_steps))
 
+    def live_share(self, n_steps: int) -> float:
+        """The mean of `live_steps` over its draws."""
+        of = {"none": 1.0, "per_step": 0.5, "uniform": (n_steps + 1) / (2 * n_steps)}
+        return of.get(self.truncation, self.truncation_k / n_steps)
+
     def keywords(self, setup: Setup) -> dict[str, Any]:
         """What `alignprop` takes by keyword: the settings above, and how the samples are gone through."""
         return {

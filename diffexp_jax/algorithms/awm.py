@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Needs, Policy, Setup, first_state
+from diffexp_jax.algorithms.algorithm import SAMPLE, WITH_GRADIENT, Algorithm, Inputs, Needs, Policy, Setup, first_state
 from diffexp_jax.algorithms.ddpo import clipped_ratio_loss
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
 from diffexp_jax.algorithms.denoising_settings import DenoisingMethod
@@ -165,7 +165,7 @@ class AWM(DenoisingMethod):
             "of the untuned model": self.kl_weight > 0,
             "of the average": self.average_weight > 0,
         }
-        return {"to sample": 1.0} | {name: share for name, needed in others.items() if needed}
+        return {SAMPLE: 1.0, WITH_GRADIENT: share} | {name: share for name, needed in others.items() if needed}
 
     def make(self, setup: Setup) -> Algorithm:
         return awm(

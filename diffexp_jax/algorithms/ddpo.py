@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from diffexp_jax.algorithms import extremes
 from diffexp_jax.algorithms.advantages import KINDS, with_advantages
 from diffexp_jax.algorithms.algorithm import (
+    SAMPLE,
     Algorithm,
     Inputs,
     Needs,
@@ -211,7 +212,7 @@ class DDPO(PolicyMethod):
         passes = super().passes(n_steps, full_float32)
         share = self.inner_epochs * self.trained_share(n_steps)
         passes |= {"of the untuned model": share} if self.kl_weight else {}
-        return {why: n if why == "to sample" else self.keep * n for why, n in passes.items()}
+        return {why: n if why == SAMPLE else self.keep * n for why, n in passes.items()}
 
     def check(self, n_steps: int) -> None:
         for key, wanted in TWO_PASSES.items():

@@ -1,5 +1,6 @@
 """DRaFT-K and DRaFT-LV: the reward's gradient through the last sampling steps (Clark et al. 2024)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from diffexp_jax.algorithms.algorithm import Algorithm, Policy, Setup, rewarded
+from diffexp_jax.algorithms.algorithm import SAMPLE_WITH_GRADIENT, Algorithm, Policy, Setup, rewarded
 from diffexp_jax.algorithms.reward_gradient import RewardGradient, reward_gradient, sampled
 from diffexp_jax.errors import InputError
 from diffexp_jax.limits import check_number, setting, whole
@@ -90,6 +91,15 @@ class DRaFT(RewardGradient):
         check_number("draft.k=", self.k, whole(1, n_steps))
         if self.lv_samples and self.k != 1:
             raise InputError(f"draft.k={self.k}: with draft.lv_samples wants 1: DRaFT-LV is of the last step")
+
+    def live_share(self, n_steps: int) -> float:
+        return self.k / n_steps
+
+    def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
+        """DRaFT-LV takes the last step again for each further noise."""
+        found = dict(super().passes(n_steps, full_float32))
+        found[SAMPLE_WITH_GRADIENT] += self.lv_samples / n_steps
+        return found
 
     def make(self, setup: Setup) -> Algorithm:
         given = {"n_chunks": setup.n_chunks, "remat": setup.remat, "kl_weight": self.kl_weight}

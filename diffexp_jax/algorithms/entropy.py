@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from diffexp_jax.algorithms.algorithm import Algorithm, Needs, Setup
 from diffexp_jax.algorithms.alignprop import TRUNCATIONS, Truncating, alignprop
+from diffexp_jax.algorithms.reward_gradient import chain_passes
 from diffexp_jax.limits import positive, setting
 from diffexp_jax.sampling import START
 
@@ -60,7 +61,7 @@ class Entropy(Truncating):
         return "the KL of its paths"
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
-        return super().passes(n_steps, full_float32) | {"of the untuned model": 1.0}
+        return chain_passes(self.live_share(n_steps)) | {"of the untuned model": 1.0}
 
     def make(self, setup: Setup) -> Algorithm:
         given = self.keywords(setup) | {"kl_weight": self.alpha, "loss_coefficient": 1.0, "reward_target": None}

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Needs, Policy, Setup, first_state
+from diffexp_jax.algorithms.algorithm import SAMPLE, WITH_GRADIENT, Algorithm, Inputs, Needs, Policy, Setup, first_state
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
 from diffexp_jax.algorithms.denoising_settings import DenoisingMethod
 from diffexp_jax.algorithms.state import TrainState
@@ -160,7 +160,7 @@ class NFT(DenoisingMethod):
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
         share = self.inner_epochs * self.n_timesteps(n_steps) / n_steps
         untuned = {"of the untuned model": share} if self.kl_weight else {}
-        return {"to sample": 1.0, "of the policy that sampled": share} | untuned
+        return {SAMPLE: 1.0, WITH_GRADIENT: share, "of the policy that sampled": share} | untuned
 
     def make(self, setup: Setup) -> Algorithm:
         return nft(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffexp_jax import backend
-from diffexp_jax.algorithms.algorithm import Method, Setup
+from diffexp_jax.algorithms.algorithm import SAMPLE, WITH_GRADIENT, Method, Setup
 from diffexp_jax.limits import positive, setting, whole
 
 # Where the log-probs of the sampling policy come from, see `policy_gradient.several_updates` and below
@@ -79,8 +79,9 @@ class PolicyMethod(Method):
         }
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
-        """Recomputed log-probs are of all but the first minibatch, and of the steps that are learnt from."""
+        """Of the steps that are learnt from; recomputed log-probs are of all but the first minibatch."""
+        share = self.trained_share(n_steps)
         recomputed = self.resolved_old_log_prob(full_float32) == "recomputed"
-        again = 1.0 - 1.0 / self.updates if recomputed else 0.0
-        again *= self.trained_share(n_steps)
-        return {"to sample": 1.0} | ({"for the old log-probs": again} if again else {})
+        again = share * (1.0 - 1.0 / self.updates) if recomputed else 0.0
+        learning = {WITH_GRADIENT: self.inner_epochs * share}
+        return {SAMPLE: 1.0} | learning | ({"for the old log-probs": again} if again else {})

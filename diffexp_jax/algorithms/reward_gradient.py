@@ -10,6 +10,8 @@ import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffexp_jax.algorithms.algorithm import (
+    SAMPLE,
+    SAMPLE_WITH_GRADIENT,
     Algorithm,
     Batch,
     Inputs,
@@ -141,4 +143,14 @@ class RewardGradient(Method):
         return f"{self.name}.kl_weight" if self.kl_weight else ""
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
-        return super().passes(n_steps, full_float32) | ({"of the untuned model": 1.0} if self.kl_weight else {})
+        live = self.live_share(n_steps)
+        return chain_passes(live) | ({"of the untuned model": 1.0} if self.kl_weight else {})
+
+    def live_share(self, n_steps: int) -> float:
+        """The share of a chain's steps whose network outputs carry gradient, in the mean over the iterations."""
+        raise NotImplementedError
+
+
+def chain_passes(live: float) -> dict[str, float]:
+    """The passes of a chain of which this share carries gradient."""
+    return {name: share for name, share in ((SAMPLE, 1.0 - live), (SAMPLE_WITH_GRADIENT, live)) if share}

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from diffexp_jax.algorithms import by_prompt, denoising
-from diffexp_jax.algorithms.algorithm import Algorithm, Inputs, Policy, Setup, first_state
+from diffexp_jax.algorithms.algorithm import SAMPLE, WITH_GRADIENT, Algorithm, Inputs, Policy, Setup, first_state
 from diffexp_jax.algorithms.denoising import Chunk, Fixed, Rule
 from diffexp_jax.algorithms.denoising_settings import DenoisingMethod
 from diffexp_jax.algorithms.state import TrainState
@@ -156,7 +156,10 @@ class RWR(DenoisingMethod):
         return self.per_prompt
 
     def passes(self, n_steps: int, full_float32: bool) -> Mapping[str, float]:
-        return {"to sample": 1.0} | ({"to sample by the untuned model": 1.0} if self.prior_weight else {})
+        """Each pass over the images learns from one timestep of each."""
+        kinds = 2 if self.prior_weight else 1  # of images
+        untuned = {"to sample by the untuned model": 1.0} if self.prior_weight else {}
+        return {SAMPLE: 1.0, WITH_GRADIENT: kinds * self.inner_epochs / n_steps} | untuned
 
     def make(self, setup: Setup) -> Algorithm:
         return rwr(

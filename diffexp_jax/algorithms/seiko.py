@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from diffexp_jax.algorithms import surrogate
 from diffexp_jax.algorithms.algorithm import (
+    SAMPLE,
     Algorithm,
     Batch,
     Inputs,
@@ -34,7 +35,7 @@ from diffexp_jax.algorithms.algorithm import (
 )
 from diffexp_jax.algorithms.alignprop import Pulling, live_steps
 from diffexp_jax.algorithms.optimizer import with_new_moments
-from diffexp_jax.algorithms.reward_gradient import gradient_over_chunks, sampled, short_of
+from diffexp_jax.algorithms.reward_gradient import chain_passes, gradient_over_chunks, sampled, short_of
 from diffexp_jax.algorithms.state import Learnt, TrainState
 from diffexp_jax.limits import Number, positive, setting, whole
 from diffexp_jax.parallel import AXIS
@@ -232,9 +233,11 @@ class SEIKO(Pulling):
         return 1 + self.inner_epochs
 
     def passes(self, n_steps: int, full_float32: bool) -> dict[str, float]:
-        climbing = {"to climb": float(self.inner_epochs)}
+        """A round samples once for queries, and `inner_epochs` times to climb."""
+        chains = chain_passes(self.live_share(n_steps))
+        climbing = {words.replace(SAMPLE, "to climb"): self.inner_epochs * share for words, share in chains.items()}
         before = {"of the round's first model": float(self.inner_epochs)} if self.kl_weight else {}
-        return {"to sample": 1.0} | climbing | before
+        return {SAMPLE: 1.0} | climbing | before
 
     def make(self, setup: Setup) -> Algorithm:
         keys = jax.random.split(setup.stream("surrogate"), 4 if self.optimism == "bootstrap" else 1)

@@ -7,7 +7,7 @@ the gradient of SDXL, several times that on a busy machine. So rows are printed 
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from diffexp_jax import backend, parallel
 from diffexp_jax.algorithms import Inputs, Method
 from diffexp_jax.command import is_out_of_memory
 from diffexp_jax.cost import flops
+from diffexp_jax.cost.evaluations import evaluations_of
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.programs import make_programs
 from diffexp_jax.settings import Settings, check
@@ -146,7 +147,7 @@ def describe(experiment: Experiment) -> list[str]:
     parts |= {f"reward {name}": count(reward.params) for name, reward in experiment.rewards.items()}
     evaluated = split.samples * experiment.sampler.evaluations(explore=False)
     exploring = split.samples * experiment.sampler.evaluations(explore=experiment.sampler.exploration.enabled)
-    passes = evaluations_of(method.passes(settings.sampling.steps, settings.full_float32), evaluated, experiment)
+    passes = evaluations_of(settings, experiment.sampler.evaluations(explore=False))
     return [
         f"dry run of {method.name} on {model.path}: shapes and programs, no weights; nothing is written",
         f"latents     {height} x {width} x {channels}, networks in {settings.dtype}, "
@@ -159,19 +160,10 @@ def describe(experiment: Experiment) -> list[str]:
         f"LoRA        {count(experiment.lora_shapes()):>15,}  float32, rank {settings.lora.rank}, and twice it in AdamW"
         + (", once as its moving average" if settings.optim.ema else ""),
         f"batch       {experiment.batch_in_words()}",
-        f"iteration   {split.samples} reward queries, network evaluations besides the gradient's: "
-        + ", ".join(f"{n:,} {why}" for why, n in passes.items())
+        f"iteration   {split.samples} reward queries, network evaluations: "
+        + ", ".join(f"{round(split.samples * n):,} {why}" for why, n in passes.items())
         + (f"; {1 - exploring / evaluated:.0%} fewer while it explores" if exploring < evaluated else ""),
     ]
-
-
-def evaluations_of(passes: Mapping[str, float], sampling: int, experiment: Experiment) -> dict[str, int]:
-    """Evaluations of the network in an iteration, of `Method.passes`; `sampling`: of all steps of all samples."""
-    unguided = experiment.split.samples * experiment.sampler.n_steps
-    updating = sampling if experiment.settings.method.trains_guided else unguided
-    if experiment.settings.method.needs.step_noise:  # the others learn nothing
-        updating *= experiment.sampler.noise.n_noisy(experiment.sampler.n_steps) / experiment.sampler.n_steps
-    return {why: round(n * (sampling if why.startswith("to sample") else updating)) for why, n in passes.items()}
 
 
 def count(params: Any) -> int:

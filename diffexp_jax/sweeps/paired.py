@@ -78,14 +78,15 @@ def diversity_table(results: Mapping[str, Any]) -> Table:
 
 
 def cost_table(results: Mapping[str, Any]) -> Table:
-    """Queries to half of what the best arm gains, and the time of a run."""
+    """Queries to half of what the best arm gains; and of the method alone the network's evaluations and the time."""
     rows, costs = [], results["costs"]
     partner = {without: arm for arm, without in results["pairs"].items()}
     for arm in pairs_of(results):
-        sides = [costs.get(name) for name in (arm, partner[arm])]
-        rows.append([arm, *map(queries_cell, sides), *(side_cell(side, "seconds") for side in sides)])
-    header = ["queries to half of the best gain, without", "with", "seconds of training, without", "with"]
-    return Table(["method", *header], rows)
+        sides, work = [costs.get(name) for name in (arm, partner[arm])], costs[arm]["evaluations"]
+        evaluations = [f"{work[name]:.0f}" for name in ("all", "gradient")]
+        rows.append([arm, *map(queries_cell, sides), *evaluations, side_cell(costs[arm], "seconds")])
+    queries = [f"queries to half of the best gain, {side}" for side in ("without", "with")]
+    return Table(["method", *queries, "evaluations a query", "with a gradient", "seconds of training"], rows)
 
 
 def queries_cell(cost: Mapping[str, Any] | None) -> str:

@@ -16,6 +16,7 @@ from diffexp_jax.sweeps.runs import (
     Names,
     Seed,
     curves,
+    evaluations,
     final_means,
     is_finished,
     iterations_done,
@@ -99,7 +100,7 @@ def half_of_best(results: Mapping[str, Any]) -> float | None:
 
 
 def cost_of(runs: Mapping[int, Seed], level: float | None, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Reward queries until evaluations are at the level (all of a run's where they never are), and seconds."""
+    """Reward queries until a run's evaluations are at the level (all of them where they never are), time and work."""
     curve = f"eval/{results['prompts']}/{telling_reward(results)}"
     evaluated = [curves(run)["evaluation"] for run in runs.values()]
     found = [] if level is None else [comparison.reach(x["reward_queries"], x[curve], level) for x in evaluated]
@@ -108,6 +109,7 @@ def cost_of(runs: Mapping[int, Seed], level: float | None, results: Mapping[str,
         "queries": rounded_estimate(comparison.mean_over_seeds([x for x, _ in found])) if found else None,
         "reached": sum(reached for _, reached in found),
         "seconds": rounded_estimate(comparison.mean_over_seeds(spent)) if spent else None,
+        "evaluations": rounded(evaluations(next(iter(runs.values())))),
         "seeds": len(runs),
     }
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffexp_jax.algorithms.algorithm import WITH_GRADIENT
+from diffexp_jax.cost.evaluations import evaluations_of
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.prompts import load_prompts
@@ -150,6 +152,18 @@ def seconds(run: Seed) -> float | None:
     """Of a run's iterations, all as long as the median one: the first compile."""
     times = [row["time/sample"] + row["time/train"] for row in run.rows if "time/train" in row]
     return float(np.median(times)) * run.settings.iterations if times else None
+
+
+def evaluations(run: Seed) -> dict[str, float]:
+    """The network's evaluations for each reward query: "all", and those that "gradient" is taken through.
+
+    Of the run's mean iteration: exploration leaves out some. A guided evaluation is of two halves.
+    """
+    last = run.rows[-1]
+    chain = last["unet_evaluations"] / last["reward_queries"] / run.settings.method.chains
+    passes = evaluations_of(run.settings, chain)
+    through = sum(n for words, n in passes.items() if words.endswith(WITH_GRADIENT))
+    return {"all": sum(passes.values()), "gradient": through}
 
 
 def final_means(final: Mapping[str, Any], way: str = "plain") -> dict[str, dict[str, float]]:

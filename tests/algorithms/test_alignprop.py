@@ -8,7 +8,8 @@ import pytest
 
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import Batch, Inputs, Policy
-from diffexp_jax.algorithms.alignprop import alignprop, live_steps
+from diffexp_jax.algorithms.alignprop import AlignProp, alignprop, live_steps
+from diffexp_jax.algorithms.draft import DRaFT
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.models.lora import init_lora, save_lora
 from diffexp_jax.sampling import Context, Network, initial_latents, load_process, step_noise
@@ -28,6 +29,23 @@ def draws(truncation, n_steps, n=4000, k=1):
 def test_fixed_is_the_last_k(k):
     live, _ = draws("fixed", 5, n=3, k=k)
     np.testing.assert_array_equal(live, np.broadcast_to(np.arange(5) >= 5 - k, (3, 5)))
+
+
+@pytest.mark.parametrize("truncation", ["uniform", "per_step", "fixed", "none"])
+def test_the_mean_of_the_draws(truncation):
+    live, _ = draws(truncation, 10, k=3)
+    share = AlignProp(truncation=truncation, truncation_k=3).live_share(10)
+    assert live.mean() == pytest.approx(share, abs=0.02)  # of 4,000 draws
+
+
+def test_what_it_costs():
+    """Passes of the chain: those that carry gradient are among them; DRaFT-LV takes the last step again."""
+    assert AlignProp(truncation="per_step").passes(10, True) == {"to sample": 0.5, "to sample with a gradient": 0.5}
+    assert AlignProp(truncation="none").passes(10, True) == {"to sample with a gradient": 1.0}
+    assert DRaFT(k=1, lv_samples=2).passes(10, True) == {
+        "to sample": 0.9,
+        "to sample with a gradient": pytest.approx(0.3),
+    }
 
 
 def test_none_is_all_steps():

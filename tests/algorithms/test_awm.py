@@ -126,5 +126,5 @@ def test_an_iteration_is_the_plain_loops(kind, settings):
 
 def test_passes():
     method = AWM(timesteps=5, average_weight=0.0)
-    assert method.passes(20, True) == {"to sample": 1.0, "of the untuned model": 0.25}
+    assert method.passes(20, True) == {"to sample": 1.0, "with a gradient": 0.25, "of the untuned model": 0.25}
     assert "for the old log-likelihoods" in AWM(updates=2).passes(20, True)

@@ -227,7 +227,7 @@ def test_the_value_function_is_fitted_as_published(monkeypatch):
 def test_passes():
     """Each pass over the samples evaluates the untuned model too."""
     method = dpok.DPOK(inner_epochs=3, timestep_fraction=0.5)
-    assert method.passes(10, True) == {"to sample": 1.0, "of the untuned model": 1.5}
+    assert method.passes(10, True) == {"to sample": 1.0, "with a gradient": 1.5, "of the untuned model": 1.5}
 
 
 def test_the_seed_starts_the_value_function():

@@ -89,4 +89,4 @@ def test_settings(make_config):
         checked(make_config("ddpo", {"ddpo.keep": 0.0}))
     method = checked(make_config("ddpo", kept | {"batch.group": 4, "ddpo.kl_weight": 0.1})).method
     assert not method.in_one_pass(8, 1000) and DDPO(updates=1).in_one_pass(8, 1000)
-    assert method.passes(10, True) == {"to sample": 1.0, "of the untuned model": 0.4}
+    assert method.passes(10, True) == {"to sample": 1.0, "with a gradient": 0.4, "of the untuned model": 0.4}

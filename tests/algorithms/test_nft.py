@@ -155,6 +155,7 @@ def test_the_old_policys_decay_is_published(numbers, expected):
 def test_passes():
     assert NFT(timestep_fraction=0.5).passes(20, True) == {
         "to sample": 1.0,
+        "with a gradient": 0.5,
         "of the policy that sampled": 0.5,
         "of the untuned model": 0.5,
     }

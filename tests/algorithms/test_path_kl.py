@@ -250,4 +250,4 @@ def test_settings(make_config, name):
     with pytest.raises(InputError, match=f"{name}.kl_weight=-1.0: wants 0..1000000"):
         checked(make_config(name, {f"{name}.kl_weight": -1.0}))
     passes = METHODS[name](kl_weight=0.1).passes(10, True)
-    assert passes == {"to sample": 1.0, "of the untuned model": 1.0} and METHODS[name]().passes(10, True) != passes
+    assert passes == METHODS[name]().passes(10, True) | {"of the untuned model": 1.0}

@@ -93,7 +93,8 @@ def test_the_best_of_a_prompt_alone(settings):
 
 
 def test_passes():
-    assert RWR().passes(50, True) == {"to sample": 1.0}
-    assert RWR(prior_weight=0.01).passes(50, True)["to sample by the untuned model"] == 1.0
+    assert RWR().passes(50, True) == {"to sample": 1.0, "with a gradient": 0.1}
+    passes = {"to sample": 1.0, "to sample by the untuned model": 1.0, "with a gradient": 0.2}
+    assert RWR(prior_weight=0.01).passes(50, True) == passes
     assert RWR().trains_guided and not RWR(guided=False).trains_guided
     assert RWR().compares_groups and not RWR(per_prompt=False).compares_groups  # then any images will do

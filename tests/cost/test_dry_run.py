@@ -216,7 +216,7 @@ def test_unknown_sizes():
 def test_halves_that_exploration_leaves_out(make_config):
     """Two steps of four at a guidance of 1: 6 evaluations of a sample instead of 8."""
     for w_low, said in (
-        (1.0, "64 to sample, 24 for the old log-probs; 25% fewer while it explores"),
+        (1.0, "64 to sample, 48 with a gradient, 24 for the old log-probs; 25% fewer while it explores"),
         (2.0, "log-probs"),
     ):
         config = make_config("ddpo", {"exploration.w_low": w_low, "ddpo.old_log_prob": "recomputed"})
@@ -231,7 +231,7 @@ def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):
     experiment = Experiment.build(checked(config))
     assert f"{dry_run.count(experiment.sampler.pipeline.base):,}  unet" in said
     assert "8 samples = 1 devices x 2 updates x 1 forward passes x 4 samples, of " in said
-    assert "8 reward queries, network evaluations besides the gradient's: 64 to sample, 24 for" in said
+    assert "8 reward queries, network evaluations: 64 to sample, 48 with a gradient, 24 for" in said
     rows = [line.split() for line in said.splitlines() if line.startswith(("sample ", "update "))]
     assert [row[0] for row in rows] == ["sample", "update"]
     sample, update = (float(row[5]) for row in rows)
