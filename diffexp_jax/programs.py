@@ -65,13 +65,14 @@ def with_groups(update: Callable, group: int) -> Callable:
 
 
 def group_metrics(rewards: Float[Array, "B"], group: int) -> dict[str, Float[Array, ""]]:
-    """The std of the reward in a group, as a mean over all devices' groups, and the share of groups of equal rewards.
+    """Means over all devices' groups: the std of a group's rewards and the largest, and how many have equal rewards.
 
-    Of the latter nothing is learnt where samples are compared within groups.
+    Of groups of equal rewards nothing is learnt where samples are compared within groups.
     """
     of_groups = rewards.reshape(-1, group)
     equal = (of_groups == of_groups[:, :1]).all(axis=1)
     means = {"reward/std_in_group": of_groups.std(axis=1).mean(), "reward/equal_groups": equal.mean()}
+    means["reward/best_in_group"] = of_groups.max(axis=1).mean()
     return jax.lax.pmean(means, parallel.AXIS)
 
 

@@ -8,7 +8,7 @@ import matplotlib
 
 from diffexp_jax.report import Table, plain
 from diffexp_jax.report.page import SERIES
-from diffexp_jax.sweeps.cells import SHARES, bin_name, cell, telling_reward
+from diffexp_jax.sweeps.cells import SHARES, WITHIN_GROUPS, bin_name, cell, telling_reward
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -40,6 +40,7 @@ def paired_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     return found | {
         "Diversity of the images of a prompt": diversity_table(results),
         "Cost of a run": cost_table(results),
+        "Rewards of a prompt's images in training, while it explores": groups_table(results),
         "Gain of DiffExp, pooled over the methods, by how often the base model succeeds": pooled_table(results),
     }
 
@@ -87,6 +88,18 @@ def cost_table(results: Mapping[str, Any]) -> Table:
         rows.append([arm, *map(queries_cell, sides), *evaluations, side_cell(costs[arm], "seconds")])
     queries = [f"queries to half of the best gain, {side}" for side in ("without", "with")]
     return Table(["method", *queries, "evaluations a query", "with a gradient", "seconds of training"], rows)
+
+
+def groups_table(results: Mapping[str, Any]) -> Table:
+    """What there is to compare within a group: how much its rewards differ, and the best of them."""
+    rows, groups = [], results["groups"]
+    partner = {without: arm for arm, without in results["pairs"].items()}
+    for arm in pairs_of(results):
+        sides = [groups.get(name, {}) for name in (arm, partner[arm])]
+        if any(sides):
+            rows.append([arm, *(cell(side.get(name), name) for name in WITHIN_GROUPS for side in sides)])
+    titles = ("standard deviation", "best")
+    return Table(["method", *(f"{title}, {side}" for title in titles for side in ("without", "with"))], rows)
 
 
 def queries_cell(cost: Mapping[str, Any] | None) -> str:

@@ -9,7 +9,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.settings import Settings, flat
 from diffexp_jax.sweeps import comparison
-from diffexp_jax.sweeps.cells import telling_reward
+from diffexp_jax.sweeps.cells import WITHIN_GROUPS, telling_reward
 from diffexp_jax.sweeps.comparison import Estimate
 from diffexp_jax.sweeps.runs import (
     Experiment,
@@ -87,7 +87,16 @@ def paired(
     costs = {arm: cost_of(runs, half_of_best(results), results) for arm, runs in arms.items()}
     couples = [(arms[arm], arms[without]) for arm, without in experiment.pairs.items() if {arm, without} <= arms.keys()]
     both = [(ours[seed], theirs[seed]) for ours, theirs in couples for seed in ours if seed in theirs]
-    return {"pairs": experiment.pairs, "costs": costs, "pooled": by_base_share(names, both, base)}
+    groups = {arm: found for arm, runs in arms.items() if (found := within_groups(runs.values()))}
+    pooled = by_base_share(names, both, base)
+    return {"pairs": experiment.pairs, "costs": costs, "groups": groups, "pooled": pooled}
+
+
+def within_groups(runs: Iterable[Seed]) -> dict[str, Estimate]:
+    """{metric: its mean over the iterations that explore, or would}, of methods that compare a prompt's images."""
+    of_runs = [run.rows[1 : 1 + run.settings.exploring_iterations] for run in runs]
+    means = {name: [np.mean([row.get(name, np.nan) for row in rows]) for rows in of_runs] for name in WITHIN_GROUPS}
+    return {name: rounded_estimate(comparison.mean_over_seeds(x)) for name, x in means.items() if np.isfinite(x).all()}
 
 
 def half_of_best(results: Mapping[str, Any]) -> float | None:

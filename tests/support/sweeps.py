@@ -19,11 +19,14 @@ def final(rewards, shares, n=2) -> dict:
     }
 
 
-def write_run(folder: Path, config, curve, last, *, until=4, shares=None) -> None:
+def write_run(folder: Path, config, curve, last, *, until=4, shares=None, groups=False) -> None:
     """A run with these evaluated rewards; the training reward is 1, 2, 3, 4 times the second.
 
     Args:
-      shares: evaluated shares of success (default: a tenth of the iteration). Iterations take 1, 2, 3, 4 seconds.
+      shares: evaluated shares of success (default: a tenth of the iteration).
+      groups: whether there are metrics of groups: their std is 1, 2, 3, 4, their best reward twice that.
+
+    Iterations take 1, 2, 3, 4 seconds.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
@@ -32,6 +35,7 @@ def write_run(folder: Path, config, curve, last, *, until=4, shares=None) -> Non
         row = {"iteration": it}
         if it:
             row |= {"reward_queries": 8 * it, "unet_evaluations": 64 * it, "reward/mean": it * curve[1]}
+            row |= {"reward/std_in_group": it, "reward/best_in_group": 2 * it} if groups else {}
             row |= {"time/sample": 0.25 * it, "time/train": 0.75 * it}
         if it % 2 == 0:
             row |= {f"eval/{name}/pickscore": curve[it // 2] for name in (SET, OTHER)}

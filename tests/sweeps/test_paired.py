@@ -31,7 +31,8 @@ def experiment(make_config, tmp_path, tiny_settings):
         config = make_config(method, sets | {"seed": seed, "exploration.enabled": "diffexp" in arm})
         last = final([1.0, 2.0, 3.0], [2 * shares[-1]] * 3)
         last["plain"][SET]["means"]["diversity/vendi"] = {"mean": 1.5 + seed}
-        write_run(tmp_path / "runs" / arm / f"seed{seed}", config, [1.0, 2.0, 3.0], last, shares=shares)
+        folder = tmp_path / "runs" / arm / f"seed{seed}"
+        write_run(folder, config, [1.0, 2.0, 3.0], last, shares=shares, groups=method != "ddpo")
     base = final([0.0, 1.0, 2.0], [0.0, 0.0, 0.0]) | {"many_per_prompt": 10}
     base["many"] = {SET: final([0.0, 1.0, 2.0], [0.0, 0.1, 0.4])["plain"][SET]}
     (tmp_path / "base").mkdir()
@@ -92,6 +93,12 @@ def test_tables(results):
     assert awm[:3] == ["awm", "not reached", "-"] and awm[-1] == "10"
     diversity = tables["Diversity of the images of a prompt"].rows
     assert diversity[1] == ["ddpo", "-", "-", "2.00 [1.50, 2.50]", "2.00 [1.50, 2.50]"]
+    # Iterations 1 to 3 of 4 would explore; ddpo compares no groups
+    groups = tables["Rewards of a prompt's images in training, while it explores"].rows
+    assert groups == [
+        ["nft", "2.00", "2.00 [2.00, 2.00]", "4.00", "4.00 [4.00, 4.00]"],
+        ["awm", "2.00", "-", "4.00", "-"],
+    ]
     section = document.section(results)
     assert "ddpo_diffexp, nft_diffexp: `exploration.enabled=True`" in section
     assert "compared with the same without" in section
