@@ -20,7 +20,7 @@ of paper.py.
 | tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
 | grpo | DiffExp, of configs/grpo.py; for `--model emoji_flow` above all |
 | methods | of every method without and with DiffExp, for the same reward queries; for the miniatures |
-| rates_METHOD | such a method without exploration, by its name in `methods`, at a third and three times its rate |
+| rates | of the same methods without exploration: a third of the learning rate, and three times it |
 
 Arms of different experiments that come to the same config share their runs. ALGORITHM is ddpo or alignprop, REWARD is
 aesthetic or pickscore.
@@ -155,7 +155,7 @@ def _method(name, *, explore, changes=()):
     return f"{config}.py:explore={str(explore).lower()}", _EQUAL | own | dict(changes)
 
 
-_RATES = {"baseline": {}} | {f"lr_x{factor}": times("optim.lr", factor) for factor in (0.33, 3)}
+_RATES = {f"lr_x{factor}": times("optim.lr", factor) for factor in (0.33, 3)}
 _STEPS = {"all": {"ddpo.timestep_fraction": 1.0}}
 _STEPS |= {f"first_{100 * share:.0f}": {"ddpo.timestep_fraction": share} for share in (0.8, 0.6, 0.4)}
 _FIG1 = {"eval.rewards": held_out}
@@ -244,11 +244,14 @@ SWEEPS = {
         "ddpo",
         pairs={f"{name}_diffexp": name for name in _METHODS},
     ),
-    **{
-        f"rates_{name}": _experiment(
-            f"{name}, 768 reward queries without exploration: its learning rate",
-            {arm: _method(name, explore=False, changes=changes) for arm, changes in _RATES.items()},
-        )
-        for name in _METHODS
-    },
+    "rates": _experiment(
+        "each method at a third of its learning rate, at its own and at three times it, without exploration",
+        {
+            arm: _method(name, explore=False, changes=changes)
+            for name in _METHODS
+            for arm, changes in ((name, {}), *((f"{name}_{rate}", change) for rate, change in _RATES.items()))
+        },
+        "ddpo",
+        pairs={f"{name}_{rate}": name for name in _METHODS for rate in _RATES},
+    ),
 }

@@ -65,7 +65,7 @@ def command_line(results: Mapping[str, Any]) -> str:
 def compared_line(results: Mapping[str, Any]) -> str:
     """What an arm is compared with."""
     if results.get("pairs"):
-        return "Each method with DiffExp is compared with the same without."
+        return "A method's variants are compared with the method itself, with the same seeds."
     return f"The baseline is *{results['baseline']}*."
 
 

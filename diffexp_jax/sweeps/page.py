@@ -54,13 +54,13 @@ def panels(results: Mapping[str, Any]) -> list:
 
 
 def paired_panel(results: Mapping[str, Any], prompts: str) -> Any:
-    """A panel of `paired.draw_pairs`."""
-    figure, what = Figure((SIZE[0], 1.0 + paired.ROW * len(paired.pairs_of(results)))), telling_reward(results)
+    """A panel of `paired.draw_methods`."""
+    figure, what = Figure((SIZE[0], 1.0 + paired.ROW * len(paired.methods_of(results)))), telling_reward(results)
     axis = figure.subplots()
-    paired.draw_pairs(axis, results, prompts, what)
+    paired.draw_methods(axis, results, prompts, what)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    return drawing(figure, f"{what} of {prompts}: each method without and with DiffExp")
+    return drawing(figure, f"{what} of {prompts}: each method {' and '.join(paired.labels_of(results))}")
 
 
 def pictures(results: Mapping[str, Any], experiment: runs.Experiment) -> list:

@@ -5,7 +5,9 @@ import json
 import pytest
 from PIL import Image
 
+from configs.sweeps import SWEEPS
 from diffexp_jax.sweeps import document, figure, page, paired, runs
+from diffexp_jax.sweeps.plan import plan
 from diffexp_jax.sweeps.results import analyse
 from diffexp_jax.sweeps.tables import all_tables
 from tests.support.sweeps import OTHER, SET, final, write_run
@@ -101,7 +103,18 @@ def test_tables(results):
     ]
     section = document.section(results)
     assert "ddpo_diffexp, nft_diffexp: `exploration.enabled=True`" in section
-    assert "compared with the same without" in section
+    assert "compared with the method itself" in section
+
+
+def test_several_variants(results):
+    """Columns for each, and no difference; what has not run is "-"."""
+    arms = {"nft": results["arms"]["nft"], "nft_lr_x3": results["arms"]["nft_diffexp"]}
+    costs = {"nft": results["costs"]["nft"], "nft_lr_x3": results["costs"]["nft_diffexp"]}
+    rates = results | {"arms": arms, "costs": costs, "pairs": {"nft_lr_x0.33": "nft", "nft_lr_x3": "nft"}}
+    table = all_tables(rates)[f"emoji_judge, {SET}"]
+    assert table.header == ["method", "seeds", "as configured", "lr_x0.33", "lr_x3"]
+    assert table.rows == [["before", "-", "0.0 %", "", ""], ["nft", "1", "20.0 %", "-", "50.0 [0.0, 100.0] %"]]
+    assert not any("pooled" in caption for caption in all_tables(rates))
 
 
 def test_the_figure(results, tmp_path):
@@ -118,7 +131,7 @@ def test_points_of_the_figure(results):
     from matplotlib.figure import Figure
 
     axis = Figure().subplots()
-    paired.draw_pairs(axis, results, SET, "emoji_judge")
+    paired.draw_methods(axis, results, SET, "emoji_judge")
     without, explored = (lines[0] for lines in axis.containers)
     assert without.get_xdata() == pytest.approx([0.5, 0.2, 0.2])
     assert explored.get_xdata() == pytest.approx([0.9, 0.5])
@@ -131,12 +144,13 @@ def test_the_page(results, experiment, tmp_path):
     assert text.count("<svg") == 2 and "each method without and with DiffExp" in text
 
 
-def test_the_sweep_names_its_pairs(tmp_path):
-    from configs.sweeps import SWEEPS
-    from diffexp_jax.sweeps.plan import plan
-
-    arms = ["nft", "nft_diffexp"]
-    _, about = plan(["methods"], model="emoji_hard", seeds=[0], out=tmp_path, overrides={}, only=arms)
+def test_the_sweeps_of_methods(tmp_path):
+    """By each method's own batch, for as many queries; rates share the runs of methods."""
+    sweeps = (SWEEPS["methods"], SWEEPS["rates"])
+    planned, about = plan(["methods"], model="emoji_hard", seeds=[0], out=tmp_path, overrides={})
     (content,) = about.values()
-    assert content["pairs"]["nft_diffexp"] == "nft" and content["pairs"].keys() <= content["arms"].keys()
-    assert len(content["pairs"]) * 2 == len(SWEEPS["methods"]["arms"])
+    assert content["pairs"] == {f"{arm}_diffexp": arm for arm in content["arms"] if not arm.endswith("_diffexp")}
+    sizes = {(run.iterations, run.changes["eval.every"], run.changes["checkpoint.every"]) for run in planned}
+    assert sizes == {(12, 3, 3), (24, 6, 6)}  # of 64 and 32 images
+    assert all(sweeps[0]["arms"][arm] == sweeps[1]["arms"][arm] for arm in content["pairs"].values())
+    assert sweeps[1]["pairs"]["nft_lr_x3"] == "nft"
