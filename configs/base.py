@@ -374,8 +374,10 @@ def default() -> ml_collections.ConfigDict:
     # evaluates at 40.
     config.eval.steps = placeholder(int)  # sampling steps of evaluations; None: sampling.steps
     # 0 is the deterministic chain, as people sample: DDIM's, or the ODE of flow matching. Image grids, evaluate.py and
-    # sample.py follow eval.steps and eval.eta too.
+    # sample.py follow eval.steps, eval.eta and eval.guidance too.
     config.eval.eta = placeholder(float)  # noise of these steps, as sampling.eta; None: that
+    # For a run that trains without guidance (sampling.guidance=1), whose model people sample with it.
+    config.eval.guidance = placeholder(float)  # guidance of evaluations, as sampling.guidance; None: that
     config.eval.samples_per_prompt = 1  # images of each prompt in an evaluation
     config.eval.samples_per_set = 1  # images of each set at least: a small set gets more of each prompt
 

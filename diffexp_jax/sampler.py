@@ -64,9 +64,9 @@ class Sampler(NamedTuple):
         return sampler.negated(s.negative_prompt) if s.negative_prompt else sampler
 
     def evaluating(self, settings: Settings) -> "Sampler":
-        """A sampler of this model by the steps, and with the noise, that evaluation has."""
+        """A sampler of this model by the steps, and with the noise and the guidance, that evaluation has."""
         s = settings.eval_sampling
-        return self._replace(n_steps=s.steps, eta=s.eta, noise=s.noise_rule)
+        return self._replace(n_steps=s.steps, eta=s.eta, guidance=s.guidance, noise=s.noise_rule)
 
     def negated(self, negative_prompt: str) -> "Sampler":
         """A sampler whose guidance leads away from this prompt, as diffusers' `negative_prompt`; SDXL gets no zeros.

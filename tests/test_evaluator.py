@@ -169,13 +169,14 @@ def test_a_run_evaluates_by_steps_of_its_own(make_config):
         ({"eval.eta": 0.0}, 10, []),
         ({"eval.steps": 40}, 40, [*range(8)]),
         ({"eval.steps": 5, "eval.eta": 0.5}, 5, [0]),
-        ({"eval.steps": 40, "eval.eta": 0.0}, 40, []),
+        ({"eval.steps": 40, "eval.eta": 0.0, "eval.guidance": 1.5}, 40, []),
     ):
         changed_so = experiment._replace(settings=changed(experiment.settings, changes))
         sampler = Evaluator.of_experiment(changed_so, make_programs(changed_so), changed_so.frozen).sampler
         steps = sampler.steps(explore=False)
         assert steps.t.tolist() == sampler.pipeline.process.timesteps(n).tolist()
-        assert np.flatnonzero(steps.sigma_t).tolist() == noisy and set(steps.w_t.tolist()) == {sampler.guidance}
+        guidance = changes.get("eval.guidance", 3.0)
+        assert np.flatnonzero(steps.sigma_t).tolist() == noisy and set(steps.w_t.tolist()) == {guidance}
     (evaluation,) = (program for program in programs_of(changed_so) if program.name == "evaluate")
     assert evaluation.args[-1].t.shape[1:] == (40,)
     of_training = experiment.sampler.steps(explore=True, noise_from=2)
@@ -193,10 +194,10 @@ def test_settings_to_sample_by(workdir, tiny_model, monkeypatch):
     """A run's own, or as diffusers samples; others by name."""
     seen = []
     monkeypatch.setattr(Evaluator, "of_settings", lambda settings, **options: seen.append((settings, options)))
-    Evaluator.of_run(workdir, steps=7, weight_range=[1.0, 2.0], batch=3)
+    Evaluator.of_run(workdir, steps=7, guidance=4, weight_range=[1.0, 2.0], batch=3)
     Evaluator.of_model(tiny_model, guidance=2, scheduler=["timestep_spacing=trailing"], lora="l.safetensors")
     (of_run, options), (of_model, others) = seen
-    assert (of_run.eval_sampling.steps, of_run.sampling.guidance) == (7, 3.0)
+    assert (of_run.eval_sampling.steps, of_run.eval_sampling.guidance, of_run.sampling.guidance) == (7, 4.0, 3.0)
     assert of_run.exploration.weight_range == (1.0, 2.0)
     assert options == {"lora": workdir, "checkpoint": None, "batch": 3} and others == {"lora": "l.safetensors"}
     s = of_model.eval_sampling
@@ -224,7 +225,7 @@ def model(built, loras, tmp_path_factory):
     save_lora(file, loras[3], alpha=4.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sampler, "build", lambda config: built)
-        return Evaluator.of_model(lora=file, batch=2, steps=2)
+        return Evaluator.of_model(lora=file, batch=2, steps=2, guidance=3.0)
 
 
 def test_seeds_depend_on_nothing_else(model):
@@ -245,8 +246,9 @@ def test_seeds_depend_on_nothing_else(model):
 
 
 def test_images_by_the_steps_of_evaluation(model, built):
-    """eval.steps and eval.eta are what sampling.steps and sampling.eta would be: bit for bit the same images."""
-    training = changed(Settings(), {"sampling.steps": 9, "sampling.eta": 1.0, "eval.steps": 2})
+    """eval.steps, .eta and .guidance are what those of sampling would be: bit for bit the same images."""
+    other = {"sampling.steps": 9, "sampling.eta": 1.0, "sampling.guidance": 9.0}
+    training = changed(Settings(), other | {"eval.steps": 2, "eval.guidance": built.guidance})
     without, noisy = (
         replace(model, sampler=built.evaluating(changed(training, {"eval.eta": eta}))).images(PAIR, seed=3)
         for eta in (0.0, None)

@@ -19,7 +19,7 @@ from tests.support.tiny import as_flags
 DEFAULTS = flatten_dict(base.default().to_dict(), sep=".")
 TABLE = {key: known.accepted for key, known, _ in by_key(Settings()) if isinstance(known.accepted, Number)}
 OPTIONAL = {"model.image_size", "model.t5_tokens", "exploration.iterations", "cpu_devices"}  # None
-OPTIONAL |= {"hosts.number", "hosts.index", "eval.steps", "eval.eta"}
+OPTIONAL |= {"hosts.number", "hosts.index", "eval.steps", "eval.eta", "eval.guidance"}
 OPTIONAL |= {"model.scheduler.steps_offset", "model.scheduler.shift"}
 SEVERAL = {"reward_weights", "exploration.weight_range", "sampling.noise_steps"}
 WORDS = {"alignprop.reward_target"}  # a word or a number; the method reads it

@@ -105,7 +105,7 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 def _use(base: str, repository: str, lora_file: str, settings: Mapping[str, Any]) -> list[str]:
     """A program that draws a picture by the run's evaluation: without a type diffusers takes that of each file."""
-    steps, guidance = settings["eval.steps"] or settings["sampling.steps"], settings["sampling.guidance"]
+    steps, guidance = (_evaluated(settings, name) for name in ("steps", "guidance"))
     return [
         "```python",
         "import torch",
@@ -117,6 +117,12 @@ def _use(base: str, repository: str, lora_file: str, settings: Mapping[str, Any]
         "```",
         "",
     ]
+
+
+def _evaluated(settings: Mapping[str, Any], name: str) -> Any:
+    """What evaluation has of the sampling's settings."""
+    own = settings[f"eval.{name}"]
+    return settings[f"sampling.{name}"] if own is None else own
 
 
 def _results(rows: Sequence[dict[str, Any]], iteration: int) -> list[str]:
@@ -147,7 +153,7 @@ def _settings(run: RunFiles, base: str, reward: str, iteration: int) -> list[tup
     s = run.settings
     queries = {row["iteration"]: row["reward_queries"] for row in run.rows if "reward_queries" in row}.get(iteration)
     evaluated = [f"{s['eval.steps']} steps"] if s["eval.steps"] is not None else []
-    evaluated += [f"eta {s['eval.eta']:g}"] if s["eval.eta"] is not None else []
+    evaluated += [f"{name} {s[f'eval.{name}']:g}" for name in ("guidance", "eta") if s[f"eval.{name}"] is not None]
     prompts = file[2] if (file := _FILE.fullmatch(s["prompts"])) else s["prompts"]
     return [
         ("base model", base),

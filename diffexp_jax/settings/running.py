@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from diffexp_jax import backend
 from diffexp_jax.limits import Number, positive, setting, whole
 from diffexp_jax.models.precision import DTYPES
+from diffexp_jax.settings.sampling import GUIDANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,14 @@ class Eval:
         Number(0.0, 10.0, optional=True),
         about="""
         0 is the deterministic chain, as people sample: DDIM's, or the ODE of flow matching. Image grids, evaluate.py
-        and sample.py follow eval.steps and eval.eta too.
+        and sample.py follow eval.steps, eval.eta and eval.guidance too.
         """,
+    )
+    guidance: float | None = setting(
+        None,
+        "guidance of evaluations, as sampling.guidance; None: that",
+        GUIDANCE._replace(optional=True),
+        about="For a run that trains without guidance (sampling.guidance=1), whose model people sample with it.",
     )
     samples_per_prompt: int = setting(1, "images of each prompt in an evaluation", whole(1, 2**20))
     samples_per_set: int = setting(

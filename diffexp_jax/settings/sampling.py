@@ -67,8 +67,9 @@ class Sampling:
         """Which steps add noise, and how."""
         return Noise(self.noise, self.noise_steps, self.window)
 
-    def otherwise(self, *, steps: int | None, eta: float | None) -> "Sampling":
-        """These with another number of steps, of which the same share adds noise, or another eta; None: as it is."""
+    def otherwise(self, *, steps: int | None, eta: float | None, guidance: float | None) -> "Sampling":
+        """These with other steps, of which the same share adds noise, another eta or guidance; None: as it is."""
         steps, eta = self.steps if steps is None else steps, self.eta if eta is None else eta
+        guidance = self.guidance if guidance is None else guidance
         noise = self.noise_rule if steps == self.steps else self.noise_rule.spread(self.steps, steps)
-        return replace(self, steps=steps, eta=eta, noise_steps=noise.steps, window=noise.window)
+        return replace(self, steps=steps, eta=eta, guidance=guidance, noise_steps=noise.steps, window=noise.window)

@@ -139,7 +139,7 @@ class Settings:
     @property
     def eval_sampling(self) -> Sampling:
         """How images are sampled between iterations and after the run."""
-        return self.sampling.otherwise(steps=self.eval.steps, eta=self.eval.eta)
+        return self.sampling.otherwise(steps=self.eval.steps, eta=self.eval.eta, guidance=self.eval.guidance)
 
     @property
     def exploring_iterations(self) -> int:

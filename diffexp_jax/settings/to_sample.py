@@ -22,7 +22,7 @@ KEYS = {
     "image_size": "model.image_size",
     "t5_tokens": "model.t5_tokens",
     "steps": "eval.steps",
-    "guidance": "sampling.guidance",
+    "guidance": "eval.guidance",
     "eta": "eval.eta",
     "negative_prompt": "sampling.negative_prompt",
     "w_low": "exploration.w_low",

@@ -57,14 +57,15 @@ def test_a_local_base_model_and_words_of_markdown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     changes = {"model.path": "models/mine", "prompts": "a *bold*|dog\n# of <b>", "exploration.enabled": False}
-    changes |= {"eval.steps": 40, "eval.eta": 0.0}
+    changes |= {"eval.steps": 40, "eval.eta": 0.0, "eval.guidance": 2.5}
     run = write_run(tmp_path / "run", changes, iterations=())
     card.write(run, tmp_path / "c", iteration=10, reward="jpeg", lora_file="l.safetensors", repository="me/style_1")
     text = (tmp_path / "c" / "README.md").read_text()
     assert "base_model" not in front_matter(text) and "# style\\_1" in text.splitlines()
     assert "A LoRA for mine, " in text and "ddpo, without exploration." in text and "## Pictures" not in text
     assert r"| prompts | a \*bold\*\|dog # of \<b\> |" in text
-    assert "| evaluation | 40 steps, eta 0 |" in text and "num_inference_steps=40, guidance_scale=" in text
+    assert "| evaluation | 40 steps, guidance 2.5, eta 0 |" in text
+    assert "num_inference_steps=40, guidance_scale=2.5)" in text
     assert 'pipe.load_lora_weights("me/style_1", weight_name="l.safetensors")' in text
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["README.md"]
 
