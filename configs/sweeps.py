@@ -19,6 +19,7 @@ of paper.py.
 | steps_ddpo_REWARD | of no exploration: the update learns from the first 80, 60 or 40 % of the steps, not all |
 | tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
 | grpo | DiffExp, of configs/grpo.py; for `--model emoji_flow` above all |
+| parts_grpo | DiffExp and each of its parts within groups; one draw of words a prompt; no guidance in training |
 | methods | of every method without and with DiffExp, for the same reward queries; for the miniatures |
 | rates | of the same methods without exploration: a third of the learning rate, and three times it |
 
@@ -155,6 +156,9 @@ def _method(name, *, explore, changes=()):
     return f"{config}.py:explore={str(explore).lower()}", _EQUAL | own | dict(changes)
 
 
+_UNGUIDED = {"sampling.guidance": 1.0, "eval.guidance": lambda config: config.sampling.guidance}
+_IN_GROUPS = {"diffexp": {}, "constant": _CONSTANT, "per_prompt": {"exploration.scope": "prompt"}}
+_IN_GROUPS |= {part: PARTS[part] for part in ("weighting", "schedule")} | {"share_0.75": {"exploration.share": 0.75}}
 _RATES = {f"lr_x{factor}": times("optim.lr", factor) for factor in (0.33, 3)}
 _STEPS = {"all": {"ddpo.timestep_fraction": 1.0}}
 _STEPS |= {f"first_{100 * share:.0f}": {"ddpo.timestep_fraction": share} for share in (0.8, 0.6, 0.4)}
@@ -233,6 +237,12 @@ SWEEPS = {
     "grpo": _experiment(
         "GRPO with and without DiffExp",
         {"baseline": ("grpo.py:explore=false", {}), "diffexp": ("grpo.py:explore=true", {})},
+    ),
+    "parts_grpo": _experiment(
+        "GRPO for 768 reward queries: what each part of exploration does within groups, and training without guidance",
+        {"baseline": _method("grpo", explore=False)}
+        | {"unguided": _method("grpo", explore=False, changes=_UNGUIDED)}
+        | {arm: _method("grpo", explore=True, changes=changes) for arm, changes in _IN_GROUPS.items()},
     ),
     "methods": _experiment(
         "what each method learns from 768 reward queries, without and with DiffExp",

@@ -83,7 +83,8 @@ def test_every_arm_can_run(scripts, name, model):
     assert len(runs) == len(about["arms"]) == len({run.workdir for run in runs})
     assert "-plain-" in str(runs[list(about["arms"]).index(about["baseline"])].workdir)
     sizes = {(run.iterations, run.changes["eval.every"], run.changes["checkpoint.every"]) for run in runs}
-    assert about["pairs"] or (len(sizes) <= 2 and all(11 <= n / every <= 13 for n, every, _ in sizes))
+    short = name in ("methods", "rates", "parts_grpo")  # with few evaluations, see test_paired.py
+    assert short or (len(sizes) <= 2 and all(11 <= n / every <= 13 for n, every, _ in sizes))
 
 
 @pytest.mark.parametrize(
