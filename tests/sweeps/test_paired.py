@@ -23,9 +23,10 @@ SHARES = {  # by arm and seed: what the evaluations say; the finals are twice th
 }
 
 
-@pytest.fixture
-def experiment(make_config, tmp_path, tiny_settings):
+@pytest.fixture(scope="module")
+def experiment(make_config, tmp_path_factory, tiny_settings):
     """Three pairs: of nft one seed has both sides; of awm nothing has run with DiffExp."""
+    tmp_path = tmp_path_factory.mktemp("sweeps")
     sets = {"eval.every": 2, "eval.prompts": (tiny_settings["prompts"], *tiny_settings["eval.prompts"])}
     sets |= {"eval.rewards": ("emoji_judge",), "batch.group": 2}
     for (arm, seed), shares in (SHARES | {("awm", 0): [0.0, 0.0, 0.1]}).items():
@@ -49,7 +50,7 @@ def experiment(make_config, tmp_path, tiny_settings):
     return runs.find(tmp_path, "methods")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def results(experiment):
     """As they are read from the file."""
     return json.loads(json.dumps(analyse(experiment)))
