@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, Num
 from diffexp_jax import backend, parallel
 from diffexp_jax.errors import InputError
 from diffexp_jax.exploration import guidance_schedule, has_weights, measured, sample_phrase_weights
+from diffexp_jax.models.blocks import stacked
 from diffexp_jax.pipelines import (
     Conditioning,
     Pipeline,
@@ -39,6 +40,7 @@ class Sampler(NamedTuple):
     exploration: Exploration  # its `iterations` is a number
     noise: Noise = Noise()
     shards: bool = False  # whether the devices share out the large weights of the network and the text encoders
+    equal_blocks: int | None = None  # of the network, in a row, that are a loop in a program: so many or more
 
     @classmethod
     def build(cls, settings: Settings, *, weights: bool = True) -> "Sampler":
@@ -58,7 +60,8 @@ class Sampler(NamedTuple):
             empty = jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
         s, exploration = settings.sampling, replace(settings.exploration, iterations=settings.exploring_iterations)
         uncond = pipeline.unconditional(empty)
-        sampler = cls(pipeline, empty, uncond, s.steps, s.guidance, s.eta, exploration, s.noise_rule, shards)
+        of_devices = {"shards": shards, "equal_blocks": settings.model.equal_blocks(shards=shards)}
+        sampler = cls(pipeline, empty, uncond, s.steps, s.guidance, s.eta, exploration, s.noise_rule, **of_devices)
         for each in (sampler, sampler.evaluating(settings)):
             each.steps(explore=False)  # what the model's process does not accept
         return sampler.negated(s.negative_prompt) if s.negative_prompt else sampler
@@ -87,10 +90,12 @@ class Sampler(NamedTuple):
     @property
     def frozen(self) -> dict[str, Any]:
         """The arrays that sampling reads, by the pipeline's parts; the network's as the devices are to hold them."""
-        pipeline, params = self.pipeline, self.pipeline.sampling_params
-        if not self.shards:
-            return params
-        return params | {pipeline.trainable: parallel.shared_out(pipeline.base, backend.device_count())}
+        pipeline, base = self.pipeline, self.pipeline.base
+        if self.shards:
+            base = parallel.shared_out(base, backend.device_count())
+        if self.equal_blocks:
+            base = stacked(base, pipeline.blocks, at_least=self.equal_blocks)
+        return pipeline.sampling_params | {pipeline.trainable: base}
 
     def steps(self, *, explore: bool, noise_from: int | None = None) -> Steps:
         """The sampling steps; guidance follows Eq. 7 where `explore`, else it is constant.

@@ -41,7 +41,7 @@ BELOW = {
     | {"parallel", "rewards", "exploration", "limits", "backend", "paths"},
     "config_files": set(),
     "command": {"settings", "output", "paths", "config_files"},
-    "sampler": {"settings", "pipelines", "prompts", "exploration", "sampling", "parallel", "backend"},
+    "sampler": {"settings", "pipelines", "models.blocks", "prompts", "exploration", "sampling", "parallel", "backend"},
     "run": {"settings", "algorithms", "command", "parallel", "formats", "limits", "paths"},
     "task": {"sampler", "pipelines", "rewards", "prompts"},
     "chosen_rewards": {"settings", "algorithms", "rewards", "paths"},

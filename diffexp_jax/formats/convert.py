@@ -103,12 +103,17 @@ def _not_finite(name: str, value: np.ndarray, dtype: DTypeLike) -> str:
 
 def aligned(value: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     """A copy in C order that begins at a multiple of 64 bytes: all devices of a CPU can read it where it is."""
-    size = value.size * np.dtype(dtype).itemsize
-    buffer = np.empty(size + 63, np.uint8)
-    start = -buffer.ctypes.data % 64
-    copy = buffer[start : start + size].view(dtype).reshape(value.shape)
+    copy = empty_aligned(value.shape, dtype)
     copy[...] = value
     return copy
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """As `np.empty`, with a beginning at a multiple of 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 63, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _axes(table: Mapping[int, tuple[int, ...]], path: tuple[str, ...], ndim: int) -> tuple[int, ...]:

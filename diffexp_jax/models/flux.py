@@ -4,6 +4,7 @@ First image and prompt are two streams of tokens, as in SD3's transformer; then 
 where a token is: its queries and keys are turned. Guidance is an input of the network where it was distilled so (dev).
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from diffexp_jax.formats.config_keys import Keys, Many, checked, shown
 from diffexp_jax.limits import whole
 from diffexp_jax.models import mmdit, rotary
 from diffexp_jax.models.attention import attention
+from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, in_turn
 from diffexp_jax.models.layers import Dense, gelu_tanh
 from diffexp_jax.models.mmdit import Embedder, JointBlock, embedded_time, head, modulated, modulation
 from diffexp_jax.models.rotary import Rotation
@@ -38,6 +40,7 @@ KEYS = Keys(
     class_names=("FluxTransformer2DModel",),
 )
 
+SINGLE_BLOCKS = "single_transformer_blocks"
 PATCH = 2  # latent pixels of a token's side, which diffusers' pipeline puts together
 # What lora.targets may name -> the last parts of the names of layers; those of joined streams too
 LORA_TARGETS = {
@@ -126,13 +129,12 @@ class Flux(nn.Module):
         temb = temb + Embedder(width, dtype, name="time_text_embed.text_embedder")(pooled)
         text = Dense(width, dtype=dtype, name="context_embedder")(text)
         turn = rotary.of_image(height, across, text.shape[1], cfg.axes_dims_rope)
-        joint, single = (nn.remat(block) if self.remat else block for block in (JointBlock, SingleBlock))
-        for i in range(cfg.num_layers):
-            block = joint(cfg.num_attention_heads, True, False, False, dtype, name=f"transformer_blocks.{i}")
-            x, text = block(x, text, temb, turn)
+        blocks, heads = partial(in_turn, self, remat=self.remat), cfg.num_attention_heads
+        kinds = [(heads, True, False, False, dtype)] * cfg.num_layers
+        x, text = blocks(JointBlock, kinds, (x, text), temb, turn, name=TRANSFORMER_BLOCKS)
         n_image, x = x.shape[1], jnp.concatenate([x, text], axis=1)
-        for i in range(cfg.num_single_layers):
-            x = single(cfg.num_attention_heads, dtype, name=f"single_transformer_blocks.{i}")(x, temb, turn)
+        kinds = [(heads, dtype)] * cfg.num_single_layers
+        (x,) = blocks(SingleBlock, kinds, (x,), temb, turn, name=SINGLE_BLOCKS)
         x = head(x[:, :n_image], temb, cfg.in_channels, dtype)
         return as_latents(x, height).astype(jnp.float32)
 

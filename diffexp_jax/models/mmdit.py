@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from diffexp_jax.models.attention import attention
+from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, in_turn
 from diffexp_jax.models.layers import Conv, Dense, RMSNorm, gelu_tanh, of_the_same, param, timestep_embedding
 from diffexp_jax.models.lora import TARGETS
 from diffexp_jax.models.mmdit_config import MMDiTConfig
@@ -219,11 +220,9 @@ class MMDiT(nn.Module):
         temb = embedded_time(t, len(x), width, dtype)
         temb = temb + Embedder(width, dtype, name="time_text_embed.text_embedder")(pooled)
         text = Dense(width, dtype=dtype, name="context_embedder")(text)
-        block = nn.remat(JointBlock) if self.remat else JointBlock
-        for i in range(cfg.num_layers):
-            dual, last = i in cfg.dual_attention_layers, i == cfg.num_layers - 1
-            heads, norm = cfg.num_attention_heads, cfg.qk_norm is not None
-            x, text = block(heads, norm, dual, last, dtype, name=f"transformer_blocks.{i}")(x, text, temb)
+        heads, norm, last = cfg.num_attention_heads, cfg.qk_norm is not None, cfg.num_layers - 1
+        kinds = [(heads, norm, i in cfg.dual_attention_layers, i == last, dtype) for i in range(cfg.num_layers)]
+        x, _ = in_turn(self, JointBlock, kinds, (x, text), temb, name=TRANSFORMER_BLOCKS, remat=self.remat)
         x = head(x, temb, patch * patch * cfg.out_channels, dtype)
         return as_pixels(x, x_t.shape[1] // patch, patch).astype(jnp.float32)
 

@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from diffexp_jax.models.attention import attention
+from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, in_turn
 from diffexp_jax.models.layers import (
     Conv,
     Dense,
@@ -70,14 +71,9 @@ class Transformer2D(nn.Module):
         h = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
         h = project(width, dtype=self.dtype, name="proj_in")(h)
         h = h.reshape(x.shape[0], -1, width)
-        for i in range(self.depth):
-            block = _rematerialised(TransformerBlock, self.remat)
-            h = block(self.heads, self.dtype, name=f"transformer_blocks.{i}")(h, context)
+        kinds = [(self.heads, self.dtype)] * self.depth
+        (h,) = in_turn(self, TransformerBlock, kinds, (h,), context, name=TRANSFORMER_BLOCKS, remat=self.remat)
         return x + project(width, dtype=self.dtype, name="proj_out")(h.reshape(x.shape))
-
-
-def _rematerialised(module: type[nn.Module], on: bool) -> type[nn.Module]:
-    return nn.remat(module) if on else module
 
 
 class UNet(nn.Module):
@@ -107,7 +103,7 @@ class UNet(nn.Module):
         return temb
 
     def _resnet(self, features: int, name: str) -> ResnetBlock:
-        block = _rematerialised(ResnetBlock, self.remat)
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         return block(features, self.config.norm_num_groups, self.config.norm_eps, self.dtype, name=name)
 
     def _transformer(self, depth: int, level: int, name: str) -> Transformer2D:

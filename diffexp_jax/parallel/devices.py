@@ -94,9 +94,12 @@ def share(tree: Any) -> Any:
     be written any more, nor be donated to a program. Of a `Part` each device gets its own.
     """
 
+    def parts(part, kernel):
+        return (replace(part, kernel=kernel).of(place)[None] for place in _places_here())
+
     def one(x):
         if isinstance(x, Part):
-            return replace(x, kernel=_put(lambda _: (x.of(place)[None] for place in _places_here()), x.kernel))
+            return replace(x, kernel=_put(functools.partial(parts, x), x.kernel))
         return _put(lambda x: [x[None]] * backend.local_device_count(), x)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Part))

@@ -16,9 +16,10 @@ from diffexp_jax.formats import convert, files
 from diffexp_jax.formats.lora_names import TRANSFORMER
 from diffexp_jax.formats.tokenizers import load_t5_tokenizer, load_tokenizer
 from diffexp_jax.models import t5
+from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS
 from diffexp_jax.models.clip import CLIPTextConfig, TextTransformer
 from diffexp_jax.models.clip_files import canonical_text_names
-from diffexp_jax.models.flux import LORA_TARGETS, PATCH, Flux, FluxConfig
+from diffexp_jax.models.flux import LORA_TARGETS, PATCH, SINGLE_BLOCKS, Flux, FluxConfig
 from diffexp_jax.models.precision import in_precision
 from diffexp_jax.models.vae import AutoencoderKL, VAEConfig
 from diffexp_jax.pipelines.parts import decoder, loaded, read_configs, type_of_t5, variables
@@ -154,6 +155,7 @@ def build(
         latent_shape=(side, side, config.vae.latent_channels),
         lora_targets=LORA_TARGETS,
         lora_prefix=TRANSFORMER,
+        blocks=(TRANSFORMER_BLOCKS, SINGLE_BLOCKS),
         guidance=EMBEDDED,
     )
 

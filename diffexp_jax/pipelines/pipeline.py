@@ -48,6 +48,7 @@ class Pipeline(NamedTuple):
     latent_shape: tuple[int, int, int]  # (h, w, c)
     lora_targets: Mapping[str, tuple[str, ...]]  # what lora.targets may name -> the last parts of layers' names
     lora_prefix: str  # before the names of layers in LoRA files, as diffusers writes them: "unet.", "transformer."
+    blocks: tuple[str, ...] = ()  # names of the network's blocks, whose parameters may be stacked: see `blocks.stacked`
     guidance: Guidance = CLASSIFIER_FREE  # how the network takes its guidance scale
 
     @property

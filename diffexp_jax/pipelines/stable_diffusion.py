@@ -17,6 +17,7 @@ from diffexp_jax.exploration import reweight_prompt
 from diffexp_jax.formats import convert, files
 from diffexp_jax.formats.lora_names import UNET
 from diffexp_jax.formats.tokenizers import load_tokenizer
+from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS
 from diffexp_jax.models.clip import LEGACY_EOS, CLIPTextConfig
 from diffexp_jax.models.clip_files import canonical_text_names
 from diffexp_jax.models.lora import TARGETS
@@ -151,6 +152,7 @@ def build(
         latent_shape=(side, side, config.unet.in_channels),
         lora_targets=LORA_TARGETS,
         lora_prefix=UNET,
+        blocks=(TRANSFORMER_BLOCKS,),
     )
 
 

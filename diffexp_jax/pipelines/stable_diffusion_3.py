@@ -16,6 +16,7 @@ from diffexp_jax.formats import convert, files
 from diffexp_jax.formats.lora_names import TRANSFORMER
 from diffexp_jax.formats.tokenizers import load_t5_tokenizer, load_tokenizer
 from diffexp_jax.models import t5
+from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS
 from diffexp_jax.models.clip import CLIPTextConfig, TextTransformerWithProjection
 from diffexp_jax.models.clip_files import canonical_text_names
 from diffexp_jax.models.mmdit import LORA_TARGETS, MMDiT, MMDiTConfig, middle_of_table
@@ -202,6 +203,7 @@ def build(
         latent_shape=(side, side, config.transformer.in_channels),
         lora_targets=LORA_TARGETS,
         lora_prefix=TRANSFORMER,
+        blocks=(TRANSFORMER_BLOCKS,),
     )
 
 

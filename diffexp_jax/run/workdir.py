@@ -17,7 +17,8 @@ from diffexp_jax.settings import Settings, as_dict, flat, read_config
 
 # What a continued run may change: what it reports, and how its work is split, which moves nothing but last bits.
 _FREE = ("eval", "log", "checkpoint", "host_reward", "iterations", "compilation_cache", "cpu_devices", "stop_grace")
-_FREE += ("exploration.iterations", "batch.samples_per_forward", "model.remat", "model.vae_slice")
+_FREE += ("exploration.iterations", "batch.samples_per_forward", "model.remat", "model.scan_layers")
+_FREE += ("model.vae_slice",)
 # What may be called otherwise as long as it is the same: key -> its name in identity.json
 _IDENTIFIED = {"model.path": "model", "model.revision": "model", "model.variant": "model"}
 _IDENTIFIED |= {"prompts": "prompts", "model.tokenizer": "prompts", "reward": "reward"}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from diffexp_jax import paths
+from diffexp_jax import backend, paths
 from diffexp_jax.exploration import MEASURES
 from diffexp_jax.limits import Number, positive, setting, settings_of, whole
 from diffexp_jax.models.precision import DTYPES, MATMUL_PRECISIONS
@@ -44,6 +44,10 @@ class Scheduler:
         """{name: value} of what is not as in the file."""
         values = {name: getattr(self, name) for name, _ in settings_of(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+
+SCAN_LAYERS = ("auto", "true", "false")
+MANY = 8  # equal blocks in a row that "auto" makes a loop of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +114,28 @@ class Model:
         "step".
         """,
     )
+    scan_layers: str = setting(
+        "auto",
+        "whether a program holds a network's equal blocks once, as a loop, instead of each of them",
+        SCAN_LAYERS,
+        about="""
+        Of SDXL, SD 3 and FLUX. Such a program compiles in a fraction of the time and computes the same, to rounding. A
+        GPU copies a block's weights before it multiplies with them, which takes longer with few images at once. "auto":
+        for eight equal blocks or more, on TPUs, and on GPUs that share out the weights (`parallel.shard_weights`).
+        """,
+    )
     scheduler: Scheduler = Scheduler()
     vae_slice: int = setting(32, "images that the VAE decodes at once, at most", whole(1))
+
+    def equal_blocks(self, *, shards: bool) -> int | None:
+        """How many equal blocks in a row at least are a loop on this machine's devices; None: none are.
+
+        Args:
+          shards: the devices share out the network's weights.
+        """
+        if self.scan_layers == "auto":
+            return MANY if backend.platform() == "tpu" or (backend.platform() == "gpu" and shards) else None
+        return 2 if self.scan_layers == "true" else None
 
 
 @dataclass(frozen=True, kw_only=True)

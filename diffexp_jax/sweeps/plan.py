@@ -22,7 +22,7 @@ FINAL = "final.json"  # a run's final evaluation, in its folder
 
 # Settings that do not change what a run learns or reports: where and how its work is done
 _ELSEWHERE = ("seed", "cpu_devices", "compilation_cache", "host_reward", "log", "checkpoint", "deterministic")
-_ELSEWHERE += ("batch.samples_per_forward", "model.remat", "model.vae_slice")
+_ELSEWHERE += ("batch.samples_per_forward", "model.remat", "model.scan_layers", "model.vae_slice")
 
 
 class Run(NamedTuple):

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from diffexp_jax import parallel, train
 from diffexp_jax.errors import InputError
@@ -16,6 +17,7 @@ from diffexp_jax.prompts import PromptSet
 from diffexp_jax.run.metrics import read_metrics
 from tests.support.flux import PROMPTS, TINY, pipeline
 from tests.support.pipelines import both_of, saved_lora
+from tests.support.runs import LORA
 from tests.support.sd3 import channels_first
 
 T5_TOKENS, N_STEPS = 16, 10
@@ -204,3 +206,17 @@ def test_a_run_of_another_method(make, make_config, tmp_path, method):
     train.run(make_config(method, changes), tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
     assert last["iteration"] == 1 and last["grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_with_equal_blocks_as_a_loop(make, make_config, tmp_path):
+    """A run may go on with it: the same LoRA to rounding, under the same names of layers."""
+    settings = settings_of(make("schnell")[2]) | {"sampling.eta": 0.0, "exploration.enabled": False}
+    settings |= {"optim.eps": 1.0, "optim.lr": 1.0, "optim.schedule": "constant"}  # no division makes rounding larger
+    for name, iterations, scan in (("blocks", 2, "false"), ("loop", 1, "false"), ("loop", 2, "true")):
+        changes = settings | {"iterations": iterations, "model.scan_layers": scan}
+        train.run(make_config("draft", changes), tmp_path / name)
+    found, wanted = (load_file(tmp_path / name / LORA) for name in ("loop", "blocks"))
+    assert found.keys() == wanted.keys()
+    for key, x in wanted.items():
+        np.testing.assert_allclose(found[key], x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=key)

@@ -10,47 +10,73 @@ import runpy
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffexp_jax import parallel
 from diffexp_jax.models import layers
+from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, in_turn, stacked
 from diffexp_jax.parallel import weights
 from diffexp_jax.pipelines import encode_prompts, load_pipeline, on_one_device
 
 WIDTH, DEPTH = 256, 12
 
 
-def of_layers() -> dict[str, float]:
-    """Differences of value and gradient, and bytes of a device, of a deep network without and with sharing."""
-    layer = layers.Dense(WIDTH)
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.tanh(layers.Dense(WIDTH, name="dense")(x))
+
+
+class Deep(nn.Module):
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        return in_turn(self, Block, [()] * DEPTH, (x,), name=TRANSFORMER_BLOCKS, remat=self.remat)[0]
+
+
+def of_layers() -> dict[str, dict[str, float]]:
+    """Differences of value and gradient, and bytes of a device, of a deep network with sharing and without.
+
+    With it block after block, as a loop, and as a loop whose activations are computed again.
+    """
     kernels = np.random.default_rng(0).standard_normal((DEPTH, WIDTH, WIDTH)).astype(np.float32) / WIDTH**0.5
-    tree = [{"kernel": kernel, "bias": np.zeros(WIDTH, np.float32)} for kernel in kernels]
-    lora = {"A": np.full((WIDTH, 2), 0.01, np.float32), "B": np.full((2, WIDTH), 0.01, np.float32)}
-
-    def network(params, lora, x):
-        for of_layer in params:
-            x = jnp.tanh(layer.apply({"params": of_layer, "lora": lora}, x))
-        return x
-
-    def value_and_gradient(params, lora, x):
-        out, pull_back = jax.vjp(lambda lora: network(params, lora, x), lora)
-        return out, pull_back(jnp.ones_like(out))[0]
-
-    program, found = parallel.pmap(value_and_gradient), {}
+    names = [f"{TRANSFORMER_BLOCKS}.{i}" for i in range(DEPTH)]
+    dense = [{"dense": {"kernel": kernel, "bias": np.zeros(WIDTH, np.float32)}} for kernel in kernels]
+    tree = dict(zip(names, dense, strict=True))
+    pair = {"A": np.full((WIDTH, 2), 0.01, np.float32), "B": np.full((2, WIDTH), 0.01, np.float32)}
     x = parallel.shard(np.random.default_rng(1).standard_normal((8, WIDTH)).astype(np.float32), 8)
-    for name, params in (("copies", tree), ("parts", parallel.shared_out(tree, jax.device_count()))):
-        args = parallel.share(params), parallel.replicate(lora), x
+
+    def outcome(params, *, remat=False):
+        def value_and_gradient(params, pair, x):
+            def network(pair):
+                lora = dict.fromkeys(names, {"dense": pair})
+                return Deep(remat).apply({"params": params, "lora": lora}, x)
+
+            out, pull_back = jax.vjp(network, pair)
+            return out, pull_back(jnp.ones_like(out))[0]
+
+        args, program = (parallel.share(params), parallel.replicate(pair), x), parallel.pmap(value_and_gradient)
         memory = program.lower(*args).compile().memory_analysis()
-        found[name] = jax.device_get(program(*args)), memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    (copies, *bytes_of_copies), (parts, *bytes_of_parts) = found["copies"], found["parts"]
-    pairs = zip(jax.tree.leaves(copies), jax.tree.leaves(parts), strict=True)
-    return {
-        "difference": float(max(np.abs(a - b).max() / np.abs(a).max() for a, b in pairs)),
-        "arguments": bytes_of_parts[0] / bytes_of_copies[0],
-        "more temporaries": (bytes_of_parts[1] - bytes_of_copies[1]) / kernels.nbytes,
-    }
+        return jax.device_get(program(*args)), memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+    parts = parallel.shared_out(tree, jax.device_count())
+    loop = stacked(parts, [TRANSFORMER_BLOCKS], at_least=2)
+    copies, *of_copies = outcome(tree)
+    found = {"parts": outcome(parts), "loop": outcome(loop), "loop, again": outcome(loop, remat=True)}
+
+    def compared(numbers, arguments, temporaries):
+        pairs = zip(jax.tree.leaves(copies), jax.tree.leaves(numbers), strict=True)
+        return {
+            "difference": float(max(np.abs(a - b).max() / np.abs(a).max() for a, b in pairs)),
+            "arguments": arguments / of_copies[0],
+            "more temporaries": (temporaries - of_copies[1]) / kernels.nbytes,
+        }
+
+    return {name: compared(*outcome) for name, outcome in found.items()}
 
 
 def of_encoders() -> dict[str, float]:
