@@ -16,21 +16,22 @@ from tests.support.runs import LORA, PLAIN, assert_same_run, program
 # Adam with so large an epsilon follows the gradient itself: else the sign of a gradient that is almost zero decides
 LINEAR = {"optim.eps": 1.0, "optim.lr": 1.0, "optim.schedule": "constant"}
 FEW = PLAIN | {"iterations": 2, "batch.samples": 8, "batch.samples_per_forward": 2, "exploration.enabled": True}
+# The slope of a log-prob is (x_{t-1} - mean) / std^2, a difference of nearly equal numbers where there is little noise:
+# with the step from t = 251 to 1 the LoRAs differ by 2e-5, by the first two steps alone by 1e-6
+EARLY = 0.5
 CHANGES = {
-    "ddpo": {"ddpo.updates": 1, "ddpo.gradient": "twopass"},
-    "dpok": {"dpok.updates": 1},
+    "ddpo": {"ddpo.updates": 1, "ddpo.gradient": "twopass", "ddpo.timestep_fraction": EARLY},
+    "dpok": {"dpok.updates": 1, "dpok.timestep_fraction": EARLY},
     "rwr": {"rwr.updates": 1, "rwr.inner_epochs": 2},
     "nft": {"nft.advantage_clip": 1.0},  # else what draws and what pushes nearly cancel, and rounding is a part of it
     # Advantages that sum to 0 cancel what the loss of an untrained network has in common for all images, and rounding
     # of that is a part of the rest: clipped ones do not
     "awm": {"batch.samples": 16, "batch.group": 4, "awm.advantage_clip": 0.5},
-    # Rounding would decide which steps are clipped, and be a part of rewards that are nearly equal. The slope of a
-    # log-prob is (x_{t-1} - mean) / std^2, a difference of nearly equal numbers where there is little noise: with the
-    # step from t = 251 to 1 the LoRAs differ by 2e-5, by the first two steps alone by 1e-6
+    # Rounding would decide which steps are clipped, and be a part of rewards that are nearly equal
     "prdp": {
         "prdp.clip": 10.0,
         "prdp.beta": 1.0,
-        "prdp.timestep_fraction": 0.5,
+        "prdp.timestep_fraction": EARLY,
         "reward": "jax:sample_rewards:corner",
     },
     "entropy": {"entropy.alpha": 0.01},  # see seiko

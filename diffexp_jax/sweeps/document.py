@@ -97,19 +97,21 @@ def section(results: Mapping[str, Any]) -> str:
 
 
 _COMPARED = ["before", "without", "with DiffExp", "difference"]
-_QUERIES = ["queries, evaluated", "queries, training samples"]
+_QUERIES = ["as evaluated", "of training samples"]
+_QUERIES_LEAD = "Queries until the reward is the baseline's final one, relative to the baseline:"
 
 
 def overview(every: Results) -> str:
-    """The comparisons of DiffExp with plain fine-tuning, all that is measured of each."""
-    rows = []
+    """The comparisons of DiffExp with plain fine-tuning: all that is measured of each, then the queries it took."""
+    rows, queries = [], []
     for results in comparisons(every):
         for i, (prompts, what) in enumerate(measured(results)):
-            first, queries = ["", ""], ["", ""]
-            if i == 0:
-                first, queries = label(results), queries_cells(results)
-            rows.append([*first, f"{what}, {prompts}", *compared_cells(results, prompts, what), *queries])
-    return "\n".join(markdown(Table(["experiment", "seeds", "what", *_COMPARED, *_QUERIES], rows))) or NONE_YET
+            first = label(results) if i == 0 else ["", ""]
+            rows.append([*first, f"{what}, {prompts}", *compared_cells(results, prompts, what)])
+        queries.append([*label(results), *queries_cells(results)])
+    tables = (["experiment", "seeds", "what", *_COMPARED], rows), (["experiment", "seeds", *_QUERIES], queries)
+    written = ["\n".join(markdown(Table(*table))) for table in tables]
+    return f"{written[0]}\n\n{_QUERIES_LEAD}\n\n{written[1]}" if rows else NONE_YET
 
 
 def brief_overview(every: Results, folder: str) -> str:
