@@ -165,7 +165,8 @@ def run_all(runs: Sequence[Run], left: Sequence[tuple[Run, list[list[str]]]], pl
                 else:
                     free.append(item.place)
             runs_left = len(waiting) + len(active)
-            bar.set_postfix_str(f"{len(runs) - runs_left - len(failed)} of {len(runs)} runs done")
+            done_runs = f"{len(runs) - runs_left - len(failed)} of {len(runs)} runs done"
+            bar.set_postfix_str(done_runs, refresh=sys.stderr.isatty())  # into a file only when there is progress
     if received:
         stop(active, received[0])
         print("stopped; the same command continues", file=sys.stderr)
