@@ -1,7 +1,8 @@
 """The figure of an experiment: curves of all arms with their intervals over seeds, and the gain by base share."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from diffexp_jax.sweeps import paired
-from diffexp_jax.sweeps.cells import bin_name, measured
+from diffexp_jax.sweeps.cells import SHARES, bin_name, measured, telling_reward
 from diffexp_jax.sweeps.tables import gains_by_share
 
 matplotlib.use("Agg")
@@ -21,6 +22,8 @@ from diffexp_jax.report.page import SERIES  # noqa: E402
 from diffexp_jax.sweeps.comparison import mean_over_seeds  # noqa: E402
 
 WIDTH, HEIGHT = 4.2, 3.2  # inches of a panel
+ROW = 0.34  # inches of a method
+MARKERS = "oDs^v"
 COLUMNS = 2  # so that letters can be read where a page is as wide as a column of text
 DOTS = 144  # an inch, of the PNG
 MOST_BANDS = 3  # arms whose intervals can be told apart as bands; of more the tables have them
@@ -32,29 +35,40 @@ COLOURS = (*SERIES, "#e377c2", "#17becf", "#bcbd22")
 def save(results: Mapping[str, Any], stem: Path) -> None:
     """Writes STEM.png and STEM.svg: a panel for each curve, one legend; nothing is smoothed, in no arm.
 
-    Of arms in pairs it is `paired.save_figure`: so many curves cannot be told apart.
+    Of arms in pairs it is that of `save_methods`: so many curves cannot be told apart.
     """
     if results.get("pairs"):
-        return paired.save_figure(results, stem)
+        return save_methods(results, stem)
     panels = panels_of(results)
     shares = share_bars(results)
     n = len(panels) + bool(shares)
     columns = min(COLUMNS, n)
     rows = -(-n // columns)
-    with plt.rc_context({"svg.hashsalt": results["name"]} | OPTIONS):
-        size = {"figsize": (WIDTH * columns, HEIGHT * rows), "layout": "constrained"}
-        figure, axes = plt.subplots(rows, columns, squeeze=False, **size)
+    bands = "bands: 95 % intervals" if has_bands(results) else "95 % intervals: see the tables"
+    legend = f"means over seeds (their number in brackets); {bands}"
+    size = (WIDTH * columns, HEIGHT * rows)
+    with saved(results["name"], stem, legend, rows, columns, most=2 * columns, figsize=size) as axes:
         for axis in axes.flat[n:]:
             axis.set_axis_off()
         for axis, (kind, curve, title) in zip(axes.flat, panels, strict=False):
             draw_curves(axis, results, kind, curve, title)
         if shares:
             draw_bars(axes.flat[len(panels)], shares, results)
-        bands = "bands: 95 % intervals" if has_bands(results) else "95 % intervals: see the tables"
-        title = f"means over seeds (their number in brackets); {bands}"
+
+
+@contextlib.contextmanager
+def saved(name: str, stem: Path, title: str, rows: int, columns: int, *, most: int, **options: Any) -> Iterator[Any]:
+    """The panels [rows, columns] of a figure, drawn into within the block; then it is written, with the first's legend.
+
+    Args:
+      title: of the legend, of which at most `most` entries stand side by side.
+    """
+    with plt.rc_context({"svg.hashsalt": name} | OPTIONS):
+        figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
+        yield axes
         handles, labels = axes.flat[0].get_legend_handles_labels()
-        options = {"loc": "outside upper left", "ncols": min(len(labels), 2 * columns), "frameon": False}
-        figure.legend(handles, labels, title=title, **options)
+        place = {"loc": "outside upper left", "ncols": min(len(labels), most), "frameon": False}
+        figure.legend(handles, labels, title=title, **place)
         stem.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(f"{stem}.png", dpi=DOTS, metadata={"Software": None})
         figure.savefig(f"{stem}.svg", metadata={"Date": None})  # the same file each time
@@ -156,3 +170,45 @@ def draw_bars(axis: Any, shares: Mapping[str, list[Mapping[str, Any]]], results:
 def has_gain(one: Mapping[str, Any]) -> bool:
     """Whether a group of prompts has a mean to draw."""
     return one["gain"] is not None and one["gain"][0] is not None and math.isfinite(one["gain"][0])
+
+
+# ---------------------------------------------------------------------------------------------------- several methods
+
+
+def save_methods(results: Mapping[str, Any], stem: Path) -> None:
+    """Of each prompt set a panel, of each method a row with a point for each side."""
+    what, sets = telling_reward(results), paired.prompt_sets(results)
+    title = f"{plain(what)} of final models: means over seeds, 95 % intervals"
+    size = (WIDTH * 2, 1.3 + ROW * len(paired.methods_of(results)))
+    with saved(results["name"], stem, title, 1, len(sets), most=len(MARKERS) + 1, figsize=size, sharey=True) as axes:
+        for axis, prompts in zip(axes.flat, sets, strict=True):
+            draw_methods(axis, results, prompts, what)
+
+
+def draw_methods(axis: Any, results: Mapping[str, Any], prompts: str, what: str) -> None:
+    """A row for each method, the first on top."""
+    methods, labels = paired.methods_of(results), paired.labels_of(results)
+    for i, label in enumerate(labels):
+        arms = [paired.sides_of(results, method)[i] for method in methods]
+        found = {y: paired.final(results, arm, prompts, what) for y, arm in enumerate(arms)}
+        found = {y: estimate for y, estimate in found.items() if estimate}
+        places = [y + 0.36 * (i / (len(labels) - 1) - 0.5) for y in found]
+        spread = list(zip(*map(distances, found.values()), strict=True)) or None
+        style = {"fmt": MARKERS[i % len(MARKERS)], "color": ("black", *SERIES)[i], "markersize": 4, "elinewidth": 1}
+        axis.errorbar([estimate[0] for estimate in found.values()], places, xerr=spread, label=plain(label), **style)
+    base = results["base"].get(prompts, {}).get(what)
+    if base is not None:
+        axis.axvline(base, color="gray", linestyle="--", linewidth=0.9, label="before")
+    axis.set_yticks(range(len(methods)), [plain(method) for method in methods])
+    axis.set_ylim(len(methods) - 0.5, -0.5)
+    axis.set_title(plain(prompts), fontsize=9)
+    axis.grid(alpha=0.3, axis="x")
+    if what in SHARES:
+        axis.set_xlim(-0.03, 1.03)
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def distances(estimate: Sequence[float | None]) -> tuple[float, float]:
+    """From the mean down and up to the ends of its interval; a single seed has none."""
+    mean, low, high = estimate
+    return (0.0, 0.0) if low is None else (mean - low, high - mean)

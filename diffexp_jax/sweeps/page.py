@@ -55,9 +55,12 @@ def panels(results: Mapping[str, Any]) -> list:
 
 def paired_panel(results: Mapping[str, Any], prompts: str) -> Any:
     """A panel of `paired.draw_methods`."""
-    figure, what = Figure((SIZE[0], 1.0 + paired.ROW * len(paired.methods_of(results)))), telling_reward(results)
+    figure, what = (
+        Figure((SIZE[0], 1.0 + results_figure.ROW * len(paired.methods_of(results)))),
+        telling_reward(results),
+    )
     axis = figure.subplots()
-    paired.draw_methods(axis, results, prompts, what)
+    results_figure.draw_methods(axis, results, prompts, what)
     axis.legend(fontsize=8)
     figure.tight_layout()
     return drawing(figure, f"{what} of {prompts}: each method {' and '.join(paired.labels_of(results))}")

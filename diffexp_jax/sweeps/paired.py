@@ -1,22 +1,11 @@
-"""The tables and the figure of an experiment of several methods, each with variants, as without and with DiffExp."""
+"""The tables of an experiment of several methods, each with variants, as without and with DiffExp."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
+from diffexp_jax.report import Table
+from diffexp_jax.sweeps.cells import WITHIN_GROUPS, bin_name, cell, telling_reward
 
-from diffexp_jax.report import Table, plain
-from diffexp_jax.report.page import SERIES
-from diffexp_jax.sweeps.cells import SHARES, WITHIN_GROUPS, bin_name, cell, telling_reward
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.ticker import PercentFormatter  # noqa: E402
-
-WIDTH, ROW = 8.4, 0.34  # inches of the figure, and of one method
-DOTS = 144  # an inch, of the PNG
-MARKERS = "oDs^v"
 _LABELS = {"diffexp": "with DiffExp"}
 
 
@@ -146,52 +135,3 @@ def pooled_table(results: Mapping[str, Any]) -> Table:
             cells = cell(one["baseline"], content["what"]), cell(one["gain"], content["what"], signed=True)
             rows.append([prompts, bin_name(one), str(one["prompts"]), *cells])
     return Table(["prompts", "base model succeeds in", "prompts there", "without", "gain of DiffExp"], rows)
-
-
-# -------------------------------------------------------------------------------------------------------------- figure
-
-
-def save_figure(results: Mapping[str, Any], stem: Path) -> None:
-    """Writes STEM.png and STEM.svg: of each prompt set a panel, of each method a row with a point for each side."""
-    what, sets = telling_reward(results), prompt_sets(results)
-    with plt.rc_context({"svg.hashsalt": results["name"], "font.size": 9}):
-        size = {"figsize": (WIDTH, 1.3 + ROW * len(methods_of(results))), "sharey": True, "layout": "constrained"}
-        figure, axes = plt.subplots(1, len(sets), squeeze=False, **size)
-        for axis, prompts in zip(axes.flat, sets, strict=True):
-            draw_methods(axis, results, prompts, what)
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        title = f"{plain(what)} of final models: means over seeds, 95 % intervals"
-        figure.legend(handles, labels, title=title, loc="outside upper left", ncols=len(labels), frameon=False)
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(f"{stem}.png", dpi=DOTS, metadata={"Software": None})
-        figure.savefig(f"{stem}.svg", metadata={"Date": None})  # the same file each time
-        plt.close(figure)
-
-
-def draw_methods(axis: Any, results: Mapping[str, Any], prompts: str, what: str) -> None:
-    """A row for each method, the first on top."""
-    methods, labels = methods_of(results), labels_of(results)
-    for i, label in enumerate(labels):
-        arms = [sides_of(results, method)[i] for method in methods]
-        found = {y: final(results, arm, prompts, what) for y, arm in enumerate(arms)}
-        found = {y: estimate for y, estimate in found.items() if estimate}
-        places = [y + 0.36 * (i / (len(labels) - 1) - 0.5) for y in found]
-        spread = list(zip(*map(distances, found.values()), strict=True)) or None
-        style = {"fmt": MARKERS[i % len(MARKERS)], "color": ("black", *SERIES)[i], "markersize": 4, "elinewidth": 1}
-        axis.errorbar([estimate[0] for estimate in found.values()], places, xerr=spread, label=plain(label), **style)
-    base = results["base"].get(prompts, {}).get(what)
-    if base is not None:
-        axis.axvline(base, color="gray", linestyle="--", linewidth=0.9, label="before")
-    axis.set_yticks(range(len(methods)), [plain(method) for method in methods])
-    axis.set_ylim(len(methods) - 0.5, -0.5)
-    axis.set_title(plain(prompts), fontsize=9)
-    axis.grid(alpha=0.3, axis="x")
-    if what in SHARES:
-        axis.set_xlim(-0.03, 1.03)
-        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-def distances(estimate: Sequence[float | None]) -> tuple[float, float]:
-    """From the mean down and up to the ends of its interval; a single seed has none."""
-    mean, low, high = estimate
-    return (0.0, 0.0) if low is None else (mean - low, high - mean)

@@ -84,7 +84,8 @@ def paired(
     experiment: Experiment, results: Mapping[str, Any], names: Names, arms: Mapping[str, Mapping], base: Mapping
 ) -> dict[str, Any]:
     """What is told besides where arms come in pairs: what the runs cost, and the gains of all pairs together."""
-    costs = {arm: cost_of(runs, half_of_best(results), results) for arm, runs in arms.items()}
+    level = half_of_best(results)
+    costs = {arm: cost_of(runs, level, results) for arm, runs in arms.items()}
     couples = [(arms[arm], arms[without]) for arm, without in experiment.pairs.items() if {arm, without} <= arms.keys()]
     both = [(ours[seed], theirs[seed]) for ours, theirs in couples for seed in ours if seed in theirs]
     groups = {arm: found for arm, runs in arms.items() if (found := within_groups(runs.values()))}

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from configs.sweeps import SWEEPS
-from diffexp_jax.sweeps import document, figure, page, paired, runs
+from diffexp_jax.sweeps import document, figure, page, runs
 from diffexp_jax.sweeps.plan import plan
 from diffexp_jax.sweeps.results import analyse
 from diffexp_jax.sweeps.tables import all_tables
@@ -132,7 +132,7 @@ def test_points_of_the_figure(results):
     from matplotlib.figure import Figure
 
     axis = Figure().subplots()
-    paired.draw_methods(axis, results, SET, "emoji_judge")
+    figure.draw_methods(axis, results, SET, "emoji_judge")
     without, explored = (lines[0] for lines in axis.containers)
     assert without.get_xdata() == pytest.approx([0.5, 0.2, 0.2])
     assert explored.get_xdata() == pytest.approx([0.9, 0.5])
