@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from diffexp_jax import exploration, parallel
 from diffexp_jax.algorithms import Algorithm, Samples
 from diffexp_jax.algorithms.algorithm import chunked, unchunked
+from diffexp_jax.algorithms.optimizer import gradient_snr
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.pipelines import Conditioning, Pipeline
@@ -38,7 +39,8 @@ def make_programs(experiment: Experiment) -> Programs:
     """The programs of an experiment, whose arrays may be shapes."""
     algorithm, split, sample_chunk = experiment.algorithm(), experiment.split, None
     group = experiment.settings.batch.group
-    update = with_groups(algorithm.update, group) if algorithm.sample and group > 1 else algorithm.update
+    update = with_snr(algorithm.update, experiment.settings.optim)
+    update = with_groups(update, group) if algorithm.sample and group > 1 else update
     if experiment.trained.start:
         sample_chunk = parallel.pmap(experiment.algorithm(n_chunks=1).sample)
         sample = sample_and_score(sample_chunk, experiment.trained, split.chunks, split.per_forward)
@@ -52,6 +54,16 @@ def make_programs(experiment: Experiment) -> Programs:
         make_generate(experiment.sampler.pipeline, n_chunks=split.chunks, lora_scale=experiment.lora_scale),
         sample_chunk,
     )
+
+
+def with_snr(update: Callable, optim: Any) -> Callable:
+    """`Algorithm.update` whose metrics also say how far the newest gradients agree."""
+
+    def measured(state, frozen, inputs):
+        state, metrics = update(state, frozen, inputs)
+        return state, metrics | gradient_snr(state.opt_state, b1=optim.b1, b2=optim.b2)
+
+    return measured
 
 
 def with_groups(update: Callable, group: int) -> Callable:

@@ -64,8 +64,26 @@ def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
 
 def with_new_moments(opt_state: Any) -> Any:
     """The optimizer's state with Adam's moments as at first; the learning rate's schedule and the average go on."""
-
-    def is_adam(x):
-        return isinstance(x, optax.ScaleByAdamState)
-
     return jax.tree.map(lambda x: jax.tree.map(jnp.zeros_like, x) if is_adam(x) else x, opt_state, is_leaf=is_adam)
+
+
+def gradient_snr(opt_state: Any, *, b1: float, b2: float) -> dict[str, Float[Array, ""]]:
+    """{"grad_snr": sum of m^2 / sum of v}, of Adam's two moments without their bias, over all of the LoRA.
+
+    m / sqrt(v) is what Kingma & Ba (2015, section 2.1) call the signal-to-noise ratio. The square is 1 where the newest
+    gradients all agree, and (1 - b1) / (1 + b1) = 0.05 where they are noise. It is of clipped gradients, as the moments
+    are. Empty for an optimizer without these moments.
+    """
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(x)]
+    if not found:
+        return {}
+    adam = found[0]
+    m = optax.tree.bias_correction(adam.mu, b1, adam.count)
+    v = optax.tree.bias_correction(adam.nu, b2, adam.count)
+    signal, all_of_it = optax.tree.norm(m, squared=True), optax.tree.sum(v)
+    return {"grad_snr": jnp.where(all_of_it > 0.0, signal / all_of_it, 0.0)}
+
+
+def is_adam(x: Any) -> bool:
+    """Whether it is Adam's part of an optimizer's state."""
+    return isinstance(x, optax.ScaleByAdamState)

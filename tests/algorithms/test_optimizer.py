@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from diffexp_jax import train
-from diffexp_jax.algorithms.optimizer import learning_rate, make_optimizer
+from diffexp_jax.algorithms.optimizer import gradient_snr, learning_rate, make_optimizer, with_new_moments
 from diffexp_jax.algorithms.state import TrainState
 from diffexp_jax.errors import InputError
 from diffexp_jax.run import checkpoint
@@ -63,6 +63,33 @@ def test_the_moving_average_literal(make_config):
         np.testing.assert_allclose(state.average["A"], average, rtol=1e-6)
         assert state.n == n + 1
     jax.tree.map(np.testing.assert_array_equal, state.inner, plain)
+
+
+def snr_after(make_config, gradients, **changes):
+    """Adam's signal-to-noise ratio after updates by these gradients, none of them clipped."""
+    optim = make_config("ddpo", {"optim.grad_clip": 1e6} | changes).optim
+    optimizer, x = make_optimizer(optim, len(gradients)), {"A": jnp.zeros(len(gradients[0]))}
+    state = optimizer.init(x)
+    assert float(gradient_snr(state, b1=optim.b1, b2=optim.b2)["grad_snr"]) == 0.0  # of nothing
+    for gradient in gradients:
+        _, state = optimizer.update({"A": jnp.asarray(gradient)}, state, x)
+    assert float(gradient_snr(with_new_moments(state), b1=optim.b1, b2=optim.b2)["grad_snr"]) == 0.0
+    return float(gradient_snr(state, b1=optim.b1, b2=optim.b2)["grad_snr"])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_gradients_signal_to_noise_literal(make_config, ema):
+    """Equal gradients agree wholly; of (1, 0) and (0, 1) the newer weighs 1, the older 0.9 of 1.9."""
+    changes = {"optim.b1": 0.9, "optim.b2": 0.999, "optim.ema": ema}
+    assert snr_after(make_config, [[2.0, -1.0]] * 3, **changes) == pytest.approx(1.0, rel=1e-5)
+    crossed = (0.9**2 + 1.0) / 1.9**2
+    assert snr_after(make_config, [[1.0, 0.0], [0.0, 1.0]], **changes) == pytest.approx(crossed, rel=1e-4)
+    noise = np.random.default_rng(0).normal(size=(60, 4000)).astype(np.float32)
+    assert snr_after(make_config, list(noise), **changes) == pytest.approx(0.1 / 1.9, rel=0.05)
+
+
+def test_an_optimizer_without_moments_has_no_ratio():
+    assert gradient_snr(optax.sgd(0.1).init({"A": jnp.zeros(2)}), b1=0.9, b2=0.999) == {}
 
 
 def test_the_moving_average_is_kept_and_shown(make_config, tmp_path):
