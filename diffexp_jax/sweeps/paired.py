@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffexp_jax.report import Table
-from diffexp_jax.sweeps.cells import WITHIN_GROUPS, bin_name, cell, telling_reward
+from diffexp_jax.sweeps.cells import bin_name, cell, telling_reward
 
 _LABELS = {"diffexp": "with DiffExp"}
+_IN_GROUPS = {"reward/std_in_group": "standard deviation", "reward/best_in_group": "best"}
+_OF_GRADIENT = {"grad_snr": "grad_snr"}
 
 
 def methods_of(results: Mapping[str, Any]) -> list[str]:
@@ -51,7 +53,8 @@ def paired_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     found |= {
         "Diversity of the images of a prompt": diversity_table(results),
         "Cost of a run": cost_table(results),
-        "Rewards of a prompt's images in training, while it explores": groups_table(results),
+        "Rewards of a prompt's images in training, while it explores": training_table(results, _IN_GROUPS),
+        "How far the newest gradients agree, while it explores": training_table(results, _OF_GRADIENT),
     }
     pooled = "Gain of DiffExp, pooled over the methods, by how often the base model succeeds"
     return found | ({pooled: pooled_table(results)} if variants_of(results) == ["diffexp"] else {})
@@ -98,15 +101,15 @@ def cost_table(results: Mapping[str, Any]) -> Table:
     return Table(["method", *queries, "evaluations a query", "with a gradient", "seconds of training"], rows)
 
 
-def groups_table(results: Mapping[str, Any]) -> Table:
-    """What there is to compare within a group: how much its rewards differ, and the best of them."""
-    rows, groups = [], results["groups"]
+def training_table(results: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
+    """Metrics of training in the methods that have them; `titles` is what each is called."""
+    rows, training = [], results["training"]
     for method in methods_of(results):
-        sides = [groups.get(arm, {}) for arm in sides_of(results, method)]
-        if any(sides):
-            rows.append([method, *(cell(side.get(name), name) for name in WITHIN_GROUPS for side in sides)])
-    titles, labels = ("standard deviation", "best"), labels_of(results)
-    return Table(["method", *(f"{title}, {label}" for title in titles for label in labels)], rows)
+        sides = [training.get(arm, {}) for arm in sides_of(results, method)]
+        if any(name in side for name in titles for side in sides):
+            rows.append([method, *(cell(side.get(name), name) for name in titles for side in sides)])
+    labels = labels_of(results)
+    return Table(["method", *(f"{title}, {label}" for title in titles.values() for label in labels)], rows)
 
 
 def queries_cell(cost: Mapping[str, Any] | None) -> str:

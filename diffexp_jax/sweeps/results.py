@@ -9,7 +9,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.settings import Settings, flat
 from diffexp_jax.sweeps import comparison
-from diffexp_jax.sweeps.cells import WITHIN_GROUPS, telling_reward
+from diffexp_jax.sweeps.cells import IN_TRAINING, telling_reward
 from diffexp_jax.sweeps.comparison import Estimate
 from diffexp_jax.sweeps.runs import (
     Experiment,
@@ -88,15 +88,15 @@ def paired(
     costs = {arm: cost_of(runs, level, results) for arm, runs in arms.items()}
     couples = [(arms[arm], arms[without]) for arm, without in experiment.pairs.items() if {arm, without} <= arms.keys()]
     both = [(ours[seed], theirs[seed]) for ours, theirs in couples for seed in ours if seed in theirs]
-    groups = {arm: found for arm, runs in arms.items() if (found := within_groups(runs.values()))}
+    training = {arm: found for arm, runs in arms.items() if (found := in_training(runs.values()))}
     pooled = by_base_share(names, both, base)
-    return {"pairs": experiment.pairs, "costs": costs, "groups": groups, "pooled": pooled}
+    return {"pairs": experiment.pairs, "costs": costs, "training": training, "pooled": pooled}
 
 
-def within_groups(runs: Iterable[Seed]) -> dict[str, Estimate]:
-    """{metric: its mean over the iterations that explore, or would}, of methods that compare a prompt's images."""
+def in_training(runs: Iterable[Seed]) -> dict[str, Estimate]:
+    """{metric: its mean over the iterations that explore, or would}, of those of IN_TRAINING that all runs have."""
     of_runs = [run.rows[1 : 1 + run.settings.exploring_iterations] for run in runs]
-    means = {name: [np.mean([row.get(name, np.nan) for row in rows]) for rows in of_runs] for name in WITHIN_GROUPS}
+    means = {name: [np.mean([row.get(name, np.nan) for row in rows]) for rows in of_runs] for name in IN_TRAINING}
     return {name: rounded_estimate(comparison.mean_over_seeds(x)) for name, x in means.items() if np.isfinite(x).all()}
 
 

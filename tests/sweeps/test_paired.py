@@ -102,6 +102,8 @@ def test_tables(results):
         ["nft", "2.00", "2.00 [2.00, 2.00]", "4.00", "4.00 [4.00, 4.00]"],
         ["awm", "2.00", "-", "4.00", "-"],
     ]
+    agree = tables["How far the newest gradients agree, while it explores"].rows
+    assert agree[0] == ["ddpo", "0.200 [0.200, 0.200]", "0.200 [0.200, 0.200]"] and len(agree) == 3
     section = document.section(results)
     assert "ddpo_diffexp, nft_diffexp: `exploration.enabled=True`" in section
     assert "compared with the method itself" in section
