@@ -46,10 +46,11 @@ def default() -> ml_collections.ConfigDict:
     # latent a step is kept); also each "block" of the network. DDPO's gradient is of one step at a time: "none" is
     # "step".
     config.model.remat = "step"  # "none", "step" or "block"
-    # Of SDXL, SD 3 and FLUX. Such a program compiles in a fraction of the time and computes the same, to rounding. A
-    # GPU copies a block's weights before it multiplies with them, which takes longer with few images at once. "auto":
-    # for eight equal blocks or more, on TPUs, and on GPUs that share out the weights (`parallel.shard_weights`).
-    # Whether a program holds a network's equal blocks once, as a loop, instead of each of them
+    # Of SDXL, SD 3 and FLUX, and of text encoders and rewards that are CLIPs, T5 or ImageReward. Such a program
+    # compiles in a fraction of the time and computes the same, to rounding. A GPU copies a block's weights before it
+    # multiplies with them, which takes longer with few images at once. "auto": for eight equal blocks or more, on TPUs,
+    # and on GPUs that share out the weights (`parallel.shard_weights`).
+    # Whether a program holds equal blocks of a network once, as a loop, instead of each of them
     config.model.scan_layers = "auto"
 
     # Overrides of the model's scheduler_config.json, by its names; None: as in the file.

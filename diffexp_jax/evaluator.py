@@ -142,8 +142,7 @@ class Evaluator:
         Args:
           frozen: the experiment's, on the devices.
         """
-        split, trained = experiment.split, experiment.trained
-        params = {name: frozen.reward for name, reward in experiment.rewards.items() if reward is trained}
+        split, params = experiment.split, experiment.reported_params(frozen)
         return cls(
             sampler=experiment.sampler.evaluating(experiment.settings),
             params=frozen.model,

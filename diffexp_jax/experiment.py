@@ -24,7 +24,7 @@ from diffexp_jax.pipelines import Conditioning, make_context
 from diffexp_jax.prompts import load_prompt_sets, load_prompts
 from diffexp_jax.rewards import Reward
 from diffexp_jax.run.fingerprint import fingerprint
-from diffexp_jax.sampler import Sampler
+from diffexp_jax.sampler import Sampler, as_held
 from diffexp_jax.sampling import Steps
 from diffexp_jax.settings import Settings
 from diffexp_jax.task import Task
@@ -102,8 +102,24 @@ class Experiment(NamedTuple):
 
     @property
     def frozen(self) -> Frozen:
-        other = self.features if self.features is not self.trained else None
-        return Frozen(self.sampler.frozen, self.trained.params, other and other.params)
+        other = self._other_reward
+        return Frozen(self.sampler.frozen, self.reward_params(self.trained), other and self.reward_params(other))
+
+    def reward_params(self, reward: Reward) -> Any:
+        """A reward's weights as the devices are to hold them: each has them all."""
+        return as_held(reward.params, reward.blocks, shards=False, equal_blocks=self.sampler.equal_blocks)
+
+    @property
+    def _other_reward(self) -> Reward | None:
+        """The one whose image features the method reads, where it is not the trained one."""
+        return None if self.features is self.trained else self.features
+
+    def reported_params(self, frozen: Frozen) -> dict[str, Any]:
+        """The weights of the rewards that evaluation reports, on the devices, where those of `frozen` are already."""
+        return {
+            name: frozen.reward if reward is self.trained else parallel.share(self.reward_params(reward))
+            for name, reward in self.rewards.items()
+        }
 
     @property
     def lora_scale(self) -> float:
@@ -128,8 +144,8 @@ class Experiment(NamedTuple):
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model, the reward and the prompts, which do not depend on the names of their files."""
         trained, texts, tokens = self.trained, self.train.texts, self.train.tokens[self.reward]
-        features = self.frozen.features
-        read = (trained.params, tokens) if features is None else (trained.params, tokens, features)
+        other = self._other_reward
+        read = (trained.params, tokens) if other is None else (trained.params, tokens, other.params)
         return {
             "model": self.model,
             "reward": f"{self.settings.trained_reward.without_locations} {fingerprint(*read)}",

@@ -1,6 +1,6 @@
 """A model with the settings that it is sampled by: what training, evaluation and scripts/sample.py have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Num
 from diffexp_jax import backend, parallel
 from diffexp_jax.errors import InputError
 from diffexp_jax.exploration import guidance_schedule, has_weights, measured, sample_phrase_weights
-from diffexp_jax.models.blocks import stacked
+from diffexp_jax.models.blocks import OF_ENCODERS, stacked
 from diffexp_jax.pipelines import (
     Conditioning,
     Pipeline,
@@ -40,7 +40,7 @@ class Sampler(NamedTuple):
     exploration: Exploration  # its `iterations` is a number
     noise: Noise = Noise()
     shards: bool = False  # whether the devices share out the large weights of the network and the text encoders
-    equal_blocks: int | None = None  # of the network, in a row, that are a loop in a program: so many or more
+    equal_blocks: int | None = None  # of a network, in a row, that are a loop in a program: so many or more
 
     @classmethod
     def build(cls, settings: Settings, *, weights: bool = True) -> "Sampler":
@@ -54,13 +54,13 @@ class Sampler(NamedTuple):
         """
         pipeline = load_pipeline(settings.model.path, weights=weights, **pipeline_options(settings))
         shards = settings.parallel.shards(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pipeline.base)))
+        of_devices = {"shards": shards, "equal_blocks": settings.model.equal_blocks(shards=shards)}
         if weights:
-            empty = encode_empty(pipeline, program=program(shards))
+            empty = encode_empty(pipeline, program=program(**of_devices))
         else:
             empty = jax.tree.map(lambda x: x[0], zero_conditioning(pipeline, 1))
         s, exploration = settings.sampling, replace(settings.exploration, iterations=settings.exploring_iterations)
         uncond = pipeline.unconditional(empty)
-        of_devices = {"shards": shards, "equal_blocks": settings.model.equal_blocks(shards=shards)}
         sampler = cls(pipeline, empty, uncond, s.steps, s.guidance, s.eta, exploration, s.noise_rule, **of_devices)
         for each in (sampler, sampler.evaluating(settings)):
             each.steps(explore=False)  # what the model's process does not accept
@@ -90,11 +90,8 @@ class Sampler(NamedTuple):
     @property
     def frozen(self) -> dict[str, Any]:
         """The arrays that sampling reads, by the pipeline's parts; the network's as the devices are to hold them."""
-        pipeline, base = self.pipeline, self.pipeline.base
-        if self.shards:
-            base = parallel.shared_out(base, backend.device_count())
-        if self.equal_blocks:
-            base = stacked(base, pipeline.blocks, at_least=self.equal_blocks)
+        pipeline = self.pipeline
+        base = as_held(pipeline.base, pipeline.blocks, shards=self.shards, equal_blocks=self.equal_blocks)
         return pipeline.sampling_params | {pipeline.trainable: base}
 
     def steps(self, *, explore: bool, noise_from: int | None = None) -> Steps:
@@ -164,7 +161,9 @@ class Sampler(NamedTuple):
             )
         if not self.pipeline.tokenizers:
             return zero_conditioning(self.pipeline, len(prompts.texts))
-        cond, cut = encode_prompts(self.pipeline, prompts.texts, program=program(self.shards))
+        cond, cut = encode_prompts(
+            self.pipeline, prompts.texts, program=program(shards=self.shards, equal_blocks=self.equal_blocks)
+        )
         for longest, texts in cut.items():
             more = f" (and {len(texts) - 1} others)" if texts[1:] else ""
             logging.warning("prompt cut to %d tokens: %.100r%s", longest, texts[0], more)
@@ -214,9 +213,26 @@ class Sampler(NamedTuple):
             )
 
 
-def program(shards: bool) -> Callable:
+def as_held(params: Any, blocks: Sequence[str], *, shards: bool, equal_blocks: int | None) -> Any:
+    """Frozen weights as the devices are to hold them.
+
+    Args:
+      blocks: see `stacked`.
+      shards: each device has a part of the large kernels.
+      equal_blocks: see `Sampler`.
+    """
+    params = parallel.shared_out(params, backend.device_count()) if shards else params
+    return stacked(params, blocks, at_least=equal_blocks) if equal_blocks else params
+
+
+def program(*, shards: bool, equal_blocks: int | None) -> Callable:
     """How prompts are encoded: see `encode_prompts`."""
-    return parallel.by_all_devices if shards else on_one_device
+    by_devices = parallel.by_all_devices if shards else on_one_device
+
+    def of(function: Callable, params: Any) -> Callable:
+        return by_devices(function, as_held(params, OF_ENCODERS, shards=shards, equal_blocks=equal_blocks))
+
+    return of
 
 
 def pipeline_options(settings: Settings) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from diffexp_jax.formats import convert, files, pickles
 from diffexp_jax.formats.config_keys import Keys, check_divides, checked
 from diffexp_jax.limits import positive, whole
 from diffexp_jax.models.attention import attention
+from diffexp_jax.models.blocks import BERT_LAYERS, VIT_BLOCKS, in_turn
 from diffexp_jax.models.clip_config import GENERIC, ONE_VALUE
 from diffexp_jax.models.layers import Conv, Dense, LayerNorm, gelu
 
@@ -110,8 +111,7 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, width)), x], axis=1)  # [B, N, D]
         positions = (cfg.image_size // patch) ** 2 + 1
         x = x + self.param("pos_embed", init, (1, positions, width)).astype(self.dtype)
-        for i in range(cfg.vision_layers):
-            x = ViTBlock(cfg, self.dtype, name=f"blocks.{i}")(x)
+        (x,) = in_turn(self, ViTBlock, [(cfg, self.dtype)] * cfg.vision_layers, (x,), name=VIT_BLOCKS)
         return LayerNorm(_VIT_EPSILON, self.dtype, name="norm")(x)
 
 
@@ -163,9 +163,8 @@ class Bert(nn.Module):
         words = embed("word", cfg.vocab_size, ids)
         x = words + embed("position", cfg.max_position_embeddings, jnp.arange(ids.shape[1]))
         x = LayerNorm(cfg.layer_norm_eps, self.dtype, name="embeddings.LayerNorm")(x)
-        for i in range(cfg.num_hidden_layers):
-            x = BertLayer(cfg, self.dtype, name=f"encoder.layer.{i}")(x, ids != _PADDING, image)
-        return x
+        layers = [(cfg, self.dtype)] * cfg.num_hidden_layers
+        return in_turn(self, BertLayer, layers, (x,), ids != _PADDING, image, name=BERT_LAYERS)[0]
 
 
 class ImageReward(nn.Module):

@@ -20,6 +20,9 @@ from jaxtyping import Array
 from diffexp_jax.formats.convert import empty_aligned
 
 TRANSFORMER_BLOCKS = "transformer_blocks"  # what most networks call them, before the number
+# What encoders of text and images call theirs: CLIP's, T5's, BERT's, timm's
+CLIP_LAYERS, T5_BLOCKS, BERT_LAYERS, VIT_BLOCKS = "encoder.layers", "encoder.block", "encoder.layer", "blocks"
+OF_ENCODERS = (CLIP_LAYERS, T5_BLOCKS, BERT_LAYERS, VIT_BLOCKS)
 
 
 class Stack:

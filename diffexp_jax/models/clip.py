@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from diffexp_jax.models.attention import attention
+from diffexp_jax.models.blocks import CLIP_LAYERS, in_turn
 from diffexp_jax.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffexp_jax.models.layers import ACTIVATIONS, Conv, Dense, LayerNorm
 
@@ -26,15 +27,18 @@ class EncoderLayer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], before: Float[Array, "B L D"]
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
+        """(what the layer makes of x, x). The last layer's x is what SDXL takes; `before`, its own, is not read."""
         cfg, width = self.config, x.shape[-1]
         h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
         q, k, v = (Dense(width, dtype=self.dtype, name=f"self_attn.{c}_proj")(h) for c in "qkv")
         h = attention(q, k, v, cfg.num_attention_heads, is_causal=self.causal)
-        x = x + Dense(width, dtype=self.dtype, name="self_attn.out_proj")(h)
-        h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(x)
+        after = x + Dense(width, dtype=self.dtype, name="self_attn.out_proj")(h)
+        h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(after)
         h = Dense(cfg.intermediate_size, dtype=self.dtype, name="mlp.fc1")(h)
-        return x + Dense(width, dtype=self.dtype, name="mlp.fc2")(ACTIVATIONS[cfg.hidden_act](h))
+        return after + Dense(width, dtype=self.dtype, name="mlp.fc2")(ACTIVATIONS[cfg.hidden_act](h)), x
 
 
 @struct.dataclass
@@ -70,14 +74,13 @@ class TextTransformer(nn.Module):
 
         tokens = embed("token_embedding", cfg.vocab_size)(ids)
         positions = embed("position_embedding", cfg.max_position_embeddings)(jnp.arange(ids.shape[1]))
-        hidden = [tokens + positions]
-        for i in range(cfg.num_hidden_layers):
-            layer = EncoderLayer(cfg, causal=True, dtype=self.dtype, name=f"encoder.layers.{i}")
-            hidden.append(layer(hidden[-1]))
-        x = LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(hidden[-1])
+        x = tokens + positions
+        layers = [(cfg, True, self.dtype)] * cfg.num_hidden_layers
+        x, penultimate = in_turn(self, EncoderLayer, layers, (x, x), name=CLIP_LAYERS)
+        x = LayerNorm(cfg.layer_norm_eps, self.dtype, name="final_layer_norm")(x)
         eot = eot_positions(ids, cfg.eos_token_id)
         pooled = jnp.take_along_axis(x, eot[:, None, None], axis=1)[:, 0]  # [B, D]
-        return TextOutput(last_hidden_state=x, penultimate=hidden[-2], pooled=pooled)
+        return TextOutput(last_hidden_state=x, penultimate=penultimate, pooled=pooled)
 
 
 class VisionTransformer(nn.Module):
@@ -100,8 +103,8 @@ class VisionTransformer(nn.Module):
         name = "embeddings.position_embedding"
         x = x + nn.Embed(positions, width, dtype=self.dtype, embedding_init=init, name=name)(jnp.arange(positions))
         x = LayerNorm(cfg.layer_norm_eps, self.dtype, name="pre_layrnorm")(x)  # sic, the checkpoints' spelling
-        for i in range(cfg.num_hidden_layers):
-            x = EncoderLayer(cfg, causal=False, dtype=self.dtype, name=f"encoder.layers.{i}")(x)
+        layers = [(cfg, False, self.dtype)] * cfg.num_hidden_layers
+        x, _ = in_turn(self, EncoderLayer, layers, (x, x), name=CLIP_LAYERS)
         return LayerNorm(cfg.layer_norm_eps, self.dtype, name="post_layernorm")(x[:, 0])
 
 

@@ -21,6 +21,7 @@ from diffexp_jax.formats import files
 from diffexp_jax.formats.config_keys import Keys, checked
 from diffexp_jax.limits import positive, whole
 from diffexp_jax.models.attention import attention
+from diffexp_jax.models.blocks import T5_BLOCKS, in_turn
 from diffexp_jax.models.clip_config import GENERIC, ONE_VALUE
 from diffexp_jax.models.layers import Dense, RMSNorm, gelu_tanh
 
@@ -140,9 +141,8 @@ class T5Encoder(nn.Module):
         bias = nn.Embed(cfg.relative_attention_num_buckets, heads, dtype=self.dtype, name=name)(buckets)  # [L, L, H]
         bias = bias.transpose(2, 0, 1)[None]
         keys = None if mask is None else mask[:, None, None]
-        x = x.astype(jnp.float32)
-        for i in range(cfg.num_layers):
-            x = Block(cfg, self.dtype, name=f"encoder.block.{i}")(x, bias, keys)
+        kinds = [(cfg, self.dtype)] * cfg.num_layers
+        (x,) = in_turn(self, Block, kinds, (x.astype(jnp.float32),), bias, keys, name=T5_BLOCKS)
         return RMSNorm(cfg.layer_norm_epsilon, self.dtype, name="encoder.final_layer_norm")(x)
 
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffexp_jax import backend
 from diffexp_jax.parallel.devices import AXIS, Part, first, pmap, share
 
 LARGE = 2**18  # numbers that a kernel has at least if it is shared out
@@ -33,12 +32,12 @@ def shared_out(tree: Any, n: int) -> Any:
 
 
 def by_all_devices(function: Callable, params: Any) -> Callable:
-    """args -> function(params, args) as host arrays, where the devices of all hosts share out the large params.
+    """args -> function(params, args) as host arrays, by the devices of all hosts; `params` may have `Part`s.
 
     All of them compute the same, so every host has to call it, with the same args.
     """
     compiled = pmap(function, in_axes=(0, None))
-    params = share(shared_out(params, backend.device_count()))
+    params = share(params)
     return lambda args: first(compiled(params, args))
 
 

@@ -95,7 +95,8 @@ class Pipeline(NamedTuple):
 
 def on_one_device(function: Callable, params: Any) -> Callable:
     """args -> function(params, args) as host arrays, by the first device, which holds the params."""
-    compiled, params = jax.jit(function), jax.device_put(params)
+    compiled = jax.jit(function)
+    params = jax.tree.map(lambda x: jax.device_put(np.asarray(x)), params)  # one after the other: some are made here
     return lambda args: jax.device_get(compiled(params, args))
 
 
@@ -108,7 +109,7 @@ def encode_prompts(
 
     Args:
       program: (function, params) -> a function of ids, that computes function(params, ids) somewhere and gives host
-        arrays: `on_one_device`, or `parallel.by_all_devices` for encoders that no device can hold.
+        arrays: `on_one_device`, or by all of them for encoders that no device can hold (`sampler.program`).
 
     Raises:
       ValueError: the pipeline is one without its text encoders.

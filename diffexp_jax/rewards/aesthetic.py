@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from diffexp_jax.formats import convert, files, pickles
 from diffexp_jax.models import clip, clip_files, sizes
+from diffexp_jax.models.blocks import OF_ENCODERS
 from diffexp_jax.rewards.preprocess import CLIP, Statistics, clip_pixels, floor_half, official_crop, round_half
 from diffexp_jax.rewards.processor import statistics
 from diffexp_jax.rewards.reward import SHIPPED, Builtin, Reward, no_tokens, of_pixels
@@ -67,6 +68,7 @@ def build(model: clip.CLIP, params: Any, *, start: Callable = round_half, by: St
         prepare=partial(official_crop, size=size, start=start, by=by),
         score_prepared=score_prepared,
         embed=embed,
+        blocks=OF_ENCODERS,
     )
 
 

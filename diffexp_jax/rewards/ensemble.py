@@ -1,7 +1,8 @@
 """A weighted sum of rewards, each of which is reported on its own too."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from diffexp_jax.errors import InputError
@@ -51,8 +52,15 @@ def ensemble(rewards: Mapping[str, Reward], weights: Sequence[float], *, uncerta
             {name: reward.score_prepared(params[name], pixels[name], tokens[name]) for name, reward in rewards.items()}
         ),
         start=start if any(reward.start for reward in rewards.values()) else None,
+        blocks=blocks_of_all(rewards.values()),
         **by_first(rewards),
     )
+
+
+def blocks_of_all(rewards: Iterable[Reward]) -> tuple[str, ...]:
+    """`Reward.blocks` of a sum: names that mean blocks in each of its parts that has weights."""
+    named = [reward.blocks for reward in rewards if jax.tree.leaves(reward.params)]
+    return tuple(name for name in named[0] if all(name in names for names in named)) if named else ()
 
 
 def by_first(rewards: Mapping[str, Reward]) -> dict[str, Callable | None]:

@@ -12,6 +12,7 @@ from diffexp_jax.formats import tokenizers
 from diffexp_jax.formats.files import only_file
 from diffexp_jax.formats.pickles import SUFFIXES
 from diffexp_jax.models import clip, clip_files, open_clip, sizes
+from diffexp_jax.models.blocks import OF_ENCODERS
 from diffexp_jax.rewards.preprocess import CLIP, Statistics, normalise, official_pad, resize_and_pad
 from diffexp_jax.rewards.processor import statistics
 from diffexp_jax.rewards.reward import Builtin, Cutting, Reward, Tokenize, of_pixels, zero_tokens
@@ -60,6 +61,7 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize, by: Statistics = CL
         prepare=partial(official_pad, size=size, by=by),
         score_prepared=score_prepared,
         embed=lambda params, pixels: model.apply({"params": params}, pixels, method="embed_image"),
+        blocks=OF_ENCODERS,
     )
 
 

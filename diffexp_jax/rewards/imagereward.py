@@ -12,6 +12,7 @@ from diffexp_jax.formats import convert, tokenizers
 from diffexp_jax.formats.files import only_file
 from diffexp_jax.formats.pickles import SUFFIXES
 from diffexp_jax.models import blip
+from diffexp_jax.models.blocks import OF_ENCODERS
 from diffexp_jax.rewards.preprocess import clip_pixels, official_crop, round_half
 from diffexp_jax.rewards.reward import Builtin, Cutting, Reward, Tokenize, of_pixels, zero_tokens
 
@@ -53,6 +54,7 @@ def build(model: blip.ImageReward, params: Any, tokenize: Tokenize) -> Reward:
         pixels=partial(clip_pixels, size=size, start=round_half),
         prepare=partial(official_crop, size=size, start=round_half),
         score_prepared=score_prepared,
+        blocks=OF_ENCODERS,
     )
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from diffexp_jax.formats.tokenizers import check_size, load_tokenizer, token_ids
 from diffexp_jax.models import clip, clip_files, sizes
+from diffexp_jax.models.blocks import OF_ENCODERS
 from diffexp_jax.rewards.preprocess import CLIP, Statistics, clip_pixels, floor_half, official_crop
 from diffexp_jax.rewards.processor import statistics
 from diffexp_jax.rewards.reward import SHIPPED, Builtin, Cutting, Reward, Tokenize, of_pixels, zero_tokens
@@ -55,6 +56,7 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "lo
         prepare=partial(official_crop, size=size, start=floor_half, by=by),
         score_prepared=score_prepared,
         embed=lambda params, pixels: model.apply({"params": params}, pixels, method="embed_image"),
+        blocks=OF_ENCODERS,
     )
 
 

@@ -48,6 +48,7 @@ class Reward(NamedTuple):
     embed: Callable[[Any, Pixels], Float[Array, "B P"]] | None = None
     features: Callable[[Any, Float[Array, "B H W 3"]], Float[Array, "B P"]] | None = None
     target: float | None = None  # see `Builtin`
+    blocks: tuple[str, ...] = ()  # names of its networks' blocks, whose parameters may be stacked: see `blocks.stacked`
 
 
 class Builtin(NamedTuple):
@@ -80,6 +81,7 @@ def of_pixels(
     prepare: Callable[[UInt8[np.ndarray, "H W 3"]], Pixels],
     score_prepared: Callable[[Any, Pixels, Tokens], Scores],
     embed: Callable[[Any, Pixels], Float[Array, "B P"]] | None = None,
+    blocks: tuple[str, ...] = (),
 ) -> Reward:
     """A reward whose two paths differ in how they make pixels: `pixels` on the device, `prepare` on the host."""
 
@@ -89,8 +91,8 @@ def of_pixels(
     def features(params, images):
         return embed(params, pixels(images))
 
-    both = {"embed": embed, "features": embed and features}
-    return Reward(params, tokenize, score, prepare, score_prepared, **both)
+    features_of = {"embed": embed, "features": embed and features}
+    return Reward(params, tokenize, score, prepare, score_prepared, blocks=blocks, **features_of)
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,8 @@ def textnorm(reward: Reward, contrast: Contrast, *, temperature: float = 1.0) ->
     def score_prepared(params, pixels, tokens):
         return normalised(lambda one: reward.score_prepared(params, pixels, one)[0], tokens)
 
-    return Reward(
-        reward.params, tokenize, score, reward.prepare, score_prepared, embed=reward.embed, features=reward.features
-    )
+    kept = {"embed": reward.embed, "features": reward.features, "blocks": reward.blocks}
+    return Reward(reward.params, tokenize, score, reward.prepare, score_prepared, **kept)
 
 
 def swapped(text: str) -> list[str]:

@@ -116,12 +116,13 @@ class Model:
     )
     scan_layers: str = setting(
         "auto",
-        "whether a program holds a network's equal blocks once, as a loop, instead of each of them",
+        "whether a program holds equal blocks of a network once, as a loop, instead of each of them",
         SCAN_LAYERS,
         about="""
-        Of SDXL, SD 3 and FLUX. Such a program compiles in a fraction of the time and computes the same, to rounding. A
-        GPU copies a block's weights before it multiplies with them, which takes longer with few images at once. "auto":
-        for eight equal blocks or more, on TPUs, and on GPUs that share out the weights (`parallel.shard_weights`).
+        Of SDXL, SD 3 and FLUX, and of text encoders and rewards that are CLIPs, T5 or ImageReward. Such a program
+        compiles in a fraction of the time and computes the same, to rounding. A GPU copies a block's weights before it
+        multiplies with them, which takes longer with few images at once. "auto": for eight equal blocks or more, on
+        TPUs, and on GPUs that share out the weights (`parallel.shard_weights`).
         """,
     )
     scheduler: Scheduler = Scheduler()

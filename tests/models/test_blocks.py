@@ -7,8 +7,8 @@ from flax import traverse_util
 
 from diffexp_jax import backend, parallel
 from diffexp_jax.formats import convert
-from diffexp_jax.models import flux, lora, mmdit
-from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, Stack, stacked, stacked_lora
+from diffexp_jax.models import blip, clip, flux, lora, mmdit, t5
+from diffexp_jax.models.blocks import OF_ENCODERS, TRANSFORMER_BLOCKS, Stack, stacked, stacked_lora
 from diffexp_jax.models.flux import Flux, FluxConfig
 from diffexp_jax.models.mmdit import MMDiT, MMDiTConfig
 from diffexp_jax.models.unet import Transformer2D
@@ -139,3 +139,58 @@ def test_a_loop_computes_what_blocks_do(name):
     for path, x in traverse_util.flatten_dict(looped[0]).items():
         wanted = traverse_util.flatten_dict(one_by_one[0])[path]
         np.testing.assert_allclose(x, wanted, rtol=0, atol=1e-5 * largest, err_msg=str(path))
+
+
+IDS, PIXELS = np.array([[5, 4, 9, 36], [35, 1, 36, 36]], np.int32), normal(0, 2, 8, 8, 3)
+TOWER = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def of_clip_text():
+    """Its state before the last layer too."""
+    sizes = TOWER | {"vocab_size": 37, "max_position_embeddings": 5, "eos_token_id": 36}
+    return clip.TextTransformer(clip.CLIPTextConfig.from_dict(sizes)), (IDS,), 1
+
+
+def of_clip_vision():
+    return (
+        clip.VisionTransformer(clip.CLIPVisionConfig.from_dict(TOWER | {"image_size": 8, "patch_size": 4})),
+        (PIXELS,),
+        1,
+    )
+
+
+def of_t5():
+    sizes = {"vocab_size": 37, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 3, "num_heads": 2}
+    config = t5.T5Config.from_dict(sizes | {"feed_forward_proj": "gated-gelu"})
+    return t5.T5Encoder(config), (IDS, IDS != 36), 1
+
+
+def of_imagereward():
+    """The image's tower and BERT."""
+    sizes = {"vision_width": 64, "vision_layers": 3, "image_size": 8, "patch_size": 4, "head_widths": (4, 3, 2, 2, 1)}
+    config = blip.BLIPConfig(**TOWER, vocab_size=37, max_position_embeddings=5, **sizes)
+    return blip.ImageReward(config), (PIXELS, IDS), 2
+
+
+@pytest.mark.parametrize("make", [of_clip_text, of_clip_vision, of_t5, of_imagereward])
+def test_an_encoders_loop_computes_what_its_blocks_do(make):
+    """All that it gives, and the gradient in the images."""
+    (network, args, n_runs), rng = make(), np.random.default_rng(0)
+    shapes = convert.abstract_params(network, *args)
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 3, shapes)
+    runs = parallel.first(parallel.share(stacked(params, OF_ENCODERS, at_least=3)))
+    names = [name for path in traverse_util.flatten_dict(runs) for name in path if name.endswith("+")]
+    assert len(set(names)) == n_runs
+
+    def value(first, params):
+        out = network.apply({"params": params}, first, *args[1:])
+        return sum(x.mean() for x in jax.tree.leaves(out)), out
+
+    def found(params):
+        if args[0] is PIXELS:
+            return jax.jit(jax.grad(value, has_aux=True))(args[0], params)
+        return jax.jit(value)(args[0], params)
+
+    one_by_one, looped = found(params), found(runs)
+    for ours, wanted in zip(*map(jax.tree.leaves, (looped, one_by_one)), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())

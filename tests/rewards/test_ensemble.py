@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffexp_jax import parallel
 from diffexp_jax.chosen_rewards import load_rewards
 from diffexp_jax.cli import score
 from diffexp_jax.errors import InputError
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.formats.pictures import read_picture
 from diffexp_jax.rewards import BUILTINS, load_reward, spec
 from diffexp_jax.rewards.ensemble import ensemble
@@ -37,6 +39,30 @@ def constant(offset):
 
     params = {"offset": jnp.float32(offset)}
     return of_pixels(params, tokenize=tokenize, pixels=lambda x: x, prepare=as_floats, score_prepared=score_prepared)
+
+
+def test_blocks_are_those_of_all_parts_with_weights():
+    """A part of another kind may mean something else by the name."""
+    first, second = (constant(1.0)._replace(blocks=blocks) for blocks in (("a", "b"), ("b", "c")))
+    without = constant(1.0)._replace(params={}, blocks=())
+    assert ensemble({"x": first, "y": second, "z": without}, [1, 1, 1]).blocks == ("b",)
+    assert ensemble({"x": first, "y": constant(1.0)}, [1, 1]).blocks == ()
+    assert ensemble({"z": without}, [1]).blocks == ()
+
+
+def test_blocks_as_a_loop_give_the_same_rewards(make_config, tiny_clip):
+    """Of a sum, and with textnorm, as a run's programs and its evaluation read them."""
+    images = np.random.default_rng(0).uniform(size=(2, 16, 16, 3)).astype(np.float32)
+    spec = f"pickscore:{tiny_clip}+textnorm(emoji_pickscore)"
+    found = {}
+    for way in ("false", "true"):
+        experiment = Experiment.build(checked(make_config("ddpo", {"reward": spec, "model.scan_layers": way})))
+        params = parallel.first(parallel.share(experiment.frozen.reward))
+        names = {name for path, _ in jax.tree.leaves_with_path(params) for name in map(str, path) if "+'" in name}
+        assert bool(names) == (way == "true")
+        tokens = jax.tree.map(lambda x: x[:2], experiment.train.tokens[experiment.reward])
+        found[way] = experiment.trained.score(params, images, tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found["true"], found["false"])
 
 
 IMAGES = np.ones((2, 4, 4, 3), np.float32) * np.array([0.5, 1.0], np.float32)[:, None, None, None]

@@ -19,7 +19,8 @@ from diffexp_jax import parallel
 from diffexp_jax.models import layers
 from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, in_turn, stacked
 from diffexp_jax.parallel import weights
-from diffexp_jax.pipelines import encode_prompts, load_pipeline, on_one_device
+from diffexp_jax.pipelines import encode_prompts, load_pipeline
+from diffexp_jax.sampler import program
 
 WIDTH, DEPTH = 256, 12
 
@@ -80,12 +81,14 @@ def of_layers() -> dict[str, dict[str, float]]:
 
 
 def of_encoders() -> dict[str, float]:
-    """The largest difference of prompts' embeddings, and how many of the encoders' kernels are shared out."""
+    """The largest difference of prompts' embeddings, also with the encoders' blocks as loops; and how many of their
+    kernels are shared out."""
     pipeline = load_pipeline("emoji_flow")
     texts = ["a dog riding a bike", "an ant", ""]
-    ways = (on_one_device, parallel.by_all_devices)
-    copies, parts = (encode_prompts(pipeline, texts, program=program)[0] for program in ways)
-    pairs = zip(jax.tree.leaves(copies), jax.tree.leaves(parts), strict=True)
+    ways = [(False, None), (True, None), (False, 2), (True, 2)]
+    programs = [program(shards=shards, equal_blocks=blocks) for shards, blocks in ways]
+    copies, *others = (encode_prompts(pipeline, texts, program=program)[0] for program in programs)
+    pairs = [pair for other in others for pair in zip(jax.tree.leaves(copies), jax.tree.leaves(other), strict=True)]
     tree = parallel.shared_out({part: pipeline.params[part] for part in pipeline.text_parts}, jax.device_count())
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, parallel.Part))
     return {
