@@ -21,7 +21,7 @@ of paper.py.
 | grpo | DiffExp, of configs/grpo.py; for `--model emoji_flow` above all |
 | parts_grpo | DiffExp and each of its parts within groups; one draw of words a prompt; no guidance in training |
 | methods | of every method without and with DiffExp, for the same reward queries; for the miniatures |
-| rates | of the same methods without exploration: a third of the learning rate, and three times it |
+| rates | of the same methods without exploration: the same three learning rates for each |
 
 Arms of different experiments that come to the same config share their runs. ALGORITHM is ddpo or alignprop, REWARD is
 aesthetic or pickscore.
@@ -159,7 +159,7 @@ def _method(name, *, explore, changes=()):
 _UNGUIDED = {"sampling.guidance": 1.0, "eval.guidance": lambda config: config.sampling.guidance}
 _IN_GROUPS = {"diffexp": {}, "constant": _CONSTANT, "per_prompt": {"exploration.scope": "prompt"}}
 _IN_GROUPS |= {part: PARTS[part] for part in ("weighting", "schedule")} | {"share_0.75": {"exploration.share": 0.75}}
-_RATES = {f"lr_x{factor}": times("optim.lr", factor) for factor in (0.33, 3)}
+_RATES = {f"lr_{rate:g}": {"optim.lr": rate} for rate in (0.003, 0.01, 0.03)}
 _STEPS = {"all": {"ddpo.timestep_fraction": 1.0}}
 _STEPS |= {f"first_{100 * share:.0f}": {"ddpo.timestep_fraction": share} for share in (0.8, 0.6, 0.4)}
 _FIG1 = {"eval.rewards": held_out}
@@ -255,7 +255,7 @@ SWEEPS = {
         pairs={f"{name}_diffexp": name for name in _METHODS},
     ),
     "rates": _experiment(
-        "each method at a third of its learning rate, at its own and at three times it, without exploration",
+        "each method without exploration at its own learning rate, and at three that are the same for all",
         {
             arm: _method(name, explore=False, changes=changes)
             for name in _METHODS

@@ -156,4 +156,4 @@ def test_the_sweeps_of_methods(tmp_path):
     sizes = {(run.iterations, run.changes["eval.every"], run.changes["checkpoint.every"]) for run in planned}
     assert sizes == {(12, 3, 3), (24, 6, 6)}  # of 64 and 32 images
     assert all(sweeps[0]["arms"][arm] == sweeps[1]["arms"][arm] for arm in content["pairs"].values())
-    assert sweeps[1]["pairs"]["nft_lr_x3"] == "nft"
+    assert sweeps[1]["pairs"]["nft_lr_0.03"] == "nft"
