@@ -54,7 +54,7 @@ def times(key, factor):
 
 
 def mean_guidance(config):
-    """The mean of Eq. 7's schedule over the steps, which are evenly spaced: a share of them is above t_thresh."""
+    """The mean of Eq. 7's schedule over the steps: t_thresh is a share of them, or their timesteps are even."""
     low = (1000 - config.exploration.t_thresh) / 1000
     return low * config.exploration.w_low + (1 - low) * config.sampling.guidance
 
