@@ -21,6 +21,8 @@ from diffexp_jax.limits import one_of
 
 GIB = 2**30
 _TPU_HOST = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+# what compiles alone holds no TPU: two may plan at once, and beside a run
+_TPU_HOST |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 # Chips along the axes of a TPU's slices, from the smallest: a host has four chips
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
