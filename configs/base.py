@@ -197,7 +197,8 @@ def default() -> ml_collections.ConfigDict:
     config.ddpo.clip = 1e-4  # how far the importance ratio may be from 1
     # "sampled": the log-probs of the sampling program. "recomputed": the same by the update program, for one more
     # forward pass of all but the first update's samples. "current": each update's own, so that there is no ratio and no
-    # clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/understand/precision.md).
+    # clip. "auto": "sampled" in float32 on a CPU where the clip is at least 1e-5, else "recomputed"
+    # (docs/understand/precision.md).
     config.ddpo.old_log_prob = "auto"  # what the importance ratio is relative to
     # 1: all, as published. DDIM's last but one step, to an image with hardly any noise left, has by far the largest
     # gradient and says least about the reward: the fewer the steps, the more so (docs/understand/methods/ddpo.md).

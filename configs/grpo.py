@@ -2,10 +2,12 @@
 
     python -m diffexp_jax.train --config configs/grpo.py:model=emoji,explore=true --workdir runs/grpo
 
-Arguments (all optional): model, reward, prompts, explore; see arguments.py. The settings are those of Flow-GRPO's fast
-recipe (Liu et al. 2025, arXiv 2505.05470, and its code) for Stable Diffusion 3.5 with PickScore: ten steps, noise in
-three of the first five, no guidance in sampling and training, no KL; evaluation by 40 steps without noise. Without
-guidance DiffExp's weights of words alone explore. The first recipe has guidance, and noise in all steps but the last:
+Arguments (all optional): model, reward, prompts, explore; see arguments.py. The settings are Flow-GRPO's (Liu et al.
+2025, arXiv 2505.05470, and its code) for Stable Diffusion 3.5 with PickScore. From its fast recipe are the noise in
+three of the first five of ten steps, no guidance in sampling and training, and no KL. From the first one are the rule
+of the noise, the clip and the groups: the fast one's noise (cps, 0.8) comes with a clip of 1e-5 of another log-prob
+than a Gaussian's. Evaluation is by 40 steps without noise. Without guidance DiffExp's weights of words alone explore.
+The first recipe has guidance, and noise in all steps but the last:
 
     --config.sampling.guidance=4.5 --config.sampling.noise_steps=0,9 --config.sampling.window=0
     --config.ddpo.kl_weight=0.04 --config.ddpo.kl_by_length=True

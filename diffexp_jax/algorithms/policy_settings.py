@@ -10,6 +10,7 @@ from diffexp_jax.limits import positive, setting, whole
 
 # Where the log-probs of the sampling policy come from, see `policy_gradient.several_updates` and below
 OLD_LOG_PROBS = ("sampled", "recomputed", "current")
+AGREE = 1e-5  # to which a float32 log-prob is the same in two programs on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class PolicyMethod(Method):
         about="""
         "sampled": the log-probs of the sampling program. "recomputed": the same by the update program, for one more
         forward pass of all but the first update's samples. "current": each update's own, so that there is no ratio and
-        no clip. "auto": "sampled" in float32 on a CPU, else "recomputed" (docs/understand/precision.md).
+        no clip. "auto": "sampled" in float32 on a CPU where the clip is at least 1e-5, else "recomputed"
+        (docs/understand/precision.md).
         """,
     )
     timestep_fraction: float = setting(
@@ -50,11 +52,13 @@ class PolicyMethod(Method):
         "auto" takes the sampling program's log-probs in float32 on a CPU, where that program and the update's agree to
         1e-5, and recomputed ones elsewhere. Not "current", although in 16 bits rounding changes a log-prob by more than
         an update does, so that about half of the samples are clipped for no reason: with several updates an iteration
-        the clip is all that bounds them (docs/understand/precision.md shows the curves).
+        the clip is all that bounds them (docs/understand/precision.md shows the curves). A clip that is smaller than
+        what two programs differ by wants recomputed ones everywhere.
         """
         if self.old_log_prob != "auto":
             return self.old_log_prob
-        return "sampled" if full_float32 and backend.platform() == "cpu" else "recomputed"
+        agree = full_float32 and backend.platform() == "cpu" and self.clip >= AGREE
+        return "sampled" if agree else "recomputed"
 
     def trained_steps(self, n_steps: int) -> int:
         """How many of so many steps, all that add noise, are learnt from, at least one."""

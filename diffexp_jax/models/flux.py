@@ -97,7 +97,8 @@ class SingleBlock(nn.Module):
         q, k, v = mmdit.queries_keys_values(h, self.heads, dtype, "attn", norm=True)
         out = attention(turn.turned(q, self.heads), turn.turned(k, self.heads), v, self.heads)
         wide = gelu_tanh(Dense(4 * width, dtype=dtype, name="proj_mlp")(h))
-        return x + gate * Dense(width, dtype=dtype, name="proj_out")(jnp.concatenate([out, wide], axis=-1))
+        x = x + gate * Dense(width, dtype=dtype, name="proj_out")(jnp.concatenate([out, wide], axis=-1))
+        return mmdit.within_float16(x)
 
 
 class Flux(nn.Module):

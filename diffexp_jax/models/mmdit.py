@@ -24,6 +24,7 @@ from diffexp_jax.parallel import waiting
 
 TIME_WIDTH = 256  # of the timestep's sinusoids
 EPSILON = 1e-6  # of all norms
+FLOAT16_MAX = 65504.0
 IMAGE, TEXT = ("to_{}", "norm_{}"), ("add_{}_proj", "norm_added_{}")  # a stream's layers in an attention
 
 # What lora.targets may name -> the last parts of the names of layers. Most recipes train the first alone.
@@ -105,6 +106,11 @@ def feed_forward(x: Float[Array, "B L D"], dtype: DTypeLike, name: str) -> Float
     return Dense(x.shape[-1], dtype=dtype, name=f"{name}.net.2")(h)
 
 
+def within_float16(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """x, in float16 within what that can hold: FLUX's tokens leave it, and diffusers clips them there too."""
+    return jnp.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if x.dtype == jnp.float16 else x
+
+
 def head(x: Float[Array, "B L D"], temb: Float[Array, "B D"], features: int, dtype: DTypeLike) -> Float[Array, "B L n"]:
     """The network's last layers. Its norm's scale comes before its shift."""
     scale, shift = modulation(waiting(temb, after=x), 2, dtype, "norm_out")
@@ -165,7 +171,8 @@ class JointBlock(nn.Module):
             return x, text
         shift_ff, scale_ff, gate_ff = text_ff
         text = text + text_gate * dense(name="attn.to_add_out")(out[:, length:])
-        return x, text + gate_ff * feed_forward(modulated(text, shift_ff, scale_ff, dtype), dtype, "ff_context")
+        text = text + gate_ff * feed_forward(modulated(text, shift_ff, scale_ff, dtype), dtype, "ff_context")
+        return x, within_float16(text)
 
 
 class PatchEmbedding(nn.Module):

@@ -85,6 +85,21 @@ def test_equal_rewards_say_nothing():
     assert value == 0 and not np.any(slopes)
 
 
+@pytest.mark.parametrize("beta, clip, difference", [(3e-5, 1e-6, 0.03), (3e-6, 1e-4, 0.01), (3e-5, 3e-3, 7.0)])
+@pytest.mark.parametrize("moved", [1.5, 5.0, 30.0])
+def test_the_clip_holds_where_float32_sees_no_difference(beta, clip, difference, moved):
+    """By the published numbers: what has moved towards the rewards beyond the clip stops, what moved away comes back."""
+    slopes_of_loss = jax.jit(jax.grad(partial(pair_loss, group=2, beta=beta, clip=clip)))
+    rewards = compared([difference, 0.0, difference, 0.0])
+    towards = np.zeros_like(OLD)
+    towards[0], towards[1] = moved * clip * np.array([1, -1, -1, 1]), 0.5 * clip
+    slopes = np.asarray(slopes_of_loss(jnp.asarray(OLD + towards), OLD, rewards))
+    size = 2 * difference / beta / len(OLD) / 2  # of one step: the loss is a mean over two prompts, R one over steps
+    np.testing.assert_array_equal(slopes[0, :2], 0.0)
+    np.testing.assert_allclose(slopes[1:, :2], size * np.array([[-1, 1]] * (len(OLD) - 1)), rtol=1e-4)
+    np.testing.assert_allclose(slopes[:, 2:], size * np.array([[-1, 1]] * len(OLD)), rtol=1e-4)
+
+
 @pytest.mark.parametrize("group", [4, 2])
 def test_the_first_gradient_is_a_policy_gradient_with_the_groups_baseline(group):
     """At theta = old = untuned: d loss / d R_i = -4 / ((B - 1) beta) (r_i - mean r) of a group, over the prompts."""
