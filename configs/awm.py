@@ -28,9 +28,10 @@ def get_config(argument: str | None = None):
     else:
         config.batch.samples = 576
         config.batch.group = 24  # of 24 prompts
-        config.sampling.steps = 25
-        if chosen["model"] not in DISTILLED:
+        if chosen["model"] not in DISTILLED:  # few steps, and guidance as an input
+            config.sampling.steps = 25
             config.sampling.guidance = 1.0
+            config.eval.steps = 40
         config.lora.rank = 32
         config.lora.alpha = 64.0
         config.optim.ema = 0.99  # what is evaluated is this average

@@ -114,8 +114,8 @@ def default() -> ml_collections.ConfigDict:
     # matching were published with the values at sampling.noise.
     config.sampling.eta = 1.0  # noise of the sampling steps: 0 deterministic, 1 as in DDPM
     # "sde": Flow-GRPO's, published with eta 0.7. "dance": DanceGRPO's, 0.3. "cps": coefficients-preserving sampling,
-    # 0.8. "precise": 1.5. The last two leave as much noise as each step should, and no noise in the last. DDIM has one
-    # rule: "sde".
+    # 0.8. "precise": 1.5. The last two leave a noise of each step's own level, and none in the last; by strong "cps"
+    # images become more alike. DDIM has one rule: "sde".
     config.sampling.noise = "sde"  # the rule by which steps of flow matching (SD3, FLUX) add noise
     # (0, steps - 1) leaves the last step without noise. Methods by log-probs learn from the steps with noise alone.
     # (first, end): steps that add noise, counted from 0 at the noise; the others are deterministic

@@ -22,6 +22,7 @@ def get_config(argument: str | None = None):
     config.seiko.truncation = "per_step"
     config.seiko.updates = 16  # so an update climbs on 64 samples, as published
     config.seiko.inner_epochs = 1
+    config.seiko.label_noise = 0.1  # of an aesthetic score
     config.eval.every = config.log.images_every = config.checkpoint.every = 1
     if chosen["model"] in MINIATURES:
         config.iterations = 12
@@ -30,6 +31,7 @@ def get_config(argument: str | None = None):
         config.optim.grad_clip = 1.0
         config.seiko.updates = 2
         config.seiko.inner_epochs = 4
+        config.seiko.label_noise = 0.0
         config.seiko.fit_epochs = 100
         config.seiko.fit_batch = 64
         config.seiko.truncation = "fixed"

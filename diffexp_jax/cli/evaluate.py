@@ -1,5 +1,7 @@
 """Samples prompt sets from the base model and from a run's LoRA on the same seeds, and compares their rewards.
 
+Where a reward has features of images, it also says how much the images of a prompt differ from each other.
+
 python scripts/evaluate.py --workdir runs/x --prompts animal_activities --rewards emoji_judge --out eval.json
 """
 
@@ -19,7 +21,7 @@ from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.formats.files import replaced
 from diffexp_jax.limits import LORA_SCALE, SEED, check_number, whole
 from diffexp_jax.prompts import load_prompt_sets
-from diffexp_jax.rewards import check_trusted
+from diffexp_jax.rewards import check_trusted, diversity
 from diffexp_jax.rewards.scoring import check_scores, summary
 from diffexp_jax.run import checkpoint
 from diffexp_jax.settings import Settings, as_dict, changed, cpu_devices, read_config, warn_of_bare_names
@@ -52,9 +54,12 @@ def main(args: argparse.Namespace) -> None:
             captions, shown = shown_images(args, task.texts)
             pictures = {}
             for name, model in models.items():
-                n = {"samples_per_prompt": args.samples_per_prompt, "keep": shown.tolist()}
-                pictures[name], scores = model.evaluate(task, seed=args.seed, advance=bar.update, **n)
+                n, taken = args.samples_per_prompt, {"keep": shown.tolist(), "advance": bar.update}
+                taken["measures"] = diversity.measures(model.scorers.features, n)
+                pictures[name], scores = model.evaluate(task, seed=args.seed, samples_per_prompt=n, **taken)
+                features = scores.pop(diversity.FEATURES, None)
                 check_scores(scores)
+                scores |= {} if features is None else diversity.of_prompts(features, n)
                 results[task.name][name] = {key: summary(x) for key, x in scores.items()}
                 line = ", ".join(f"{key} {x['mean']:.3f}" for key, x in results[task.name][name].items())
                 tqdm.write(f"{task.name}, {name}: {line}")

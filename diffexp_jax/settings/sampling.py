@@ -40,8 +40,8 @@ class Sampling:
         tuple(NOISES),
         about="""
         "sde": Flow-GRPO's, published with eta 0.7. "dance": DanceGRPO's, 0.3. "cps": coefficients-preserving sampling,
-        0.8. "precise": 1.5. The last two leave as much noise as each step should, and no noise in the last. DDIM has
-        one rule: "sde".
+        0.8. "precise": 1.5. The last two leave a noise of each step's own level, and none in the last; by strong "cps"
+        images become more alike. DDIM has one rule: "sde".
         """,
     )
     noise_steps: tuple[int, int] = setting(

@@ -28,7 +28,7 @@ from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import SEED, check_number, whole
 from diffexp_jax.prompts import load_prompt_sets
-from diffexp_jax.rewards import check_trusted
+from diffexp_jax.rewards import check_trusted, diversity
 from diffexp_jax.rewards.scoring import summary
 from diffexp_jax.run import checkpoint
 from diffexp_jax.settings import Settings, as_dict, changed, check, cpu_devices, read_config
@@ -40,7 +40,6 @@ SIGNS = {
     "saturation": image_statistics.saturation,
     "background_share": image_statistics.background_share,
 }
-DIVERSITY = {"distance": image_statistics.mean_pairwise_distance, "vendi": image_statistics.vendi_score}
 DIGITS = 6  # of the numbers that are written
 
 
@@ -106,13 +105,12 @@ def measured(model: Evaluator, task: Task, *, n: int, **options: Any) -> dict[st
 
     Options are those of `Evaluator.evaluate`.
     """
-    measures = SIGNS | ({"features": model.scorers.features[1]} if model.scorers.features and n > 1 else {})
+    measures = SIGNS | diversity.measures(model.scorers.features, n)
     _, values = model.evaluate(task, samples_per_prompt=n, measures=measures, **options)
-    features = values.pop("features", None)
+    features = values.pop(diversity.FEATURES, None)
     per_prompt = {name: x.reshape(-1, n).mean(1) for name, x in values.items()}
     if features is not None:
-        of_prompts = features.reshape(len(task.texts), n, -1)
-        spread = {f"diversity/{name}": np.array([f(x) for x in of_prompts]) for name, f in DIVERSITY.items()}
+        spread = diversity.of_prompts(features, n)
         values, per_prompt = values | spread, per_prompt | spread
     return {
         "means": {name: summary(x) for name, x in values.items()},

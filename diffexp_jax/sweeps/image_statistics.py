@@ -1,4 +1,4 @@
-"""What pictures say without a reward: how they differ from each other, and signs of over-optimisation. Plain numpy."""
+"""What pictures say without a reward: signs of over-optimisation. Plain numpy."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -33,28 +33,3 @@ def _one_background_share(image: UInt8[np.ndarray, "H W 3"]) -> float:
     fullest = np.bincount(index.ravel(), minlength=len(cubes)).argmax()
     colour = border[index.ravel() == fullest].mean(0)
     return float((np.abs(image - colour).max(-1) <= _NEAR).mean())
-
-
-# ----------------------------------------------------------------------------------------------------------- diversity
-
-
-def cosine_kernel(features: Float[np.ndarray, "N P"]) -> Float[np.ndarray, "N N"]:
-    """The cosine of every pair."""
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    return unit @ unit.T
-
-
-def mean_pairwise_distance(features: Float[np.ndarray, "N P"]) -> float:
-    """Mean of 1 - cosine over all pairs of different images: 0 where all are alike. Wants at least two."""
-    n = len(features)
-    return float(1.0 - (cosine_kernel(features).sum() - n) / (n * (n - 1)))
-
-
-def vendi_score(features: Float[np.ndarray, "N P"]) -> float:
-    """How many different images there are, 1 to N: exp of the entropy of the eigenvalues of K / N, K the cosine kernel.
-
-    Friedman and Dieng 2023.
-    """
-    shares = np.linalg.eigvalsh(cosine_kernel(features.astype(np.float64)) / len(features))
-    shares = shares[shares > 1e-12]
-    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -88,7 +88,7 @@ def test_equal_rewards_say_nothing():
 @pytest.mark.parametrize("beta, clip, difference", [(3e-5, 1e-6, 0.03), (3e-6, 1e-4, 0.01), (3e-5, 3e-3, 7.0)])
 @pytest.mark.parametrize("moved", [1.5, 5.0, 30.0])
 def test_the_clip_holds_where_float32_sees_no_difference(beta, clip, difference, moved):
-    """By the published numbers: what has moved towards the rewards beyond the clip stops, what moved away comes back."""
+    """By the published numbers: a step that moved towards the rewards, farther than the clip, stops; others do not."""
     slopes_of_loss = jax.jit(jax.grad(partial(pair_loss, group=2, beta=beta, clip=clip)))
     rewards = compared([difference, 0.0, difference, 0.0])
     towards = np.zeros_like(OLD)

@@ -33,6 +33,8 @@ def test_evaluate(script, workdir, tmp_path, tiny_settings):
     base, tuned = found["unseen"]["base"]["pickscore"], found["unseen"]["tuned"]["pickscore"]
     assert np.isfinite([base["mean"], tuned["mean"]]).all() and base["standard_error"] > 0
     assert abs(base["mean"] - tuned["mean"]) > 1e-3
+    of_prompts = found["unseen"]["tuned"]["diversity/distance"], found["unseen"]["tuned"]["diversity/vendi"]
+    assert 0 < of_prompts[0]["mean"] < 2 and 1 < of_prompts[1]["mean"] <= 3
     with Image.open(tmp_path / "e-unseen.png") as grid:  # six pictures (two prompts, three each), before and after
         assert grid.size[0] > 6 * 128 and 2 * 128 < grid.size[1] < 3 * 128, grid.size
     script("evaluate", f"--workdir={workdir}", "--lora_scale=0", "--batch=4", f"--out={tmp_path / 'none.json'}")

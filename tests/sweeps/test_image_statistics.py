@@ -1,4 +1,4 @@
-"""Signs of over-optimisation and diversity, on pictures and features whose numbers are known."""
+"""Signs of over-optimisation, on pictures whose numbers are known."""
 
 import numpy as np
 import pytest
@@ -42,24 +42,3 @@ def test_background_share():
     image[0, 1, 2] = (220, 200, 210)  # 30 from it: another colour
     assert statistics.background_share(image) == pytest.approx([(64 - 16 - 8 - 1) / 64])
     assert statistics.background_share(plain(1, 2, 3)) == pytest.approx([1.0])
-
-
-def test_mean_pairwise_distance():
-    """Of three vectors at 0, 90 and 180 degrees the pairs are 1, 1 and 2 apart, whatever their lengths."""
-    assert statistics.mean_pairwise_distance(np.array([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])) == pytest.approx(4 / 3)
-    assert statistics.mean_pairwise_distance(np.ones((4, 3))) == pytest.approx(0.0, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    "features, expected",
-    [
-        (np.ones((4, 3)), 1.0),
-        (np.eye(4), 4.0),
-        (np.array([[1.0, 0.0], [5.0, 0.0], [0.0, 1.0], [0.0, 7.0]]), 2.0),
-        (np.array([[1.0, 0.0]]), 1.0),
-        # K / 2 has the eigenvalues 0.8 and 0.2
-        (np.array([[1.0, 0.0], [0.6, 0.8]]), 0.8**-0.8 * 0.2**-0.2),
-    ],
-)
-def test_vendi_score(features, expected):
-    assert statistics.vendi_score(features) == pytest.approx(expected)

@@ -34,8 +34,9 @@ from diffexp_jax.formats.files import write_whole
 from diffexp_jax.limits import check_number, one_of, whole
 from diffexp_jax.prompts import PromptSet, load_prompts
 from diffexp_jax.report import Table, document_parts
+from diffexp_jax.rewards import diversity
 from diffexp_jax.settings import Settings, as_dict, check, cpu_devices, parsed
-from diffexp_jax.sweeps import cells, comparison, image_statistics, plan
+from diffexp_jax.sweeps import cells, comparison, plan
 
 _PLAIN = {"t_thresh": 1000}  # no step is above it
 _NO_WEIGHTS = {"weight_range": (1.0, 1.0)}
@@ -139,7 +140,7 @@ def statistics(
     found["best"] = best_of(rewards, BEST_OF)
     if features is not None:
         of_prompts = features.reshape(*rewards.shape, -1)
-        found["distance"] = np.array([image_statistics.mean_pairwise_distance(x) for x in of_prompts])
+        found["distance"] = np.array([diversity.mean_pairwise_distance(x) for x in of_prompts])
     return {name: rounded(x) for name, x in found.items()}
 
 
