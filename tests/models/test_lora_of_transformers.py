@@ -1,4 +1,4 @@
-"""LoRA files of a transformer (SD3) as diffusers, peft, flow_grpo, kohya and others name them: read, or refused."""
+"""LoRA files of a transformer (SD 3, FLUX) as diffusers, peft, flow_grpo, kohya and others name them: read, or refused."""
 
 import json
 
@@ -13,6 +13,7 @@ from diffexp_jax.models import lora, mmdit
 
 RANK, ALPHA = 2, 6.0
 LAYERS = [f"transformer_blocks.{i}.{layer}" for i in range(2) for layer in mmdit.LORA_TARGETS["attention"]]
+LAYERS += [f"single_transformer_blocks.0.{layer}" for layer in ("attn.to_q", "attn.to_k", "proj_mlp", "proj_out")]
 PARAMS = traverse_util.unflatten_dict(
     {(layer, "kernel"): np.zeros((6, 5 + len(layer) % 3), np.float32) for layer in LAYERS}
 )
@@ -103,6 +104,9 @@ def test_kohyas_names(tensors, collection, tmp_path):
     [
         ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "under the original code's names of layers"),
         ("diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight", "under the original code's names of layers"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "under the original code's names of layers"),
+        ("lora_unet_single_blocks_0_linear1.lora_down.weight", "under the original code's names of layers"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight", "under the original code's names of layers"),
         ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "a LoRA of a UNet (Stable Diffusion)"),
         ("transformer.transformer_blocks.9.attn.to_q.lora_A.weight", "a LoRA of another model, or of a kind"),
         ("transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector", "DoRA, which is not supported"),

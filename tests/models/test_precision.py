@@ -10,12 +10,14 @@ import pytest
 
 from diffexp_jax import backend
 from diffexp_jax.chosen_rewards import load_rewards
+from diffexp_jax.formats import convert
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
 from diffexp_jax.pipelines import families, load_pipeline, sizes
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.rewards.scoring import make_scorer
 from diffexp_jax.settings import checked, parsed
+from tests.models.test_blocks import of_flux, of_sd35
 from tests.support import ROOT
 from tests.support.tiny import nonzero_lora
 
@@ -44,6 +46,31 @@ def test_gradients_of_any_size_survive_float16(size):
     if size != 1.0:  # what it is for: without it they vanish, or overflow
         plain = slope(half, size)
         assert not np.isfinite(plain).all() or np.abs(plain).max() < 1e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("dtype, most", [(jnp.bfloat16, 3e-2), (jnp.float16, 4e-3)])
+@pytest.mark.parametrize("make", [of_flux, of_sd35])
+def test_transformers_in_half_precision(make, dtype, most):
+    """Their outputs are float32's to a few of the type's digits."""
+    network, args, _ = make()
+    shapes, rng = convert.abstract_params(network, *args), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 5, shapes)
+    whole = jax.jit(network.apply)({"params": params}, *args)
+    low = jax.jit(network.clone(dtype=dtype).apply)({"params": convert.typed(params, dtype)}, *args)
+    assert low.dtype == jnp.float32
+    assert 1e-5 < np.linalg.norm(low - whole) / np.linalg.norm(whole) < most
+
+
+def test_tokens_of_flux_stay_within_float16():
+    """As diffusers' are: the prompt's in blocks of two streams, all in those of one."""
+    network, args, _ = of_flux()
+    shapes, rng = convert.abstract_params(network, *args), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 5, shapes)
+    for name in ("transformer_blocks.1", "single_transformer_blocks.0"):
+        out = params[name]["ff_context.net.2" if name.startswith("transformer") else "proj_out"]
+        out["kernel"] = 3e4 * out["kernel"]
+    low = jax.jit(network.clone(dtype=jnp.float16).apply)({"params": convert.typed(params, jnp.float16)}, *args)
+    assert np.isfinite(low).all()
 
 
 def test_a_gradient_of_zero_stays_zero():

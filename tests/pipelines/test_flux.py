@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from configs import grpo
 from diffexp_jax import parallel, train
 from diffexp_jax.errors import InputError
 from diffexp_jax.models import lora
@@ -189,14 +190,37 @@ def test_no_negative_prompt(make, make_config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("explore", [True, False])
-def test_a_run_of_ddpo(make, make_config, tmp_path, explore):
+@pytest.mark.parametrize("explore, gradient", [(True, "twopass"), (False, "twopass"), (True, "onepass")])
+def test_a_run_of_ddpo(make, make_config, tmp_path, explore, gradient):
     """It re-scores under the very conditioning and guidance that sampled, and learns."""
     changes = settings_of(make("dev")[2]) | {"exploration.enabled": explore, "exploration.threshold_of": "steps"}
-    changes |= {"ddpo.updates": 1, "ddpo.gradient": "twopass"}
+    changes |= {"ddpo.updates": 1, "ddpo.gradient": gradient}
     train.run(make_config("ddpo", changes), tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
     assert last["iteration"] == 1 and abs(last["ratio/mean"] - 1) < 1e-5 and last["grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_grpo_as_it_is_configured(make, tmp_path):
+    """Groups, a window of noisy steps, the average that is evaluated by the ODE; where nothing is learnt every ratio of
+    recomputed log-probs is exactly 1."""
+    for name, lr in (("still", 0.0), ("learns", 3e-4)):
+        config = grpo.get_config("model=flux,reward=jax:sample_rewards:brightness,prompts=animals,explore=true")
+        changes = settings_of(make("dev")[2]) | {
+            "batch.group": 2,
+            "sampling.window": 1,
+            "eval.steps": 3,
+            "optim.lr": lr,
+        }
+        changes |= {"iterations": 2, "batch.samples": 8, "ddpo.old_log_prob": "recomputed", "eval.every": 2}
+        changes |= {"eval.prompts": ("prompt:a dog",), "eval.rewards": (), "lora.rank": 2}
+        config.update_from_flattened_dict(changes)
+        train.run(config, tmp_path / name)
+    still, learns = (read_metrics(tmp_path / name) for name in ("still", "learns"))
+    assert [row["ratio/max_abs_log"] for row in still[1:]] == [0.0, 0.0]
+    assert all(row["grad_norm"] > 0 and row["ratio/max_abs_log"] > 0 for row in learns[1:])
+    lora_of = [load_file(tmp_path / name / LORA) for name in ("still", "learns")]
+    assert any(np.abs(lora_of[0][key] - x).max() > 0 for key, x in lora_of[1].items())
 
 
 @pytest.mark.slow

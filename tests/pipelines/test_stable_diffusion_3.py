@@ -274,10 +274,10 @@ def settings(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("explore", [True, False])
-def test_a_run_of_ddpo(make, make_config, tmp_path, settings, explore):
+@pytest.mark.parametrize("explore, gradient", [(True, "twopass"), (False, "twopass"), (True, "onepass")])
+def test_a_run_of_ddpo(make, make_config, tmp_path, settings, explore, gradient):
     """It re-scores under the very conditioning that sampled, and learns."""
-    settings |= {"ddpo.updates": 1, "ddpo.gradient": "twopass", "exploration.enabled": explore}
+    settings |= {"ddpo.updates": 1, "ddpo.gradient": gradient, "exploration.enabled": explore}
     train.run(make_config("ddpo", settings), tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
     assert last["iteration"] == 1 and abs(last["ratio/mean"] - 1) < 1e-5 and last["grad_norm"] > 0
