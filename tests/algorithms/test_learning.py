@@ -7,7 +7,7 @@ from diffexp_jax.run.metrics import read_metrics
 from tests.support.runs import PLAIN
 
 CHANGES = {
-    "prdp": {"batch.group": 4, "prdp.beta": 1e-3, "prdp.clip": 1e-2, "prdp.inner_epochs": 3, "optim.lr": 1e-2},
+    "prdp": {"batch.group": 4, "prdp.beta": 1e-3, "prdp.clip": 1.0, "prdp.inner_epochs": 4, "optim.lr": 3e-2},
     "entropy": {"entropy.alpha": 1e-3, "optim.lr": 1e-2, "optim.weight_decay": 0.0},
 }
 

@@ -1,4 +1,4 @@
-"""LoRA files of a transformer (SD 3, FLUX) as diffusers, peft, flow_grpo, kohya and others name them: read, or refused."""
+"""LoRA files of a transformer (SD 3, FLUX) as diffusers, peft, kohya and others name them: read, or refused."""
 
 import json
 

@@ -55,9 +55,9 @@ def test_when_weights_are_shared_out(monkeypatch, memory, size, words, expected)
     assert Parallel(shard_weights=words).shards(size) == expected
 
 
-def on_4_devices(*arguments, code=0):
+def on_devices(n, *arguments, code=0):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "users")])}
-    environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={n}"
     done = subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True
     )
@@ -69,7 +69,7 @@ def test_a_deep_network_by_parts(tmp_path):
 
     A CPU merges LoRA into a copy before it multiplies, which rounds otherwise.
     """
-    on_4_devices("layers", tmp_path / "found.json")
+    on_devices(4, "layers", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() == {"parts", "loop", "loop, again"}
     for name, of_parts in found.items():
@@ -79,9 +79,19 @@ def test_a_deep_network_by_parts(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_transformers_by_parts(tmp_path, n):
+    """FLUX's and SD 3.5's outputs and gradients as with copies, to rounding: LoRA is merged into a copy alone."""
+    on_devices(n, "networks", tmp_path / "found.json")
+    for name, found in json.loads((tmp_path / "found.json").read_text()).items():
+        assert found.pop("shared") > 40, name
+        assert max(found.values()) < 5e-6, (name, found)
+
+
+@pytest.mark.slow
 def test_prompts_are_encoded_by_parts(tmp_path):
     """By two CLIPs and a T5, whose large kernels four devices share out."""
-    on_4_devices("encode", tmp_path / "found.json")
+    on_devices(4, "encode", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["difference"] < 5e-6 and found["parts"] > 30
 
@@ -110,7 +120,7 @@ def test_a_run_by_parts_is_one_by_copies(algorithm, changes, tiny_settings, tmp_
     settings |= {"exploration.enabled": True, "cpu_devices": 4} | changes
     for shared in ("false", "true"):
         line = program(algorithm, tmp_path / shared, settings | {"parallel.shard_weights": shared})
-        on_4_devices("train", *line[3:])
+        on_devices(4, "train", *line[3:])
     ours, theirs = (load_file(tmp_path / name / LORA) for name in ("true", "false"))
     for name, x in theirs.items():
         np.testing.assert_allclose(ours[name], x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=name)

@@ -1,6 +1,7 @@
-"""What 4 devices compute with weights that they share out, beside what they compute with copies: run as a program.
+"""What devices compute with weights that they share out, beside what they compute with copies: run as a program.
 
 python shared_weights.py layers OUT.json
+python shared_weights.py networks OUT.json     (FLUX's and SD 3.5's)
 python shared_weights.py encode OUT.json       (prompts, by emoji_flow's encoders)
 python shared_weights.py train ARGUMENTS      (of diffexp_jax.train; also small kernels are shared out)
 """
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffexp_jax import parallel
-from diffexp_jax.models import layers
+from diffexp_jax.formats import convert
+from diffexp_jax.models import layers, lora
 from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, in_turn, stacked
 from diffexp_jax.parallel import weights
 from diffexp_jax.pipelines import encode_prompts, load_pipeline
 from diffexp_jax.sampler import program
+from tests.models.test_blocks import BLOCKS, of_flux, of_sd35
 
 WIDTH, DEPTH = 256, 12
 
@@ -80,6 +83,44 @@ def of_layers() -> dict[str, dict[str, float]]:
     return {name: compared(*outcome) for name, outcome in found.items()}
 
 
+def of_networks() -> dict[str, dict[str, float]]:
+    """Differences of output and LoRA's gradient of tiny transformers: blocks one by one, and as loops."""
+    found = {}
+    for name, make in (("flux", of_flux), ("sd3.5", of_sd35)):
+        network, args, groups = make()
+        shapes, rng = convert.abstract_params(network, *args), np.random.default_rng(0)
+        params = jax.tree.map(lambda x, rng=rng: rng.standard_normal(x.shape, np.float32) / 5, shapes)
+        targets = sorted({layer for group in groups.values() for layer in group})
+        start = lora.init_lora(jax.random.key(0), params, rank=3, targets=targets)
+        start = jax.tree.map(lambda x, rng=rng: rng.standard_normal(x.shape, np.float32) / 5, start)
+
+        def outcome(params, remat=False, network=network, args=args, start=start):
+            def value_and_gradient(params, start, args):
+                def output(start):
+                    return network.clone(remat=remat).apply({"params": params, "lora": start}, *args)
+
+                out, pull_back = jax.vjp(output, start)
+                return out, pull_back(jnp.ones_like(out))[0]
+
+            held = parallel.share(params), parallel.replicate(start), parallel.replicate(args)
+            return parallel.first(parallel.pmap(value_and_gradient)(*held))
+
+        parts = parallel.shared_out(params, jax.device_count())
+        loop = stacked(parts, BLOCKS, at_least=2)
+        copies = outcome(params)
+        largest = [max(np.abs(x).max() for x in jax.tree.leaves(tree)) for tree in copies]
+        ways = {"parts": outcome(parts), "again": outcome(parts, remat=True), "loop": outcome(loop, remat=True)}
+        leaves = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, parallel.Part))
+        found[name] = {"shared": sum(isinstance(x, parallel.Part) for x in leaves)}
+        for way, trees in ways.items():
+            of_trees = [
+                jax.tree.map(lambda a, b: np.abs(a - b).max(), *pair) for pair in zip(trees, copies, strict=True)
+            ]
+            worst = [max(jax.tree.leaves(tree)) / size for tree, size in zip(of_trees, largest, strict=True)]
+            found[name][way] = float(max(worst))
+    return found
+
+
 def of_encoders() -> dict[str, float]:
     """The largest difference of prompts' embeddings, also with the encoders' blocks as loops; and how many of their
     kernels are shared out."""
@@ -99,9 +140,9 @@ def of_encoders() -> dict[str, float]:
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    weights.LARGE = 64 if what == "train" else 1024
+    weights.LARGE = 64 if what in ("train", "networks") else 1024
     if what != "train":
-        found = {"layers": of_layers, "encode": of_encoders}[what]()
+        found = {"layers": of_layers, "networks": of_networks, "encode": of_encoders}[what]()
         Path(arguments[0]).write_text(json.dumps(found))
     else:
         sys.argv = ["train", *arguments]
