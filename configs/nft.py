@@ -18,7 +18,7 @@ def get_config(argument: str | None = None):
     config.optim.lr = 3e-4
     config.nft.strength = 1.0  # 0.1 for several rewards at once
     config.nft.kl_weight = 1e-4
-    if chosen["model"] in MINIATURES:
+    if chosen["model"] in MINIATURES:  # the rate: docs/evidence/results/rates-emoji_hard.md
         config.iterations = 10
         config.batch.samples = 64
         config.batch.group = 4

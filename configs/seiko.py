@@ -24,7 +24,7 @@ def get_config(argument: str | None = None):
     config.seiko.inner_epochs = 1
     config.seiko.label_noise = 0.1  # of an aesthetic score
     config.eval.every = config.log.images_every = config.checkpoint.every = 1
-    if chosen["model"] in MINIATURES:
+    if chosen["model"] in MINIATURES:  # the rate: docs/evidence/results/rates-emoji_hard.md
         config.iterations = 12
         config.batch.samples = 64
         config.optim.lr = 1e-2
