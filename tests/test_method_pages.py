@@ -6,6 +6,8 @@ import re
 import pytest
 
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.sweeps import paired
+from diffexp_jax.sweeps.cells import cell
 from tests.support import ROOT
 
 PAGES = ROOT / "docs" / "understand" / "methods"
@@ -52,13 +54,14 @@ def test_the_page_of_grpo_shows_its_runs():
         assert row == f"| {'DiffExp' if run['explore'] else 'none'} | {' | '.join(shares)} |"
 
 
-def test_the_index_shows_the_first_runs():
-    """Those of docs/evidence/data/methods_learning.json."""
-    arms = json.loads((DATA / "methods_learning.json").read_text())["arms"]
-    rows = rows_of_runs("index")
-    for name, found in arms.items():
-        (row,) = (row for row in rows if row.startswith(f"| `{name}`"))
-        first, last = min(found["evaluated"], key=int), max(found["evaluated"], key=int)
-        shares = [f"{100 * found['evaluated'][it]['emoji_judge']:.1f} %" for it in (first, last)]
-        rewards = ", ".join(f"{x:.2f}" for x in found["reward/mean"])
-        assert row.endswith(f" | {rewards} | {shares[0]} | {shares[1]}, after {last} |")
+def test_the_index_shows_the_runs_of_methods():
+    """Of docs/evidence/results/methods-emoji_hard.json: what there are runs of, without exploration."""
+    results = json.loads((ROOT / "docs" / "evidence" / "results" / "methods-emoji_hard.json").read_text())
+    expected = []
+    for method in paired.methods_of(results):
+        finals = [paired.final(results, method, prompts, "emoji_judge") for prompts in paired.prompt_sets(results)]
+        n = len(results["arms"][method]["seeds"])
+        expected.append(f"| `{method}` | {n} | {' | '.join(cell(final, 'emoji_judge') for final in finals)} |")
+    before = [results["base"][prompts]["emoji_judge"] for prompts in paired.prompt_sets(results)]
+    first = [cell([share, None, None], "emoji_judge") for share in before]
+    assert rows_of_runs("index") == [f"| before | - | {' | '.join(first)} |", *expected]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.settings import Settings, flat
@@ -247,9 +248,13 @@ def rounded_estimate(x: Estimate) -> Estimate:
 
 
 def differing(first: Settings, settings: Settings) -> dict[str, Any]:
-    """What an arm sets otherwise than the baseline; of exploration, where only one has it, all of its numbers."""
+    """What an arm sets otherwise than the baseline; of exploration, where only one has it, all of its numbers.
+
+    Nothing of methods that are not the arm's own: it does not read their settings.
+    """
     before, now = flat(first), flat(settings)
-    told = {key: x for key, x in now.items() if not any(key == k or key.startswith(f"{k}.") for k in _UNTOLD)}
+    untold = {*_UNTOLD, *METHODS} - {settings.algorithm}
+    told = {key: x for key, x in now.items() if not any(key == k or key.startswith(f"{k}.") for k in untold)}
     switched = settings.exploration.enabled and not first.exploration.enabled
     return {
         key: value

@@ -107,6 +107,7 @@ def test_tables(results):
     section = document.section(results)
     assert "ddpo_diffexp, nft_diffexp: `exploration.enabled=True`" in section
     assert "compared with the method itself" in section
+    assert "algorithm=nft" in section and "`ddpo." not in section  # nobody else reads those
 
 
 def test_several_variants(results):
