@@ -44,7 +44,7 @@ KEYS = Keys(
     ignored=GENERIC
     | frozenset(
         "dropout_rate num_decoder_layers classifier_dropout eos_token_id dense_act_fn is_gated_act output_past "
-        "scalable_attention".split()
+        "scalable_attention scale_decoder_outputs".split()
     ),
 )
 

@@ -306,6 +306,16 @@ def test_a_run_goes_on(make_config, tmp_path, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["prdp", "entropy"])
+def test_a_run_with_a_chain_of_noise(make_config, tmp_path, settings, method):
+    """The untuned model's log-probs, or its means, beside a chain of flow steps."""
+    settings |= {"batch.group": 2, "prdp.inner_epochs": 2, "iterations": 2, "exploration.enabled": True}
+    train.run(make_config(method, settings), tmp_path / "run")
+    first, last = read_metrics(tmp_path / "run")[1:]
+    assert abs(first["kl/path"]) < 1e-5 < last["kl/path"] and last["grad_norm"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["draft", "alignprop"])
 @pytest.mark.parametrize("explore", [True, False])
 def test_a_run_that_follows_the_rewards_gradient(make_config, tmp_path, settings, method, explore):
