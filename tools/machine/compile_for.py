@@ -3,9 +3,10 @@
 python tools/machine/compile_for.py h100 ddpo:model=sd15,reward=aesthetic network gradient update --out hlo \\
     --set batch.samples=16 batch.samples_per_forward=8 eval.every=0 log.images_every=0
 
-A program is one of the run's ("sample", "update", "evaluate"), or of its network alone, at the run's batch of a forward
-pass and steps: "network" evaluates it at each step under guidance, "gradient" makes its gradient in LoRA too. A text of
-XLA's optimized HLO is written for each: its kernels, with the shapes of what they read and write.
+A program is one of the run's ("sample", "update", "evaluate"), or of its networks alone, at the run's batch of a
+forward pass and steps: "network" evaluates the one that is trained at each step under guidance, "gradient" makes its
+gradient in LoRA too, "reward" scores images, with the gradient in them. A text of XLA's optimized HLO is written for
+each: its kernels, with the shapes of what they read and write.
 """
 
 from diffexp_jax import command
@@ -30,7 +31,7 @@ from diffexp_jax.experiment import Experiment
 from diffexp_jax.sampling import initial_latents
 from diffexp_jax.settings import Settings, checked
 
-OF_NETWORK, OF_RUN = ("network", "gradient"), ("sample", "update", "evaluate")
+OF_NETWORK, OF_RUN = ("network", "gradient", "reward"), ("sample", "update", "evaluate")
 
 
 def network_programs(experiment: Experiment) -> Iterable[Program]:
@@ -62,23 +63,32 @@ def network_programs(experiment: Experiment) -> Iterable[Program]:
         x_T = initial_latents(keys, policy.latent_shape)
         return jax.lax.scan(one, (x_T, jax.tree.map(jnp.zeros_like, lora)), steps)[0]
 
-    for function in (network, gradient):
-        yield Program(function.__name__, parallel.pmap(function), args)
+    def reward(frozen, images, tokens):
+        scores, pull_back = jax.vjp(lambda images: policy.score(frozen, images, tokens)[0], images)
+        return scores, pull_back(jnp.ones_like(scores))[0]
+
+    images = jax.eval_shape(
+        jax.vmap(lambda frozen, x: policy.decode(frozen, x)),
+        args[0],
+        jax.ShapeDtypeStruct((jax.device_count(), per_forward, *policy.latent_shape), jnp.float32),
+    )
+    tokens = jax.eval_shape(lambda tokens: jax.tree.map(lambda x: x[:, :per_forward], tokens), batch.tokens)
+    yield Program("network", parallel.pmap(network), args)
+    yield Program("gradient", parallel.pmap(gradient), args)
+    yield Program("reward", parallel.pmap(reward), (args[0], images, tokens))
 
 
 def compile_and_write(program: Program, out: Path) -> str:
     """Compiles a program for the devices that are not there and writes its text; what it takes, in words."""
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     options = backend.absent_devices().compiler_options
     compiled = program.function.lower(*program.args).compile(compiler_options=options)
     out.write_text(compiled.as_text())
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()  # no cost of a GPU's programs
     arguments, temporaries = (x / GIB for x in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
     moved = f"{cost['bytes accessed'] / 1e9:.1f} GB moved if each loop ran once, " if cost else ""
-    seconds = time.perf_counter() - start
-    return (
-        f"{out}: arguments {arguments:.2f} GiB, temporaries {temporaries:.2f} GiB, {moved}compiled in {seconds:.0f} s"
-    )
+    took = f"compiled in {time.perf_counter() - start:.0f} s, {time.process_time() - busy:.0f} s of a core"
+    return f"{out}: arguments {arguments:.2f} GiB, temporaries {temporaries:.2f} GiB, {moved}{took}"
 
 
 def settings_of(config: str, changes: Sequence[str]) -> Settings:
