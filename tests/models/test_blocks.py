@@ -7,17 +7,12 @@ from flax import traverse_util
 
 from diffexp_jax import backend, parallel
 from diffexp_jax.formats import convert
-from diffexp_jax.models import blip, clip, flux, lora, mmdit, t5
+from diffexp_jax.models import blip, clip, lora, t5
 from diffexp_jax.models.blocks import OF_ENCODERS, TRANSFORMER_BLOCKS, Stack, stacked, stacked_lora
-from diffexp_jax.models.flux import Flux, FluxConfig
-from diffexp_jax.models.mmdit import MMDiT, MMDiTConfig
-from diffexp_jax.models.unet import Transformer2D
 from diffexp_jax.parallel import weights
-from diffexp_jax.pipelines.stable_diffusion import LORA_TARGETS as OF_UNET
 from diffexp_jax.settings.training import Model
-from tests.support import flux as tiny_flux
-from tests.support import sd3
 from tests.support.arrays import normal
+from tests.support.networks import BLOCKS, of_flux, of_sd35, of_sdxl
 
 # ------------------------------------------------------------------------------------------------------ what is stacked
 
@@ -83,25 +78,7 @@ def test_how_many_equal_blocks_are_a_loop(monkeypatch, words, platform, shards, 
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
-def of_flux():
-    config = tiny_flux.TINY["dev"]
-    return Flux(FluxConfig.from_dict(config)), tiny_flux.inputs(config), flux.LORA_TARGETS
-
-
-def of_sd35():
-    """Two blocks of dual attention, two without, and the last."""
-    config = sd3.TINY["sd3.5-medium"] | {"num_layers": 5}
-    return MMDiT(MMDiTConfig.from_dict(config)), sd3.inputs(config), mmdit.LORA_TARGETS
-
-
-def of_sdxl():
-    """The blocks at one place of its UNet."""
-    network = Transformer2D(depth=3, heads=2, linear=True, groups=4, dtype=np.float32)
-    return network, (normal(0, 2, 3, 2, 8), normal(1, 2, 5, 6)), OF_UNET
-
-
 NETWORKS = {"flux": (of_flux, 2), "sd3.5": (of_sd35, 2), "sdxl": (of_sdxl, 1)}  # and how many runs there are
-BLOCKS = (TRANSFORMER_BLOCKS, flux.SINGLE_BLOCKS)
 
 
 @pytest.mark.parametrize("name", ["sdxl", *(pytest.param(x, marks=pytest.mark.slow) for x in ("flux", "sd3.5"))])

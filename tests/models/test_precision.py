@@ -17,8 +17,8 @@ from diffexp_jax.pipelines import families, load_pipeline, sizes
 from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.rewards.scoring import make_scorer
 from diffexp_jax.settings import checked, parsed
-from tests.models.test_blocks import of_flux, of_sd35
 from tests.support import ROOT
+from tests.support.networks import of_flux, of_sd35
 from tests.support.tiny import nonzero_lora
 
 RNG = np.random.default_rng(0)

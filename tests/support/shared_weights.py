@@ -23,7 +23,7 @@ from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, in_turn, stacked
 from diffexp_jax.parallel import weights
 from diffexp_jax.pipelines import encode_prompts, load_pipeline
 from diffexp_jax.sampler import program
-from tests.models.test_blocks import BLOCKS, of_flux, of_sd35
+from tests.support.networks import BLOCKS, of_flux, of_sd35
 
 WIDTH, DEPTH = 256, 12
 
