@@ -38,9 +38,8 @@ class Programs(NamedTuple):
 def make_programs(experiment: Experiment) -> Programs:
     """The programs of an experiment, whose arrays may be shapes."""
     algorithm, split, sample_chunk = experiment.algorithm(), experiment.split, None
-    group = experiment.settings.batch.group
-    update = with_snr(algorithm.update, experiment.settings.optim)
-    update = with_groups(update, group) if algorithm.sample and group > 1 else update
+    group = experiment.settings.batch.group if algorithm.sample else 1
+    update = measured(algorithm.update, experiment.settings.optim, group)
     if experiment.trained.start:
         sample_chunk = parallel.pmap(experiment.algorithm(n_chunks=1).sample)
         sample = sample_and_score(sample_chunk, experiment.trained, split.chunks, split.per_forward)
@@ -56,24 +55,19 @@ def make_programs(experiment: Experiment) -> Programs:
     )
 
 
-def with_snr(update: Callable, optim: Any) -> Callable:
-    """`Algorithm.update` whose metrics also say how far the newest gradients agree."""
+def measured(update: Callable, optim: Any, group: int) -> Callable:
+    """`Algorithm.update` whose metrics also say how far the newest gradients agree, and what there is to compare.
 
-    def measured(state, frozen, inputs):
+    Args:
+      group: samples of each prompt that the iteration has sampled; 1: none are compared.
+    """
+
+    def with_metrics(state, frozen, inputs):
         state, metrics = update(state, frozen, inputs)
-        return state, metrics | gradient_snr(state.opt_state, b1=optim.b1, b2=optim.b2)
+        metrics = metrics | gradient_snr(state.opt_state, b1=optim.b1, b2=optim.b2)
+        return state, metrics | (group_metrics(inputs.samples.rewards, group) if group > 1 else {})
 
-    return measured
-
-
-def with_groups(update: Callable, group: int) -> Callable:
-    """`Algorithm.update` whose metrics also say what there is to compare within the groups of a prompt's samples."""
-
-    def measured(state, frozen, inputs):
-        state, metrics = update(state, frozen, inputs)
-        return state, metrics | group_metrics(inputs.samples.rewards, group)
-
-    return measured
+    return with_metrics
 
 
 def group_metrics(rewards: Float[Array, "B"], group: int) -> dict[str, Float[Array, ""]]:

@@ -24,7 +24,6 @@ from diffexp_jax.parallel import waiting
 
 TIME_WIDTH = 256  # of the timestep's sinusoids
 EPSILON = 1e-6  # of all norms
-FLOAT16_MAX = 65504.0
 IMAGE, TEXT = ("to_{}", "norm_{}"), ("add_{}_proj", "norm_added_{}")  # a stream's layers in an attention
 
 # What lora.targets may name -> the last parts of the names of layers. Most recipes train the first alone.
@@ -108,7 +107,8 @@ def feed_forward(x: Float[Array, "B L D"], dtype: DTypeLike, name: str) -> Float
 
 def within_float16(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     """x, in float16 within what that can hold: FLUX's tokens leave it, and diffusers clips them there too."""
-    return jnp.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if x.dtype == jnp.float16 else x
+    most = jnp.finfo(jnp.float16).max
+    return jnp.clip(x, -most, most) if x.dtype == jnp.float16 else x
 
 
 def head(x: Float[Array, "B L D"], temb: Float[Array, "B D"], features: int, dtype: DTypeLike) -> Float[Array, "B L n"]:

@@ -5,7 +5,9 @@ from typing import Any
 
 SIGNS = ("diversity/distance", "diversity/vendi", "luminance", "saturation", "background_share")
 SHARES = ("emoji_judge", "background_share")  # and their parts: shares
-IN_TRAINING = ("reward/std_in_group", "reward/best_in_group", "grad_snr")  # metrics of what there is to learn from
+# Metrics of what there is to learn from, and what columns call them
+WITHIN_GROUPS = {"reward/std_in_group": "standard deviation", "reward/best_in_group": "best"}
+OF_GRADIENT = {"grad_snr": "grad_snr"}
 _DIGITS = {"diversity/distance": 3, "luminance": 3, "saturation": 3, "grad_snr": 3}
 _WORDS = {"diversity/distance": "distance of a prompt's images", "diversity/vendi": "Vendi score"}
 _WORDS |= {"background_share": "background"}

@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffexp_jax.report import Table
-from diffexp_jax.sweeps.cells import bin_name, cell, telling_reward
+from diffexp_jax.sweeps.cells import OF_GRADIENT, WITHIN_GROUPS, bin_name, cell, telling_reward
 
 _LABELS = {"diffexp": "with DiffExp"}
-_IN_GROUPS = {"reward/std_in_group": "standard deviation", "reward/best_in_group": "best"}
-_OF_GRADIENT = {"grad_snr": "grad_snr"}
 
 
 def methods_of(results: Mapping[str, Any]) -> list[str]:
@@ -53,8 +51,8 @@ def paired_tables(results: Mapping[str, Any]) -> dict[str, Table]:
     found |= {
         "Diversity of the images of a prompt": diversity_table(results),
         "Cost of a run": cost_table(results),
-        "Rewards of a prompt's images in training, while it explores": training_table(results, _IN_GROUPS),
-        "How far the newest gradients agree, while it explores": training_table(results, _OF_GRADIENT),
+        "Rewards of a prompt's images in training, while it explores": training_table(results, WITHIN_GROUPS),
+        "How far the newest gradients agree, while it explores": training_table(results, OF_GRADIENT),
     }
     pooled = "Gain of DiffExp, pooled over the methods, by how often the base model succeeds"
     return found | ({pooled: pooled_table(results)} if variants_of(results) == ["diffexp"] else {})

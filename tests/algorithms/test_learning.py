@@ -23,5 +23,4 @@ def test_learns_brightness(make_config, tmp_path, method):
         next(value for name, value in row.items() if name.startswith("eval/"))
         for row in (read_metrics(tmp_path / "run")[i] for i in (0, -1))
     )
-    print(method, first, last)
     assert last > first + 2e-3

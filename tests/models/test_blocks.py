@@ -6,13 +6,12 @@ import pytest
 from flax import traverse_util
 
 from diffexp_jax import backend, parallel
-from diffexp_jax.formats import convert
-from diffexp_jax.models import blip, clip, lora, t5
+from diffexp_jax.models import blip, clip, t5
 from diffexp_jax.models.blocks import OF_ENCODERS, TRANSFORMER_BLOCKS, Stack, stacked, stacked_lora
 from diffexp_jax.parallel import weights
 from diffexp_jax.settings.training import Model
 from tests.support.arrays import normal
-from tests.support.networks import BLOCKS, of_flux, of_sd35, of_sdxl
+from tests.support.networks import BLOCKS, of_flux, of_sd35, of_sdxl, random_lora, random_params
 
 # ------------------------------------------------------------------------------------------------------ what is stacked
 
@@ -86,12 +85,8 @@ def test_a_loop_computes_what_blocks_do(name):
     """The output, and the gradient in LoRA, which has other layers and ranks in one of the blocks."""
     (make, n_runs), rng = NETWORKS[name], np.random.default_rng(0)
     network, args, groups = make()
-    shapes = convert.abstract_params(network, *args)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 5, shapes)
-    targets = sorted({layer for group in groups.values() for layer in group})
-    collection = lora.init_lora(jax.random.key(0), params, rank=3, targets=targets)
-    collection = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 5, collection)
-    flat = traverse_util.flatten_dict(collection)
+    params = random_params(network, args, rng)
+    flat = traverse_util.flatten_dict(random_lora(params, groups, rng))
     layer = next(path[:-1] for path in flat if "transformer_blocks.1" in path)
     del flat[*layer, "A"], flat[*layer, "B"]
     layer = next(path[:-1] for path in reversed(flat) if "transformer_blocks.1" in path)
@@ -129,11 +124,8 @@ def of_clip_text():
 
 
 def of_clip_vision():
-    return (
-        clip.VisionTransformer(clip.CLIPVisionConfig.from_dict(TOWER | {"image_size": 8, "patch_size": 4})),
-        (PIXELS,),
-        1,
-    )
+    sizes = TOWER | {"image_size": 8, "patch_size": 4}
+    return clip.VisionTransformer(clip.CLIPVisionConfig.from_dict(sizes)), (PIXELS,), 1
 
 
 def of_t5():
@@ -153,8 +145,7 @@ def of_imagereward():
 def test_an_encoders_loop_computes_what_its_blocks_do(make):
     """All that it gives, and the gradient in the images."""
     (network, args, n_runs), rng = make(), np.random.default_rng(0)
-    shapes = convert.abstract_params(network, *args)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 3, shapes)
+    params = random_params(network, args, rng, over=3)
     runs = parallel.first(parallel.share(stacked(params, OF_ENCODERS, at_least=3)))
     names = [name for path in traverse_util.flatten_dict(runs) for name in path if name.endswith("+")]
     assert len(set(names)) == n_runs

@@ -10,7 +10,6 @@ import pytest
 
 from diffexp_jax import backend
 from diffexp_jax.chosen_rewards import load_rewards
-from diffexp_jax.formats import convert
 from diffexp_jax.models.lora import init_lora
 from diffexp_jax.models.precision import in_precision, is_full_float32, matmul_precision, with_scaled_gradient
 from diffexp_jax.pipelines import families, load_pipeline, sizes
@@ -18,7 +17,7 @@ from diffexp_jax.pipelines.stable_diffusion import TextEmbedding
 from diffexp_jax.rewards.scoring import make_scorer
 from diffexp_jax.settings import checked, parsed
 from tests.support import ROOT
-from tests.support.networks import of_flux, of_sd35
+from tests.support.networks import of_flux, of_sd35, random_params
 from tests.support.tiny import nonzero_lora
 
 RNG = np.random.default_rng(0)
@@ -57,8 +56,7 @@ def cast(params, dtype):
 def test_transformers_in_half_precision(make, dtype, most):
     """Their outputs are float32's to a few of the type's digits."""
     network, args, _ = make()
-    shapes, rng = convert.abstract_params(network, *args), np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 5, shapes)
+    params = random_params(network, args, np.random.default_rng(0))
     whole = jax.jit(network.apply)({"params": params}, *args)
     low = jax.jit(network.clone(dtype=dtype).apply)({"params": cast(params, dtype)}, *args)
     assert low.dtype == jnp.float32
@@ -68,8 +66,7 @@ def test_transformers_in_half_precision(make, dtype, most):
 def test_tokens_of_flux_stay_within_float16():
     """As diffusers' are: the prompt's in blocks of two streams, all in those of one."""
     network, args, _ = of_flux()
-    shapes, rng = convert.abstract_params(network, *args), np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 5, shapes)
+    params = random_params(network, args, np.random.default_rng(0))
     for name in ("transformer_blocks.1", "single_transformer_blocks.0"):
         out = params[name]["ff_context.net.2" if name.startswith("transformer") else "proj_out"]
         out["kernel"] = 3e4 * out["kernel"]

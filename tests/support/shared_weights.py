@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffexp_jax import parallel
-from diffexp_jax.formats import convert
-from diffexp_jax.models import layers, lora
+from diffexp_jax.models import layers
 from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, in_turn, stacked
 from diffexp_jax.parallel import weights
 from diffexp_jax.pipelines import encode_prompts, load_pipeline
 from diffexp_jax.sampler import program
-from tests.support.networks import BLOCKS, of_flux, of_sd35
+from tests.support.networks import BLOCKS, of_flux, of_sd35, random_lora, random_params
 
 WIDTH, DEPTH = 256, 12
 
@@ -83,42 +82,43 @@ def of_layers() -> dict[str, dict[str, float]]:
     return {name: compared(*outcome) for name, outcome in found.items()}
 
 
+def of_network(make) -> dict[str, float]:
+    """Differences of output and LoRA's gradient of a tiny network by parts: blocks one by one, and as loops."""
+    (network, args, groups), rng = make(), np.random.default_rng(0)
+    params = random_params(network, args, rng)
+    start = random_lora(params, groups, rng)
+
+    def outcome(params, *, remat=False):
+        def value_and_gradient(params, start, args):
+            def output(start):
+                return network.clone(remat=remat).apply({"params": params, "lora": start}, *args)
+
+            out, pull_back = jax.vjp(output, start)
+            return out, pull_back(jnp.ones_like(out))[0]
+
+        held = parallel.share(params), parallel.replicate(start), parallel.replicate(args)
+        return parallel.first(parallel.pmap(value_and_gradient)(*held))
+
+    def apart(found, copies):
+        """The largest difference of two trees, relative to the largest number."""
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(copies), strict=True)
+        largest = max(np.abs(x).max() for x in jax.tree.leaves(copies))
+        return float(max(np.abs(a - b).max() for a, b in pairs) / largest)
+
+    copies, parts = outcome(params), parallel.shared_out(params, jax.device_count())
+    loop = stacked(parts, BLOCKS, at_least=2)
+    ways = {"parts": outcome(parts), "again": outcome(parts, remat=True), "loop": outcome(loop, remat=True)}
+    return {"shared": n_parts(parts)} | {way: max(map(apart, found, copies)) for way, found in ways.items()}
+
+
+def n_parts(tree) -> int:
+    """How many of the tree's kernels are shared out."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, parallel.Part))
+    return sum(isinstance(x, parallel.Part) for x in leaves)
+
+
 def of_networks() -> dict[str, dict[str, float]]:
-    """Differences of output and LoRA's gradient of tiny transformers: blocks one by one, and as loops."""
-    found = {}
-    for name, make in (("flux", of_flux), ("sd3.5", of_sd35)):
-        network, args, groups = make()
-        shapes, rng = convert.abstract_params(network, *args), np.random.default_rng(0)
-        params = jax.tree.map(lambda x, rng=rng: rng.standard_normal(x.shape, np.float32) / 5, shapes)
-        targets = sorted({layer for group in groups.values() for layer in group})
-        start = lora.init_lora(jax.random.key(0), params, rank=3, targets=targets)
-        start = jax.tree.map(lambda x, rng=rng: rng.standard_normal(x.shape, np.float32) / 5, start)
-
-        def outcome(params, remat=False, network=network, args=args, start=start):
-            def value_and_gradient(params, start, args):
-                def output(start):
-                    return network.clone(remat=remat).apply({"params": params, "lora": start}, *args)
-
-                out, pull_back = jax.vjp(output, start)
-                return out, pull_back(jnp.ones_like(out))[0]
-
-            held = parallel.share(params), parallel.replicate(start), parallel.replicate(args)
-            return parallel.first(parallel.pmap(value_and_gradient)(*held))
-
-        parts = parallel.shared_out(params, jax.device_count())
-        loop = stacked(parts, BLOCKS, at_least=2)
-        copies = outcome(params)
-        largest = [max(np.abs(x).max() for x in jax.tree.leaves(tree)) for tree in copies]
-        ways = {"parts": outcome(parts), "again": outcome(parts, remat=True), "loop": outcome(loop, remat=True)}
-        leaves = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, parallel.Part))
-        found[name] = {"shared": sum(isinstance(x, parallel.Part) for x in leaves)}
-        for way, trees in ways.items():
-            of_trees = [
-                jax.tree.map(lambda a, b: np.abs(a - b).max(), *pair) for pair in zip(trees, copies, strict=True)
-            ]
-            worst = [max(jax.tree.leaves(tree)) / size for tree, size in zip(of_trees, largest, strict=True)]
-            found[name][way] = float(max(worst))
-    return found
+    return {"flux": of_network(of_flux), "sd3.5": of_network(of_sd35)}
 
 
 def of_encoders() -> dict[str, float]:
@@ -131,10 +131,9 @@ def of_encoders() -> dict[str, float]:
     copies, *others = (encode_prompts(pipeline, texts, program=program)[0] for program in programs)
     pairs = [pair for other in others for pair in zip(jax.tree.leaves(copies), jax.tree.leaves(other), strict=True)]
     tree = parallel.shared_out({part: pipeline.params[part] for part in pipeline.text_parts}, jax.device_count())
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, parallel.Part))
     return {
         "difference": float(max(np.abs(a - b).max() / np.abs(a).max() for a, b in pairs)),
-        "parts": sum(isinstance(x, parallel.Part) for x in leaves),
+        "parts": n_parts(tree),
     }
 
 

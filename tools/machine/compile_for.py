@@ -38,7 +38,8 @@ def network_programs(experiment: Experiment) -> Iterable[Program]:
     """Those of OF_NETWORK, as large as a forward pass of the run; both halves of the guidance at every step."""
     policy, per_forward = experiment.policy, experiment.split.per_forward
     batch = experiment.draw_batch(0, None)
-    context, keys = jax.eval_shape(lambda *x: jax.tree.map(lambda x: x[:, :per_forward], x), batch.context, batch.key)
+    whole = batch.context, batch.key, batch.tokens
+    context, keys, tokens = jax.eval_shape(lambda *x: jax.tree.map(lambda x: x[:, :per_forward], x), *whole)
     steps = parallel.replicate(experiment.sampler.steps(explore=False))
     args = (
         parallel.shapes_on_devices(experiment.frozen),
@@ -67,15 +68,11 @@ def network_programs(experiment: Experiment) -> Iterable[Program]:
         scores, pull_back = jax.vjp(lambda images: policy.score(frozen, images, tokens)[0], images)
         return scores, pull_back(jnp.ones_like(scores))[0]
 
-    images = jax.eval_shape(
-        jax.vmap(lambda frozen, x: policy.decode(frozen, x)),
-        args[0],
-        jax.ShapeDtypeStruct((jax.device_count(), per_forward, *policy.latent_shape), jnp.float32),
-    )
-    tokens = jax.eval_shape(lambda tokens: jax.tree.map(lambda x: x[:, :per_forward], tokens), batch.tokens)
+    frozen, latents = args[0], jax.ShapeDtypeStruct((*keys.shape[:2], *policy.latent_shape), jnp.float32)
+    images = jax.eval_shape(jax.vmap(policy.decode), frozen, latents)
     yield Program("network", parallel.pmap(network), args)
     yield Program("gradient", parallel.pmap(gradient), args)
-    yield Program("reward", parallel.pmap(reward), (args[0], images, tokens))
+    yield Program("reward", parallel.pmap(reward), (frozen, images, tokens))
 
 
 def compile_and_write(program: Program, out: Path) -> str:
