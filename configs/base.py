@@ -347,6 +347,10 @@ def default() -> ml_collections.ConfigDict:
     # and 8192 times, and take 10 updates of 64 samples each.
     config.seiko.updates = 1  # shares that a round's prompts are split into, each for one update
     config.seiko.inner_epochs = 10  # how often a round climbs on all of its prompts
+    # The product is taken number by number, so a linear layer can tell how well an image fits its prompt. Wants a
+    # reward of `features` that reads both, as pickscore:PATH. The paper's learnt reward knows the image alone.
+    # Whether the learnt reward knows the prompt: it reads the image's features times those of its text
+    config.seiko.reads_text = False
     # How many last steps carry gradient: "uniform", "per_step", "fixed"; "none": all
     config.seiko.truncation = "uniform"
     config.seiko.truncation_k = 1  # number of last steps for "fixed"

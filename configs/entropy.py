@@ -12,8 +12,8 @@ from configs import alignprop
 def get_config(argument: str | None = None):
     config = alignprop.get_config(argument)
     config.algorithm = "entropy"
-    config.sampling.eta = 1.0
+    config.sampling.eta = 1.0  # noise at every step
     config.optim.grad_clip /= config.alignprop.loss_coefficient  # which this loss does not have
     config.entropy.alpha = 1.0  # of the reward, for a KL that is a mean over a latent's numbers
-    config.entropy.input_gradient = config.alignprop.input_gradient
+    config.entropy.input_gradient = config.alignprop.input_gradient  # False in the miniatures: see alignprop.py
     return config

@@ -14,25 +14,25 @@ from configs.models import DISTILLED, MINIATURES
 def get_config(argument: str | None = None):
     config, chosen = structured(argument)
     config.algorithm = "nft"
-    config.sampling.eta = 0.0
+    config.sampling.eta = 0.0  # any sampler does: nothing is learnt of its steps
     config.optim.lr = 3e-4
     config.nft.strength = 1.0  # 0.1 for several rewards at once
-    config.nft.kl_weight = 1e-4
+    config.nft.kl_weight = 1e-4  # of the squared distance to the untuned model's output
     if chosen["model"] in MINIATURES:  # the rate: docs/evidence/results/rates-emoji_hard.md
-        config.iterations = 10
+        config.iterations = 10  # nine of ten objects are learnt by then
         config.batch.samples = 64
-        config.batch.group = 4
+        config.batch.group = 4  # of 16 prompts
         config.optim.lr = 1e-2
-        config.nft.timestep_fraction = 0.3
+        config.nft.timestep_fraction = 0.3  # timesteps of each image that it is trained at, of all steps
         config.eval.every = config.log.images_every = config.checkpoint.every = 5
     else:
-        config.batch.samples = 1152
+        config.batch.samples = 1152  # images of an iteration
         config.batch.group = 24  # of 48 prompts
         if chosen["model"] not in DISTILLED:  # few steps, and guidance as an input
             config.sampling.steps = 25
-            config.sampling.guidance = 1.0
-            config.eval.steps = 40
+            config.sampling.guidance = 1.0  # none
+            config.eval.steps = 40  # as published
         config.lora.rank = 32
-        config.lora.alpha = 64.0
+        config.lora.alpha = 64.0  # a factor of 2
         config.optim.ema = 0.9  # what is evaluated is this average
     return config

@@ -14,21 +14,21 @@ from configs.models import MINIATURES
 def get_config(argument: str | None = None):
     config, chosen = structured(argument)
     config.algorithm = "prdp"
-    config.iterations = 100
+    config.iterations = 100  # each samples anew
     config.batch.group = 16  # images of each prompt: all pairs of them are compared
     config.batch.samples = 512  # 32 prompts
-    config.optim.lr = 3e-4
+    config.optim.lr = 3e-4  # 30 times the published one, which is for all weights
     config.prdp.inner_epochs = 10  # updates an iteration, each on all pairs
     config.prdp.beta = 3e-5  # the reward is a cosine: differences / beta are about 1,000, so the gradient clip binds
-    config.prdp.clip = 1e-6
+    config.prdp.clip = 1e-6  # how far an update may move a step's log-prob, which is a mean over the latent
     if chosen["model"] in MINIATURES:  # the rate: docs/evidence/results/rates-emoji_hard.md
         config.iterations = 36
         config.batch.group = 4
-        config.batch.samples = 64
+        config.batch.samples = 64  # 16 prompts
         config.optim.lr = 1e-2  # 3e-2 is faster, and goes wrong with some seeds
-        config.optim.schedule = "linear"
+        config.optim.schedule = "linear"  # to 0 at the end
         config.prdp.inner_epochs = 2
         config.prdp.beta = 3e-3  # emoji_pickscore is a cosine times 100
         config.prdp.clip = 0.1  # the first updates move a step's log-prob by up to 0.3, a mean over 512 numbers
-        config.prdp.timestep_fraction = 0.8
+        config.prdp.timestep_fraction = 0.8  # as DDPO's: the last steps' gradients are far larger than the first's
     return config

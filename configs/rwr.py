@@ -15,23 +15,23 @@ def get_config(argument: str | None = None):
     config, chosen = structured(argument)
     config.algorithm = "rwr"
     config.iterations = 10  # rounds
-    config.batch.samples = 10240
+    config.batch.samples = 10240  # images of a round
     config.batch.group = 4  # each is weighed among all of its prompt in the round, about 230 of 45 prompts
-    config.optim.lr = 3e-4
+    config.optim.lr = 3e-4  # 30 times the published one, which is for all weights
     config.rwr.updates = 160  # of 64 images each
-    config.rwr.inner_epochs = 5
+    config.rwr.inner_epochs = 5  # passes over a round's images
     config.rwr.weighting = "exponential"  # "quantile" is the paper's sparse form: 1,024 images, 50 passes
     config.rwr.temperature = 5.0  # in the reward's units: for others than LAION's aesthetic score, see standardised
-    config.eval.every = config.log.images_every = config.checkpoint.every = 1
+    config.eval.every = config.log.images_every = config.checkpoint.every = 1  # a round takes hours
     if chosen["model"] in MINIATURES:  # only the rate is tuned: docs/evidence/results/rates-emoji_hard.md
-        config.iterations = 36
+        config.iterations = 36  # rounds, of few images: a CPU's minutes
         config.batch.samples = 64
-        config.batch.group = 4
+        config.batch.group = 4  # images of each of 16 prompts
         config.optim.lr = 3e-3
-        config.optim.schedule = "linear"
-        config.rwr.updates = 2
+        config.optim.schedule = "linear"  # to 0 at the end
+        config.rwr.updates = 2  # of 32 images each
         config.rwr.inner_epochs = 4
-        config.rwr.standardised = True
-        config.rwr.temperature = 0.5
+        config.rwr.standardised = True  # emoji_pickscore is a cosine times 100: weights by a prompt's own mean
+        config.rwr.temperature = 0.5  # of standardised rewards: one standard deviation weighs exp(2)
         config.eval.every = config.log.images_every = config.checkpoint.every = 12
     return config

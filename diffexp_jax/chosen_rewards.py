@@ -1,14 +1,18 @@
-"""The rewards that settings choose: what a run trains on, what it reports, whose image features its method reads."""
+"""The rewards that settings choose: what a run trains on, what it reports, whose features its method reads."""
 
 from typing import Any
 
 import jax
+import numpy as np
 
 from diffexp_jax import paths
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import InputError
 from diffexp_jax.rewards import Reward, Spec, check_reward, load_reward
+from diffexp_jax.rewards.reward import Tokens
 from diffexp_jax.settings import Settings
+
+_PROMPTS_AT_A_TIME = 64  # that a text encoder reads
 
 
 def check_files(settings: Settings, *, weights: bool) -> None:
@@ -83,6 +87,28 @@ def load_features(settings: Settings, trained: Reward, *, weights: bool = True) 
             "wants a reward that has: one by CLIP, as pickscore:PATH, aesthetic:PATH or emoji_pickscore"
         )
     return reward if weights or own else reward._replace(params=_shapes_of(reward.params))
+
+
+def text_features(settings: Settings, reward: Reward, tokens: Tokens, *, weights: bool = True) -> np.ndarray:
+    """What the reward knows of prompts [P F], by its tokens of them; zeros where it has shapes in place of weights.
+
+    Raises:
+      InputError: it reads no prompts.
+    """
+    if reward.text_features is None:
+        name, chosen = settings.algorithm, settings.method.features
+        raise InputError(
+            f"{name}.reads_text=True: the reward of {name}.features={chosen!r} has no features of prompts; wants one "
+            "that has: one by CLIP, as pickscore:PATH or emoji_pickscore"
+        )
+    if not weights:
+        shape = jax.eval_shape(reward.text_features, reward.params, tokens)
+        return np.zeros(shape.shape, shape.dtype)
+    embed, n = jax.jit(reward.text_features), len(jax.tree.leaves(tokens)[0])
+    size = min(n, _PROMPTS_AT_A_TIME)
+    rows = [np.minimum(np.arange(at, at + size), n - 1) for at in range(0, n, size)]  # one shape, so one program
+    parts = [np.asarray(embed(reward.params, jax.tree.map(lambda x, at=at: x[at], tokens))) for at in rows]
+    return np.concatenate(parts)[:n]
 
 
 def _shapes_of(tree: Any) -> Any:

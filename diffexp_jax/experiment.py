@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from diffexp_jax import parallel
 from diffexp_jax.algorithms import Algorithm, Batch, Policy, Setup
 from diffexp_jax.algorithms.optimizer import make_optimizer
-from diffexp_jax.chosen_rewards import check_files, load_features, load_rewards
+from diffexp_jax.chosen_rewards import check_files, load_features, load_rewards, text_features
 from diffexp_jax.errors import InputError
 from diffexp_jax.models.lora import init_lora, initial_lora, target_layers
 from diffexp_jax.parallel import Split
@@ -47,6 +47,7 @@ class Experiment(NamedTuple):
     trained: Reward  # as training uses it, in reward_dtype
     rewards: Mapping[str, Reward]  # as evaluation reports them, in eval.reward_dtype: it, and those only reported
     features: Reward | None  # the one whose image features the method reads; None: it reads none
+    text: Float[np.ndarray, "P F"] | None  # its features of the training prompts, where the method reads them too
     train: Task
     evals: list[Task]
     ids: Int[np.ndarray, "P"]  # of the training prompts, see `PromptSet.ids`
@@ -73,7 +74,10 @@ class Experiment(NamedTuple):
         reward, trained, rewards = load_rewards(settings, weights=weights)
         sampler = Sampler.build(settings, weights=weights)
         target_layers(settings.lora.targets, sampler.pipeline.lora_targets)
-        task = Task.of(sampler, {reward: trained}, train)
+        task, text = Task.of(sampler, {reward: trained}, train), None
+        if (features := load_features(settings, trained, weights=weights)) and settings.method.reads_text:
+            tokens = task.tokens[reward] if features is trained else features.tokenize(train.texts)
+            text = text_features(settings, features, tokens, weights=weights)
         evals, pipeline = [Task.of(sampler, rewards, prompts) for prompts in evals], sampler.pipeline
         experiment = cls(
             sampler=sampler._replace(pipeline=pipeline.without_text_encoders()) if weights else sampler,
@@ -81,7 +85,8 @@ class Experiment(NamedTuple):
             reward=reward,
             trained=trained,
             rewards=rewards,
-            features=load_features(settings, trained, weights=weights),
+            features=features,
+            text=text,
             train=task,
             evals=evals,
             ids=np.array(train.ids, np.int32),
@@ -246,7 +251,8 @@ class Experiment(NamedTuple):
         noise = parallel.sample_keys(parallel.stream(seed, "noise", it), n)
         cond, tokens = jax.tree.map(lambda x: x[rows], (self.train.cond, self.train.tokens[self.reward]))
         context = make_context(cond, self.sampler.uncond)
-        batch = parallel.shard(Batch(ids, context, tokens, noise), n, group=group)
+        text = None if self.text is None else self.text[rows]
+        batch = parallel.shard(Batch(ids, context, tokens, noise, text), n, group=group)
         if explore is not None:
             drawn_for = ids if self.sampler.exploration.scope == "prompt" else np.arange(n)
             keys = parallel.keys_of(parallel.stream(seed, "weights", it), drawn_for)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from diffexp_jax import train
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.run.metrics import read_metrics
 from tests.support import ROOT
@@ -44,13 +45,28 @@ CHANGES = {
         "seiko.loss_coefficient": 100.0,  # else most of the gradient is the rounding of a path KL of 0
     },
 }
+# Settings that change a method's state or what its programs read
+VARIANTS = {
+    "entropy.start": {"entropy.start": True, "sampling.eta": 0.5},
+    "seiko.reads_text": {"seiko.reads_text": True, "seiko.features": "CLIP"},
+    "seiko.optimism": {"seiko.optimism": "bootstrap"},
+    "rwr.prior_weight": {"rwr.prior_weight": 0.5},
+    "ddpo.proportionate": {"ddpo.proportionate": True, "ddpo.clip": 10.0},
+}
 SAME = ("reward/mean", "reward/std", "grad_norm", "lora_norm")
-pytestmark = [pytest.mark.slow, pytest.mark.parametrize("method", METHODS)]
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("case", [*METHODS, *VARIANTS])]
 
 
-def settings_of(method, tiny_settings):
+@pytest.fixture
+def method(case):
+    return case.partition(".")[0]
+
+
+@pytest.fixture
+def settings(case, method, tiny_settings, tiny_clip):
     group = {"batch.group": 2} if METHODS[method]().compares_groups else {}
-    return tiny_settings | FEW | LINEAR | group | CHANGES.get(method, {})
+    found = tiny_settings | FEW | LINEAR | group | CHANGES.get(method, {}) | VARIANTS.get(case, {})
+    return {key: f"pickscore:{tiny_clip}" if value == "CLIP" else value for key, value in found.items()}
 
 
 def run(method, workdir, settings, *, code=0):
@@ -62,13 +78,18 @@ def run(method, workdir, settings, *, code=0):
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_the_same_numbers_on_any_number_of_devices(method, tiny_settings, tmp_path):
-    settings = settings_of(method, tiny_settings)
+def learnt(workdir):
+    """All arrays of a run's LoRA, and the mean of x_T where that was learnt."""
+    start = workdir / f"{LORA.removesuffix('.safetensors')}.x_T.npy"
+    return load_file(workdir / LORA) | ({"x_T": np.load(start)} if start.exists() else {})
+
+
+def test_the_same_numbers_on_any_number_of_devices(method, settings, tmp_path):
     for n in (1, 2, 4):
         run(method, tmp_path / str(n), settings | {"cpu_devices": n})
-    expected, rows = load_file(tmp_path / "1" / LORA), read_metrics(tmp_path / "1")
+    expected, rows = learnt(tmp_path / "1"), read_metrics(tmp_path / "1")
     for n in (2, 4):
-        found = load_file(tmp_path / str(n) / LORA)
+        found = learnt(tmp_path / str(n))
         assert found.keys() == expected.keys()
         for name, x in expected.items():
             np.testing.assert_allclose(found[name], x, rtol=0, atol=1e-5 * np.abs(x).max(), err_msg=f"{n} {name}")
@@ -77,8 +98,8 @@ def test_the_same_numbers_on_any_number_of_devices(method, tiny_settings, tmp_pa
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (n, name)
 
 
-def test_a_run_goes_on_bit_for_bit(method, tiny_settings, tmp_path):
-    settings = settings_of(method, tiny_settings) | {"iterations": 4, "checkpoint.every": 2}
+def test_a_run_goes_on_bit_for_bit(method, settings, tmp_path):
+    settings = settings | {"iterations": 4, "checkpoint.every": 2}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(method, whole, settings)
     shutil.copytree(whole, broken)
@@ -88,7 +109,17 @@ def test_a_run_goes_on_bit_for_bit(method, tiny_settings, tmp_path):
     assert_same_run(broken, whole)
 
 
-def test_a_reward_that_is_not_finite_ends_in_one_line(method, tiny_settings, tiny_clip, tmp_path):
-    settings = settings_of(method, tiny_settings) | {"reward": "jax:sample_rewards:undefined"}
-    settings |= {"seiko.features": f"pickscore:{tiny_clip}"}
+def test_exploration_off_is_plain(method, settings, make_config, tmp_path):
+    """Off equals a schedule without a step and weights of 1; the run with exploration is another one."""
+    once = settings | PLAIN | {"iterations": 1}
+    neutral = {"exploration.w_low": once["sampling.guidance"], "exploration.weight_range": (1.0, 1.0)}
+    for name, more in (("off", {"exploration.enabled": False}), ("neutral", neutral), ("on", {})):
+        train.run(make_config(method, once | more), tmp_path / name)
+    assert_same_run(tmp_path / "off", tmp_path / "neutral")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "on", tmp_path / "off")
+
+
+def test_a_reward_that_is_not_finite_ends_in_one_line(method, settings, tiny_clip, tmp_path):
+    settings = settings | {"reward": "jax:sample_rewards:undefined", "seiko.features": f"pickscore:{tiny_clip}"}
     assert run(method, tmp_path / "run", settings, code=1).startswith("error: iteration 1: ")

@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     context: Context
     tokens: Any  # the reward's tokens of the (unweighted) prompts
     key: jax.Array  # a PRNG key per sample, from its global index
+    text: Float[Array, "B P"] | None = None  # features of the (unweighted) prompts, see `Method.reads_text`
 
 
 class Samples(NamedTuple):
@@ -113,6 +114,7 @@ class Method:
     needs: ClassVar[Needs] = Needs()
     updates: ClassVar[int] = 1  # of the optimizer in an iteration, each on its own share of the samples
     inner_epochs: ClassVar[int] = 1  # how often an iteration goes over all of them
+    reads_text: ClassVar[bool] = False  # features of the prompts, beside those of the images (`Needs.features`)
 
     def make(self, setup: Setup) -> Algorithm:
         raise NotImplementedError

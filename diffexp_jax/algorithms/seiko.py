@@ -55,9 +55,19 @@ class Climb(NamedTuple):
     chain: dict[str, Any]  # `reward_gradient.sampled`'s further arguments
 
 
-def features_of(policy: Policy, frozen: Any, images: Float[Array, "B H W 3"]) -> Float[Array, "B P"]:
-    """What the learnt reward reads of images: their features, as vectors of length 1."""
-    features = policy.features(frozen, images)
+def features_of(
+    policy: Policy, frozen: Any, images: Float[Array, "B H W 3"], text: Float[Array, "B P"] | None
+) -> Float[Array, "B P"]:
+    """What the learnt reward reads: the images' features as vectors of length 1, times sqrt(P) those of their prompts.
+
+    Their product, number by number, has about the length 1 too, and its sum is sqrt(P) times their cosine.
+    """
+    features = unit(policy.features(frozen, images))
+    return features if text is None else features * unit(text) * text.shape[-1] ** 0.5
+
+
+def unit(features: Float[Array, "B P"]) -> Float[Array, "B P"]:
+    """Vectors of length 1."""
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
@@ -74,7 +84,7 @@ def climb_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """(loss, {metric: [B]}) of a chunk; `before` is the LoRA that the round began with."""
     x_0, penalty, seen = sampled(policy, lora, frozen, chunk, steps, live, **climb.chain, reference=before)
-    predictions = reward(features_of(policy, frozen, policy.decode(frozen, x_0).clip(0.0, 1.0)))
+    predictions = reward(features_of(policy, frozen, policy.decode(frozen, x_0).clip(0.0, 1.0), chunk.text))
     loss = climb.loss_coefficient * short_of(climb.reward_target, predictions).mean() + penalty
     return loss, seen | {"climb/predicted": predictions}
 
@@ -124,7 +134,7 @@ def sample(policy: Policy, state: TrainState, frozen: Any, batch: Batch, steps: 
         x_T = initial_latents(chunk.key, policy.latent_shape)
         x_0, _ = rollout(policy.process, denoise, x_T, chunk.context, steps, chunk.key)
         rewards, parts, images = rewarded(policy, frozen, x_0, chunk.tokens)
-        return Samples(features_of(policy, frozen, images), rewards, parts, images)
+        return Samples(features_of(policy, frozen, images, chunk.text), rewards, parts, images)
 
     return by_chunks(one, batch, n_chunks)
 
@@ -203,6 +213,14 @@ class SEIKO(Pulling):
         about="""
         "reward": those of the trained reward's own network. Else a reward by name, as pickscore:PATH, of which only
         the features are read: for rewards that have none, as a function in plain Python.
+        """,
+    )
+    reads_text: bool = setting(
+        False,
+        "whether the learnt reward knows the prompt: it reads the image's features times those of its text",
+        about="""
+        The product is taken number by number, so a linear layer can tell how well an image fits its prompt. Wants a
+        reward of `features` that reads both, as pickscore:PATH. The paper's learnt reward knows the image alone.
         """,
     )
     optimism: str = setting(

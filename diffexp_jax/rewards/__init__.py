@@ -171,5 +171,6 @@ def _load_one(part: spec.Part, *, dtype: DTypeLike, timeout: float, workers: int
         score_prepared=in_precision(reward.score_prepared, dtype),
         embed=reward.embed and in_precision(reward.embed, dtype),
         features=reward.features and in_precision(reward.features, dtype),
+        text_features=reward.text_features and in_precision(reward.text_features, dtype),
         target=builtin.target,
     )

@@ -64,12 +64,17 @@ def blocks_of_all(rewards: Iterable[Reward]) -> tuple[str, ...]:
 
 
 def by_first(rewards: Mapping[str, Reward]) -> dict[str, Callable | None]:
-    """`Reward.embed` and `Reward.features` of a sum: those of its first part that has some."""
+    """`Reward.embed`, `features` and `text_features` of a sum: those of its first part that has features of images."""
     name = next((name for name, reward in rewards.items() if reward.embed), None)
     if name is None:
         return {"embed": None, "features": None}
     reward = rewards[name]
+
+    def text_features(params, tokens):
+        return reward.text_features(params[name], tokens[name])
+
     return {
         "embed": lambda params, pixels: reward.embed(params[name], pixels[name]),
         "features": lambda params, images: reward.features(params[name], images),
+        "text_features": reward.text_features and text_features,
     }

@@ -56,6 +56,7 @@ def build(model: clip.CLIP, params: Any, tokenize: Tokenize, *, scale: str = "lo
         prepare=partial(official_crop, size=size, start=floor_half, by=by),
         score_prepared=score_prepared,
         embed=lambda params, pixels: model.apply({"params": params}, pixels, method="embed_image"),
+        text_features=lambda params, ids: model.apply({"params": params}, ids, method="embed_text"),
         blocks=OF_ENCODERS,
     )
 

@@ -36,7 +36,8 @@ class Reward(NamedTuple):
     which are zeros where the host scores everything (`host.py`). Such a reward has no gradient.
     `embed(params, pixels)`, of what `prepare` gives, are the image's features where the reward has some: to compare
     images with each other. `features(params, images)` are the same of images in [0,1], differentiable, as `score` reads
-    them: to learn a reward from. None: it has none.
+    them: to learn a reward from. `text_features(params, tokens)` are those of the prompts, in the same space. None: it
+    has none.
     """
 
     params: Any
@@ -47,6 +48,7 @@ class Reward(NamedTuple):
     start: Callable[..., Callable[[], HostScores]] | None = None
     embed: Callable[[Any, Pixels], Float[Array, "B P"]] | None = None
     features: Callable[[Any, Float[Array, "B H W 3"]], Float[Array, "B P"]] | None = None
+    text_features: Callable[[Any, Tokens], Float[Array, "B P"]] | None = None
     target: float | None = None  # see `Builtin`
     blocks: tuple[str, ...] = ()  # names of its networks' blocks, whose parameters may be stacked: see `blocks.stacked`
 
@@ -81,6 +83,7 @@ def of_pixels(
     prepare: Callable[[UInt8[np.ndarray, "H W 3"]], Pixels],
     score_prepared: Callable[[Any, Pixels, Tokens], Scores],
     embed: Callable[[Any, Pixels], Float[Array, "B P"]] | None = None,
+    text_features: Callable[[Any, Tokens], Float[Array, "B P"]] | None = None,
     blocks: tuple[str, ...] = (),
 ) -> Reward:
     """A reward whose two paths differ in how they make pixels: `pixels` on the device, `prepare` on the host."""
@@ -91,7 +94,7 @@ def of_pixels(
     def features(params, images):
         return embed(params, pixels(images))
 
-    features_of = {"embed": embed, "features": embed and features}
+    features_of = {"embed": embed, "features": embed and features, "text_features": text_features}
     return Reward(params, tokenize, score, prepare, score_prepared, blocks=blocks, **features_of)
 
 

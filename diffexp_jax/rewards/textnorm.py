@@ -62,7 +62,11 @@ def textnorm(reward: Reward, contrast: Contrast, *, temperature: float = 1.0) ->
     def score_prepared(params, pixels, tokens):
         return normalised(lambda one: reward.score_prepared(params, pixels, one)[0], tokens)
 
+    def text_features(params, tokens):
+        return reward.text_features(params, jax.tree.map(lambda x: x[:, 0], tokens["texts"]))
+
     kept = {"embed": reward.embed, "features": reward.features, "blocks": reward.blocks}
+    kept |= {"text_features": reward.text_features and text_features}
     return Reward(reward.params, tokenize, score, reward.prepare, score_prepared, **kept)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffexp_jax import parallel, train
+from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS, Inputs, Setup, denoising
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
@@ -15,7 +15,6 @@ from diffexp_jax.sampling import load_process
 from diffexp_jax.sampling.flow import SCHEDULER as FLOW
 from diffexp_jax.settings import checked
 from tests.support import images_alone as alone
-from tests.support.runs import PLAIN, assert_same_run
 from tests.support.tiny import SCHEDULER, nonzero_lora, policy_of
 
 FROM_IMAGES = ("rwr", "nft", "awm")
@@ -131,19 +130,7 @@ def test_learns_brightness(make_config, method, prediction):
     assert rewards[-1] > rewards[0] + 2e-3
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
-
-
-@pytest.mark.slow  # three runs
-@pytest.mark.parametrize("method", FROM_IMAGES)
-def test_exploration_off_is_plain(make_config, tmp_path, method):
-    changes = PLAIN | {"iterations": 1}
-    neutral = {"exploration.w_low": 3.0, "exploration.weight_range": (1.0, 1.0)}
-    for name, more in (("off", {"exploration.enabled": False}), ("neutral", neutral), ("on", {})):
-        train.run(make_config(method, changes | more), tmp_path / name)
-    assert_same_run(tmp_path / "off", tmp_path / "neutral")
-    with pytest.raises(AssertionError):
-        assert_same_run(tmp_path / "on", tmp_path / "off")
+# ------------------------------------------------------------------------------------------------------------ settings
 
 
 @pytest.mark.parametrize(

@@ -32,20 +32,50 @@ def test_log_hinge_literal(log_ratio, adv, loss, slope):
     np.testing.assert_allclose(gradient, slope / 3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_weights_make_steps_equal(prediction_type):
-    """By DDIM's numbers: t = 981, 501 and 1 of 50 steps; and 1 on average."""
-    process = load_process(SCHEDULER | {"prediction_type": prediction_type})
-    steps = process.make_steps(process.timesteps(50), np.full(50, 5.0, np.float32), eta=1.0)
-    found = equal_steps(process, steps)
-    assert float(found.mean()) == pytest.approx(1.0, rel=1e-5)
-    factors = []  # of a log-prob's gradient in the network's output
-    for a, a_prev, std in ((0.0057755001, 0.0072817271, 0.45446327), (0.99829603, 0.99915000, 0.020648320)):
-        direction = np.sqrt(1 - a_prev - std**2)
-        of_eps = direction - np.sqrt(a_prev) * np.sqrt(1 - a) / np.sqrt(a)
-        of_v = direction * np.sqrt(a) - np.sqrt(a_prev) * np.sqrt(1 - a)
-        factors.append(abs(of_eps if prediction_type == "epsilon" else of_v) / std)
-    assert float(found[-1] / found[0]) == pytest.approx(factors[0] / factors[1], rel=2e-2)
+def eps_factors(process, steps):
+    """|C_t| / sigma_t of DDIM (Song et al. 2021, Eq. 12) by torch's betas, where the network's output is the noise."""
+    a, a_prev, std = alphas(steps)
+    return np.abs(np.sqrt(1 - a_prev - std**2) - np.sqrt(a_prev) * np.sqrt(1 - a) / np.sqrt(a)) / std
+
+
+def v_factors(process, steps):
+    """The same where the output is v, so that x_0 = sqrt(a) x - sqrt(1-a) v and eps = sqrt(a) v + sqrt(1-a) x."""
+    a, a_prev, std = alphas(steps)
+    return np.abs(np.sqrt(1 - a_prev - std**2) * np.sqrt(a) - np.sqrt(a_prev) * np.sqrt(1 - a)) / std
+
+
+def alphas(steps):
+    """alpha_bar of t and of the step after, and DDIM's std at eta 1, from SD's betas."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
+    cumulative, t = np.cumprod(1 - betas), np.asarray(steps.t, int)
+    a, a_prev = cumulative[t], cumulative[np.maximum(t - 1000 // len(t), 0)]
+    return a, a_prev, np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
+
+
+def flow_factors(process, steps):
+    """Flow-GRPO's Eq. 9: the velocity moves the mean by (1 + g^2 (1 - s) / (2 s)) dt, the noise is g sqrt(dt)."""
+    s = np.asarray(process.timesteps(len(steps.t)), np.float64) / 1000
+    dt = s - np.append(s[1:], 0.0)
+    g = np.sqrt(s / (1 - np.where(s < 1, s, s[1])))
+    return (1 + g**2 * (1 - s) / (2 * s)) * dt / (g * np.sqrt(dt))
+
+
+@pytest.mark.parametrize(
+    "config, factors",
+    [
+        (SCHEDULER | {"prediction_type": "epsilon"}, eps_factors),
+        (SCHEDULER | {"prediction_type": "v_prediction"}, v_factors),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, flow_factors),
+    ],
+)
+def test_the_weights_make_steps_equal(config, factors):
+    """Of all steps, by formulas of the papers: a step's weight times its factor is one number; 1 on average."""
+    process, n = load_process(config), 50
+    steps = process.make_steps(process.timesteps(n), np.full(n, 5.0, np.float32), eta=1.0)
+    found = np.asarray(equal_steps(process, steps), np.float64)
+    expected = 1 / factors(process, steps)
+    assert expected.max() > 1.5 * expected.min()  # steps differ
+    np.testing.assert_allclose(found, expected / expected.mean(), rtol=1e-3)
 
 
 def test_an_iteration_is_the_plain_loop():

@@ -12,7 +12,7 @@ from diffexp_jax import parallel, train
 from diffexp_jax.algorithms import Batch, Inputs
 from diffexp_jax.algorithms.alignprop import live_steps
 from diffexp_jax.algorithms.optimizer import averaged, make_optimizer, with_new_moments
-from diffexp_jax.algorithms.seiko import SEIKO, Climb, climb_loss, seiko
+from diffexp_jax.algorithms.seiko import SEIKO, Climb, climb_loss, features_of, seiko
 from diffexp_jax.errors import InputError
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.sampling import initial_latents, step_noise
@@ -82,6 +82,18 @@ def test_a_round_keeps_what_it_asked():
     assert int(kept.seen) == N == metrics["surrogate/queries"]
     _, state, metrics = a_round(algorithm(optax.sgd(0.0), climb()), state)
     assert metrics["surrogate/queries"] == 2 * N and metrics["reward/mean"] == pytest.approx(rewards.mean(), rel=1e-6)
+
+
+def test_images_are_read_times_their_prompts():
+    images, text = (
+        np.random.default_rng(i).normal(size=(3, *shape)).astype(np.float32) for i, shape in ((0, SHAPE), (1, (P,)))
+    )
+    alone, both = (features_of(policy, {}, images, which) for which in (None, text))
+    image, unit = images.reshape(3, P), text / np.linalg.norm(text, axis=1, keepdims=True)
+    image = image / np.linalg.norm(image, axis=1, keepdims=True)
+    np.testing.assert_allclose(alone, image, rtol=1e-6)
+    np.testing.assert_allclose(both, image * unit * np.sqrt(P), rtol=1e-5)
+    np.testing.assert_allclose(both.sum(1) / np.sqrt(P), (image * unit).sum(1), atol=1e-6)  # the cosine
 
 
 def test_noise_is_added_to_the_answers_alone():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffexp_jax.algorithms import METHODS
 from diffexp_jax.cost import dry_run, flops
 from diffexp_jax.errors import InputError
 from diffexp_jax.experiment import Experiment
@@ -221,6 +222,36 @@ def test_halves_that_exploration_leaves_out(make_config):
     ):
         config = make_config("ddpo", {"exploration.w_low": w_low, "ddpo.old_log_prob": "recomputed"})
         assert dry_run.describe(Experiment.build(checked(config), weights=False))[-1].endswith(said)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"ddpo.updates": 2, "ddpo.kl_weight": 0.1}, "64 to sample, 48 with a gradient, 48 of the untuned model"),
+        ({"alignprop.truncation": "uniform"}, "24 to sample, 40 to sample with a gradient"),
+        ({"draft.k": 1}, "48 to sample, 16 to sample with a gradient"),
+        ({"dpok.updates": 2}, "64 to sample, 64 with a gradient, 64 of the untuned model"),
+        ({"prdp.inner_epochs": 2}, "64 to sample, 96 with a gradient, 48 of the untuned model, 48 to weigh"),
+        ({"rwr.updates": 2, "rwr.inner_epochs": 4}, "64 to sample, 64 with a gradient"),
+        (
+            {"nft.timestep_fraction": 0.3},
+            "64 to sample, 8 with a gradient, 8 of the policy that sampled, 8 of the untuned model",
+        ),
+        ({"awm.timesteps": 6}, "64 to sample, 48 with a gradient, 48 of the untuned model, 48 of the average"),
+        ({"entropy.alpha": 1.0}, "32 to sample, 32 to sample with a gradient, 64 of the untuned model"),
+        (
+            {"seiko.updates": 2, "seiko.inner_epochs": 2, "seiko.truncation_k": 3},
+            "64 to sample, 32 to climb, 96 to climb with a gradient, 128 of the round's first model",
+        ),
+    ],
+)
+def test_network_evaluations_of_every_method(make_config, changes, said):
+    """8 samples, 4 steps, guided: 64. DDPO and PRDP learn from three steps of four; NFT and AWM without guidance."""
+    method = next(iter(changes)).partition(".")[0]
+    group = {"batch.group": 2} if METHODS[method]().compares_groups else {}
+    config = make_config(method, {"exploration.enabled": False, "sampling.eta": 1.0} | group | changes)
+    line = dry_run.describe(Experiment.build(checked(config), weights=False))[-1]
+    assert line == f"iteration   8 reward queries, network evaluations: {said}"
 
 
 def test_what_it_prints(make_config, capsys, monkeypatch, tmp_path):

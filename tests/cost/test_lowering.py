@@ -272,8 +272,9 @@ def test_attention_at_other_precisions(tpu, precision):
 
 
 # Each method as published, and DDPO in one pass; with each model and device, and each of these with each of the others
-CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in METHODS}
-VARIANTS = [(method, {}) for method in METHODS] + [("ddpo", {"ddpo.updates": 1})]
+CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in (*METHODS, "grpo")}
+ONE_PASS = {"ddpo.updates": 1, "ddpo.gradient": "onepass"}
+VARIANTS = [(method, {}) for method in METHODS] + [("ddpo", ONE_PASS)]
 MODELS, DEVICES, REMAT = ("sd15", "sd21", "sdxl"), ("gpu", "tpu"), ("none", "step", "block")
 PUBLISHED = ("aesthetic", "pickscore", "hpsv2", "imagereward", "hpsv2+aesthetic+pickscore", "textnorm(imagereward)")
 REAL_SIZES = [
@@ -283,31 +284,58 @@ REAL_SIZES = [
     for k, device in enumerate(DEVICES)
 ]
 REAL_SIZES += [
-    pytest.param(method, {}, "sd35m", device, remat, "pickscore")
-    for method, remat in (("ddpo", "block"), ("draft", "step"), ("alignprop", "block"))
+    pytest.param(method, changes, "sd35m", device, remat, "pickscore")
+    for method, changes, remat in (
+        ("ddpo", {}, "block"),
+        ("ddpo", ONE_PASS, "block"),
+        ("grpo", {}, "block"),
+        ("draft", {}, "step"),
+        ("alignprop", {}, "block"),
+    )
     for device in DEVICES
 ]
 REAL_SIZES += [
     pytest.param("ddpo", {}, "flux", "gpu", "block", "pickscore"),
+    pytest.param("ddpo", ONE_PASS, "flux", "tpu", "block", "pickscore"),
+    pytest.param("grpo", {}, "flux", "tpu", "block", "pickscore"),
+    pytest.param("alignprop", {}, "flux", "tpu", "block", "pickscore"),
     pytest.param("draft", {}, "flux_schnell", "tpu", "block", "aesthetic"),
+]
+# What is off by default and changes a program
+ADDITIONS = [
+    ("ddpo", {"ddpo.kl_weight": 0.01, "optim.ema": 0.9}),
+    ("ddpo", {"ddpo.proportionate": True}),
+    ("ddpo", {"ddpo.keep": 0.5, "batch.group": 4, "ddpo.updates": 1}),
+    ("ddpo", {"reward": "textnorm(pickscore)+textnorm(hpsv2)", "textnorm.uncertainty": 0.5}),
+    ("alignprop", {"alignprop.kl_weight": 0.01, "sampling.eta": 1.0}),
+    ("draft", {"draft.kl_weight": 0.01, "draft.lv_samples": 2, "sampling.eta": 1.0}),
+    ("entropy", {"entropy.start": True, "sampling.eta": 0.5}),
+    ("rwr", {"rwr.prior_weight": 0.5, "rwr.weighting": "quantile"}),
+    ("seiko", {"seiko.optimism": "bootstrap"}),
+    ("seiko", {"seiko.features": "pickscore", "seiko.reads_text": True}),
+]
+REAL_SIZES += [
+    pytest.param(*addition, "sd15", device, "step", "pickscore") for addition in ADDITIONS for device in DEVICES
 ]
 
 
 @pytest.mark.slow  # half a minute to two each
-@pytest.mark.parametrize("method, changes, model, device, remat, reward", REAL_SIZES, indirect=["device"])
-def test_real_sizes(device, method, changes, model, remat, reward):
+@pytest.mark.parametrize("name, changes, model, device, remat, reward", REAL_SIZES, indirect=["device"])
+def test_real_sizes(device, name, changes, model, remat, reward):
     """Every program of every method, of the published models and rewards in all their layers, as configs/ has them."""
-    config = CONFIGS[method].get_config(f"model={model},reward={reward},prompts=animals")
-    config.update_from_flattened_dict({"model.remat": remat, "eval.rewards": (), "batch.samples": 4} | changes)
-    config.batch.samples_per_forward = min(config.batch.samples_per_forward, 2)
+    config = CONFIGS[name].get_config(f"model={model},reward={reward},prompts=animals")
+    method, few = config.algorithm, {"model.remat": remat, "eval.rewards": (), "batch.samples": 4}
+    few["batch.samples_per_forward"] = min(config.batch.samples_per_forward, 2)
     if config[method].get("updates", 1) > 2:  # of dpok 32, of two images each
-        config[method].updates = 2
-    if METHODS[method]().compares_groups:
-        config.update_from_flattened_dict({"batch.group": 4, f"{method}.updates": 1})
+        few[f"{method}.updates"] = 2
+    if METHODS[method]().compares_groups or name == "grpo":
+        few |= {"batch.group": 4, f"{method}.updates": 1}
     if METHODS[method].needs.features:
-        config.update_from_flattened_dict({f"{method}.features": "aesthetic", f"{method}.updates": 1})
-    texts = lower_all(device, config, without=() if method == "ddpo" else ("evaluate",))  # it is the same for all
+        few |= {f"{method}.features": "aesthetic", f"{method}.updates": 1}
+    config.update_from_flattened_dict(few | changes)
+    evaluates = method == "ddpo"  # it is the same for all
+    texts = lower_all(device, config, without=() if evaluates else ("evaluate",))
     programs = {"update"} if METHODS[method].needs.reward_gradient else {"sample", "update"}
-    assert texts.keys() == programs | {"explore"} | ({"evaluate"} if method == "ddpo" else set())
-    where = "sample" if changes else "update"  # where the gradient is made
+    assert texts.keys() == programs | {"explore"} | ({"evaluate"} if evaluates else set())
+    where = "sample" if changes == ONE_PASS else "update"  # where the gradient is made
     assert FUSED[device][1] in texts[where]

@@ -307,13 +307,15 @@ def test_a_run_goes_on(make_config, tmp_path, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["prdp", "entropy"])
+@pytest.mark.parametrize("method", ["prdp", "entropy", "seiko"])
 def test_a_run_with_a_chain_of_noise(make_config, tmp_path, settings, method):
-    """The untuned model's log-probs, or its means, beside a chain of flow steps."""
+    """The untuned model's log-probs, or its means, or those of a round's first model, beside a chain of flow steps."""
     settings |= {"batch.group": 2, "prdp.inner_epochs": 2, "iterations": 2, "exploration.enabled": True}
+    settings |= {"seiko.updates": 1, "seiko.inner_epochs": 2, "seiko.fit_epochs": 2, "seiko.truncation_k": 1}
     train.run(make_config(method, settings), tmp_path / "run")
     first, last = read_metrics(tmp_path / "run")[1:]
-    assert abs(first["kl/path"]) < 1e-5 < last["kl/path"] and last["grad_norm"] > 0
+    before = 0.0 if method == "seiko" else first["kl/path"]  # of a round's last update
+    assert abs(before) < 1e-5 < last["kl/path"] and last["grad_norm"] > 0
 
 
 @pytest.mark.slow

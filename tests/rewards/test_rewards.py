@@ -113,9 +113,29 @@ def test_image_features(clip_folder, aesthetic_folder, images, spec):
     np.testing.assert_allclose(reward.features(reward.params, pictures.astype(np.float32) / 255), want, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "spec", ["pickscore:{clip}", "textnorm(clip_similarity:{clip})", "emoji_judge+pickscore:{clip}"]
+)
+def test_text_features(clip_folder, spec):
+    """CLIP's, as transformers embeds the same prompts; of a sum those of the part whose image features are read."""
+    reward = load_reward(spec.format(clip=clip_folder))
+    texts = ["a dog riding a bike", "a cat washing the dishes"]
+    ours = reward.text_features(reward.params, reward.tokenize(texts))
+    ids = transformers.CLIPTokenizer.from_pretrained(clip_folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        model = transformers.CLIPModel.from_pretrained(clip_folder).eval()
+        want = model.text_projection(model.text_model(**ids).pooler_output).numpy()
+    np.testing.assert_allclose(ours, want, atol=1e-5)
+
+
 def test_rewards_without_image_features():
     for reward in map(load_reward, ("emoji_judge", "jpeg_compressibility")):
-        assert reward.embed is None and reward.features is None
+        assert reward.embed is None and reward.features is None and reward.text_features is None
+
+
+def test_aesthetic_reads_no_text():
+    reward = load_reward("emoji_aesthetic+emoji_pickscore")
+    assert reward.features and reward.text_features is None  # those of the first part are read, which reads no prompts
 
 
 @pytest.mark.parametrize(
