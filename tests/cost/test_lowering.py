@@ -236,6 +236,8 @@ HEADS = {  # queries, keys, heads, width of a head
     "SD 1.5, 1024 to 1024": (1024, 1024, 8, 80),
     "SD 2.1, 9216 to 77": (9216, 77, 5, 64),
     "SDXL, 4096 to 77": (4096, 77, 10, 64),
+    "SD 3.5 medium, 4429 to 4429": (4429, 4429, 24, 64),  # image, CLIP's 77 and T5's 256 tokens
+    "FLUX, 4608 to 4608": (4608, 4608, 24, 128),  # image and T5's 512
     "CLIP, 577 to 577": (577, 577, 16, 64),
 }
 OF_ONE_KERNEL = {"SD 2.1, 9216 to 77", "SDXL, 4096 to 77"}  # the same as of another

@@ -48,6 +48,7 @@ def errors(attend, args, plain=jax.nn.dot_product_attention, change=lambda f: f)
 
 
 SLOW = [(256, 256, 1, 64), (900, 1300, 2, 80), (7, 640, 1, 160)]
+SLOW += [(589, 589, 2, 64), (768, 768, 1, 128)]  # SD 3.5's image with both texts, and FLUX's with T5's, at 256 pixels
 SIZES = [(200, 77, 2, 40), *(pytest.param(*size, marks=pytest.mark.slow) for size in SLOW)]
 
 
