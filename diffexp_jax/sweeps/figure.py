@@ -4,13 +4,13 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 
 from diffexp_jax.sweeps import paired
-from diffexp_jax.sweeps.cells import SHARES, bin_name, measured, telling_reward
+from diffexp_jax.sweeps.cells import OF_GRADIENT, SHARES, WITHIN_GROUPS, bin_name, measured, telling_reward
 from diffexp_jax.sweeps.tables import gains_by_share
 
 matplotlib.use("Agg")
@@ -175,35 +175,64 @@ def has_gain(one: Mapping[str, Any]) -> bool:
 # ---------------------------------------------------------------------------------------------------- several methods
 
 
+class Panel(NamedTuple):
+    """Of each method a row with a point for each side."""
+
+    title: str
+    found: Mapping[str, Sequence[float | None] | None]  # estimates by arm
+    base: float | None = None  # what the model had before
+    shares: bool = False
+
+
 def save_methods(results: Mapping[str, Any], stem: Path) -> None:
-    """Of each prompt set a panel, of each method a row with a point for each side."""
-    what, sets = telling_reward(results), paired.prompt_sets(results)
-    title = f"{plain(what)} of final models: means over seeds, 95 % intervals"
-    size = (WIDTH * 2, 1.3 + ROW * len(paired.methods_of(results)))
-    with saved(results["name"], stem, title, 1, len(sets), most=len(MARKERS) + 1, figsize=size, sharey=True) as axes:
-        for axis, prompts in zip(axes.flat, sets, strict=True):
-            draw_methods(axis, results, prompts, what)
+    """Of each prompt set a panel; below, where training has them, what its groups and gradients were like."""
+    what, panels = telling_reward(results), panels_of_methods(results)
+    title = f"{plain(what)} of final models"
+    title += ", and below what training learns from" * (len(panels) > len(paired.prompt_sets(results)))
+    columns = len(paired.prompt_sets(results))
+    rows = -(-len(panels) // columns)
+    size = (WIDTH * 2, rows * (1.0 + ROW * len(paired.methods_of(results))) + 0.3)
+    legend, most = f"{title}: means over seeds, 95 % intervals", len(MARKERS) + 1
+    with saved(results["name"], stem, legend, rows, columns, most=most, figsize=size, sharey=True) as axes:
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            draw_methods(axis, results, panel)
 
 
-def draw_methods(axis: Any, results: Mapping[str, Any], prompts: str, what: str) -> None:
+def panels_of_methods(results: Mapping[str, Any]) -> list[Panel]:
+    """Success by prompt set; of pairs with and without DiffExp, rewards in a group and how far gradients agree."""
+    what, arms = telling_reward(results), results["arms"]
+    panels = []
+    for prompts in paired.prompt_sets(results):
+        found = {arm: paired.final(results, arm, prompts, what) for arm in arms}
+        panels.append(Panel(plain(prompts), found, results["base"].get(prompts, {}).get(what), what in SHARES))
+    training, pairs = results["training"], paired.variants_of(results) == ["diffexp"]
+    for name, words in (WITHIN_GROUPS | OF_GRADIENT).items() if pairs else ():
+        found = {arm: training.get(arm, {}).get(name) for arm in arms}
+        if any(found[arm] and found.get(method) for arm, method in results["pairs"].items() if arm in arms):
+            of_group = " of a prompt's rewards" if name in WITHIN_GROUPS else " of training"
+            panels.append(Panel(plain(f"{words}{of_group}"), found))
+    return panels
+
+
+def draw_methods(axis: Any, results: Mapping[str, Any], panel: Panel) -> None:
     """A row for each method, the first on top."""
     methods, labels = paired.methods_of(results), paired.labels_of(results)
     for i, label in enumerate(labels):
         arms = [paired.sides_of(results, method)[i] for method in methods]
-        found = {y: paired.final(results, arm, prompts, what) for y, arm in enumerate(arms)}
-        found = {y: estimate for y, estimate in found.items() if estimate}
+        found = {y: panel.found[arm] for y, arm in enumerate(arms) if panel.found.get(arm)}
         places = [y + 0.36 * (i / (len(labels) - 1) - 0.5) for y in found]
         spread = list(zip(*map(distances, found.values()), strict=True)) or None
         style = {"fmt": MARKERS[i % len(MARKERS)], "color": ("black", *SERIES)[i], "markersize": 4, "elinewidth": 1}
         axis.errorbar([estimate[0] for estimate in found.values()], places, xerr=spread, label=plain(label), **style)
-    base = results["base"].get(prompts, {}).get(what)
-    if base is not None:
-        axis.axvline(base, color="gray", linestyle="--", linewidth=0.9, label="before")
+    if panel.base is not None:
+        axis.axvline(panel.base, color="gray", linestyle="--", linewidth=0.9, label="before")
     axis.set_yticks(range(len(methods)), [plain(method) for method in methods])
     axis.set_ylim(len(methods) - 0.5, -0.5)
-    axis.set_title(plain(prompts), fontsize=9)
+    axis.set_title(panel.title, fontsize=9)
     axis.grid(alpha=0.3, axis="x")
-    if what in SHARES:
+    if panel.shares:
         axis.set_xlim(-0.03, 1.03)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 

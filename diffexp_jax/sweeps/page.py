@@ -36,7 +36,7 @@ def save(results: Mapping[str, Any], experiment: runs.Experiment, out: Path) -> 
 def panels(results: Mapping[str, Any]) -> list:
     """The panels of `results_figure`, a drawing each."""
     if results.get("pairs"):
-        return [paired_panel(results, prompts) for prompts in paired.prompt_sets(results)]
+        return [paired_panel(results, panel) for panel in results_figure.panels_of_methods(results)]
     found = []
     for kind, curve, title in results_figure.panels_of(results):
         figure = Figure(SIZE)
@@ -53,17 +53,15 @@ def panels(results: Mapping[str, Any]) -> list:
     return found
 
 
-def paired_panel(results: Mapping[str, Any], prompts: str) -> Any:
-    """A panel of `paired.draw_methods`."""
-    figure, what = (
-        Figure((SIZE[0], 1.0 + results_figure.ROW * len(paired.methods_of(results)))),
-        telling_reward(results),
-    )
+def paired_panel(results: Mapping[str, Any], panel: results_figure.Panel) -> Any:
+    """One of `results_figure.panels_of_methods`, drawn."""
+    figure = Figure((SIZE[0], 1.0 + results_figure.ROW * len(paired.methods_of(results))))
     axis = figure.subplots()
-    results_figure.draw_methods(axis, results, prompts, what)
+    results_figure.draw_methods(axis, results, panel)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    return drawing(figure, f"{what} of {prompts}: each method {' and '.join(paired.labels_of(results))}")
+    what = f"{telling_reward(results)} of {panel.title}" if panel.shares else panel.title
+    return drawing(figure, f"{what}: each method {' and '.join(paired.labels_of(results))}")
 
 
 def pictures(results: Mapping[str, Any], experiment: runs.Experiment) -> list:

@@ -134,18 +134,31 @@ def test_points_of_the_figure(results):
     """Of the first panel: x is the share, each pair has its own height."""
     from matplotlib.figure import Figure
 
-    axis = Figure().subplots()
-    figure.draw_methods(axis, results, SET, "emoji_judge")
+    axis, (panel, *_) = Figure().subplots(), figure.panels_of_methods(results)
+    figure.draw_methods(axis, results, panel)
     without, explored = (lines[0] for lines in axis.containers)
     assert without.get_xdata() == pytest.approx([0.5, 0.2, 0.2])
     assert explored.get_xdata() == pytest.approx([0.9, 0.5])
     assert [round(y) for y in without.get_ydata()] == [0, 1, 2] and [round(y) for y in explored.get_ydata()] == [0, 1]
 
 
+def test_panels_of_the_figure(results):
+    """Rewards within groups and the gradient's, of pairs that have both sides; none of them for learning rates."""
+    *sets, spread, best, snr = figure.panels_of_methods(results)
+    assert [panel.title for panel in sets] == [SET, OTHER] and all(panel.shares for panel in sets)
+    assert spread.title.startswith("standard deviation of a prompt") and best.title.startswith("best of a prompt")
+    assert spread.found["nft"][0] == 2.0 and spread.found["ddpo"] is None and not spread.shares
+    assert snr.found["ddpo_diffexp"] == [0.2, 0.2, 0.2] and snr.base is None
+    rates = {"arms": {arm: results["arms"][arm] for arm in ("nft", "ddpo")}, "pairs": {"nft_lr_x3": "nft"}}
+    assert len(figure.panels_of_methods(results | rates)) == 2
+    unpaired = {arm: results["arms"][arm] for arm in ("ddpo", "nft", "awm")}
+    assert len(figure.panels_of_methods(results | {"arms": unpaired})) == 2  # nothing has run with DiffExp
+
+
 def test_the_page(results, experiment, tmp_path):
     page.save(results, experiment, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<svg") == 2 and "each method without and with DiffExp" in text
+    assert text.count("<svg") == 5 and "each method without and with DiffExp" in text
 
 
 def test_the_sweeps_of_methods(tmp_path):
