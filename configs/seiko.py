@@ -30,7 +30,7 @@ def get_config(argument: str | None = None):
         config.optim.lr = 1e-2
         config.optim.grad_clip = 1.0
         config.seiko.updates = 2  # of 32 images each
-        config.seiko.inner_epochs = 4
+        config.seiko.inner_epochs = 2
         config.seiko.input_gradient = False  # as AlignProp there
         config.seiko.label_noise = 0.0  # emoji_pickscore's differences are small
         config.seiko.reads_text = config.reward == "emoji_pickscore"  # the image does not tell which object is wanted

@@ -147,7 +147,7 @@ _METHODS = {  # name: its config, and what it changes of that
     "draft_lv": ("draft", {"draft.lv_samples": 2}),
     "entropy": ("entropy", {}),
     "seiko": ("seiko", {}),
-    "seiko_images": ("seiko", {"seiko.reads_text": False, "seiko.inner_epochs": 2}),
+    "seiko_images": ("seiko", {"seiko.reads_text": False}),
 }
 
 
