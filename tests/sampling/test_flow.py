@@ -176,7 +176,9 @@ def test_the_marginals_of_gaussian_data(noise, eta, lost):
     levels = np.append(np.asarray(steps.level)[1:], 0.0)
     ratio = np.array(found) / np.sqrt((1 - levels) ** 2 + levels**2)
     assert ratio[-1] == pytest.approx(1.0 - lost, abs=0.01)
-    np.testing.assert_allclose(ratio[levels > 0.9], 1.0, atol=0.01)
+    np.testing.assert_allclose(ratio[levels > (0.9 if lost else 0.0)], 1.0, atol=0.01)
+    halfway = ratio[np.abs(levels - 0.5).argmin()]
+    assert halfway == pytest.approx(0.89 if lost else 1.0, abs=0.01)
 
 
 def test_noise_that_a_process_has_not():
