@@ -7,12 +7,14 @@ import optax
 import pytest
 
 from configs import entropy as entropy_config
-from diffexp_jax import parallel
+from diffexp_jax import parallel, train
 from diffexp_jax.algorithms import Batch, Inputs, Policy, Setup
 from diffexp_jax.algorithms.entropy import Entropy
 from diffexp_jax.errors import InputError
+from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.sampling import START, Context, load_process
 from diffexp_jax.settings import checked, parsed
+from tests.support.runs import PLAIN
 from tests.support.tiny import SCHEDULER, network_of
 
 # ---------------------------------------- latents of one number: the untuned model's are normal, the reward a parabola
@@ -148,3 +150,21 @@ def test_the_published_settings():
 def test_bad_settings(make_config, changes, said):
     with pytest.raises(InputError, match=said):
         checked(make_config("entropy", changes))
+
+
+@pytest.mark.slow
+def test_a_run_that_learns_where_chains_begin(make_config, tmp_path):
+    """Its file and its checkpoint hold the mean of x_T, and what samples reads it; without it images are others."""
+    changes = {"entropy.start": True, "sampling.eta": 0.5, "iterations": 2, "optim.lr": 0.1, "checkpoint.every": 2}
+    train.run(make_config("entropy", PLAIN | changes), tmp_path / "run")
+    (file,) = (tmp_path / "run").glob("*.x_T.npy")
+    mean = np.load(file).transpose(1, 2, 0)
+    assert 0.01 < np.abs(mean).max() < 1.0
+    ended, kept = (Evaluator.of_run(tmp_path / "run", checkpoint) for checkpoint in (None, "newest"))
+    for model in (ended, kept):
+        np.testing.assert_array_equal(parallel.first(model.lora)[START], mean)
+    images = [model.images(["a dog"], seed=3) for model in (ended, kept)]
+    np.testing.assert_array_equal(*images)
+    file.unlink()
+    without = Evaluator.of_run(tmp_path / "run").images(["a dog"], seed=3)
+    assert np.abs(without.astype(int) - images[0]).max() > 2
