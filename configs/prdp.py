@@ -29,6 +29,6 @@ def get_config(argument: str | None = None):
         config.optim.schedule = "linear"  # to 0 at the end
         config.prdp.inner_epochs = 2
         config.prdp.beta = 3e-3  # emoji_pickscore is a cosine times 100
-        config.prdp.clip = 0.1  # the first updates move a step's log-prob by up to 0.3, a mean over 512 numbers
+        config.prdp.clip = 0.1  # the first updates move a step's log-prob, a mean over 512 numbers, by up to 0.07
         config.prdp.timestep_fraction = 0.8  # as DDPO's: the last steps' gradients are far larger than the first's
     return config

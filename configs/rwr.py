@@ -22,7 +22,7 @@ def get_config(argument: str | None = None):
     config.rwr.inner_epochs = 5  # passes over a round's images
     config.rwr.weighting = "exponential"  # "quantile" is the paper's sparse form: 1,024 images, 50 passes
     config.rwr.temperature = 5.0  # in the reward's units: for others than LAION's aesthetic score, see standardised
-    config.eval.every = config.log.images_every = config.checkpoint.every = 1  # a round takes hours
+    config.eval.every = config.log.images_every = config.checkpoint.every = 1  # each round
     if chosen["model"] in MINIATURES:  # only the rate is tuned: docs/evidence/results/rates-emoji_hard.md
         config.iterations = 36  # rounds, of few images: a CPU's minutes
         config.batch.samples = 64
@@ -31,7 +31,7 @@ def get_config(argument: str | None = None):
         config.optim.schedule = "linear"  # to 0 at the end
         config.rwr.updates = 2  # of 32 images each
         config.rwr.inner_epochs = 4
-        config.rwr.standardised = True  # emoji_pickscore is a cosine times 100: weights by a prompt's own mean
-        config.rwr.temperature = 0.5  # of standardised rewards: one standard deviation weighs exp(2)
+        config.rwr.standardised = True  # the temperature is in standard deviations of an iteration's rewards
+        config.rwr.temperature = 0.5  # one of them weighs exp(2)
         config.eval.every = config.log.images_every = config.checkpoint.every = 12
     return config

@@ -32,7 +32,7 @@ def get_config(argument: str | None = None):
         config.seiko.updates = 2  # of 32 images each
         config.seiko.inner_epochs = 2
         config.seiko.input_gradient = False  # as AlignProp there
-        config.seiko.label_noise = 0.0  # emoji_pickscore's differences are small
+        config.seiko.label_noise = 0.0  # a model answers, not people
         config.seiko.reads_text = config.reward == "emoji_pickscore"  # the image does not tell which object is wanted
         config.seiko.fit_epochs = 100
         config.seiko.fit_batch = 64

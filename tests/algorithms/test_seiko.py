@@ -14,9 +14,11 @@ from diffexp_jax.algorithms.alignprop import live_steps
 from diffexp_jax.algorithms.optimizer import averaged, make_optimizer, with_new_moments
 from diffexp_jax.algorithms.seiko import SEIKO, Climb, climb_loss, features_of, seiko
 from diffexp_jax.errors import InputError
+from diffexp_jax.experiment import Experiment
+from diffexp_jax.rewards import load_reward
 from diffexp_jax.run.metrics import read_metrics
 from diffexp_jax.sampling import initial_latents, step_noise
-from diffexp_jax.settings import Settings
+from diffexp_jax.settings import Settings, checked
 from tests.support.runs import PLAIN
 from tests.support.two_numbers import CONTEXT, GROUP, LORA, POLICY, PROCESS, SHAPE, STEPS, N, T, network
 
@@ -205,6 +207,27 @@ def test_what_a_round_costs():
 def test_a_target_that_is_none_is_refused_by_its_own_name():
     with pytest.raises(InputError, match="seiko.reward_target='high'"):
         SEIKO(reward_target="high").check(20)
+
+
+def test_a_reward_that_reads_no_prompts_is_refused(make_config):
+    config = make_config("seiko", {"seiko.reads_text": True, "reward": "emoji_aesthetic", "seiko.truncation_k": 3})
+    said = "seiko.reads_text=True: the reward of seiko.features='reward' has no features of prompts; wants one that has"
+    with pytest.raises(InputError, match=said):
+        Experiment.build(checked(config), weights=False)
+
+
+@pytest.mark.parametrize("features", ["reward", "emoji_pickscore"])
+def test_the_texts_of_a_batch_are_its_prompts(make_config, features):
+    """Features of the drawn prompts, of the trained reward or of another one."""
+    settings = {"seiko.reads_text": True, "seiko.features": features, "seiko.truncation_k": 3}
+    settings |= {"reward": "emoji_pickscore" if features == "reward" else "emoji_aesthetic"}
+    experiment = Experiment.build(checked(make_config("seiko", settings)))
+    batch = experiment.draw_batch(0, None)
+    clip = load_reward("emoji_pickscore")
+    texts = [experiment.train.texts[i] for i in parallel.unshard(batch.prompt_id)]
+    expected = clip.text_features(clip.params, clip.tokenize(texts))
+    np.testing.assert_allclose(parallel.unshard(batch.text), expected, atol=1e-5)
+    assert len({tuple(row) for row in np.asarray(expected).round(3)}) > 1
 
 
 @pytest.mark.slow
