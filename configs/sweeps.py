@@ -19,6 +19,7 @@ of paper.py.
 | steps_ddpo_REWARD | of no exploration: the update learns from the first 80, 60 or 40 % of the steps, not all |
 | tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
 | grpo | DiffExp, of configs/grpo.py; for `--model emoji_flow` above all |
+| prdp | DiffExp, of configs/prdp.py, for as many iterations as it has there |
 | parts_grpo | DiffExp and each of its parts within groups; one draw of words a prompt; no guidance in training |
 | methods | of every method without and with DiffExp, for the same reward queries; for the miniatures |
 | rates | of the same methods without exploration: the same three learning rates for each |
@@ -238,6 +239,10 @@ SWEEPS = {
     "grpo": _experiment(
         "GRPO with and without DiffExp",
         {"baseline": ("grpo.py:explore=false", {}), "diffexp": ("grpo.py:explore=true", {})},
+    ),
+    "prdp": _experiment(
+        "PRDP with and without DiffExp",
+        {"baseline": ("prdp.py:explore=false", {}), "diffexp": ("prdp.py:explore=true", {})},
     ),
     "parts_grpo": _experiment(
         "GRPO for 768 reward queries: what each part of exploration does within groups, and training without guidance",
