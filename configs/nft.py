@@ -15,7 +15,7 @@ def get_config(argument: str | None = None):
     config, chosen = structured(argument)
     config.algorithm = "nft"
     config.sampling.eta = 0.0  # any sampler does: nothing is learnt of its steps
-    config.optim.lr = 3e-4
+    config.optim.lr = 3e-4  # as published
     config.nft.strength = 1.0  # 0.1 for several rewards at once
     config.nft.kl_weight = 1e-4  # of the squared distance to the untuned model's output
     if chosen["model"] in MINIATURES:  # the rate: docs/evidence/results/rates-emoji_hard.md
@@ -29,10 +29,10 @@ def get_config(argument: str | None = None):
         config.batch.samples = 1152  # images of an iteration
         config.batch.group = 24  # of 48 prompts
         if chosen["model"] not in DISTILLED:  # few steps, and guidance as an input
-            config.sampling.steps = 25
+            config.sampling.steps = 25  # of DDIM
             config.sampling.guidance = 1.0  # none
             config.eval.steps = 40  # as published
-        config.lora.rank = 32
+        config.lora.rank = 32  # this, alpha and the average as published
         config.lora.alpha = 64.0  # a factor of 2
         config.optim.ema = 0.9  # what is evaluated is this average
     return config

@@ -22,12 +22,12 @@ def get_config(argument: str | None = None):
     config.prdp.beta = 3e-5  # the reward is a cosine: differences / beta are about 1,000, so the gradient clip binds
     config.prdp.clip = 1e-6  # how far an update may move a step's log-prob, which is a mean over the latent
     if chosen["model"] in MINIATURES:  # the rate: docs/evidence/results/rates-emoji_hard.md
-        config.iterations = 36
-        config.batch.group = 4
+        config.iterations = 36  # as DDPO there
+        config.batch.group = 4  # six pairs a prompt
         config.batch.samples = 64  # 16 prompts
         config.optim.lr = 1e-2  # 3e-2 is faster, and goes wrong with some seeds
         config.optim.schedule = "linear"  # to 0 at the end
-        config.prdp.inner_epochs = 2
+        config.prdp.inner_epochs = 2  # two updates, as DDPO there
         config.prdp.beta = 3e-3  # emoji_pickscore is a cosine times 100
         config.prdp.clip = 0.1  # the first updates move a step's log-prob, a mean over 512 numbers, by up to 0.07
         config.prdp.timestep_fraction = 0.8  # as DDPO's: the last steps' gradients are far larger than the first's

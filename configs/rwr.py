@@ -27,10 +27,10 @@ def get_config(argument: str | None = None):
         config.iterations = 36  # rounds, of few images: a CPU's minutes
         config.batch.samples = 64
         config.batch.group = 4  # images of each of 16 prompts
-        config.optim.lr = 3e-3
+        config.optim.lr = 3e-3  # a larger one ruins the model
         config.optim.schedule = "linear"  # to 0 at the end
         config.rwr.updates = 2  # of 32 images each
-        config.rwr.inner_epochs = 4
+        config.rwr.inner_epochs = 4  # so a round is eight updates
         config.rwr.standardised = True  # the temperature is in standard deviations of an iteration's rewards
         config.rwr.temperature = 0.5  # one of them weighs exp(2)
         config.eval.every = config.log.images_every = config.checkpoint.every = 12
