@@ -3,6 +3,7 @@
 The transformers of Stable Diffusion 3 and FLUX are in tests/models.
 """
 
+import numpy as np
 import pytest
 from flax import traverse_util
 
@@ -33,17 +34,22 @@ PARTS = [  # model, part, the original
 
 
 def tensors_of(original, config):
-    """{name: shape as torch has it} of a model without weights."""
+    """{name: zeros, which take no memory, of the shape that torch has} of a model without weights."""
     with torch.device("meta"):
         if issubclass(original, diffusers.ModelMixin):
             model = original.from_config(config)
         else:
             model = original(original.config_class(**config))
-    return {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    return {name: np.broadcast_to(np.float32(0), tuple(x.shape)) for name, x in model.state_dict().items()}
+
+
+def numbers_of(tensors):
+    """{name: the numbers of its shape, in any order}: the order is shown by parity with tiny models."""
+    return {name: sorted(tensors[name].shape) for name in tensors}
 
 
 def places(shapes):
-    """{name in a file: the numbers of its shape, in any order}: the order is shown by parity with tiny models."""
+    """{name in a file: the numbers of its shape} of our parameters."""
     return {convert.torch_name(path): sorted(x.shape) for path, x in traverse_util.flatten_dict(shapes).items()}
 
 
@@ -55,15 +61,14 @@ def test_every_tensor_of_a_model(model, part, original):
     theirs = tensors_of(original, config | more)
     if part.startswith("text_encoder"):
         canonical = t5.canonical_names if original is transformers.T5EncoderModel else clip_files.canonical_text_names
-        theirs = dict(canonical(theirs))
-    ours = places(load_pipeline(model, weights=False).params[part])
-    assert ours == {name: sorted(shape) for name, shape in theirs.items()}
+        theirs = canonical(theirs)
+    assert places(load_pipeline(model, weights=False).params[part]) == numbers_of(theirs)
 
 
 @pytest.mark.parametrize("name", ["CLIP_L14", "CLIP_H14"])
 def test_every_tensor_of_a_rewards_clip(name):
     """PickScore's, HPSv2's and the aesthetic head's."""
     config = getattr(clip_sizes, name)
-    theirs = dict(clip_files.canonical_text_names(tensors_of(transformers.CLIPModel, config)))
+    theirs = clip_files.canonical_text_names(tensors_of(transformers.CLIPModel, config))
     _, shapes = clip_files.shapes(config, "float32")
-    assert places(shapes) == {name: sorted(shape) for name, shape in theirs.items()}
+    assert places(shapes) == numbers_of(theirs)
