@@ -236,14 +236,13 @@ SWEEPS = {
         )
         for algorithm, reward in _FIGURES
     },
-    "grpo": _experiment(
-        "GRPO with and without DiffExp",
-        {"baseline": ("grpo.py:explore=false", {}), "diffexp": ("grpo.py:explore=true", {})},
-    ),
-    "prdp": _experiment(
-        "PRDP with and without DiffExp",
-        {"baseline": ("prdp.py:explore=false", {}), "diffexp": ("prdp.py:explore=true", {})},
-    ),
+    **{
+        name: _experiment(
+            f"{name.upper()} with and without DiffExp",
+            {"baseline": (f"{name}.py:explore=false", {}), "diffexp": (f"{name}.py:explore=true", {})},
+        )
+        for name in ("grpo", "prdp")
+    },
     "parts_grpo": _experiment(
         "GRPO for 768 reward queries: what each part of exploration does within groups, and training without guidance",
         {"baseline": _method("grpo", explore=False)}

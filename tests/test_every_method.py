@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from diffexp_jax import train
 from diffexp_jax.algorithms import METHODS
+from diffexp_jax.models.lora import file_beside
 from diffexp_jax.run.metrics import read_metrics
 from tests.support import ROOT
 from tests.support.runs import LORA, PLAIN, assert_same_run, program
@@ -80,7 +81,7 @@ def run(method, workdir, settings, *, code=0):
 
 def learnt(workdir):
     """All arrays of a run's LoRA, and the mean of x_T where that was learnt."""
-    start = workdir / f"{LORA.removesuffix('.safetensors')}.x_T.npy"
+    start = file_beside(workdir / LORA, "x_T")
     return load_file(workdir / LORA) | ({"x_T": np.load(start)} if start.exists() else {})
 
 
