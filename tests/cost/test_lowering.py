@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from configs import alignprop, ddpo
-from diffexp_jax import backend, parallel
+from diffexp_jax import parallel
 from diffexp_jax.algorithms import METHODS
 from diffexp_jax.cost import dry_run
 from diffexp_jax.experiment import Experiment
@@ -27,6 +26,7 @@ from diffexp_jax.pipelines import sizes
 from diffexp_jax.programs import make_explore
 from diffexp_jax.rewards import load_reward
 from diffexp_jax.settings import checked
+from tests.support.absent import believe, lower
 
 HALF = ("bfloat16", "float16")
 # The kernels of attention, and of its gradient; a TPU's is for bfloat16
@@ -70,19 +70,13 @@ def pipeline(family):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A run that believes to be on an H100."""
-    monkeypatch.setattr(backend, "platform", lambda: "gpu")
-    monkeypatch.setattr(backend, "cuda_capability", lambda: (9, 0))
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    believe(monkeypatch, "gpu")
     return "gpu"
 
 
 @pytest.fixture
 def tpu(monkeypatch):
-    """A run that believes to be on a TPU."""
-    monkeypatch.setattr(backend, "platform", lambda: "tpu")
+    believe(monkeypatch, "tpu")
     return "tpu"
 
 
@@ -100,12 +94,6 @@ def small_sizes(monkeypatch):
     monkeypatch.setattr(clip_sizes, "CLIP_H14", CLIP_L14)
     one_layer = functools.partial(blip.BLIPConfig, vision_layers=1, num_hidden_layers=1)
     monkeypatch.setattr(blip, "BLIPConfig", one_layer)
-
-
-def lower(device, function, *args) -> str:
-    """The program's text, lowered for the device."""
-    platform = {"gpu": "cuda", "tpu": "tpu"}[device]
-    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 def lower_all(device, config, *, without=()) -> dict[str, str]:

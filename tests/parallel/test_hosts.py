@@ -19,7 +19,7 @@ from diffexp_jax.algorithms import METHODS
 from diffexp_jax.errors import HostError, InputError
 from diffexp_jax.parallel import hosts as hosts_module
 from diffexp_jax.run.checkpoint import read_lora
-from tests.support import ROOT
+from tests.support import ROOT, flux, sd3
 from tests.support.host_process import keep
 from tests.support.runs import LORA, PROCESS, ended, free_port, program, rows_of
 
@@ -66,12 +66,12 @@ def run_on(folder: Path, algorithm: str, settings: dict, *, hosts: int, devices:
 
 
 def assert_frozen_once(folder: Path, *, hosts: int, devices: int) -> None:
-    """The frozen arrays are on each device once: all else, LoRA, optimizer and samples, is less than half a UNet."""
+    """The frozen arrays are on each device once: all else, LoRA, optimizer and samples, is less than half a network."""
     for index in range(hosts):
         found = json.loads((folder / f"memory-{index}.json").read_text())
         assert len(found["live"]) == devices
         for there in found["live"].values():
-            assert found["frozen"] <= there < found["frozen"] + 0.5 * found["unet"], found
+            assert found["frozen"] <= there < found["frozen"] + 0.5 * found["network"], found
 
 
 def relative(ours, theirs) -> float:
@@ -155,6 +155,26 @@ def test_a_run_goes_on_under_another_layout(on_one, tiny_settings, tmp_path):
     ours, theirs = (np.concatenate([x.ravel() for x in jax.tree.leaves(lora)]) for _, lora in loras)
     assert relative(ours, theirs) < 1e-5
     assert [row["iteration"] for row in rows_of(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, algorithm", [("flux", "ddpo"), ("sd3", "nft")])
+def test_transformers_on_two_hosts(family, algorithm, make_config, tiny_settings, tmp_path):
+    """FLUX and SD 3.5, of weights that diffusers saved, on two devices of two hosts each: as on one device."""
+    pytest.importorskip("diffusers")
+    made = {"flux": lambda to: flux.pipeline("dev", to), "sd3": lambda to: sd3.pipeline("sd3.5-medium", to)}
+    made[family](tmp_path / "tokens").save_pretrained(tmp_path / "model")
+    settings = settings_for(algorithm, tiny_settings) | {"model.path": str(tmp_path / "model"), "model.t5_tokens": 16}
+    settings |= {"reward": tiny_settings["reward"], "sampling.steps": 3, "exploration.threshold_of": "steps"}
+    settings |= {"iterations": 2, "eval.every": 2}
+    settings |= {"model.image_size": 64, "sampling.guidance": 3.5} if family == "flux" else {}
+    settings |= {"sampling.eta": 0.7, "sampling.noise_steps": (0, 2)} if algorithm == "ddpo" else {}
+    theirs = tmp_path / "one"
+    theirs.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        keep(patch, theirs)
+        train.run(make_config(algorithm, settings), theirs / "run")
+    assert_same_results(run_on(tmp_path / "four", algorithm, settings, hosts=2, devices=2), theirs)
 
 
 # ------------------------------------------------------------------------------------------------------------ agreement

@@ -97,6 +97,15 @@ def test_prompts_are_encoded_by_parts(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_program_of_real_size_by_parts(tmp_path):
+    """FLUX.1-dev's update on eight devices, lowered for GPUs and TPUs: each holds an eighth of the kernels."""
+    on_devices(8, "lower", tmp_path / "found.json")
+    for device, found in json.loads((tmp_path / "found.json").read_text()).items():
+        assert 1 / 8 <= found["held"] < 0.14, device
+        assert found["gathers"] > 20, device
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm, changes",
     [

@@ -11,14 +11,17 @@ from safetensors.numpy import load_file
 
 from configs import grpo
 from diffexp_jax import parallel, train
+from diffexp_jax.cost import dry_run
 from diffexp_jax.errors import InputError
+from diffexp_jax.evaluator import Evaluator
 from diffexp_jax.models import lora
 from diffexp_jax.pipelines import encode_prompts, load_pipeline, make_context
 from diffexp_jax.prompts import PromptSet
 from diffexp_jax.run.metrics import read_metrics
+from diffexp_jax.settings import checked
 from tests.support.flux import PROMPTS, TINY, pipeline
 from tests.support.pipelines import both_of, saved_lora
-from tests.support.runs import LORA
+from tests.support.runs import LORA, assert_same_run
 from tests.support.sd3 import channels_first
 
 T5_TOKENS, N_STEPS = 16, 10
@@ -222,6 +225,23 @@ def test_grpo_as_it_is_configured(make, tmp_path):
     assert all(row["grad_norm"] > 0 and row["ratio/max_abs_log"] > 0 for row in learns[1:])
     lora_of = [load_file(tmp_path / name / LORA) for name in ("still", "learns")]
     assert any(np.abs(lora_of[0][key] - x).max() > 0 for key, x in lora_of[1].items())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on(make, tmp_path):
+    """A stopped run of GRPO and one that was not end alike, with the average; it is evaluated, and planned."""
+    config = grpo.get_config("model=flux,reward=jax:sample_rewards:brightness,prompts=animals,explore=true")
+    changes = settings_of(make("dev")[2]) | {"batch.group": 2, "sampling.window": 1, "eval.steps": 3, "lora.rank": 2}
+    changes |= {"batch.samples": 8, "eval.prompts": ("prompt:a dog",), "eval.rewards": (), "eval.every": 1}
+    config.update_from_flattened_dict(changes | {"exploration.iterations": 2, "checkpoint.every": 1})
+    for name, lengths in (("whole", [2]), ("stopped", [1, 2])):
+        for iterations in lengths:
+            config.iterations = iterations
+            train.run(config, tmp_path / name)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    images = Evaluator.of_run(tmp_path / "whole").images(PROMPTS)
+    assert images.shape == (2, 64, 64, 3) and images.std() > 1
+    dry_run.dry_run(checked(config))
 
 
 @pytest.mark.slow

@@ -28,10 +28,11 @@ def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
         count = iter(range(1, 100))
 
         def update(state, frozen, inputs):
-            note_memory(folder / f"memory-{jax.process_index()}.json", frozen)
+            network = next(name for name in ("unet", "transformer") if name in frozen.model)
+            note_memory(folder / f"memory-{jax.process_index()}.json", frozen, frozen.model[network])
             batch = inputs.batch
             found = {"prompts": batch.prompt_id, "noise": jax.vmap(jax.random.key_data)(batch.key)}
-            found |= {"conditioning": batch.context.cond.embedding}
+            found |= {"conditioning": batch.context.cond}
             if inputs.samples:
                 last = parallel.pmap(lambda x_tm1: x_tm1[:, -1].reshape(-1, *x_tm1.shape[3:]))  # of each chunk's steps
                 found |= {"rewards": inputs.samples.rewards, "x_0": last(inputs.samples.trajectory.x_tm1)}
@@ -39,6 +40,8 @@ def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
                 generate = programs.generate(experiment.sampler.guidance_scales(explore=True))
                 found["images"] = generate(frozen.model, state.lora, batch.context, batch.key, inputs.steps)
             found = parallel.unshard(found)
+            of_prompts = [x.reshape(len(x), -1) for x in jax.tree.leaves(found["conditioning"])]
+            found["conditioning"] = np.concatenate(of_prompts, axis=-1)
             if parallel.is_first():
                 np.savez(folder / f"{next(count)}.npz", **found)
             return programs.update(state, frozen, inputs)
@@ -48,18 +51,17 @@ def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(train, "make_programs", make_programs)
 
 
-def note_memory(path: Path, frozen: Any) -> None:
-    """Writes down what the frozen arrays and the UNet take once, and what is on each of this host's devices."""
+def note_memory(path: Path, frozen: Any, network: Any) -> None:
+    """Writes down what the frozen arrays and the network take once, and what is on each of this host's devices."""
     gc.collect()
     live = Counter()
     for x in jax.live_arrays():
         for device in x.sharding.addressable_devices:  # to look at x's shards would make arrays of them, that live too
             live[str(device)] += x.nbytes // len(x.sharding.device_set)
-    copies, unet = (
-        sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.local_device_count()
-        for tree in (frozen, frozen.model["unet"])
+    copies, of_network = (
+        sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.local_device_count() for tree in (frozen, network)
     )
-    path.write_text(json.dumps({"frozen": copies, "unet": unet, "live": live}))
+    path.write_text(json.dumps({"frozen": copies, "network": of_network, "live": live}))
 
 
 def recorded(folder: str) -> None:

@@ -3,6 +3,7 @@
 python shared_weights.py layers OUT.json
 python shared_weights.py networks OUT.json     (FLUX's and SD 3.5's)
 python shared_weights.py encode OUT.json       (prompts, by emoji_flow's encoders)
+python shared_weights.py lower OUT.json        (FLUX.1-dev's programs, for TPUs and GPUs)
 python shared_weights.py train ARGUMENTS      (of diffexp_jax.train; also small kernels are shared out)
 """
 
@@ -15,13 +16,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from configs import draft
 from diffexp_jax import parallel
+from diffexp_jax.cost.dry_run import programs_of
+from diffexp_jax.experiment import Experiment
 from diffexp_jax.models import layers
 from diffexp_jax.models.blocks import TRANSFORMER_BLOCKS, in_turn, stacked
 from diffexp_jax.parallel import weights
 from diffexp_jax.pipelines import encode_prompts, load_pipeline
 from diffexp_jax.sampler import program
+from diffexp_jax.settings import checked
+from tests.support import absent
 from tests.support.networks import BLOCKS, of_flux, of_sd35, random_lora, random_params
 
 WIDTH, DEPTH = 256, 12
@@ -137,11 +144,37 @@ def of_encoders() -> dict[str, float]:
     }
 
 
+def of_programs() -> dict[str, dict[str, float]]:
+    """Of FLUX.1-dev by DRaFT-1, at its real size: what of the network a device holds, and how often a program gathers.
+
+    Programs are lowered for devices that are not there.
+    """
+    found = {}
+    for device in absent.PLATFORMS:
+        with pytest.MonkeyPatch.context() as patch:
+            absent.believe(patch, device)
+            config = draft.get_config("model=flux,reward=aesthetic,prompts=animals,explore=false")
+            settings = {"batch.samples": 8, "batch.samples_per_forward": 1, "model.image_size": 512}
+            settings |= {"parallel.shard_weights": "true", "model.scan_layers": "true", "sampling.steps": 4}
+            config.update_from_flattened_dict(settings | {"eval.every": 0, "log.images_every": 0})
+            experiment = Experiment.build(checked(config), weights=False)
+            ((_, function, args, _),) = programs_of(experiment)
+            whole, on_all = (
+                sum(x.size for x in jax.tree.leaves(frozen.model["transformer"]))
+                for frozen in (experiment.frozen, args[1])
+            )
+            text = absent.lower(device, function, *args)
+            held = on_all / jax.device_count() / whole
+            found[device] = {"held": held, "gathers": text.count("stablehlo.all_gather")}
+    return found
+
+
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    weights.LARGE = 64 if what in ("train", "networks") else 1024
+    if what != "lower":  # at a real size what is large is so without
+        weights.LARGE = 64 if what in ("train", "networks") else 1024
     if what != "train":
-        found = {"layers": of_layers, "networks": of_networks, "encode": of_encoders}[what]()
+        found = {"layers": of_layers, "networks": of_networks, "encode": of_encoders, "lower": of_programs}[what]()
         Path(arguments[0]).write_text(json.dumps(found))
     else:
         sys.argv = ["train", *arguments]

@@ -53,6 +53,16 @@ def test_the_interval_of_many_seeds_is_the_normal_one():
     assert (mean - low, high - mean) == (pytest.approx(half, rel=0.05), pytest.approx(half, rel=0.05))
 
 
+@pytest.mark.parametrize("n, covers", [(3, 0.75), (5, 0.83)])
+def test_intervals_of_few_seeds_are_too_narrow(n, covers):
+    """How often one holds the true mean, as docs/evidence/results/index.md says; of three it is their range."""
+    runs = np.random.default_rng(0).normal(size=(2000, n))
+    estimates = [comparison.mean_over_seeds(x) for x in runs]
+    if n == 3:
+        np.testing.assert_allclose([(x.low, x.high) for x in estimates], [(x.min(), x.max()) for x in runs])
+    assert np.mean([x.low <= 0 <= x.high for x in estimates]) == pytest.approx(covers, abs=0.03)
+
+
 def test_ratio_over_seeds():
     """Pairs stay together: seed by seed the ratio is 1/2, so it is in every draw."""
     ratio = comparison.ratio_over_seeds([50, 100, 400], [100, 200, 800])
