@@ -66,12 +66,12 @@ def run_on(folder: Path, algorithm: str, settings: dict, *, hosts: int, devices:
 
 
 def assert_frozen_once(folder: Path, *, hosts: int, devices: int) -> None:
-    """The frozen arrays are on each device once: all else, LoRA, optimizer and samples, is less than half a network."""
+    """The frozen arrays are on each device once: all else, LoRA, optimizer and samples, is less than another network."""
     for index in range(hosts):
         found = json.loads((folder / f"memory-{index}.json").read_text())
         assert len(found["live"]) == devices
         for there in found["live"].values():
-            assert found["frozen"] <= there < found["frozen"] + 0.5 * found["network"], found
+            assert found["frozen"] <= there < found["frozen"] + 0.8 * found["network"], found
 
 
 def relative(ours, theirs) -> float:
@@ -162,7 +162,10 @@ def test_a_run_goes_on_under_another_layout(on_one, tiny_settings, tmp_path):
 def test_transformers_on_two_hosts(family, algorithm, make_config, tiny_settings, tmp_path):
     """FLUX and SD 3.5, of weights that diffusers saved, on two devices of two hosts each: as on one device."""
     pytest.importorskip("diffusers")
-    made = {"flux": lambda to: flux.pipeline("dev", to), "sd3": lambda to: sd3.pipeline("sd3.5-medium", to)}
+    made = {
+        "flux": lambda to: flux.pipeline("dev", to),
+        "sd3": lambda to: sd3.pipeline("sd3.5-medium", to, with_t5=True),
+    }
     made[family](tmp_path / "tokens").save_pretrained(tmp_path / "model")
     settings = settings_for(algorithm, tiny_settings) | {"model.path": str(tmp_path / "model"), "model.t5_tokens": 16}
     settings |= {"reward": tiny_settings["reward"], "sampling.steps": 3, "exploration.threshold_of": "steps"}

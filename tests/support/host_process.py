@@ -14,6 +14,7 @@ import pytest
 from absl import app
 
 from diffexp_jax import command, parallel, train
+from diffexp_jax.algorithms.denoising import Latents
 from diffexp_jax.cli import train as cli_train
 from diffexp_jax.errors import InputError, RewardError
 
@@ -34,12 +35,14 @@ def keep(patch: pytest.MonkeyPatch, folder: Path) -> None:
             found = {"prompts": batch.prompt_id, "noise": jax.vmap(jax.random.key_data)(batch.key)}
             found |= {"conditioning": batch.context.cond}
             if inputs.samples:
-                last = parallel.pmap(lambda x_tm1: x_tm1[:, -1].reshape(-1, *x_tm1.shape[3:]))  # of each chunk's steps
-                found |= {"rewards": inputs.samples.rewards, "x_0": last(inputs.samples.trajectory.x_tm1)}
+                kept = inputs.samples.trajectory  # of each chunk: all steps, or the images alone
+                last = kept.x_0 if isinstance(kept, Latents) else parallel.pmap(lambda x_tm1: x_tm1[:, -1])(kept.x_tm1)
+                joined = parallel.pmap(lambda x: x.reshape(-1, *x.shape[2:]))(last)
+                found |= {"rewards": inputs.samples.rewards, "x_0": joined}
             else:
                 generate = programs.generate(experiment.sampler.guidance_scales(explore=True))
                 found["images"] = generate(frozen.model, state.lora, batch.context, batch.key, inputs.steps)
-            found = parallel.unshard(found)
+            found = parallel.unshard(found, group=experiment.settings.batch.group)
             of_prompts = [x.reshape(len(x), -1) for x in jax.tree.leaves(found["conditioning"])]
             found["conditioning"] = np.concatenate(of_prompts, axis=-1)
             if parallel.is_first():
