@@ -318,7 +318,9 @@ def test_real_sizes(device, name, changes, model, remat, reward):
     few["batch.samples_per_forward"] = min(config.batch.samples_per_forward, 2)
     if config[method].get("updates", 1) > 2:  # of dpok 32, of two images each
         few[f"{method}.updates"] = 2
-    if METHODS[method]().compares_groups or name == "grpo":
+    if name == "grpo":  # two updates of a group each
+        few |= {"batch.group": 4, "batch.samples": 8}
+    elif METHODS[method]().compares_groups:
         few |= {"batch.group": 4, f"{method}.updates": 1}
     if METHODS[method].needs.features:
         few |= {f"{method}.features": "aesthetic", f"{method}.updates": 1}
