@@ -19,7 +19,6 @@ of paper.py.
 | steps_ddpo_REWARD | of no exploration: the update learns from the first 80, 60 or 40 % of the steps, not all |
 | tune_ALGORITHM_REWARD | the baseline with other settings of the optimizer, one changed at a time |
 | grpo | DiffExp, of configs/grpo.py; for `--model emoji_flow` above all |
-| prdp | DiffExp, of configs/prdp.py, for as many iterations as it has there |
 | parts_grpo | DiffExp and each of its parts within groups; one draw of words a prompt; no guidance in training |
 | methods | of every method without and with DiffExp, for the same reward queries; for the miniatures |
 | rates | of the same methods without exploration: the same three learning rates for each |
@@ -139,6 +138,7 @@ _METHODS = {  # name: its config, and what it changes of that
     "dpok": ("dpok", {}),
     "grpo": ("grpo", {}),
     "prdp": ("prdp", {}),
+    "prdp_groups_of_4": ("prdp", {"batch.group": 4, "prdp.timestep_fraction": 0.8}),
     "rwr": ("rwr", {}),
     "nft": ("nft", {}),
     "awm": ("awm", {}),
@@ -236,13 +236,10 @@ SWEEPS = {
         )
         for algorithm, reward in _FIGURES
     },
-    **{
-        name: _experiment(
-            f"{name.upper()} with and without DiffExp",
-            {"baseline": (f"{name}.py:explore=false", {}), "diffexp": (f"{name}.py:explore=true", {})},
-        )
-        for name in ("grpo", "prdp")
-    },
+    "grpo": _experiment(
+        "GRPO with and without DiffExp",
+        {"baseline": ("grpo.py:explore=false", {}), "diffexp": ("grpo.py:explore=true", {})},
+    ),
     "parts_grpo": _experiment(
         "GRPO for 768 reward queries: what each part of exploration does within groups, and training without guidance",
         {"baseline": _method("grpo", explore=False)}

@@ -66,7 +66,7 @@ def run_on(folder: Path, algorithm: str, settings: dict, *, hosts: int, devices:
 
 
 def assert_frozen_once(folder: Path, *, hosts: int, devices: int) -> None:
-    """The frozen arrays are on each device once: all else, LoRA, optimizer and samples, is less than another network."""
+    """The frozen arrays are on each device once: LoRA, optimizer and samples are less than another network."""
     for index in range(hosts):
         found = json.loads((folder / f"memory-{index}.json").read_text())
         assert len(found["live"]) == devices
