@@ -231,7 +231,10 @@ def test_halves_that_exploration_leaves_out(make_config):
         ({"alignprop.truncation": "uniform"}, "24 to sample, 40 to sample with a gradient"),
         ({"draft.k": 1}, "48 to sample, 16 to sample with a gradient"),
         ({"dpok.updates": 2}, "64 to sample, 64 with a gradient, 64 of the untuned model"),
-        ({"prdp.inner_epochs": 2}, "64 to sample, 96 with a gradient, 48 of the untuned model, 48 to weigh"),
+        (
+            {"prdp.inner_epochs": 2, "prdp.timestep_fraction": 0.8},
+            "64 to sample, 96 with a gradient, 48 of the untuned model, 48 to weigh",
+        ),
         ({"rwr.updates": 2, "rwr.inner_epochs": 4}, "64 to sample, 64 with a gradient"),
         (
             {"nft.timestep_fraction": 0.3},
