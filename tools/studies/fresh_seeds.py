@@ -5,7 +5,7 @@ python tools/studies/fresh_seeds.py --experiment methods --model emoji_hard --sw
     --document docs/evidence/results/fresh_seeds.md
 
 Of each arm of the sweep with finished runs it says whether the mean of the fresh seeds falls into the published 95 %
-interval. The runs' final numbers are kept in OUT.
+interval. The runs' final numbers are kept in RESULTS/fresh.
 """
 
 from diffexp_jax import command
