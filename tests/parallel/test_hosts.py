@@ -50,7 +50,7 @@ def settings_for(algorithm: str, tiny_settings: dict) -> dict:
     return settings
 
 
-def run_on(folder: Path, algorithm: str, settings: dict, *, hosts: int, devices: int) -> Path:
+def run_on(folder: Path, algorithm: str, settings: dict, *, hosts: int, devices: int, rest: float = 0.5) -> Path:
     """A run on so many hosts with so many devices each; its workdir is FOLDER/run."""
     folder.mkdir(exist_ok=True)
     line = program(algorithm, folder / "run", settings | {"cpu_devices": devices})
@@ -61,17 +61,17 @@ def run_on(folder: Path, algorithm: str, settings: dict, *, hosts: int, devices:
         assert other.code == 0, other.err
         assert "reward" not in other.out and "it/s" not in other.err and "look at" not in other.out
     assert "look at" in first.out
-    assert_frozen_once(folder, hosts=hosts, devices=devices)
+    assert_frozen_once(folder, hosts=hosts, devices=devices, rest=rest)
     return folder
 
 
-def assert_frozen_once(folder: Path, *, hosts: int, devices: int) -> None:
-    """The frozen arrays are on each device once: LoRA, optimizer and samples are less than another network."""
+def assert_frozen_once(folder: Path, *, hosts: int, devices: int, rest: float) -> None:
+    """The frozen arrays are on each device once: LoRA, optimizer and samples are less than that share of a network."""
     for index in range(hosts):
         found = json.loads((folder / f"memory-{index}.json").read_text())
         assert len(found["live"]) == devices
         for there in found["live"].values():
-            assert found["frozen"] <= there < found["frozen"] + 0.8 * found["network"], found
+            assert found["frozen"] <= there < found["frozen"] + rest * found["network"], found
 
 
 def relative(ours, theirs) -> float:
@@ -177,7 +177,9 @@ def test_transformers_on_two_hosts(family, algorithm, make_config, tiny_settings
     with pytest.MonkeyPatch.context() as patch:
         keep(patch, theirs)
         train.run(make_config(algorithm, settings), theirs / "run")
-    assert_same_results(run_on(tmp_path / "four", algorithm, settings, hosts=2, devices=2), theirs)
+    # the prompts' tokens are large beside so small a network
+    ours = run_on(tmp_path / "four", algorithm, settings, hosts=2, devices=2, rest=0.8)
+    assert_same_results(ours, theirs)
 
 
 # ------------------------------------------------------------------------------------------------------------ agreement

@@ -23,7 +23,7 @@ from typing import Any
 from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json, write_whole
 from diffexp_jax.report import Table, document_parts
-from diffexp_jax.sweeps import cells, comparison, runs
+from diffexp_jax.sweeps import cells, results, runs
 
 RESULTS = Path("docs/evidence/results")
 
@@ -68,16 +68,15 @@ def compare(experiment: runs.Experiment, published: Mapping[str, Any]) -> dict[s
         seen = sorted(finals.keys() & set(map(int, known[arm]["seeds"])))
         if seen:
             raise InputError(f"{folder}: seed {seen[0]} is published, so not fresh; try --first_seed 100")
-        of_sets = {}
-        for prompts in sets:
-            values = {seed: runs.rounded(final[prompts][what]) for seed, final in finals.items()}
-            fresh = comparison.mean_over_seeds(list(values.values()))
-            of_sets[prompts] = {
+        fresh = results.estimates(list(finals.values()))
+        arms[arm] = {
+            prompts: {
                 "published": known[arm]["summary"]["final"][prompts][what],
-                "fresh": [x if x is None else runs.rounded(x) for x in fresh],
-                "seeds": values,
+                "fresh": list(fresh[prompts][what]),
+                "seeds": {seed: runs.rounded(final[prompts][what]) for seed, final in finals.items()},
             }
-        arms[arm] = of_sets
+            for prompts in sets
+        }
     if not arms:
         raise InputError(f"{name}: the sweep has no finished run")
     return {"name": name, "what": what, "arms": arms}
