@@ -25,7 +25,7 @@ def test_settings_of_words(script):
 @pytest.mark.slow
 def test_the_network_alone(script, make_config, tmp_path):
     """Compiled for this machine as if it were not there: the gradient has the network's products, and more. So has the
-    reward's program those of its CLIP."""
+    reward's program those of its CLIP, and the end of a chain the convolutions of the VAE beside them."""
     there = backend.Absent("cpu", None, (jax.devices()[0],), 2**34, {}, "1 x none")
     with backend.absent(there):
         experiment = Experiment.build(checked(make_config("ddpo")), weights=False)
@@ -33,5 +33,6 @@ def test_the_network_alone(script, make_config, tmp_path):
             said = script.compile_and_write(program, tmp_path / program.name)
             assert "temporaries 0.0" in said
     texts = [(tmp_path / name).read_text() for name in script.OF_NETWORK]
-    network, gradient, reward = (text.count(" dot(") for text in texts)
-    assert 0 < network < gradient and reward > 0
+    network, gradient, reward, end = (text.count(" dot(") for text in texts)
+    assert 0 < network < gradient and 0 < reward <= end
+    assert texts[-1].count(" convolution(") > texts[-2].count(" convolution(")

@@ -5,8 +5,9 @@ python tools/machine/compile_for.py h100 ddpo:model=sd15,reward=aesthetic networ
 
 A program is one of the run's ("sample", "update", "evaluate"), or of its networks alone, at the run's batch of a
 forward pass and steps: "network" evaluates the one that is trained at each step under guidance, "gradient" makes its
-gradient in LoRA too, "reward" scores images, with the gradient in them. A text of XLA's optimized HLO is written for
-each: its kernels, with the shapes of what they read and write.
+gradient in LoRA too, "reward" scores images, with the gradient in them, "end" decodes latents and scores the images,
+with the gradient in the latents. A text of XLA's optimized HLO is written for each: its kernels, with the shapes of
+what they read and write.
 """
 
 from diffexp_jax import command
@@ -25,13 +26,14 @@ import jax
 import jax.numpy as jnp
 
 from diffexp_jax import backend, parallel
+from diffexp_jax.algorithms.algorithm import rewarded
 from diffexp_jax.cost.dry_run import GIB, Program, programs_of
 from diffexp_jax.cost.target import FORMS, compiling_for
 from diffexp_jax.experiment import Experiment
 from diffexp_jax.sampling import initial_latents
 from diffexp_jax.settings import Settings, checked
 
-OF_NETWORK, OF_RUN = ("network", "gradient", "reward"), ("sample", "update", "evaluate")
+OF_NETWORK, OF_RUN = ("network", "gradient", "reward", "end"), ("sample", "update", "evaluate")
 
 
 def network_programs(experiment: Experiment) -> Iterable[Program]:
@@ -68,11 +70,16 @@ def network_programs(experiment: Experiment) -> Iterable[Program]:
         scores, pull_back = jax.vjp(lambda images: policy.score(frozen, images, tokens)[0], images)
         return scores, pull_back(jnp.ones_like(scores))[0]
 
+    def end(frozen, x_0, tokens):
+        scores, pull_back = jax.vjp(lambda x_0: rewarded(policy, frozen, x_0, tokens)[0], x_0)
+        return scores, pull_back(jnp.ones_like(scores))[0]
+
     frozen, latents = args[0], jax.ShapeDtypeStruct((*keys.shape[:2], *policy.latent_shape), jnp.float32)
     images = jax.eval_shape(jax.vmap(policy.decode), frozen, latents)
     yield Program("network", parallel.pmap(network), args)
     yield Program("gradient", parallel.pmap(gradient), args)
     yield Program("reward", parallel.pmap(reward), (frozen, images, tokens))
+    yield Program("end", parallel.pmap(end), (frozen, latents, tokens))
 
 
 def compile_and_write(program: Program, out: Path) -> str:
