@@ -43,8 +43,8 @@ def default() -> ml_collections.ConfigDict:
     # Of Stable Diffusion 3 and 3.5, published with 256 (most recipes for fine-tuning take 128), and of FLUX, 512.
     config.model.t5_tokens = placeholder(int)  # tokens that T5 reads of a prompt, its end included; None: as published
     # What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
-    # latent a step is kept); also each "block" of the network. DDPO's gradient is of one step at a time: "none" is
-    # "step".
+    # latent a step is kept); also each "block" of the network and of the VAE. DDPO's gradient is of one step at a time:
+    # "none" is "step".
     config.model.remat = "step"  # "none", "step" or "block"
     # Of SDXL, SD 3 and FLUX, and of text encoders and rewards that are CLIPs, T5 or ImageReward. Such a program
     # compiles in a fraction of the time and computes the same, to rounding. A GPU copies a block's weights before it

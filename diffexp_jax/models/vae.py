@@ -144,17 +144,18 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     config: VAEConfig
     dtype: DTypeLike
+    remat: bool
 
     @nn.compact
     def __call__(self, z: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         cfg = self.config
-        widths = cfg.block_out_channels[::-1]
+        widths, block = cfg.block_out_channels[::-1], nn.remat(ResnetBlock) if self.remat else ResnetBlock
         x = Conv(widths[0], dtype=self.dtype, name="conv_in")(z)
         x = MidBlock(cfg.norm_num_groups, cfg.mid_block_add_attention, self.dtype, name="mid_block")(x)
         for i, features in enumerate(widths):
             for j in range(cfg.layers_per_block + 1):
                 name = f"up_blocks.{i}.resnets.{j}"
-                x = ResnetBlock(features, cfg.norm_num_groups, 1e-6, self.dtype, name=name)(x)
+                x = block(features, cfg.norm_num_groups, 1e-6, self.dtype, name=name)(x)
             if i + 1 < len(widths):
                 size = (2 * x.shape[1], 2 * x.shape[2])
                 x = Upsample(self.dtype, name=f"up_blocks.{i}.upsamplers.0")(x, size)
@@ -163,15 +164,20 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Images [B,H,W,3] in [0,1] <-> latents [B,H/f,W/f,c] scaled to about unit variance."""
+    """Images [B,H,W,3] in [0,1] <-> latents [B,H/f,W/f,c] scaled to about unit variance.
+
+    `remat`: the backward pass of decoding computes the activations of each block of `up_blocks` again, so that it holds
+    the blocks' inputs and one block's work.
+    """
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def setup(self):
         cfg = self.config
         self.encoder = Encoder(cfg, self.dtype)
-        self.decoder = Decoder(cfg, self.dtype)
+        self.decoder = Decoder(cfg, self.dtype, self.remat)
         if cfg.use_quant_conv:
             self.quant_conv = pointwise_conv(2 * cfg.latent_channels, dtype=self.dtype)
         if cfg.use_post_quant_conv:

@@ -122,7 +122,7 @@ def build(
     """
     side, cfg = latent_side(config, image_size), config.transformer
     t5_dtype = type_of_t5(dtype)
-    transformer, vae = Flux(cfg, dtype, remat_blocks), AutoencoderKL(config.vae, dtype)
+    transformer, vae = Flux(cfg, dtype, remat_blocks), AutoencoderKL(config.vae, dtype, remat_blocks)
     clip, second = TextTransformer(config.clip, dtype), t5.T5Encoder(config.t5, t5_dtype)
 
     def encode(params, ids):

@@ -110,14 +110,15 @@ def build(
 ) -> Pipeline:
     """The functions of such a model, without weights or tokenizers.
 
-    `matmul_precision` is one of `precision.MATMUL_PRECISIONS`; `remat_blocks` is the UNet's `remat`; `vae_slice` is
+    `matmul_precision` is one of `precision.MATMUL_PRECISIONS`; `remat_blocks` is the networks' `remat`; `vae_slice` is
     how many images are decoded at once; `scheduler` has what is to be otherwise than scheduler_config.json says.
     """
     check_without_t5(t5_tokens)
     family, scale = config.family, config.vae.downsampling
     side = latent_side(config, image_size)
     pixels = side * scale
-    unet, vae = UNet(config.unet, dtype, remat_blocks), AutoencoderKL(config.vae, config.dtype("vae", dtype))
+    unet = UNet(config.unet, dtype, remat_blocks)
+    vae = AutoencoderKL(config.vae, config.dtype("vae", dtype), remat_blocks)
     encoders = {
         part: network(cfg, dtype)
         for (part, network), cfg in zip(family.text_encoders.items(), config.text, strict=True)

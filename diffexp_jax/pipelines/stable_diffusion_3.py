@@ -170,7 +170,7 @@ def build(
     side = latent_side(config, image_size)
     t5_tokens = t5_tokens or (config.t5.prompt_length(T5_TOKENS) if config.t5 else T5_TOKENS)
     t5_dtype = type_of_t5(dtype)
-    transformer, vae = MMDiT(config.transformer, dtype, remat_blocks), AutoencoderKL(config.vae, dtype)
+    transformer, vae = MMDiT(config.transformer, dtype, remat_blocks), AutoencoderKL(config.vae, dtype, remat_blocks)
     clips = {part: TextTransformerWithProjection(cfg, dtype) for part, cfg in zip(CLIPS, config.clips, strict=True)}
     third = t5.T5Encoder(config.t5, t5_dtype) if config.t5 else None
     joint = config.transformer.joint_attention_dim

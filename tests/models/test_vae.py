@@ -113,6 +113,22 @@ def test_decode_is_not_clipped():
     assert image.min() > 5 and np.abs(gradient).max() > 0
 
 
+def test_remat_keeps_the_blocks_inputs_alone():
+    """The gradient is the same; what a backward pass reads is less than half."""
+    vae = AutoencoderKL(VAEConfig.from_dict(full_config(TINY["no_quant_conv"][0] | {"layers_per_block": 2})))
+    params = random_weights(convert.abstract_params(vae, jnp.zeros((1, 8, 8, 3))), seed=0)
+    latents = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 8, 4)), jnp.float32)
+
+    def kept_and_gradient(vae):
+        image, pull_back = jax.vjp(lambda z: vae.apply({"params": params}, z, method="decode"), latents)
+        kept = sum(x.size for x in jax.tree.leaves(pull_back) if x.ndim == 4 and x.shape[0] == 1)  # no weights
+        return kept, pull_back(image)[0]
+
+    (plain, expected), (less, found) = kept_and_gradient(vae), kept_and_gradient(vae.clone(remat=True))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert 0 < less < plain / 2
+
+
 def test_defaults_of_a_config_without_scaling_factor():
     """The published SD 1.5 file has none: 0.18215. A null is as good as an absent key."""
     config = VAEConfig.from_dict({"block_out_channels": [128, 256, 512, 512], "shift_factor": None, "act_fn": "silu"})

@@ -165,7 +165,7 @@ def test_table_literal(scripts, tmp_path):
 
 
 def test_a_table_that_cannot_be_written_is_told_before_the_work(scripts, tmp_path):
-    args = SimpleNamespace(repeats=1, out=tmp_path / "b.json", table=tmp_path / "b.md")
+    args = SimpleNamespace(repeats=1, out=tmp_path / "b.json", table=tmp_path / "b.md", before=None)
     with pytest.raises(InputError, match="b.md: the file is missing"):
         scripts.benchmark.main(args)
     (tmp_path / "b.md").write_text("no markers")
@@ -174,17 +174,26 @@ def test_a_table_that_cannot_be_written_is_told_before_the_work(scripts, tmp_pat
     assert not (tmp_path / "b.json").exists()
 
 
+def test_a_folder_that_is_no_checkout_is_told_before_the_work(scripts, tmp_path):
+    args = SimpleNamespace(repeats=1, out=tmp_path / "b.json", table=None, before=tmp_path)
+    with pytest.raises(InputError, match="--before .*: not a checkout of this package"):
+        scripts.benchmark.main(args)
+
+
 @pytest.mark.slow
 def test_a_benchmark(tmp_path):
+    """Beside torch, and this checkout as the one before."""
     line = [
         sys.executable,
         str(ROOT / "tools" / "benchmark" / "benchmark.py"),
         "--model=emoji",
         "--case=sampling",
         "--repeats=1",
+        f"--before={ROOT}",
     ]
     done = subprocess.run([*line, "--out=b.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert 0 < row["ours"]["first_again"] < row["ours"]["first"]
     assert row["flops"] > 1e11 and row["ours"]["median"] > 0 and row["torch"]["peak_bytes"] > 1e8
+    assert row["before"]["ratio"] == row["before"]["median"] / row["ours"]["median"]

@@ -4,12 +4,14 @@
         --table docs/evidence/benchmarks.md                                              # tens of minutes
     python tools/benchmark/benchmark.py --model mid --case sampling --repeats 9 --out mid.json
     python tools/benchmark/benchmark.py --model sd15 --model sdxl --out gpu.json         # on a GPU or a TPU
+    python tools/benchmark/benchmark.py --no_torch --before ../old --out change.json     # has a change made it slower?
 
 Each side is a process of its own that stays ready while the other one runs, so that both meet the same machine: a
 repetition of one, a repetition of the other, and so on. Reported are medians, their ratio, each side's peak memory, how
 long the first repetition took (compiling, here; allocating, there), and the share of the machine's own matrix peak that
 our arithmetic comes to. Torch is installed for the tests (requirements-test.txt); torch_peer.py says what it does. With
---no_torch this package is timed alone, with --trl TRL's trainers are timed too (trl_peer.py).
+--no_torch torch is not timed, with --trl TRL's trainers are timed too (trl_peer.py), with --before another checkout of
+this package, of cases that both have.
 
 The work of a repetition on a CPU: 64 images of 20 steps with the emoji model, or 4 of 5 steps with a random model of
 the shape of SD 1.5 ("mid") or SD 3.5 medium ("mid_sd3"), each of some 50 million parameters and 32 x 32 latents; from
@@ -44,7 +46,7 @@ from diffexp_jax.limits import check_number, whole
 from diffexp_jax.report.document_parts import check, write_between
 
 MARKERS = "<!-- benchmark -->", "<!-- /benchmark -->"
-PEERS = ("torch", "trl")
+PEERS = ("torch", "trl", "before")
 CUT = ("T/4", "uniform K", "schedule")  # cases with steps that are less work, or have no gradient
 PROMPTS = ("a dog riding a bike", "a cat")
 # More and less work of this package: cost should follow it, and the first repetition's should not.
@@ -54,14 +56,33 @@ GROWTH += [("emoji", "DDPO, one update", {"samples": n}) for n in (16, 64, 256)]
 GROWTH += [("emoji", "AlignProp, K = T", {"live": n}) for n in (1, 5, 10, 20)]
 
 
-class Side:
-    """A worker's process; `size`: flags that change how much its work is, `cache`: where compiled programs are kept."""
+def worker_of(root: Path) -> Path:
+    """The worker's program in a checkout of this package."""
+    return root / "tools" / "benchmark" / "benchmark_work.py"
 
-    def __init__(self, side: str, model: str, folder: str, case: str, *, cache: str = "", size: Sequence[str] = ()):
-        line = [sys.executable, str(HERE / "benchmark_work.py"), side, model, folder, case, *size]
+
+class Side:
+    """A worker's process.
+
+    size: flags that change how much its work is. cache: where compiled programs are kept. root: the checkout of this
+    package that it runs.
+    """
+
+    def __init__(
+        self,
+        side: str,
+        model: str,
+        folder: str,
+        case: str,
+        *,
+        cache: str = "",
+        size: Sequence[str] = (),
+        root: Path = HERE.parents[1],
+    ):
+        line = [sys.executable, str(worker_of(root)), side, model, folder, case, *size]
         # two programs share an accelerator: neither takes all of its memory at the start
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
-        environment |= {"PYTHONPATH": f"{HERE.parents[1]}:{os.environ.get('PYTHONPATH', '')}"}
+        environment |= {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
         environment |= {"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(line, env=environment, text=True, **pipes)
@@ -90,11 +111,21 @@ class Side:
 
 
 def compare(
-    model: str, folder: str, case: str, repeats: int, bar: tqdm, *, names: Sequence[str], profile: Path | None
+    model: str,
+    folder: str,
+    case: str,
+    repeats: int,
+    bar: tqdm,
+    *,
+    names: Sequence[str],
+    profile: Path | None,
+    before: Path | None,
 ) -> dict[str, Any]:
     """A row: the sides of these names in turns, then ours once more, with its programs compiled before."""
     cache = str(Path(folder, f"cache-{case}".replace("/", "-")))
-    sides = {name: Side(name, model, folder, case, cache=cache) for name in names}
+    sides = {name: Side(name, model, folder, case, cache=cache) for name in names if name != "before"}
+    if "before" in names:
+        sides["before"] = Side("ours", model, folder, case, cache=f"{cache}-before", root=before)
     for _ in range(repeats + 1):  # the first compiles, or allocates
         for side in sides.values():
             side.repeat()
@@ -179,6 +210,8 @@ def main(args: argparse.Namespace) -> None:
     command.check_writable(args.out.parent, "--out")
     if args.table:
         check(args.table, MARKERS)
+    if args.before and not worker_of(args.before).is_file():
+        raise InputError(f"--before {args.before}: not a checkout of this package")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or this program would hold all memory
     models = args.model or [name for name in SIZES if (name in PUBLISHED) == (backend.platform() != "cpu")]
     work = [
@@ -203,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
         with tqdm(total=sum(len(x[2]) for x in work) * (args.repeats + 1), unit="repetition") as bar:
             for model, case, names in work:
                 bar.set_description(f"{model}, {case}")
-                options = {"names": names, "profile": args.profile}
+                options = {"names": names, "profile": args.profile, "before": args.before}
                 row = compare(model, str(Path(folder, model)), case, args.repeats, bar, **options)
                 report["rows"].append(row)
                 args.out.write_text(json.dumps(report, indent=1) + "\n")  # what is there so far
@@ -229,7 +262,7 @@ def sides_of(args: argparse.Namespace, model: str, case: str) -> tuple[str, ...]
         except ImportError as error:
             raise InputError(f"--trl: {error}; tools/benchmark/trl_peer.py says what to install") from None
         names += ("trl",) if trl_peer.can(model, case) else ()
-    return names
+    return (*names, "before") if args.before else names
 
 
 def write_models(folder: str, models: Sequence[str], *, torch: bool) -> None:
@@ -269,8 +302,9 @@ if __name__ == "__main__":
     )
     add("--case", action="append", choices=(*CASES, *SCORING), help="(repeat for several; default: all)")
     add("--repeats", type=int, default=5, help="timed repetitions of each side, after a first")
-    add("--no_torch", action="store_true", help="time this package alone")
+    add("--no_torch", action="store_true", help="do not time torch")
     add("--trl", action="store_true", help="time TRL's trainers too; tools/benchmark/trl_peer.py says what to install")
+    add("--before", type=Path, help="another checkout of this package, timed beside this one")
     add("--profile", type=Path, help="a folder for jax's profiles of one more repetition of ours (for XProf)")
     add("--growth", action="store_true", help="also time the emoji model with other batches, steps and K")
     command.guarded(main, parser.parse_args())
