@@ -178,7 +178,7 @@ def test_an_iteration_is_the_plain_loops(whole, n_updates, inner_epochs, n_chunk
     later_updates = n_updates * inner_epochs > 1  # rounding decides there what is just inside the clip
     assert_same_lora(lora, expected_lora, rtol=5e-3 if later_updates else 1e-4)
     for name, value in expected.items():
-        assert float(metrics[name]) == pytest.approx(value, rel=5e-3, abs=1e-6), name
+        assert float(metrics[name]) == pytest.approx(value, rel=5e-3, abs=1e-5), name
     if later_updates:
         assert expected["ratio/clip_fraction"] > 0.05  # the clip is at work in what was compared
 

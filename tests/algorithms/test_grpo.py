@@ -68,7 +68,7 @@ def test_an_iteration_is_flow_grpos():
 
     (value, expected), grads = jax.value_and_grad(objective, has_aux=True)(LORA)
     np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
-    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4, abs=1e-6)  # advantages near 1 cancel out
     for name, start in LORA.items():
         assert float(state.lora[name] - start) == pytest.approx(-0.05 * float(grads[name]), rel=1e-3)
 
