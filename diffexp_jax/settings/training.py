@@ -110,8 +110,8 @@ class Model:
         ("none", "step", "block"),
         about="""
         What the backward pass computes again instead of keeping, from fast to small: "none"; each sampling "step" (one
-        latent a step is kept); also each "block" of the network and of the VAE. DDPO's gradient is of one step at a time: "none" is
-        "step".
+        latent a step is kept); also each "block" of the network and of the VAE. DDPO's gradient is of one step at a
+        time: "none" is "step".
         """,
     )
     scan_layers: str = setting(
