@@ -58,12 +58,25 @@ def _operations(eqn: Any, fixed: Sequence[bool]) -> tuple[float, float]:
     if name == "pallas_call":  # a kernel, of each block
         return 0.0, math.prod(eqn.params["grid_mapping"].grid) * sum(map(sum, (_count(body, []) for body in bodies)))
     if name == "scan":
-        consts = eqn.params["num_consts"]
+        consts = _same_in_every_turn(eqn, bodies[0])
         outside, _ = _count(bodies[0], fixed[:consts])
         inside, others = _count(bodies[0], [True] * consts)
         return outside, inside - outside + eqn.params["length"] * others
     of_bodies = [_count(body, fixed if len(body.invars) == len(fixed) else []) for body in bodies]
     return sum(once for once, _ in of_bodies), sum(others for _, others in of_bodies)
+
+
+def _same_in_every_turn(scan: Any, body: Jaxpr) -> int:
+    """How many of a scan's inputs are: the first, before what it carries and the rows that it goes through.
+
+    Told by shapes, since the names of a scan's parameters differ between versions of jax.
+    """
+    rows_in, rows_out = (
+        sum(var.aval.ndim > turn.aval.ndim for var, turn in zip(whole, of_turn, strict=True))
+        for whole, of_turn in ((scan.invars, body.invars), (scan.outvars, body.outvars))
+    )
+    carried = len(scan.outvars) - rows_out
+    return len(scan.invars) - rows_in - carried
 
 
 def _bodies(value: Any) -> list[Jaxpr]:
