@@ -22,7 +22,7 @@ def get_config(argument: str | None = None):
         config.iterations = 10  # nine of ten objects are learnt by then
         config.batch.samples = 64
         config.batch.group = 4  # of 16 prompts
-        config.optim.lr = 1e-2
+        config.optim.lr = 3e-3 if chosen["model"] == "emoji_flow" else 1e-2  # 1e-2 soon ruins that one
         config.nft.timestep_fraction = 0.3  # timesteps of each image that it is trained at, of all steps
         config.eval.every = config.log.images_every = config.checkpoint.every = 5
     else:
