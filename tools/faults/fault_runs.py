@@ -39,12 +39,12 @@ _IMPORTS += ["transformers.models.clip.tokenization_clip", "transformers.tokeniz
 _MODEL = """
 import json, sys
 from pathlib import Path
-import conftest
+from tests.support import tiny
 folder = Path(sys.argv[1])
 for name in ("model", "clip", "prompts"):
     (folder / name).mkdir()
-clip = conftest.write_tiny_clip(folder / "clip")
-settings = conftest.write_tiny_settings(folder / "prompts", conftest.write_tiny_model(folder / "model"), clip)
+clip = tiny.write_tiny_clip(folder / "clip")
+settings = tiny.write_tiny_settings(folder / "prompts", tiny.write_tiny_model(folder / "model"), clip)
 print(json.dumps({key: str(value) for key, value in settings.items()}))
 """
 TIMEOUT = 300.0  # seconds that a run may take: one that takes longer hangs
@@ -92,7 +92,7 @@ def prepare(folder: Path) -> dict[str, str]:
     if (folder / "settings.json").exists():
         return json.loads((folder / "settings.json").read_text())
     folder.mkdir()
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-c", _MODEL, str(folder)]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
     values = json.loads(done.stdout) | SETTINGS | {"compilation_cache": str(folder / "cache")}
