@@ -47,11 +47,15 @@ def test_the_page_of_grpo_shows_its_runs():
     """That is docs/evidence/data/grpo_emoji_flow.json."""
     runs = json.loads((DATA / "grpo_emoji_flow.json").read_text())["runs"]
     rows = rows_of_runs("grpo")
-    assert len(rows) == len(runs) == 2
+    assert len(rows) == len(runs) == 3
     for row, run in zip(rows, runs, strict=True):
         first, last = (run["emoji_judge"][str(it)] for it in (0, run["iterations"]))
         shares = [f"{100 * first[name]:.1f} to {100 * last[name]:.1f} %" for name in first]
-        assert row == f"| {'DiffExp' if run['explore'] else 'none'} | {' | '.join(shares)} |"
+        name = "DiffExp" if run["explore"] else "none"
+        if "ddpo.kl_weight" in run:
+            assert run["ddpo.kl_weight"] == 0.04 and run["ddpo.kl_by_length"]  # the first recipe's
+            name += ", with the first recipe's KL"
+        assert row == f"| {name} | {' | '.join(shares)} |"
 
 
 def test_the_index_shows_the_runs_of_methods():

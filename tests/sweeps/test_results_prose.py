@@ -13,6 +13,7 @@ PAGES = [path.stem for path in sorted(FOLDER.glob("*.json"))]
 OF_RUNS = ("fig4_alignprop_pickscore-emoji_hard-0488ac", "fig4_alignprop_pickscore-emoji_hard", "fig8-emoji_hard")
 OF_RUNS += ("fig4_ddpo_pickscore-emoji_hard-56b789", "fig9a_pickscore-emoji_hard-0488ac")
 OF_RUNS += ("tune_alignprop_aesthetic-emoji_hard-8a5398", "methods-emoji_hard", "rates-emoji_hard")
+OF_RUNS += ("methods-emoji_flow", "rates-emoji_flow")
 GENERATED = re.compile(r"<!-- results: .+? -->(.*?)<!-- /results: .+? -->", re.DOTALL)
 NUMBER = r"\d+(?:\.\d+)?"
 SHARES = re.compile(rf"((?:{NUMBER}(?:, | and | to ))*{NUMBER})\s(?:%|points)")  # "18, 39 and 38 %"
