@@ -69,3 +69,4 @@ MODELS = {
 DISTILLED = ("flux", "flux_schnell")  # guidance is the network's input, or none at all: it costs no evaluation
 MINIATURES = ("emoji", "emoji_hard", "emoji_flow")  # shipped: their prompts and rewards are the emoji world's
 POLICY_RATES = {"emoji": 2.4e-2, "emoji_hard": 2.4e-2, "emoji_flow": 8e-3}  # of DDPO and GRPO on these
+NFT_RATES = {"emoji": 1e-2, "emoji_hard": 1e-2, "emoji_flow": 3e-3}  # docs/evidence/results/rates-*.md

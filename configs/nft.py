@@ -8,7 +8,7 @@ so that DiffExp's weights of words alone explore. DDIM's 25 steps take the place
 """
 
 from configs.arguments import structured
-from configs.models import DISTILLED, MINIATURES
+from configs.models import DISTILLED, MINIATURES, NFT_RATES
 
 
 def get_config(argument: str | None = None):
@@ -18,11 +18,11 @@ def get_config(argument: str | None = None):
     config.optim.lr = 3e-4  # as published
     config.nft.strength = 1.0  # 0.1 for several rewards at once
     config.nft.kl_weight = 1e-4  # of the squared distance to the untuned model's output
-    if chosen["model"] in MINIATURES:  # the rate: docs/evidence/results/rates-emoji_hard.md
+    if chosen["model"] in MINIATURES:
         config.iterations = 10  # nine of ten objects are learnt by then
         config.batch.samples = 64
         config.batch.group = 4  # of 16 prompts
-        config.optim.lr = 3e-3 if chosen["model"] == "emoji_flow" else 1e-2  # 1e-2 soon ruins that one
+        config.optim.lr = NFT_RATES[chosen["model"]]
         config.nft.timestep_fraction = 0.3  # timesteps of each image that it is trained at, of all steps
         config.eval.every = config.log.images_every = config.checkpoint.every = 5
     else:
