@@ -21,6 +21,7 @@ of paper.py.
 | grpo | DiffExp, of configs/grpo.py; for `--model emoji_flow` above all |
 | parts_grpo | DiffExp and each of its parts within groups; one draw of words a prompt; no guidance in training |
 | methods | of every method without and with DiffExp, for the same reward queries; for the miniatures |
+| groups | of methods that compare a prompt's images without and with DiffExp; the judge counts groups with a success |
 | rates | of the same methods without exploration: the same three learning rates for each |
 
 Arms of different experiments that come to the same config share their runs. ALGORITHM is ddpo or alignprop, REWARD is
@@ -150,6 +151,7 @@ _METHODS = {  # name: its config, and what it changes of that
     "seiko": ("seiko", {}),
     "seiko_images": ("seiko", {"seiko.reads_text": False}),
 }
+_GROUPED = ("grpo", "nft")  # learn from groups of four images
 
 
 def _method(name, *, explore, changes=()):
@@ -158,6 +160,8 @@ def _method(name, *, explore, changes=()):
     return f"{config}.py:explore={str(explore).lower()}", _EQUAL | own | dict(changes)
 
 
+# The judge says of each image whether it is a success, and weighs nothing
+_JUDGED = {"reward": "emoji_pickscore+emoji_judge", "reward_weights": (1.0, 0.0), "eval.every": _queries}
 _UNGUIDED = {"sampling.guidance": 1.0, "eval.guidance": lambda config: config.sampling.guidance}
 _IN_GROUPS = {"diffexp": {}, "constant": _CONSTANT, "per_prompt": {"exploration.scope": "prompt"}}
 _IN_GROUPS |= {part: PARTS[part] for part in ("weighting", "schedule")} | {"share_0.75": {"exploration.share": 0.75}}
@@ -255,6 +259,16 @@ SWEEPS = {
         },
         "ddpo",
         pairs={f"{name}_diffexp": name for name in _METHODS},
+    ),
+    "groups": _experiment(
+        "how many groups of a prompt's images have a success to learn from, without and with DiffExp",
+        {
+            arm: _method(name, explore=explore, changes=_JUDGED)
+            for name in _GROUPED
+            for arm, explore in ((name, False), (f"{name}_diffexp", True))
+        },
+        _GROUPED[0],
+        pairs={f"{name}_diffexp": name for name in _GROUPED},
     ),
     "rates": _experiment(
         "each method without exploration at its own learning rate, and at three that are the same for all",

@@ -65,20 +65,27 @@ def measured(update: Callable, optim: Any, group: int) -> Callable:
     def with_metrics(state, frozen, inputs):
         state, metrics = update(state, frozen, inputs)
         metrics = metrics | gradient_snr(state.opt_state, b1=optim.b1, b2=optim.b2)
-        return state, metrics | (group_metrics(inputs.samples.rewards, group) if group > 1 else {})
+        samples = inputs.samples
+        return state, metrics | (group_metrics(samples.rewards, samples.parts, group) if group > 1 else {})
 
     return with_metrics
 
 
-def group_metrics(rewards: Float[Array, "B"], group: int) -> dict[str, Float[Array, ""]]:
+def group_metrics(
+    rewards: Float[Array, "B"], parts: dict[str, Float[Array, "B"]], group: int
+) -> dict[str, Float[Array, ""]]:
     """Means over all devices' groups: the std of a group's rewards and the largest, and how many have equal rewards.
 
-    Of groups of equal rewards nothing is learnt where samples are compared within groups.
+    Of groups of equal rewards nothing is learnt where samples are compared within groups. Of each part of a sum of
+    rewards there is the largest too: of one that is 1 or 0 it is the share of groups with a success.
     """
     of_groups = rewards.reshape(-1, group)
     equal = (of_groups == of_groups[:, :1]).all(axis=1)
     means = {"reward/std_in_group": of_groups.std(axis=1).mean(), "reward/equal_groups": equal.mean()}
     means["reward/best_in_group"] = of_groups.max(axis=1).mean()
+    means |= {
+        f"reward/{name}/best_in_group": part.reshape(-1, group).max(axis=1).mean() for name, part in parts.items()
+    }
     return jax.lax.pmean(means, parallel.AXIS)
 
 

@@ -7,7 +7,9 @@ SIGNS = ("diversity/distance", "diversity/vendi", "luminance", "saturation", "ba
 SHARES = ("emoji_judge", "background_share")  # and their parts: shares
 # Metrics of what there is to learn from, and what columns call them
 WITHIN_GROUPS = {"reward/std_in_group": "standard deviation", "reward/best_in_group": "best"}
+WITH_SUCCESS = {"reward/emoji_judge/best_in_group": "groups with a success"}  # a share: the judge says 1 or 0
 OF_GRADIENT = {"grad_snr": "grad_snr"}
+OF_TRAINING = WITHIN_GROUPS | WITH_SUCCESS | OF_GRADIENT
 _DIGITS = {"diversity/distance": 3, "luminance": 3, "saturation": 3, "grad_snr": 3}
 _WORDS = {"diversity/distance": "distance of a prompt's images", "diversity/vendi": "Vendi score"}
 _WORDS |= {"background_share": "background"}

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from diffexp_jax.sweeps import paired
-from diffexp_jax.sweeps.cells import OF_GRADIENT, SHARES, WITHIN_GROUPS, bin_name, measured, telling_reward
+from diffexp_jax.sweeps.cells import OF_TRAINING, SHARES, WITHIN_GROUPS, bin_name, measured, telling_reward
 from diffexp_jax.sweeps.tables import gains_by_share
 
 matplotlib.use("Agg")
@@ -208,10 +208,10 @@ def panels_of_methods(results: Mapping[str, Any]) -> list[Panel]:
         found = {arm: paired.final(results, arm, prompts, what) for arm in arms}
         panels.append(Panel(plain(prompts), found, results["base"].get(prompts, {}).get(what), what in SHARES))
     training, pairs = results["training"], paired.variants_of(results) == ["diffexp"]
-    for name, words in (WITHIN_GROUPS | OF_GRADIENT).items() if pairs else ():
+    for name, words in OF_TRAINING.items() if pairs else ():
         found = {arm: training.get(arm, {}).get(name) for arm in arms}
         if any(found[arm] and found.get(method) for arm, method in results["pairs"].items() if arm in arms):
-            of_group = " of a prompt's rewards" if name in WITHIN_GROUPS else " of training"
+            of_group = " of a prompt's rewards" if name in WITHIN_GROUPS else " in training"
             panels.append(Panel(plain(f"{words}{of_group}"), found))
     return panels
 

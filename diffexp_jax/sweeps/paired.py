@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffexp_jax.report import Table
-from diffexp_jax.sweeps.cells import OF_GRADIENT, WITHIN_GROUPS, bin_name, cell, telling_reward
+from diffexp_jax.sweeps.cells import OF_GRADIENT, WITH_SUCCESS, WITHIN_GROUPS, bin_name, cell, telling_reward
 
 _LABELS = {"diffexp": "with DiffExp"}
 
@@ -52,6 +52,7 @@ def paired_tables(results: Mapping[str, Any]) -> dict[str, Table]:
         "Diversity of the images of a prompt": diversity_table(results),
         "Cost of a run": cost_table(results),
         "Rewards of a prompt's images in training, while it explores": training_table(results, WITHIN_GROUPS),
+        "Groups of a prompt's images that have a success, while it explores": training_table(results, WITH_SUCCESS),
         "How far the newest gradients agree, while it explores": training_table(results, OF_GRADIENT),
     }
     pooled = "Gain of DiffExp, pooled over the methods, by how often the base model succeeds"

@@ -10,7 +10,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.settings import Settings, flat
 from diffexp_jax.sweeps import comparison
-from diffexp_jax.sweeps.cells import OF_GRADIENT, WITHIN_GROUPS, telling_reward
+from diffexp_jax.sweeps.cells import OF_TRAINING, telling_reward
 from diffexp_jax.sweeps.comparison import Estimate
 from diffexp_jax.sweeps.runs import (
     Experiment,
@@ -97,8 +97,7 @@ def paired(
 def in_training(runs: Iterable[Seed]) -> dict[str, Estimate]:
     """{metric: its mean over the iterations that explore, or would}, of those that all runs have."""
     of_runs = [run.rows[1 : 1 + run.settings.exploring_iterations] for run in runs]
-    names = WITHIN_GROUPS | OF_GRADIENT
-    means = {name: [np.mean([row.get(name, np.nan) for row in rows]) for rows in of_runs] for name in names}
+    means = {name: [np.mean([row.get(name, np.nan) for row in rows]) for rows in of_runs] for name in OF_TRAINING}
     return {name: rounded_estimate(comparison.mean_over_seeds(x)) for name, x in means.items() if np.isfinite(x).all()}
 
 

@@ -24,8 +24,8 @@ def write_run(folder: Path, config, curve, last, *, until=4, shares=None, groups
 
     Args:
       shares: evaluated shares of success (default: a tenth of the iteration).
-      groups: whether there are metrics of groups: their std is 1, 2, 3, 4, their best reward twice that. The gradient's
-        signal to noise is a tenth of the std's numbers.
+      groups: whether there are metrics of groups: their std is 1, 2, 3, 4, their best reward twice that; the share
+        of groups with a success is a tenth of the std's numbers, as the gradient's signal to noise always is.
 
     Iterations take 1, 2, 3, 4 seconds.
     """
@@ -38,6 +38,7 @@ def write_run(folder: Path, config, curve, last, *, until=4, shares=None, groups
             row |= {"reward_queries": 8 * it, "unet_evaluations": 64 * it, "reward/mean": it * curve[1]}
             row |= {"grad_snr": 0.1 * it}
             row |= {"reward/std_in_group": it, "reward/best_in_group": 2 * it} if groups else {}
+            row |= {"reward/emoji_judge/best_in_group": 0.1 * it} if groups else {}
             row |= {"time/sample": 0.25 * it, "time/train": 0.75 * it}
         if it % 2 == 0:
             row |= {f"eval/{name}/pickscore": curve[it // 2] for name in (SET, OTHER)}

@@ -102,6 +102,9 @@ def test_tables(results):
         ["nft", "2.00", "2.00 [2.00, 2.00]", "4.00", "4.00 [4.00, 4.00]"],
         ["awm", "2.00", "-", "4.00", "-"],
     ]
+    successes = tables["Groups of a prompt's images that have a success, while it explores"]
+    assert successes.header == ["method", *(f"groups with a success, {side}" for side in ("without", "with DiffExp"))]
+    assert successes.rows == [["nft", "0.20", "0.20 [0.20, 0.20]"], ["awm", "0.20", "-"]]
     agree = tables["How far the newest gradients agree, while it explores"].rows
     assert agree[0] == ["ddpo", "0.200 [0.200, 0.200]", "0.200 [0.200, 0.200]"] and len(agree) == 3
     section = document.section(results)
@@ -144,10 +147,11 @@ def test_points_of_the_figure(results):
 
 def test_panels_of_the_figure(results):
     """Rewards within groups and the gradient's, of pairs that have both sides; none of them for learning rates."""
-    *sets, spread, best, snr = figure.panels_of_methods(results)
+    *sets, spread, best, successes, snr = figure.panels_of_methods(results)
     assert [panel.title for panel in sets] == [SET, OTHER] and all(panel.shares for panel in sets)
     assert spread.title.startswith("standard deviation of a prompt") and best.title.startswith("best of a prompt")
     assert spread.found["nft"][0] == 2.0 and spread.found["ddpo"] is None and not spread.shares
+    assert successes.title == "groups with a success in training" and successes.found["nft"][0] == pytest.approx(0.2)
     assert snr.found["ddpo_diffexp"] == [0.2, 0.2, 0.2] and snr.base is None
     rates = {"arms": {arm: results["arms"][arm] for arm in ("nft", "ddpo")}, "pairs": {"nft_lr_x3": "nft"}}
     assert len(figure.panels_of_methods(results | rates)) == 2
@@ -158,7 +162,7 @@ def test_panels_of_the_figure(results):
 def test_the_page(results, experiment, tmp_path):
     page.save(results, experiment, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<svg") == 5 and "each method without and with DiffExp" in text
+    assert text.count("<svg") == 6 and "each method without and with DiffExp" in text
 
 
 def test_the_sweeps_of_methods(tmp_path):

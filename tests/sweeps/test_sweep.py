@@ -82,7 +82,7 @@ def test_every_arm_can_run(scripts, name, model):
     assert len(runs) == arms == len({run.workdir for run in runs})
     assert "-plain-" in str(runs[list(about["arms"]).index(about["baseline"])].workdir)
     sizes = {(run.iterations, run.changes["eval.every"], run.changes["checkpoint.every"]) for run in runs}
-    few = name in ("methods", "rates", "parts_grpo")  # evaluations, see test_paired.py
+    few = name in ("methods", "rates", "parts_grpo", "groups")  # evaluations, see test_paired.py
     assert few or len(sizes) <= 2 and all(11 <= n / every <= 13 for n, every, _ in sizes)
 
 
