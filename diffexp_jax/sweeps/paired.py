@@ -72,8 +72,15 @@ def success_table(results: Mapping[str, Any], prompts: str, what: str) -> Table:
         if compares:
             of_pair = summaries[1]["difference"].get(prompts, {}).get(what) if len(summaries) == 2 else None
             cells.append(cell(of_pair, what, signed=True))
-        rows.append([method, str(min(len(summary["seeds"]) for summary in summaries)), *cells])
+        rows.append([method, seeds_cell(results, sides), *cells])
     return Table(["method", "seeds", *labels, *["difference"] * compares], rows)
+
+
+def seeds_cell(results: Mapping[str, Any], sides: Sequence[str]) -> str:
+    """How many seeds have run: "3" where all arms that have run agree, else of each column, as "5, 3, -"."""
+    counts = [len(results["arms"][arm]["summary"]["seeds"]) if arm in results["arms"] else 0 for arm in sides]
+    shown = [str(n or "-") for n in counts]
+    return shown[0] if len({n for n in counts if n}) == 1 else ", ".join(shown)
 
 
 def diversity_table(results: Mapping[str, Any]) -> Table:

@@ -88,7 +88,7 @@ def test_tables(results):
     before, ddpo, nft, awm = tables[f"emoji_judge, {SET}"].rows
     assert before == ["before", "-", "0.0 %", "", ""]
     assert ddpo == ["ddpo", "2", "50.0 [40.0, 60.0] %", "90.0 [80.0, 100.0] %", "+40.0 [+40.0, +40.0] %"]
-    assert nft == ["nft", "1", "20.0 %", "50.0 [0.0, 100.0] %", "-20.0 %"]
+    assert nft == ["nft", "1, 2", "20.0 %", "50.0 [0.0, 100.0] %", "-20.0 %"]
     assert awm == ["awm", "1", "20.0 %", "-", "-"]
     # Of a query 8 evaluations sample it; three of the four steps are learnt from
     ddpo, _, awm = tables["Cost of a run"].rows
@@ -120,7 +120,7 @@ def test_several_variants(results):
     rates = results | {"arms": arms, "costs": costs, "pairs": {"nft_lr_x0.33": "nft", "nft_lr_x3": "nft"}}
     table = all_tables(rates)[f"emoji_judge, {SET}"]
     assert table.header == ["method", "seeds", "as configured", "lr_x0.33", "lr_x3"]
-    assert table.rows == [["before", "-", "0.0 %", "", ""], ["nft", "1", "20.0 %", "-", "50.0 [0.0, 100.0] %"]]
+    assert table.rows == [["before", "-", "0.0 %", "", ""], ["nft", "1, -, 2", "20.0 %", "-", "50.0 [0.0, 100.0] %"]]
     assert not any("pooled" in caption for caption in all_tables(rates))
 
 
