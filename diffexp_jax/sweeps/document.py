@@ -11,6 +11,7 @@ from diffexp_jax.formats.files import read_json
 from diffexp_jax.report import Table
 from diffexp_jax.report.document_parts import between, markdown, markers
 from diffexp_jax.sweeps.cells import cell, measured, telling_reward
+from diffexp_jax.sweeps.paired import success_table
 from diffexp_jax.sweeps.tables import all_tables, ratio_cell
 
 Results = Sequence[Mapping[str, Any]]  # of every file, by name
@@ -26,7 +27,7 @@ README_ROWS = {  # name of the results: what the README calls them
 # The README's figure: of these results, prompts and measure; its title
 README_FIGURE = ("fig4_ddpo_pickscore-emoji_hard", "animal_activities", "emoji_judge")
 README_TITLE = "DDPO, 135 prompts: images with the right animal and object"
-INDEX, OVERVIEW = "index.md", "all"  # the page of all experiments, and what is written into it
+INDEX, OVERVIEW, METHODS = "index.md", "all", "methods"  # the page of all experiments, and what is written into it
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -114,6 +115,21 @@ def overview(every: Results) -> str:
     return f"{written[0]}\n\n{_QUERIES_LEAD}\n\n{written[1]}" if rows else NONE_YET
 
 
+def methods_overview(every: Results) -> str:
+    """A row for each method: what it reaches on the trained prompts, of every model that `methods` was run on."""
+    of_models = [results for results in every if results["experiment"] == METHODS and not results["overrides"]]
+    of_models.sort(key=lambda results: -len(results["arms"]))  # the most complete first
+    tables = [success_table(results, results["prompts"], telling_reward(results)) for results in of_models]
+    found = [{name: cells for name, *cells in table.rows} for table in tables]
+    order = ["before", *dict.fromkeys(name for results in of_models for name in results["pairs"].values())]
+    header, rows = ["method"], {name: [] for name in order if any(name in of_model for of_model in found)}
+    for results, table, of_model in zip(of_models, tables, found, strict=True):
+        header += [f"{results['model']}: {title}" for title in table.header[1:]]
+        for name, cells in rows.items():
+            cells += of_model.get(name, ["-"] * (len(table.header) - 1))
+    return "\n".join(markdown(Table(header, [[name, *cells] for name, cells in rows.items()]))) if rows else NONE_YET
+
+
 def brief_overview(every: Results, folder: str) -> str:
     """A row for each of README_ROWS, of the reward that says most; `folder` has their pages."""
     rows = []
@@ -166,13 +182,16 @@ def pages(folder: Path, every: Results) -> dict[Path, str]:
     Raises:
       InputError: the index or a page lacks its markers, or a page is of an experiment that has no results.
     """
-    known = [OVERVIEW, *(results["name"] for results in every)]
+    known = [OVERVIEW, METHODS, *(results["name"] for results in every)]
     for path in sorted(folder.glob("*.md")):
         for name in re.findall(r"<!-- results: (.+?) -->", path.read_text(encoding="utf-8")):
             if name not in known:
                 raise InputError(f"{path}: is of {name!r}, of which there are no results; known: {', '.join(known)}")
     index = folder / INDEX
-    found = {index: between(index.read_text(encoding="utf-8"), markers(OVERVIEW), overview(every), str(index))}
+    text = between(index.read_text(encoding="utf-8"), markers(OVERVIEW), overview(every), str(index))
+    if markers(METHODS)[0] in text:
+        text = between(text, markers(METHODS), methods_overview(every), str(index))
+    found = {index: text}
     for results in every:
         path, pair = folder / f"{results['name']}.md", markers(results["name"])
         new = f"# {results['name']}\n\n{pair[0]}\n{pair[1]}\n"

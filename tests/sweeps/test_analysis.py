@@ -270,7 +270,10 @@ def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, s
     # a page whose results have gone
     (out / "gone.md").write_text("<!-- results: fig4_gone -->\n<!-- /results: fig4_gone -->\n")
     code, _, err = command_line(*documents)
-    assert code == 2 and "gone.md: is of 'fig4_gone', of which there are no results; known: all, fig4_mine\n" in err
+    assert (
+        code == 2
+        and "gone.md: is of 'fig4_gone', of which there are no results; known: all, methods, fig4_mine\n" in err
+    )
 
 
 def test_runs_by_hand(command_line, sweeps, tmp_path):

@@ -124,6 +124,19 @@ def test_several_variants(results):
     assert not any("pooled" in caption for caption in all_tables(rates))
 
 
+def test_models_beside_each_other(results):
+    """The model with most arms is on the left; a method that one of them lacks is "-" there."""
+    flow = results | {"model": "flow", "arms": {arm: results["arms"][arm] for arm in ("ddpo", "awm")}}
+    lines = document.methods_overview([flow, results]).splitlines()
+    sides = ("seeds", "without", "with DiffExp", "difference")
+    hard = results["model"]
+    assert lines[0] == f"| {' | '.join(['method', *(f'{model}: {x}' for model in (hard, 'flow') for x in sides)])} |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| before", "| ddpo", "| nft", "| awm"]
+    assert lines[3].endswith("| 2 | 50.0 [40.0, 60.0] % | - | - |")
+    assert lines[4].endswith("| -20.0 % | - | - | - | - |")
+    assert document.methods_overview([results | {"experiment": "rates"}]) == document.NONE_YET
+
+
 def test_the_figure(results, tmp_path):
     figure.save(results, tmp_path / "a")
     figure.save(results, tmp_path / "b")
