@@ -120,13 +120,13 @@ def methods_overview(every: Results) -> str:
     of_models = [results for results in every if results["experiment"] == METHODS and not results["overrides"]]
     of_models.sort(key=lambda results: -len(results["arms"]))  # the most complete first
     tables = [success_table(results, results["prompts"], telling_reward(results)) for results in of_models]
-    found = [{name: cells for name, *cells in table.rows} for table in tables]
+    found = [{name: cells for name, _, *cells in table.rows} for table in tables]  # without the number of seeds
     order = ["before", *dict.fromkeys(name for results in of_models for name in results["pairs"].values())]
     header, rows = ["method"], {name: [] for name in order if any(name in of_model for of_model in found)}
     for results, table, of_model in zip(of_models, tables, found, strict=True):
-        header += [f"{results['model']}: {title}" for title in table.header[1:]]
+        header += [f"{results['model']}: {title}" for title in table.header[2:]]
         for name, cells in rows.items():
-            cells += of_model.get(name, ["-"] * (len(table.header) - 1))
+            cells += of_model.get(name, ["-"] * (len(table.header) - 2))
     return "\n".join(markdown(Table(header, [[name, *cells] for name, cells in rows.items()]))) if rows else NONE_YET
 
 
@@ -135,9 +135,12 @@ def brief_overview(every: Results, folder: str) -> str:
     rows = []
     for name, words_of_it in README_ROWS.items():
         for results in (results for results in every if results["name"] == name):
-            cells = compared_cells(results, results["prompts"], telling_reward(results))[:3]
+            cells = compared_cells(results, results["prompts"], telling_reward(results))
             rows.append([f"[{words_of_it}]({folder}/{name}.md)", *cells])
-    return "\n".join(markdown(Table(["task", "before", "without DiffExp", "with DiffExp"], rows))) or NONE_YET
+    return (
+        "\n".join(markdown(Table(["task", "before", "without DiffExp", "with DiffExp", "difference"], rows)))
+        or NONE_YET
+    )
 
 
 def comparisons(every: Results) -> Results:

@@ -60,10 +60,13 @@ def paired_tables(results: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def success_table(results: Mapping[str, Any], prompts: str, what: str) -> Table:
-    """A row for each method, and one for the model before fine-tuning; the difference where there is one variant."""
+    """A row for each method, and one for the model before fine-tuning.
+
+    Where there is one variant also the difference, and in how many of the seeds that both have it is above 0.
+    """
     base, labels = results["base"].get(prompts, {}).get(what), labels_of(results)
     compares = len(labels) == 2
-    empty = [""] * (len(labels) - 1 + compares)
+    empty = [""] * (len(labels) - 1 + 2 * compares)
     rows = [] if base is None else [["before", "-", cell([base, None, None], what), *empty]]
     for method in methods_of(results):
         sides = sides_of(results, method)
@@ -71,9 +74,17 @@ def success_table(results: Mapping[str, Any], prompts: str, what: str) -> Table:
         cells = [cell(final(results, arm, prompts, what), what) for arm in sides]
         if compares:
             of_pair = summaries[1]["difference"].get(prompts, {}).get(what) if len(summaries) == 2 else None
-            cells.append(cell(of_pair, what, signed=True))
+            cells += [cell(of_pair, what, signed=True), gaining_cell(results, sides, prompts, what)]
         rows.append([method, seeds_cell(results, sides), *cells])
-    return Table(["method", "seeds", *labels, *["difference"] * compares], rows)
+    return Table(["method", "seeds", *labels, *["difference", "seeds that gain"] * compares], rows)
+
+
+def gaining_cell(results: Mapping[str, Any], sides: Sequence[str], prompts: str, what: str) -> str:
+    """ "2 of 3": with how many seeds the second arm ends higher than the first; "-" where they share none."""
+    runs = [results["arms"][arm]["seeds"] if arm in results["arms"] else {} for arm in sides]
+    finals = [{seed: run["final"]["plain"][prompts][what] for seed, run in of_arm.items()} for of_arm in runs]
+    gains = [finals[1][seed] - finals[0][seed] for seed in finals[0] if seed in finals[1]]
+    return f"{sum(gain > 0.0 for gain in gains)} of {len(gains)}" if gains else "-"
 
 
 def seeds_cell(results: Mapping[str, Any], sides: Sequence[str]) -> str:
@@ -97,14 +108,17 @@ def diversity_table(results: Mapping[str, Any]) -> Table:
 
 def cost_table(results: Mapping[str, Any]) -> Table:
     """Queries to half of what the best arm gains; and of the method alone the network's evaluations and the time."""
-    rows, costs = [], results["costs"]
+    rows, costs, labels = [], results["costs"], labels_of(results)
+    compared = labels if len(labels) == 2 else labels[:1]  # learning rates evaluate alike
     for method in methods_of(results):
-        work = costs[method]["evaluations"]
-        queries = [queries_cell(costs.get(arm)) for arm in sides_of(results, method)]
-        evaluations = [f"{work[name]:.0f}" for name in ("all", "gradient")]
-        rows.append([method, *queries, *evaluations, side_cell(costs[method], "seconds")])
-    queries = [f"queries to half of the best gain, {label}" for label in labels_of(results)]
-    return Table(["method", *queries, "evaluations a query", "with a gradient", "seconds of training"], rows)
+        sides = sides_of(results, method)
+        queries = [queries_cell(costs.get(arm)) for arm in sides]
+        evaluations = [f"{costs[arm]['evaluations']['all']:.0f}" if arm in costs else "-" for arm in sides]
+        gradient = f"{costs[method]['evaluations']['gradient']:.0f}"
+        rows.append([method, *queries, *evaluations[: len(compared)], gradient, side_cell(costs[method], "seconds")])
+    queries = [f"queries to half of the best gain, {label}" for label in labels]
+    evaluations = [f"evaluations a query, {label}" for label in compared]
+    return Table(["method", *queries, *evaluations, "with a gradient", "seconds of training"], rows)
 
 
 def training_table(results: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
@@ -119,13 +133,14 @@ def training_table(results: Mapping[str, Any], titles: Mapping[str, str]) -> Tab
 
 
 def queries_cell(cost: Mapping[str, Any] | None) -> str:
-    """ "410 [380, 450]"; where not all seeds came there, how many did."""
+    """ "410 [380, 450]"; where not all seeds came there, "at least": the others count with all they spent."""
     if cost is None:
         return "-"
     reached, seeds = cost["reached"], cost["seeds"]
     if not reached:
         return "not reached"
-    return side_cell(cost, "queries") + ("" if reached == seeds else f" ({reached} of {seeds})")
+    queries = side_cell(cost, "queries")
+    return queries if reached == seeds else f"at least {queries} ({reached} of {seeds})"
 
 
 def side_cell(cost: Mapping[str, Any], name: str) -> str:

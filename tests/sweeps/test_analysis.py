@@ -255,8 +255,9 @@ def test_an_experiment_from_files_to_documents(command_line, sweeps, tmp_path, s
     assert page.read_text().startswith("# fig4_mine\n\n<!-- results: fig4_mine -->\n")
     assert "![Curves of fig4_mine](fig4_mine.png)" in page.read_text()
     assert readme.read_text().startswith("first\n") and readme.read_text().endswith("\nlast\n")
+    shares = "16.7 % | 33.3 [33.3, 33.3] % | 66.7 [66.7, 66.7] % | +33.3 [+33.3, +33.3] %"
     assert readme.read_text().splitlines()[-3:-1] == [
-        "| [mine](docs/evidence/results/fig4_mine.md) | 16.7 % | 33.3 [33.3, 33.3] % | 66.7 [66.7, 66.7] % |",
+        f"| [mine](docs/evidence/results/fig4_mine.md) | {shares} |",
         scripts.document.README[1],
     ]
     always = {"reward": "aesthetic", "held_out": "emoji_judge", "prompts": "p", "base": {"p": {"emoji_judge": 1.0}}}

@@ -86,13 +86,13 @@ def test_tables(results):
     tables = all_tables(results)
     assert list(tables)[:2] == [f"emoji_judge, {SET}", f"emoji_judge, {OTHER}"]
     before, ddpo, nft, awm = tables[f"emoji_judge, {SET}"].rows
-    assert before == ["before", "-", "0.0 %", "", ""]
-    assert ddpo == ["ddpo", "2", "50.0 [40.0, 60.0] %", "90.0 [80.0, 100.0] %", "+40.0 [+40.0, +40.0] %"]
-    assert nft == ["nft", "1, 2", "20.0 %", "50.0 [0.0, 100.0] %", "-20.0 %"]
-    assert awm == ["awm", "1", "20.0 %", "-", "-"]
+    assert before == ["before", "-", "0.0 %", "", "", ""]
+    assert ddpo == ["ddpo", "2", "50.0 [40.0, 60.0] %", "90.0 [80.0, 100.0] %", "+40.0 [+40.0, +40.0] %", "2 of 2"]
+    assert nft == ["nft", "1, 2", "20.0 %", "50.0 [0.0, 100.0] %", "-20.0 %", "0 of 1"]
+    assert awm == ["awm", "1", "20.0 %", "-", "-", "-"]
     # Of a query 8 evaluations sample it; three of the four steps are learnt from
     ddpo, _, awm = tables["Cost of a run"].rows
-    assert ddpo == ["ddpo", "not reached", "31 [29, 32] (1 of 2)", "14", "6", "10 [10, 10]"]
+    assert ddpo == ["ddpo", "not reached", "at least 31 [29, 32] (1 of 2)", "14", "14", "6", "10 [10, 10]"]
     assert awm[:3] == ["awm", "not reached", "-"] and awm[-1] == "10"
     diversity = tables["Diversity of the images of a prompt"].rows
     assert diversity[1] == ["ddpo", "-", "-", "2.00 [1.50, 2.50]", "2.00 [1.50, 2.50]"]
@@ -128,12 +128,12 @@ def test_models_beside_each_other(results):
     """The model with most arms is on the left; a method that one of them lacks is "-" there."""
     flow = results | {"model": "flow", "arms": {arm: results["arms"][arm] for arm in ("ddpo", "awm")}}
     lines = document.methods_overview([flow, results]).splitlines()
-    sides = ("seeds", "without", "with DiffExp", "difference")
+    sides = ("without", "with DiffExp", "difference", "seeds that gain")
     hard = results["model"]
     assert lines[0] == f"| {' | '.join(['method', *(f'{model}: {x}' for model in (hard, 'flow') for x in sides)])} |"
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| before", "| ddpo", "| nft", "| awm"]
-    assert lines[3].endswith("| 2 | 50.0 [40.0, 60.0] % | - | - |")
-    assert lines[4].endswith("| -20.0 % | - | - | - | - |")
+    assert lines[3].endswith("| 2 of 2 | 50.0 [40.0, 60.0] % | - | - | - |")
+    assert lines[4].endswith("| -20.0 % | 0 of 1 | - | - | - | - |")
     assert document.methods_overview([results | {"experiment": "rates"}]) == document.NONE_YET
 
 
