@@ -82,7 +82,8 @@ def success_table(results: Mapping[str, Any], prompts: str, what: str) -> Table:
 def gaining_cell(results: Mapping[str, Any], sides: Sequence[str], prompts: str, what: str) -> str:
     """ "2 of 3": with how many seeds the second arm ends higher than the first; "-" where they share none."""
     runs = [results["arms"][arm]["seeds"] if arm in results["arms"] else {} for arm in sides]
-    finals = [{seed: run["final"]["plain"][prompts][what] for seed, run in of_arm.items()} for of_arm in runs]
+    evaluated = [{seed: run["final"].get("plain", {}).get(prompts, {}) for seed, run in arm.items()} for arm in runs]
+    finals = [{seed: means[what] for seed, means in of_arm.items() if what in means} for of_arm in evaluated]
     gains = [finals[1][seed] - finals[0][seed] for seed in finals[0] if seed in finals[1]]
     return f"{sum(gain > 0.0 for gain in gains)} of {len(gains)}" if gains else "-"
 

@@ -124,6 +124,14 @@ def test_several_variants(results):
     assert not any("pooled" in caption for caption in all_tables(rates))
 
 
+def test_a_run_without_a_final_evaluation(results):
+    """One that was stopped between its training and that: neither side counts it."""
+    explored = results["arms"]["ddpo_diffexp"]
+    seeds = explored["seeds"] | {seed: run | {"final": {}} for seed, run in list(explored["seeds"].items())[:1]}
+    stopped = results | {"arms": results["arms"] | {"ddpo_diffexp": explored | {"seeds": seeds}}}
+    assert all_tables(stopped)[f"emoji_judge, {SET}"].rows[1][-1] == "1 of 1"
+
+
 def test_models_beside_each_other(results):
     """The model with most arms is on the left; a method that one of them lacks is "-" there."""
     flow = results | {"model": "flow", "arms": {arm: results["arms"][arm] for arm in ("ddpo", "awm")}}
