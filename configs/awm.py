@@ -32,6 +32,8 @@ def get_config(argument: str | None = None):
             config.sampling.steps = 25  # of DDIM
             config.sampling.guidance = 1.0  # none
             config.eval.steps = 40  # as published
+        else:
+            config.awm.guided = True  # it reads its guidance as an input: that which it is sampled with
         config.lora.rank = 32  # this, alpha and the average as published
         config.lora.alpha = 64.0  # a factor of 2
         config.optim.ema = 0.99  # what is evaluated is this average

@@ -279,8 +279,9 @@ class Experiment(NamedTuple):
 def check_noise(experiment: Experiment) -> None:
     """Raises InputError where a step adds no noise, hence has no log-probability, and the method needs it."""
     sampler = experiment.sampler
-    noisy = np.asarray(sampler.steps(explore=False).sigma_t) > 0
-    if noisy.sum() < sampler.noise.n_noisy(sampler.n_steps):
+    noise, n_steps = sampler.noise, sampler.n_steps
+    of_starts = [np.asarray(sampler.steps(explore=False, noise_from=x).sigma_t) > 0 for x in noise.starts(n_steps)]
+    if min(noisy.sum() for noisy in of_starts) < noise.n_noisy(n_steps):
         method = experiment.settings.method.name
         raise InputError(
             f"scheduler_config.json: a step adds no noise, and {method} needs some at every step; "

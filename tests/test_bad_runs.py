@@ -177,9 +177,10 @@ def test_a_tensor_of_the_wrong_shape(fails, make_config, model, tmp_path):
         ({"timestep_spacing": "linspace"}, "a step adds no noise, and ddpo needs some at every step"),
     ],
 )
-def test_a_noise_schedule_that_cannot_work(fails, make_config, model, tmp_path, changes, said):
+@pytest.mark.parametrize("window", [0, 1])  # one step of the chain, of which the last is the one without noise
+def test_a_noise_schedule_that_cannot_work(fails, make_config, model, tmp_path, changes, said, window):
     path = model / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    config = make_config("ddpo", {"model.path": str(model), "eval.every": 0})
+    config = make_config("ddpo", {"model.path": str(model), "eval.every": 0, "sampling.window": window})
     assert said in fails(2, command.guarded, train.run, config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -103,6 +103,6 @@ def gradient_of_loss(gradients: Any, adv: Float[Array, "B"]) -> Any:
     """-1/N sum_i A_i g_i over the samples of all devices."""
 
     def weighted(g):
-        return -jnp.einsum("b,b...->...", adv, g) / len(adv)
+        return -jnp.einsum("b,b...->...", adv, g, precision=jax.lax.Precision.HIGHEST) / len(adv)
 
     return jax.lax.pmean(jax.tree.map(weighted, gradients), AXIS)

@@ -145,7 +145,9 @@ class Optimistic(NamedTuple):
     def bonus(self, features: Float[Array, "B P"]) -> Float[Array, "B"]:
         """What "ucb" adds."""
         phi = last_hidden(_only(self.networks), features)
-        return jnp.minimum(self.alpha * jnp.sqrt(jnp.einsum("bi,ij,bj->b", phi, self.inverse, phi)), self.most)
+        # Large terms cancel here: accelerators' default would round them, even to below 0
+        form = jnp.einsum("bi,ij,bj->b", phi, self.inverse, phi, precision=jax.lax.Precision.HIGHEST)
+        return jnp.minimum(self.alpha * jnp.sqrt(jnp.maximum(form, 0.0)), self.most)
 
 
 def _only(networks: Layers) -> Layers:

@@ -22,7 +22,7 @@ from diffexp_jax import parallel
 from diffexp_jax.algorithms.state import tuned_lora
 from diffexp_jax.errors import InputError
 from diffexp_jax.run import orbax_errors
-from diffexp_jax.run.checksums import checksums, contents_of, read_contents
+from diffexp_jax.run.checksums import checksums, contents_of, read_contents, steps_in
 from diffexp_jax.run.lease import LOCK
 
 NEWEST, BEST = "newest", "best"  # which checkpoint, besides the number of an iteration
@@ -98,7 +98,7 @@ class Checkpoints:
             if not self._folder.is_dir() or self._is_gone():  # orbax would make it anew
                 raise OSError(f"{self._folder}: is gone; nothing was saved of iteration {iteration}")
             state = jax.tree.map(np.array, state)
-            if score is not None:
+            if score is not None and math.isfinite(score):
                 self._scores[iteration] = score
             contents = contents_of(state, score=score, rows=rows)
             args = ocp.args.Composite(default=ocp.args.StandardSave(state), contents=ocp.args.JsonSave(contents))
@@ -110,7 +110,9 @@ class Checkpoints:
 
     def is_best(self, score: float | None) -> bool:
         """Whether no checkpoint has as large a score."""
-        return self._is_first and score is not None and score > max(self._scores.values(), default=-math.inf)
+        if score is None or not math.isfinite(score):
+            return False
+        return self._is_first and score > max(self._scores.values(), default=-math.inf)
 
     def hold(self, iteration: int, state: Any, *, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         """Keeps `state` (host arrays), not written yet, for `save_held`: the update that comes ends the device's."""
@@ -229,7 +231,7 @@ def read_lora(workdir: Path, which: str = NEWEST) -> tuple[int, Any]:
       InputError: the workdir holds no such one, or only broken ones.
     """
     folder = (workdir / "checkpoints").absolute()
-    steps = sorted(_steps(folder), reverse=True)
+    steps = sorted(steps_in(folder), reverse=True)
     if not steps:
         raise InputError(f"{workdir}: no checkpoint there; wants the workdir of a run")
     chosen = steps
@@ -271,14 +273,10 @@ def _read(folder: Path, like: Any = None) -> Any:
     return state
 
 
-def _steps(folder: Path) -> list[int]:
-    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
-
-
 def _scores(folder: Path) -> dict[int, float]:
     """What checkpoints are ranked by, of those that say it."""
     found = {}
-    for step in _steps(folder):
+    for step in steps_in(folder):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # damaged, or it has none
             found[step] = float(read_contents(folder / str(step))["score"])
     return {step: score for step, score in found.items() if math.isfinite(score)}

@@ -53,3 +53,8 @@ def _crc32(x: np.ndarray) -> str:
 
 def _crc32_of_json(contents: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(contents, sort_keys=True).encode()):08x}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The iterations of a folder's checkpoints, in no order; one that is only being written has another name."""
+    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]

@@ -13,6 +13,7 @@ from diffexp_jax.errors import InputError
 from diffexp_jax.formats.files import read_json
 from diffexp_jax.formats.writing import clear_partials, replaced
 from diffexp_jax.run import lease
+from diffexp_jax.run.checksums import steps_in
 from diffexp_jax.settings import Settings, as_dict, flat, read_config
 
 # What a continued run may change: what it reports, and how its work is split, which moves nothing but last bits.
@@ -42,7 +43,7 @@ def plan(workdir: Path, settings: Settings) -> Plan:
     """
     command.check_writable(paths.local("workdir", workdir), "workdir")
     path = workdir / "config.json"
-    if not any((workdir / "checkpoints").glob("[0-9]*")):  # nothing of a run is there to lose
+    if not steps_in(workdir / "checkpoints"):  # nothing of a run is there to lose
         return Plan(_complete(settings, settings, settings.model.dtype), [])
     if not path.exists():
         raise InputError(
@@ -66,7 +67,7 @@ def plan(workdir: Path, settings: Settings) -> Plan:
         explored = settings.exploration.iterations
         notes.append(f"exploration is for the first {explored} iterations, as planned first (exploration.iterations)")
     if settings.iterations != old.iterations and settings.optim.schedule != "constant":
-        done = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+        done = max(steps_in(workdir / "checkpoints"))
         notes.append(_rate_note(settings, old, done))
     if new_keys:
         notes.append(f"the run began in an older version: {', '.join(new_keys)} had the defaults")
@@ -127,7 +128,7 @@ def claim(
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             held = stack.enter_context(lease.hold(workdir))
-            if any((workdir / "checkpoints").glob("[0-9]*")):
+            if steps_in(workdir / "checkpoints"):
                 _check_identity(workdir, settings, identity)
             _clear_partials(workdir)
             _write_json(workdir / "config.json", as_dict(settings))

@@ -106,6 +106,7 @@ def test_few_steps_stay_few(method, model, steps):
     argument = f"model={model},reward=pickscore:x,prompts=animals"
     settings = parsed(importlib.import_module(f"configs.{method}").get_config(argument))
     assert (settings.sampling.steps, settings.sampling.guidance) == (steps, 3.5)
+    assert method == "grpo" or settings.method.guided  # the loss is of the guidance that the images are sampled with
 
 
 def test_a_round_of_rwr_is_shared_by_sixteen_devices():

@@ -145,6 +145,12 @@ def test_the_bound_is_limited():
     np.testing.assert_array_equal(bonus(reward, FEATURES), np.full(40, 0.25, np.float32))
 
 
+def test_a_bound_that_rounding_puts_below_zero_is_none():
+    reward = Optimistic.of(networks(), queries(30), optimism="ucb", **BOUND)
+    reward = reward._replace(inverse=-reward.inverse)
+    np.testing.assert_array_equal(bonus(reward, FEATURES), np.zeros(40, np.float32))
+
+
 def test_what_is_far_from_the_queries_has_the_larger_bound():
     reward = Optimistic.of(networks(), queries(30), optimism="ucb", **BOUND)
     near, far = (float(bonus(reward, FEATURES[:30].mean(0)[None] * scale)[0]) for scale in (1.0, 1000.0))

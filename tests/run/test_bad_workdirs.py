@@ -50,3 +50,5 @@ def test_a_workdir_without_a_checkpoint_is_free(make_config, workdir):
     """A run that failed before its first checkpoint leaves nothing that could be lost."""
     shutil.rmtree(workdir / "checkpoints")
     assert workdirs.plan(workdir, parsed(make_config("ddpo"))).notes == []
+    (workdir / "checkpoints" / "0.orbax-checkpoint-tmp-1").mkdir(parents=True)  # killed while it wrote the first one
+    assert workdirs.plan(workdir, parsed(make_config("ddpo"))).notes == []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 
 import jax
@@ -197,6 +198,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert steps(folder) == [6]
     with pytest.raises(InputError, match="no checkpoint '2'; accepted: newest, best, 6$"):
         checkpoint.read_lora(tmp_path, "2")
+
+
+@pytest.mark.parametrize("first", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_none(tmp_path, first):
+    """Neither the best of the run, nor in the way of one that is."""
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for it, score in enumerate((first, 1.0, math.nan, 0.5), 1):
+            assert checkpoints.is_best(score) == (it == 2)
+            checkpoints.save(it, state(it), rows=[{"iteration": it}], score=score)
+    assert checkpoint.read_lora(tmp_path, "best")[0] == 2
 
 
 def test_a_broken_best_one_is_passed_over(tmp_path, caplog):
