@@ -290,6 +290,8 @@ REAL_SIZES += [
     pytest.param("grpo", {}, "flux", "tpu", "block", "pickscore"),
     pytest.param("alignprop", {}, "flux", "tpu", "block", "pickscore"),
     pytest.param("draft", {}, "flux_schnell", "tpu", "block", "aesthetic"),
+    pytest.param("nft", {}, "flux", "gpu", "block", "pickscore"),
+    pytest.param("awm", {}, "flux", "tpu", "block", "pickscore"),
 ]
 # What is off by default and changes a program
 ADDITIONS = [
