@@ -160,6 +160,16 @@ def _method(name, *, explore, changes=()):
     return f"{config}.py:explore={str(explore).lower()}", _EQUAL | own | dict(changes)
 
 
+def _without_and_with(names, changes=()):
+    """Arms of methods without exploration, NAME, and with it, NAME_diffexp."""
+    sides = (("", False), ("_diffexp", True))
+    return {
+        f"{name}{ending}": _method(name, explore=explore, changes=changes)
+        for name in names
+        for ending, explore in sides
+    }
+
+
 # The judge says of each image whether it is a success, and weighs nothing
 _JUDGED = {"reward": "emoji_pickscore+emoji_judge", "reward_weights": (1.0, 0.0), "eval.every": _queries}
 _UNGUIDED = {"sampling.guidance": 1.0, "eval.guidance": lambda config: config.sampling.guidance}
@@ -252,21 +262,13 @@ SWEEPS = {
     ),
     "methods": _experiment(
         "what each method learns from 768 reward queries, without and with DiffExp",
-        {
-            arm: _method(name, explore=explore)
-            for name in _METHODS
-            for arm, explore in ((name, False), (f"{name}_diffexp", True))
-        },
+        _without_and_with(_METHODS),
         "ddpo",
         pairs={f"{name}_diffexp": name for name in _METHODS},
     ),
     "groups": _experiment(
         "how many groups of a prompt's images have a success to learn from, without and with DiffExp",
-        {
-            arm: _method(name, explore=explore, changes=_JUDGED)
-            for name in _GROUPED
-            for arm, explore in ((name, False), (f"{name}_diffexp", True))
-        },
+        _without_and_with(_GROUPED, _JUDGED),
         _GROUPED[0],
         pairs={f"{name}_diffexp": name for name in _GROUPED},
     ),

@@ -98,7 +98,7 @@ class Checkpoints:
             if not self._folder.is_dir() or self._is_gone():  # orbax would make it anew
                 raise OSError(f"{self._folder}: is gone; nothing was saved of iteration {iteration}")
             state = jax.tree.map(np.array, state)
-            if score is not None and math.isfinite(score):
+            if _ranks(score):
                 self._scores[iteration] = score
             contents = contents_of(state, score=score, rows=rows)
             args = ocp.args.Composite(default=ocp.args.StandardSave(state), contents=ocp.args.JsonSave(contents))
@@ -110,9 +110,7 @@ class Checkpoints:
 
     def is_best(self, score: float | None) -> bool:
         """Whether no checkpoint has as large a score."""
-        if score is None or not math.isfinite(score):
-            return False
-        return self._is_first and score > max(self._scores.values(), default=-math.inf)
+        return self._is_first and _ranks(score) and score > max(self._scores.values(), default=-math.inf)
 
     def hold(self, iteration: int, state: Any, *, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         """Keeps `state` (host arrays), not written yet, for `save_held`: the update that comes ends the device's."""
@@ -279,7 +277,12 @@ def _scores(folder: Path) -> dict[int, float]:
     for step in steps_in(folder):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # damaged, or it has none
             found[step] = float(read_contents(folder / str(step))["score"])
-    return {step: score for step, score in found.items() if math.isfinite(score)}
+    return {step: score for step, score in found.items() if _ranks(score)}
+
+
+def _ranks(score: float | None) -> bool:
+    """Whether a checkpoint is ranked by it: NaN and infinity are no scores."""
+    return score is not None and math.isfinite(score)
 
 
 def _shapes(tree: Any) -> list:
